@@ -1,0 +1,8 @@
+//! mneme: a single-binary LLM inference runtime whose memory is a managed, paged resource.
+//!
+//! The modules are layers; each imports only those below it (ARCHITECTURE.md, `tests/architecture.rs`).
+
+pub mod backend;
+pub mod error;
+
+pub use error::{Error, Result};

@@ -1,0 +1,2 @@
+//! The mneme binary.
+fn main() {}
