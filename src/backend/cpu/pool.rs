@@ -39,7 +39,7 @@ struct Shared {
 type Call = unsafe fn(data: *const (), task: usize, thread: usize);
 
 /// The most tasks a region can have.
-pub const MAX_TASKS: usize = u16::MAX as usize;
+pub(super) const MAX_TASKS: usize = u16::MAX as usize;
 
 /// `[region: 32][num_tasks: 16][next task: 16]`.
 #[derive(Clone, Copy)]
