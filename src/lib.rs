@@ -3,6 +3,9 @@
 //! The modules are layers; each imports only those below it (ARCHITECTURE.md, `tests/architecture.rs`).
 
 pub mod backend;
+pub mod engine;
 pub mod error;
+pub mod telemetry;
+pub mod text;
 
 pub use error::{Error, Result};

@@ -1,0 +1,202 @@
+//! How other threads reach the engine: a bounded queue in, one bounded stream per request out.
+//!
+//! The engine thread never waits for a reader: a stream has room for every event its request can produce. Dropping a
+//! stream cancels its request; the engine sees the flag at its next step.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
+
+use crossbeam::channel::{Sender, TrySendError};
+use crossbeam::queue::ArrayQueue;
+use tokio::sync::Notify;
+
+use super::request::{GenerateRequest, OutputEvent, Task};
+use crate::telemetry::EngineMetrics;
+
+/// A cheap, cloneable way to the engine thread.
+#[derive(Clone)]
+pub struct EngineHandle {
+    submissions: Sender<Submission>,
+    info: Arc<EngineInfo>,
+    metrics: Arc<EngineMetrics>,
+    stopping: Arc<AtomicBool>,
+}
+
+/// What callers must know about the engine to make requests it can serve.
+#[derive(Debug, Clone)]
+pub struct EngineInfo {
+    /// Longest prompt plus output, in tokens.
+    pub max_model_len: usize,
+    /// Tokens that can be sampled: rows of the output projection.
+    pub vocab_size: usize,
+    /// Features of a hidden state, the length of an embedding.
+    pub hidden_size: usize,
+    /// Tokens per KV block.
+    pub block_size: usize,
+    /// KV blocks in the device pool.
+    pub num_blocks: usize,
+}
+
+/// A request on its way to the engine.
+pub struct Submission {
+    /// What to run.
+    pub request: GenerateRequest,
+    /// Where its events go.
+    pub sink: OutputSink,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SubmitError {
+    /// The waiting queue is full; try again later.
+    #[error("the engine's queue is full; try again later")]
+    QueueFull,
+    /// The engine is draining or has stopped.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+}
+
+impl EngineHandle {
+    /// Ties a handle to the engine that reads the other end of `submissions`.
+    pub fn new(
+        submissions: Sender<Submission>,
+        info: EngineInfo,
+        metrics: Arc<EngineMetrics>,
+        stopping: Arc<AtomicBool>,
+    ) -> Self {
+        Self { submissions, info: Arc::new(info), metrics, stopping }
+    }
+
+    /// Queues a request. Its events arrive on the stream; dropping the stream cancels it.
+    pub fn submit(&self, request: GenerateRequest) -> Result<OutputStream, SubmitError> {
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let (sink, stream) = output_channel(self.max_events(&request));
+        self.submissions.try_send(Submission { request, sink }).map_err(|error| match error {
+            TrySendError::Full(_) => SubmitError::QueueFull,
+            TrySendError::Disconnected(_) => SubmitError::ShuttingDown,
+        })?;
+        Ok(stream)
+    }
+
+    /// The engine's fixed properties.
+    pub fn info(&self) -> &EngineInfo {
+        &self.info
+    }
+
+    /// Counters and histograms the engine keeps.
+    pub fn metrics(&self) -> &EngineMetrics {
+        &self.metrics
+    }
+
+    /// Refuses new requests from now on; the engine finishes what it has and its thread ends.
+    pub fn drain(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// `Started`, one event per token, `Finished`.
+    fn max_events(&self, request: &GenerateRequest) -> usize {
+        let room = self.info.max_model_len.saturating_sub(request.prompt.len());
+        match &request.task {
+            Task::Generate(sampling) => sampling.max_tokens.min(room) + 3,
+            Task::Embed => 3,
+        }
+    }
+}
+
+struct Shared {
+    events: ArrayQueue<OutputEvent>,
+    arrived: Notify,
+    cancelled: AtomicBool,
+    closed: AtomicBool,
+}
+
+/// The engine's end of a request.
+pub struct OutputSink {
+    shared: Arc<Shared>,
+}
+
+/// The caller's end of a request.
+pub struct OutputStream {
+    shared: Arc<Shared>,
+}
+
+fn output_channel(capacity: usize) -> (OutputSink, OutputStream) {
+    let shared = Arc::new(Shared {
+        events: ArrayQueue::new(capacity),
+        arrived: Notify::new(),
+        cancelled: AtomicBool::new(false),
+        closed: AtomicBool::new(false),
+    });
+    (OutputSink { shared: Arc::clone(&shared) }, OutputStream { shared })
+}
+
+impl OutputSink {
+    /// Hands an event over. The stream has room for all a request can produce.
+    pub fn send(&self, event: OutputEvent) {
+        let full = self.shared.events.push(event).is_err();
+        assert!(!full, "a request produced more events than its limits allow");
+        self.shared.arrived.notify_one();
+    }
+
+    /// Whether the caller dropped its stream.
+    pub fn is_cancelled(&self) -> bool {
+        self.shared.cancelled.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for OutputSink {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.arrived.notify_one();
+    }
+}
+
+impl OutputStream {
+    /// The next event; `None` after `Finished`, or when the engine ended without one.
+    pub async fn next(&mut self) -> Option<OutputEvent> {
+        loop {
+            if let Some(event) = self.shared.events.pop() {
+                return Some(event);
+            }
+            if self.shared.closed.load(Ordering::Acquire) {
+                return self.shared.events.pop();
+            }
+            self.shared.arrived.notified().await;
+        }
+    }
+
+    /// An event that is already here, without waiting.
+    pub fn try_next(&mut self) -> Option<OutputEvent> {
+        self.shared.events.pop()
+    }
+
+    /// Waits on the calling thread, for programs without an async runtime.
+    pub fn blocking_next(&mut self) -> Option<OutputEvent> {
+        let waker = Arc::new(ThreadWaker(std::thread::current())).into();
+        let mut context = std::task::Context::from_waker(&waker);
+        let mut next = std::pin::pin!(self.next());
+        loop {
+            match next.as_mut().poll(&mut context) {
+                Poll::Ready(event) => return event,
+                Poll::Pending => std::thread::park(),
+            }
+        }
+    }
+}
+
+impl Drop for OutputStream {
+    fn drop(&mut self) {
+        self.shared.cancelled.store(true, Ordering::Release);
+    }
+}
+
+struct ThreadWaker(std::thread::Thread);
+
+impl std::task::Wake for ThreadWaker {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}

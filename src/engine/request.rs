@@ -1,0 +1,153 @@
+//! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
+
+use crate::text::grammar::GrammarState;
+
+/// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
+pub struct GenerateRequest {
+    /// The caller's name for it, for logs.
+    pub id: String,
+    /// Prompt tokens; never empty, shorter than the model's context.
+    pub prompt: Vec<u32>,
+    /// What to produce.
+    pub task: Task,
+    /// Lower runs first; equal priorities run in order of arrival.
+    pub priority: i32,
+    /// Separates the prefix cache: only requests with the same salt share blocks.
+    pub cache_salt: Option<String>,
+}
+
+/// What a request wants from the model.
+pub enum Task {
+    /// Sample tokens after the prompt.
+    Generate(Box<SamplingParams>),
+    /// The mean of the final hidden states of all prompt tokens.
+    Embed,
+}
+
+/// How to choose tokens. The defaults are greedy-free OpenAI defaults: temperature 1, nothing cut off.
+#[derive(Clone)]
+pub struct SamplingParams {
+    /// 0 means greedy.
+    pub temperature: f32,
+    /// Keep the smallest set of tokens whose probabilities reach this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Drop tokens less likely than this times the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// Locally typical sampling (arXiv 2202.00666): keep tokens whose information is nearest the entropy; 1 keeps all.
+    pub typical_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL); 1 does nothing.
+    pub repetition_penalty: f32,
+    /// Subtracted once per occurrence in the output.
+    pub frequency_penalty: f32,
+    /// Subtracted once when the token occurs in the output.
+    pub presence_penalty: f32,
+    /// Added to logits.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Makes sampling reproducible whatever else runs; `None` takes a fresh one.
+    pub seed: Option<u64>,
+    /// End the output; the token itself is not part of the text.
+    pub stop_token_ids: Vec<u32>,
+    /// Neither EOS nor a stop token may come before this many tokens.
+    pub min_tokens: usize,
+    /// Do not stop at EOS.
+    pub ignore_eos: bool,
+    /// At most this many tokens; the engine clamps it to the context.
+    pub max_tokens: usize,
+    /// Report log-probabilities of the chosen token and of this many best ones.
+    pub logprobs: Option<usize>,
+    /// The same for prompt tokens.
+    pub prompt_logprobs: Option<usize>,
+    /// When given, only these can be sampled.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Token runs that must not appear.
+    pub bad_words: Vec<Vec<u32>>,
+    /// Constrains the output; cloned per sequence.
+    pub grammar: Option<GrammarState>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            typical_p: 1.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: None,
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
+            ignore_eos: false,
+            max_tokens: usize::MAX,
+            logprobs: None,
+            prompt_logprobs: None,
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
+            grammar: None,
+        }
+    }
+}
+
+/// What comes back, in order: `Started`, any number of `Token`s, one `Finished`; or `Embedding`, `Finished`.
+#[derive(Debug, Clone)]
+pub enum OutputEvent {
+    /// The prompt has been computed.
+    Started {
+        /// Prompt tokens whose KV came from the prefix cache.
+        cached_tokens: usize,
+        /// One entry per prompt token, the first `None`; empty unless asked for.
+        prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    },
+    /// The next output token.
+    Token {
+        /// Its id.
+        id: u32,
+        /// Present when asked for.
+        logprobs: Option<Box<TokenLogprobs>>,
+    },
+    /// Mean-pooled hidden state, not normalised; `[hidden_size]`.
+    Embedding(Vec<f32>),
+    /// Nothing follows.
+    Finished(FinishReason),
+}
+
+/// Log-probabilities at one position, from the model's own logits (before penalties and temperature).
+#[derive(Debug, Clone)]
+pub struct TokenLogprobs {
+    /// Of the token that is there.
+    pub chosen: TokenLogprob,
+    /// The likeliest tokens, best first.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token, its natural-log probability and its place in the order (1 is the likeliest).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    /// Token id.
+    pub id: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// 1 + the number of likelier tokens.
+    pub rank: u32,
+}
+
+/// Why an output ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FinishReason {
+    /// EOS, a finished grammar, or the stop token given.
+    Stop {
+        /// The token of `stop_token_ids` that ended it; `None` for EOS and grammars.
+        token: Option<u32>,
+    },
+    /// `max_tokens` or the context is used up.
+    Length,
+    /// The caller went away or the engine is shutting down.
+    Abort,
+    /// The engine could not go on with it.
+    Error(String),
+}

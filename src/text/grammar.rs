@@ -1,0 +1,5 @@
+//! Structured output.
+
+/// A grammar's state after some tokens.
+#[derive(Clone)]
+pub struct GrammarState {}

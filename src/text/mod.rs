@@ -1,0 +1,3 @@
+//! Text: tokens, templates, grammars. Knows no model and no request.
+
+pub mod grammar;
