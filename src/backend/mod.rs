@@ -1,8 +1,210 @@
-//! The seam between the engine and a device.
+//! The seam between the engine and a device: everything a device does for a model.
+//!
+//! Models are written once over [`Backend`]. Its implementations are the CPU ([`cpu`]) and a test double ([`sim`]) that
+//! checks block bookkeeping instead of computing. ARCHITECTURE.md shows the CUDA call behind each method.
 
 pub mod cpu;
+mod device;
 mod dtype;
 mod host_tensor;
+mod layout;
+mod rope;
+pub mod sim;
 
+//pub use cpu::dequantize_row;
+pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
+pub use layout::KvLayout;
+pub use rope::{RopeConfig, RopeScaling};
+
+use crate::Result;
+
+/// A device that can run the layers of a transformer. All methods queue work on `stream` and may return before it is
+/// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step.
+pub trait Backend: Device {
+    /// The weights of a linear projection, in the device's own order.
+    type Matrix: Send + Sync + 'static;
+    /// Rotary angles for every position.
+    type RopeTable: Send + Sync + 'static;
+
+    /// A short name for logs and block identity, such as `cpu-avx512`.
+    fn name(&self) -> String;
+
+    /// Element type of activations.
+    fn activation_dtype(&self) -> DType;
+
+    /// Stacks `parts` along their rows into one matrix `[N, K]`. `dtype` is what the numbers are kept as; `None` keeps
+    /// them as stored, quantised formats quantised.
+    fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<Self::Matrix>;
+
+    /// A vector `[1, N]` of f32, each number increased by `offset` (norms of some families store `w - 1`).
+    fn load_vector(&self, parts: &[HostTensor], offset: f32) -> Result<Tensor<Self::Buffer>>;
+
+    /// Angles for positions `[0, max_positions)`.
+    fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;
+
+    /// `out[t] = scale * table[ids[t]]`; `ids` is `[1, T]` i32, `out` `[T, K]`.
+    fn embed(
+        &self,
+        stream: &Self::Stream,
+        table: &Self::Matrix,
+        ids: &Tensor<Self::Buffer>,
+        scale: f32,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// `out = x W^T + bias`; `x` `[T, K]`, `out` `[T, N]`. A row's result does not depend on the other rows.
+    fn linear(
+        &self,
+        stream: &Self::Stream,
+        x: &Tensor<Self::Buffer>,
+        weight: &Self::Matrix,
+        bias: Option<&Tensor<Self::Buffer>>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// Root-mean-square norm (arXiv 1910.07467) of each row; `out` may be `x`.
+    fn rms_norm(
+        &self,
+        stream: &Self::Stream,
+        x: &Tensor<Self::Buffer>,
+        norm: &Norm<'_, Self::Buffer>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// `residual += delta`, then `out = norm(residual)`.
+    fn add_rms_norm(
+        &self,
+        stream: &Self::Stream,
+        residual: &Tensor<Self::Buffer>,
+        delta: &Tensor<Self::Buffer>,
+        norm: &Norm<'_, Self::Buffer>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// Normalises (when asked) and rotates the q and k heads of `qkv` `[T, (num_heads + 2 num_kv_heads) head_dim]`, and
+    /// stores k and v in the KV cache.
+    fn rope_and_store_kv(
+        &self,
+        stream: &Self::Stream,
+        qkv: &Tensor<Self::Buffer>,
+        heads: &HeadTransform<'_, Self>,
+        kv: &KvLayer<'_, Self::Buffer>,
+        metadata: &AttentionMetadata<Self::Buffer>,
+    ) -> Result<()>
+    where
+        Self: Sized;
+
+    /// Causal attention of the q heads of `qkv` over the KV cache; `out` is `[T, num_heads head_dim]`. A row's result
+    /// does not depend on how its sequence is chunked or what else is in the batch.
+    fn attention(
+        &self,
+        stream: &Self::Stream,
+        qkv: &Tensor<Self::Buffer>,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, Self::Buffer>,
+        metadata: &AttentionMetadata<Self::Buffer>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// `out = activation(gate) * up`, where a row of `gate_up` is `[gate | up]`; `out` has half as many columns.
+    fn gated_activation(
+        &self,
+        stream: &Self::Stream,
+        gate_up: &Tensor<Self::Buffer>,
+        activation: Activation,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// `out[i] = x[indices[i]]`; `indices` is `[1, R]` i32.
+    fn gather_rows(
+        &self,
+        stream: &Self::Stream,
+        x: &Tensor<Self::Buffer>,
+        indices: &Tensor<Self::Buffer>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// The index of the largest number of each row, the lowest of equals; `out` is `[1, rows]` i32.
+    fn argmax(&self, stream: &Self::Stream, x: &Tensor<Self::Buffer>, out: &Tensor<Self::Buffer>) -> Result<()>;
+}
+
+/// The function before the product in a gated feed-forward layer (arXiv 2002.05202).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+}
+
+/// Weights `[1, N]` and epsilon of a norm.
+#[derive(Debug, Clone, Copy)]
+pub struct Norm<'a, B> {
+    /// Multiplies the normalised row.
+    pub weight: &'a Tensor<B>,
+    /// Added to the mean square.
+    pub epsilon: f32,
+}
+
+/// How the q, k and v of one token divide into heads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Numbers in a head.
+    pub head_dim: usize,
+    /// Multiplies scores.
+    pub scale: f32,
+    /// Only the last so many positions are seen, the token's own included.
+    pub window: Option<usize>,
+}
+
+/// What happens to q and k heads before they meet.
+pub struct HeadTransform<'a, B: Backend> {
+    /// How a row divides.
+    pub shape: AttentionShape,
+    /// Norm of each q head.
+    pub q_norm: Option<Norm<'a, B::Buffer>>,
+    /// Norm of each k head.
+    pub k_norm: Option<Norm<'a, B::Buffer>>,
+    /// Rotary angles.
+    pub rope: &'a B::RopeTable,
+}
+
+/// One layer of the KV cache.
+#[derive(Debug, Clone, Copy)]
+pub struct KvLayer<'a, B> {
+    /// All blocks, one after the other.
+    pub blocks: &'a B,
+    /// Where numbers lie in a block.
+    pub layout: &'a KvLayout,
+    /// Which layer.
+    pub layer: usize,
+}
+
+/// Where the tokens of a step belong. All arrays are i32 on the device.
+#[derive(Debug, Clone)]
+pub struct AttentionMetadata<B> {
+    /// Number of sequences, `S`.
+    pub num_seqs: usize,
+    /// Number of tokens, `T`.
+    pub num_tokens: usize,
+    /// The longest run of new tokens of one sequence.
+    pub max_query_len: usize,
+    /// The longest context, new tokens included.
+    pub max_context_len: usize,
+    /// `[1, S + 1]`: sequence `s` has the token rows `[cu_seqlens_q[s], cu_seqlens_q[s + 1])`.
+    pub cu_seqlens_q: Tensor<B>,
+    /// `[1, S]`: tokens in the cache after this step.
+    pub context_lens: Tensor<B>,
+    /// `[S, max_blocks]`: block ids in order of position; entries past the context are ignored.
+    pub block_tables: Tensor<B>,
+    /// `[1, T]`: position of each token in its sequence.
+    pub positions: Tensor<B>,
+    /// `[1, T]`: `block * block_size + offset` of each token.
+    pub slot_mapping: Tensor<B>,
+}

@@ -1,0 +1,357 @@
+//! A deterministic double for whole-engine tests: it checks where things are instead of computing them.
+//!
+//! Every row of activations carries one number, its payload, in its first eight bytes. Embedding turns a token id into
+//! a payload, the KV store writes it into the block that the slot mapping names, and attention replaces a row's payload
+//! by a hash of all payloads it finds *through the block table*. A block mapped, swapped, shared or freed wrongly
+//! therefore changes the next token, which is the payload modulo the vocabulary. [`mix`] is all a test needs to predict
+//! it without any of this code.
+//!
+//! Copies on a copy stream run only when somebody waits for them or, one at a time, asks whether they are done.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::{
+    Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
+    KvLayer, Norm, RopeConfig, StreamKind, Tensor,
+};
+use crate::{Error, Result, invalid};
+
+const PAYLOAD_BYTES: usize = 8;
+
+/// Combines two payloads (the finaliser of SplitMix64 over their combination).
+pub fn mix(a: u64, b: u64) -> u64 {
+    let mut z = a.rotate_left(23) ^ b.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The double.
+#[derive(Default)]
+pub struct SimBackend {}
+
+/// Memory of the double.
+#[derive(Clone)]
+pub struct SimBuffer(Arc<Mutex<Vec<u8>>>);
+
+/// A stream of the double.
+pub struct SimStream {
+    kind: StreamKind,
+    queue: Arc<Mutex<CopyQueue>>,
+}
+
+/// A point in a [`SimStream`].
+pub struct SimEvent {
+    queue: Arc<Mutex<CopyQueue>>,
+    after: u64,
+}
+
+/// Shape of a projection; its numbers do not matter.
+pub struct SimMatrix {
+    rows: usize,
+    columns: usize,
+}
+
+#[derive(Default)]
+struct CopyQueue {
+    num_submitted: u64,
+    num_done: u64,
+    pending: VecDeque<PendingCopy>,
+}
+
+struct PendingCopy {
+    source: SimBuffer,
+    target: SimBuffer,
+    source_range: Range<usize>,
+    target_offset: usize,
+}
+
+impl CopyQueue {
+    fn run_one(&mut self) {
+        if let Some(copy) = self.pending.pop_front() {
+            let bytes = copy.source.lock()[copy.source_range].to_vec();
+            copy.target.lock()[copy.target_offset..copy.target_offset + bytes.len()].copy_from_slice(&bytes);
+            self.num_done += 1;
+        }
+    }
+}
+
+impl SimBuffer {
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        lock(&self.0)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn read_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + PAYLOAD_BYTES].try_into().expect("eight bytes"))
+}
+
+fn write_u64(bytes: &mut [u8], at: usize, value: u64) {
+    bytes[at..at + PAYLOAD_BYTES].copy_from_slice(&value.to_le_bytes());
+}
+
+type SimTensor = Tensor<SimBuffer>;
+
+fn payloads(tensor: &SimTensor) -> Vec<u64> {
+    let bytes = tensor.buffer().lock();
+    (0..tensor.rows()).map(|row| read_u64(&bytes, tensor.row(row).offset_bytes())).collect()
+}
+
+fn set_payloads(tensor: &SimTensor, values: impl IntoIterator<Item = u64>) {
+    let mut bytes = tensor.buffer().lock();
+    for (row, value) in values.into_iter().enumerate() {
+        write_u64(&mut bytes, tensor.row(row).offset_bytes(), value);
+    }
+}
+
+fn indices(tensor: &SimTensor) -> Vec<i32> {
+    let bytes = tensor.buffer().lock();
+    let start = tensor.offset_bytes();
+    bytes[start..start + tensor.num_bytes()]
+        .chunks_exact(4)
+        .map(|word| i32::from_le_bytes(word.try_into().expect("four bytes")))
+        .collect()
+}
+
+fn expect_shape(what: &str, tensor: &SimTensor, rows: usize, columns: usize) -> Result<()> {
+    if (tensor.rows(), tensor.columns()) == (rows, columns) {
+        return Ok(());
+    }
+    Err(invalid!("{what} is [{}, {}], wanted [{rows}, {columns}]", tensor.rows(), tensor.columns()))
+}
+
+impl Device for SimBackend {
+    type Buffer = SimBuffer;
+    type HostBuffer = Vec<u8>;
+    type Stream = SimStream;
+    type Event = SimEvent;
+
+    fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
+        Ok(SimBuffer(Arc::new(Mutex::new(vec![0; bytes]))))
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {
+        Ok(vec![0; bytes])
+    }
+
+    fn create_stream(&self, kind: StreamKind) -> Result<SimStream> {
+        Ok(SimStream { kind, queue: Arc::default() })
+    }
+
+    fn upload(&self, _stream: &SimStream, source: &Vec<u8>, target: &SimBuffer, range: Range<usize>) -> Result<()> {
+        target.lock()[range.clone()].copy_from_slice(&source[range]);
+        Ok(())
+    }
+
+    fn download(
+        &self,
+        _stream: &SimStream,
+        source: &SimTensor,
+        target: &mut Vec<u8>,
+        target_offset: usize,
+    ) -> Result<()> {
+        let start = source.offset_bytes();
+        let bytes = source.buffer().lock()[start..start + source.num_bytes()].to_vec();
+        target[target_offset..target_offset + bytes.len()].copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn copy(&self, stream: &SimStream, copy: &BufferCopy<'_, SimBuffer>) -> Result<()> {
+        let mut queue = lock(&stream.queue);
+        queue.num_submitted += 1;
+        queue.pending.push_back(PendingCopy {
+            source: copy.source.clone(),
+            target: copy.target.clone(),
+            source_range: copy.source_offset..copy.source_offset + copy.bytes,
+            target_offset: copy.target_offset,
+        });
+        if stream.kind == StreamKind::Compute {
+            queue.run_one();
+        }
+        Ok(())
+    }
+
+    fn record(&self, stream: &SimStream) -> Result<SimEvent> {
+        let after = lock(&stream.queue).num_submitted;
+        Ok(SimEvent { queue: Arc::clone(&stream.queue), after })
+    }
+
+    fn wait(&self, _stream: &SimStream, event: &SimEvent) -> Result<()> {
+        self.synchronize(event)
+    }
+
+    fn is_complete(&self, event: &SimEvent) -> Result<bool> {
+        let mut queue = lock(&event.queue);
+        queue.run_one();
+        Ok(queue.num_done >= event.after)
+    }
+
+    fn synchronize(&self, event: &SimEvent) -> Result<()> {
+        let mut queue = lock(&event.queue);
+        while queue.num_done < event.after {
+            queue.run_one();
+        }
+        Ok(())
+    }
+}
+
+impl Backend for SimBackend {
+    type Matrix = SimMatrix;
+    type RopeTable = ();
+
+    fn name(&self) -> String {
+        "sim".into()
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn load_matrix(&self, parts: &[HostTensor], _dtype: Option<DType>) -> Result<SimMatrix> {
+        let columns = parts.first().map_or(0, HostTensor::columns);
+        Ok(SimMatrix { rows: parts.iter().map(HostTensor::rows).sum(), columns })
+    }
+
+    fn load_vector(&self, parts: &[HostTensor], _offset: f32) -> Result<SimTensor> {
+        let columns = parts.iter().map(|part| part.rows() * part.columns()).sum();
+        Ok(Tensor::new(self.allocate(columns * 4)?, 0, 1, columns, DType::F32))
+    }
+
+    fn load_rope(&self, _config: &RopeConfig, _max_positions: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn embed(&self, _: &SimStream, table: &SimMatrix, ids: &SimTensor, _scale: f32, out: &SimTensor) -> Result<()> {
+        expect_shape("embedding output", out, ids.columns(), table.columns)?;
+        if let Some(id) = indices(ids).into_iter().find(|&id| usize::try_from(id).is_ok_and(|id| id >= table.rows)) {
+            return Err(Error::Device(format!("token id {id} is outside a vocabulary of {}", table.rows)));
+        }
+        set_payloads(out, indices(ids).into_iter().map(|id| mix(0, id as u64)));
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        _: &SimStream,
+        x: &SimTensor,
+        weight: &SimMatrix,
+        _bias: Option<&SimTensor>,
+        out: &SimTensor,
+    ) -> Result<()> {
+        expect_shape("projection input", x, x.rows(), weight.columns)?;
+        expect_shape("projection output", out, x.rows(), weight.rows)?;
+        set_payloads(out, payloads(x));
+        Ok(())
+    }
+
+    fn rms_norm(&self, _: &SimStream, x: &SimTensor, _norm: &Norm<'_, SimBuffer>, out: &SimTensor) -> Result<()> {
+        set_payloads(out, payloads(x));
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &self,
+        _: &SimStream,
+        residual: &SimTensor,
+        delta: &SimTensor,
+        _norm: &Norm<'_, SimBuffer>,
+        out: &SimTensor,
+    ) -> Result<()> {
+        expect_shape("residual", residual, delta.rows(), delta.columns())?;
+        let delta = payloads(delta);
+        set_payloads(residual, delta.iter().copied());
+        set_payloads(out, delta);
+        Ok(())
+    }
+
+    fn rope_and_store_kv(
+        &self,
+        _: &SimStream,
+        qkv: &SimTensor,
+        _heads: &HeadTransform<'_, Self>,
+        kv: &KvLayer<'_, SimBuffer>,
+        metadata: &AttentionMetadata<SimBuffer>,
+    ) -> Result<()> {
+        let positions = indices(&metadata.positions);
+        let slots = indices(&metadata.slot_mapping);
+        let rows = payloads(qkv);
+        let mut blocks = kv.blocks.lock();
+        for (row, (position, slot)) in rows.into_iter().zip(positions.into_iter().zip(slots)) {
+            if let Ok(slot) = usize::try_from(slot) {
+                write_u64(&mut blocks, payload_offset(kv, slot), mix(row, position as u64));
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        _: &SimStream,
+        _qkv: &SimTensor,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, SimBuffer>,
+        metadata: &AttentionMetadata<SimBuffer>,
+        out: &SimTensor,
+    ) -> Result<()> {
+        let (starts, lens) = (indices(&metadata.cu_seqlens_q), indices(&metadata.context_lens));
+        let tables = indices(&metadata.block_tables);
+        let max_blocks = metadata.block_tables.columns();
+        let blocks = kv.blocks.lock();
+        let block_size = kv.layout.block_size();
+        let mut hashes = Vec::with_capacity(metadata.num_tokens);
+        for sequence in 0..metadata.num_seqs {
+            let table = &tables[sequence * max_blocks..(sequence + 1) * max_blocks];
+            let num_queries = (starts[sequence + 1] - starts[sequence]) as usize;
+            let context_len = lens[sequence] as usize;
+            for end in context_len - num_queries + 1..=context_len {
+                let start = end - shape.window.unwrap_or(end).min(end);
+                let slots = (start..end).map(|at| table[at / block_size] as usize * block_size + at % block_size);
+                hashes.push(slots.fold(0, |hash, slot| mix(hash, read_u64(&blocks, payload_offset(kv, slot)))));
+            }
+        }
+        drop(blocks);
+        set_payloads(out, hashes);
+        Ok(())
+    }
+
+    fn gated_activation(
+        &self,
+        _: &SimStream,
+        gate_up: &SimTensor,
+        _activation: Activation,
+        out: &SimTensor,
+    ) -> Result<()> {
+        expect_shape("gated activation", out, gate_up.rows(), gate_up.columns() / 2)?;
+        set_payloads(out, payloads(gate_up));
+        Ok(())
+    }
+
+    fn gather_rows(&self, _: &SimStream, x: &SimTensor, rows: &SimTensor, out: &SimTensor) -> Result<()> {
+        let all = payloads(x);
+        set_payloads(out, indices(rows).into_iter().map(|row| all[row as usize]));
+        Ok(())
+    }
+
+    fn argmax(&self, _: &SimStream, x: &SimTensor, out: &SimTensor) -> Result<()> {
+        let tokens: Vec<u8> =
+            payloads(x).into_iter().flat_map(|payload| ((payload % x.columns() as u64) as i32).to_le_bytes()).collect();
+        let start = out.offset_bytes();
+        out.buffer().lock()[start..start + tokens.len()].copy_from_slice(&tokens);
+        Ok(())
+    }
+}
+
+/// Payloads lie `[layer][token]` at the beginning of a block.
+fn payload_offset(kv: &KvLayer<'_, SimBuffer>, slot: usize) -> usize {
+    let block_size = kv.layout.block_size();
+    let (block, token) = (slot / block_size, slot % block_size);
+    let within = (kv.layer * block_size + token) * PAYLOAD_BYTES;
+    assert!(within + PAYLOAD_BYTES <= kv.layout.block_bytes(), "the double needs room for one payload per token");
+    block * kv.layout.block_bytes() + within
+}

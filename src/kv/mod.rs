@@ -1,0 +1,9 @@
+//! Who owns which KV block. Knows no bytes, no device and no request.
+
+mod block;
+mod pool;
+mod prefix;
+
+pub use block::{BlockHash, BlockId, BlockTable};
+pub use pool::BlockPool;
+pub use prefix::PrefixCache;
