@@ -1,0 +1,116 @@
+//! What one forward pass runs on: the tokens of a step and the buffers between its layers.
+
+use crate::Result;
+use crate::backend::{AttentionMetadata, Backend, DType, KvLayout, Tensor};
+
+use super::config::ModelConfig;
+
+/// The tokens of a step, flattened over its sequences. All arrays are i32 on the device.
+#[derive(Debug, Clone)]
+pub struct ForwardBatch<B> {
+    /// `[1, T]`: token ids.
+    pub input_ids: Tensor<B>,
+    /// Where the tokens belong.
+    pub attention: AttentionMetadata<B>,
+    /// `[1, R]`: the token rows whose final hidden state is wanted; those that want logits come first.
+    pub output_rows: Tensor<B>,
+    /// How many of them want logits.
+    pub num_logits: usize,
+}
+
+/// The most a step can hold; buffers are allocated for it.
+#[derive(Debug, Clone, Copy)]
+pub struct StepLimits {
+    /// Tokens.
+    pub max_tokens: usize,
+    /// Rows of logits.
+    pub max_logits: usize,
+}
+
+/// Buffers between layers, allocated once.
+pub struct Workspace<B> {
+    /// `[T, hidden]`: the residual stream.
+    pub(super) residual: Tensor<B>,
+    /// `[T, hidden]`: normalised input of a half layer.
+    pub(super) normed: Tensor<B>,
+    /// `[T, hidden]`: output of a half layer.
+    pub(super) delta: Tensor<B>,
+    /// `[T, (num_heads + 2 num_kv_heads) head_dim]`.
+    pub(super) qkv: Tensor<B>,
+    /// `[T, num_heads head_dim]`.
+    pub(super) attended: Tensor<B>,
+    /// `[T, 2 intermediate]`.
+    pub(super) gate_up: Tensor<B>,
+    /// `[T, intermediate]`.
+    pub(super) activated: Tensor<B>,
+    hidden: Tensor<B>,
+    logits: Tensor<B>,
+}
+
+impl<B: Clone> Workspace<B> {
+    /// Allocates for steps within `limits`.
+    pub fn new<D: Backend<Buffer = B>>(backend: &D, config: &ModelConfig, limits: StepLimits) -> Result<Self> {
+        let dtype = backend.activation_dtype();
+        let allocate = |rows: usize, columns: usize, dtype: DType| -> Result<Tensor<B>> {
+            let buffer = backend.allocate(rows * columns * dtype.block_bytes())?;
+            Ok(Tensor::new(buffer, 0, rows, columns, dtype))
+        };
+        let tokens = limits.max_tokens;
+        let q_size = config.num_heads * config.head_dim;
+        let kv_size = config.num_kv_heads * config.head_dim;
+        Ok(Self {
+            residual: allocate(tokens, config.hidden_size, dtype)?,
+            normed: allocate(tokens, config.hidden_size, dtype)?,
+            delta: allocate(tokens, config.hidden_size, dtype)?,
+            qkv: allocate(tokens, q_size + 2 * kv_size, dtype)?,
+            attended: allocate(tokens, q_size, dtype)?,
+            gate_up: allocate(tokens, 2 * config.intermediate_size, dtype)?,
+            activated: allocate(tokens, config.intermediate_size, dtype)?,
+            hidden: allocate(tokens, config.hidden_size, dtype)?,
+            logits: allocate(limits.max_logits, config.vocab_size, DType::F32)?,
+        })
+    }
+
+    /// `[R, hidden]`: final hidden states of the batch's output rows, after the last norm.
+    pub fn hidden(&self, num_rows: usize) -> Tensor<B> {
+        self.hidden.first_rows(num_rows)
+    }
+
+    /// `[num_logits, vocab]` f32.
+    pub fn logits(&self, num_rows: usize) -> Tensor<B> {
+        self.logits.first_rows(num_rows)
+    }
+
+    /// The same buffers, cut to the tokens of one step.
+    pub(super) fn for_tokens(&self, num_tokens: usize) -> Self {
+        Self {
+            residual: self.residual.first_rows(num_tokens),
+            normed: self.normed.first_rows(num_tokens),
+            delta: self.delta.first_rows(num_tokens),
+            qkv: self.qkv.first_rows(num_tokens),
+            attended: self.attended.first_rows(num_tokens),
+            gate_up: self.gate_up.first_rows(num_tokens),
+            activated: self.activated.first_rows(num_tokens),
+            hidden: self.hidden.clone(),
+            logits: self.logits.clone(),
+        }
+    }
+}
+
+/// The device's KV blocks.
+pub struct KvCache<B> {
+    /// All blocks, one after the other.
+    pub blocks: B,
+    /// Where numbers lie in a block.
+    pub layout: KvLayout,
+    /// How many there are.
+    pub num_blocks: usize,
+}
+
+impl<B: Clone> KvCache<B> {
+    /// Allocates `num_blocks` blocks of `layout`.
+    pub fn new<D: Backend<Buffer = B>>(backend: &D, layout: KvLayout, num_blocks: usize) -> Result<Self> {
+        let blocks = backend.allocate(layout.block_bytes() * num_blocks)?;
+        Ok(Self { blocks, layout, num_blocks })
+    }
+}

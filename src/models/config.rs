@@ -1,0 +1,114 @@
+//! What a checkpoint says about its model, in one form for every family and file format.
+
+use crate::backend::{Activation, RopeConfig};
+use crate::{Result, malformed};
+
+/// The families mneme runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 1 to 3, SmolLM2.
+    Llama,
+    /// Qwen2 and Qwen2.5: a bias on q, k and v.
+    Qwen2,
+    /// Qwen3: a norm on each q and k head.
+    Qwen3,
+    /// Gemma 3 text: norms around each half layer, most layers with a sliding window.
+    Gemma3,
+}
+
+/// Shapes and constants of a decoder.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    /// Which family.
+    pub architecture: Architecture,
+    /// Features of a hidden state.
+    pub hidden_size: usize,
+    /// Features inside the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Numbers in a head.
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// The longest context the model was trained for.
+    pub max_position_embeddings: usize,
+    /// Epsilon of all norms.
+    pub rms_norm_eps: f32,
+    /// Added to stored norm weights.
+    pub norm_offset: f32,
+    /// Multiplies embeddings.
+    pub embedding_scale: f32,
+    /// Multiplies attention scores.
+    pub attention_scale: f32,
+    /// Activation of the feed-forward layer.
+    pub activation: Activation,
+    /// Angles of layers that see everything.
+    pub rope: RopeConfig,
+    /// Layers with a sliding window, if the family has them.
+    pub sliding: Option<SlidingWindow>,
+}
+
+/// Sliding-window layers.
+#[derive(Debug, Clone)]
+pub struct SlidingWindow {
+    /// Positions seen, the token's own included.
+    pub window: usize,
+    /// Per layer, whether it slides.
+    pub layers: Vec<bool>,
+    /// Angles of sliding layers.
+    pub rope: RopeConfig,
+}
+
+impl SlidingWindow {
+    /// The pattern "all but every `period`-th layer slide".
+    pub fn periodic(num_layers: usize, period: usize) -> Vec<bool> {
+        (1..=num_layers).map(|layer| period == 0 || !layer.is_multiple_of(period)).collect()
+    }
+}
+
+impl ModelConfig {
+    /// Refuses shapes that cannot be a model, before anything is computed from them.
+    pub fn validate(self) -> Result<Self> {
+        const MAX_FEATURES: usize = 1 << 20;
+        let sizes = [
+            ("hidden_size", self.hidden_size, MAX_FEATURES),
+            ("intermediate_size", self.intermediate_size, MAX_FEATURES),
+            ("num_hidden_layers", self.num_layers, 4096),
+            ("num_attention_heads", self.num_heads, 4096),
+            ("num_key_value_heads", self.num_kv_heads, 4096),
+            ("head_dim", self.head_dim, 1024),
+            ("vocab_size", self.vocab_size, 1 << 24),
+            ("max_position_embeddings", self.max_position_embeddings, 1 << 28),
+        ];
+        for (name, value, most) in sizes {
+            if value == 0 || value > most {
+                return Err(malformed!("model config: {name} is {value}, wanted 1 to {most}"));
+            }
+        }
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            let (heads, kv_heads) = (self.num_heads, self.num_kv_heads);
+            return Err(malformed!("model config: {heads} query heads do not divide among {kv_heads} key/value heads"));
+        }
+        if !self.head_dim.is_multiple_of(16) {
+            return Err(malformed!("model config: head_dim {} is not a multiple of 16", self.head_dim));
+        }
+        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0 && self.rope.theta > 0.0) {
+            return Err(malformed!(
+                "model config: rms_norm_eps {} or rope theta {} is out of range",
+                self.rms_norm_eps,
+                self.rope.theta
+            ));
+        }
+        if let Some(sliding) = &self.sliding
+            && (sliding.layers.len() != self.num_layers || sliding.window == 0)
+        {
+            return Err(malformed!("model config: layer_types or sliding_window does not fit {} layers", self.num_layers));
+        }
+        Ok(self)
+    }
+}

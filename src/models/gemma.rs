@@ -1,0 +1,72 @@
+//! Gemma 3: a norm before and after each half layer, and two kinds of attention layers with their own angles.
+
+use super::layers::{Attention, FeedForward, Loader, Pass, RmsNorm};
+use crate::backend::Backend;
+use crate::{Result, malformed};
+
+/// One layer: `x += post(attention(pre(x))); x += post(feed_forward(pre(x)))`.
+struct Layer<B: Backend> {
+    input_norm: RmsNorm<B>,
+    attention: Attention<B>,
+    post_attention_norm: RmsNorm<B>,
+    pre_feedforward_norm: RmsNorm<B>,
+    feed_forward: FeedForward<B>,
+    post_feedforward_norm: RmsNorm<B>,
+    slides: bool,
+}
+
+/// All layers, and the norm behind them.
+pub(super) struct GemmaLayers<B: Backend> {
+    layers: Vec<Layer<B>>,
+    final_norm: RmsNorm<B>,
+    rope: B::RopeTable,
+    sliding_rope: B::RopeTable,
+}
+
+impl<B: Backend> GemmaLayers<B> {
+    pub(super) fn load(loader: &Loader<'_, B>, max_positions: usize) -> Result<Self> {
+        let config = loader.config();
+        let sliding = config.sliding.as_ref().ok_or_else(|| malformed!("a Gemma 3 model needs a sliding window"))?;
+        let layers =
+            sliding.layers.iter().enumerate().map(|(layer, &slides)| load_layer(loader, layer, slides));
+        Ok(Self {
+            layers: layers.collect::<Result<_>>()?,
+            final_norm: loader.norm("model.norm.weight", config.hidden_size)?,
+            rope: loader.backend.load_rope(&config.rope, max_positions)?,
+            sliding_rope: loader.backend.load_rope(&sliding.rope, max_positions)?,
+        })
+    }
+
+    /// From embeddings in `residual` to final hidden states in `normed`.
+    pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
+        let Pass { backend, stream, buffers, .. } = pass;
+        // The norm behind a half layer, then the sum, then the norm before the next half.
+        let join = |post: &RmsNorm<B>, next: &RmsNorm<B>| {
+            backend.rms_norm(stream, &buffers.delta, &post.get(), &buffers.delta)?;
+            backend.add_rms_norm(stream, &buffers.residual, &buffers.delta, &next.get(), &buffers.normed)
+        };
+        let Some(first) = self.layers.first() else { return Ok(()) };
+        backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            layer.attention.forward(pass, if layer.slides { &self.sliding_rope } else { &self.rope })?;
+            join(&layer.post_attention_norm, &layer.pre_feedforward_norm)?;
+            layer.feed_forward.forward(pass)?;
+            let next = self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.input_norm);
+            join(&layer.post_feedforward_norm, next)?;
+        }
+        Ok(())
+    }
+}
+
+fn load_layer<B: Backend>(loader: &Loader<'_, B>, layer: usize, slides: bool) -> Result<Layer<B>> {
+    let norm = |part: &str| loader.norm(&format!("model.layers.{layer}.{part}.weight"), loader.config().hidden_size);
+    Ok(Layer {
+        input_norm: norm("input_layernorm")?,
+        attention: Attention::load(loader, layer)?,
+        post_attention_norm: norm("post_attention_layernorm")?,
+        pre_feedforward_norm: norm("pre_feedforward_layernorm")?,
+        feed_forward: FeedForward::load(loader, layer)?,
+        post_feedforward_norm: norm("post_feedforward_layernorm")?,
+        slides,
+    })
+}

@@ -1,0 +1,142 @@
+//! The same from the metadata of a GGUF file, and what the file calls its tensors.
+
+use super::config::{Architecture, ModelConfig, SlidingWindow};
+use super::gguf::Gguf;
+use crate::backend::{Activation, RopeConfig, RopeScaling, dequantize_row};
+use crate::{Result, malformed, unsupported};
+
+impl ModelConfig {
+    /// Reads the metadata of a GGUF file.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        GgufConfig::new(gguf)?.normalise()?.validate()
+    }
+}
+
+struct GgufConfig<'a> {
+    gguf: &'a Gguf,
+    prefix: String,
+    architecture: Architecture,
+}
+
+impl<'a> GgufConfig<'a> {
+    fn new(gguf: &'a Gguf) -> Result<Self> {
+        let prefix = gguf.get_str("general.architecture")?;
+        let architecture = match prefix.as_str() {
+            "llama" => Architecture::Llama,
+            "qwen2" => Architecture::Qwen2,
+            "qwen3" => Architecture::Qwen3,
+            "gemma3" => Architecture::Gemma3,
+            other => {
+                return Err(unsupported!("GGUF architecture {other:?} is not supported; llama, qwen2, qwen3, gemma3 are"));
+            }
+        };
+        Ok(Self { gguf, prefix, architecture })
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        Ok(self.gguf.get_u32(&format!("{}.{key}", self.prefix))? as usize)
+    }
+
+    fn find_size(&self, key: &str) -> Result<Option<usize>> {
+        Ok(self.gguf.find_u32(&format!("{}.{key}", self.prefix))?.map(|value| value as usize))
+    }
+
+    fn find_number(&self, key: &str) -> Result<Option<f32>> {
+        self.gguf.find_f32(&format!("{}.{key}", self.prefix))
+    }
+
+    fn normalise(self) -> Result<ModelConfig> {
+        let gemma = self.architecture == Architecture::Gemma3;
+        let hidden_size = self.size("embedding_length")?;
+        let num_heads = self.size("attention.head_count")?;
+        let head_dim = self.find_size("attention.key_length")?.unwrap_or(hidden_size / num_heads.max(1));
+        let num_layers = self.size("block_count")?;
+        let embedding = self.gguf.tensor_info("token_embd.weight");
+        let embedding = embedding.ok_or_else(|| malformed!("GGUF: no tensor named \"token_embd.weight\""))?;
+        let epsilon = self.find_number("attention.layer_norm_rms_epsilon")?;
+        Ok(ModelConfig {
+            architecture: self.architecture,
+            hidden_size,
+            intermediate_size: self.size("feed_forward_length")?,
+            num_layers,
+            num_heads,
+            num_kv_heads: self.find_size("attention.head_count_kv")?.unwrap_or(num_heads),
+            head_dim,
+            vocab_size: embedding.rows(),
+            max_position_embeddings: self.size("context_length")?,
+            rms_norm_eps: epsilon.unwrap_or(1e-6),
+            norm_offset: 0.0,
+            embedding_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
+            attention_scale: (head_dim as f32).sqrt().recip(),
+            activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+            rope: self.rope(head_dim)?,
+            sliding: if gemma { Some(self.sliding(num_layers, head_dim)?) } else { None },
+        })
+    }
+
+    fn rope(&self, head_dim: usize) -> Result<RopeConfig> {
+        let theta = self.find_number("rope.freq_base")?.unwrap_or(10_000.0);
+        Ok(RopeConfig { head_dim, theta: f64::from(theta), scaling: self.rope_scaling()? })
+    }
+
+    fn rope_scaling(&self) -> Result<RopeScaling> {
+        if self.gguf.tensor_info("rope_freqs.weight").is_some() {
+            let tensor = self.gguf.tensor("rope_freqs.weight")?;
+            let mut factors = vec![0.0; tensor.rows() * tensor.columns()];
+            dequantize_row(tensor.dtype(), tensor.bytes(), &mut factors);
+            return Ok(RopeScaling::Factors(factors));
+        }
+        match self.gguf.find_str(&format!("{}.rope.scaling.type", self.prefix))?.as_deref() {
+            None | Some("none") => Ok(RopeScaling::Plain),
+            Some("linear") => {
+                let factor = self.find_number("rope.scaling.factor")?.unwrap_or(1.0);
+                Ok(RopeScaling::Linear { factor: f64::from(factor) })
+            }
+            Some(other) => Err(unsupported!("RoPE scaling {other:?} of a GGUF file is not supported; linear is")),
+        }
+    }
+
+    fn sliding(&self, num_layers: usize, head_dim: usize) -> Result<SlidingWindow> {
+        let period = self.find_size("attention.sliding_window_pattern")?.unwrap_or(6);
+        let theta = self.find_number("rope.freq_base_swa")?.unwrap_or(10_000.0);
+        Ok(SlidingWindow {
+            window: self.size("attention.sliding_window")?,
+            layers: SlidingWindow::periodic(num_layers, period),
+            rope: RopeConfig { head_dim, theta: f64::from(theta), scaling: RopeScaling::Plain },
+        })
+    }
+}
+
+/// What a GGUF file calls the tensor that Hugging Face checkpoints call `name`, without the `model.` prefix's layer
+/// part: `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
+pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
+    match name {
+        "model.embed_tokens.weight" => return Some("token_embd.weight".into()),
+        "model.norm.weight" => return Some("output_norm.weight".into()),
+        "lm_head.weight" => return Some("output.weight".into()),
+        _ => {}
+    }
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    let (stem, kind) = rest.rsplit_once('.')?;
+    Some(format!("blk.{layer}.{}.{kind}", gguf_stem(architecture, stem)?))
+}
+
+fn gguf_stem(architecture: Architecture, stem: &str) -> Option<&'static str> {
+    let gemma = architecture == Architecture::Gemma3;
+    Some(match stem {
+        "input_layernorm" => "attn_norm",
+        "self_attn.q_proj" => "attn_q",
+        "self_attn.k_proj" => "attn_k",
+        "self_attn.v_proj" => "attn_v",
+        "self_attn.o_proj" => "attn_output",
+        "self_attn.q_norm" => "attn_q_norm",
+        "self_attn.k_norm" => "attn_k_norm",
+        "mlp.gate_proj" => "ffn_gate",
+        "mlp.up_proj" => "ffn_up",
+        "mlp.down_proj" => "ffn_down",
+        "post_attention_layernorm" if gemma => "post_attention_norm",
+        "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
+        _ => return None,
+    })
+}

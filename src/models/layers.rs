@@ -1,0 +1,163 @@
+//! The two halves of a decoder layer, as every family has them.
+
+use super::batch::{KvCache, Workspace};
+use super::config::{Architecture, ModelConfig};
+use super::weights::Checkpoint;
+use crate::Result;
+use crate::backend::{
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, Norm, Tensor,
+};
+
+/// Where a pass runs and what it runs on.
+pub(super) struct Pass<'a, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) stream: &'a B::Stream,
+    pub(super) buffers: &'a Workspace<B::Buffer>,
+    pub(super) kv: &'a KvCache<B::Buffer>,
+    pub(super) metadata: &'a AttentionMetadata<B::Buffer>,
+}
+
+/// Where weights come from and how they are kept.
+pub(super) struct Loader<'a, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) checkpoint: &'a Checkpoint,
+    /// What matrices are kept as; `None` keeps them as stored.
+    pub(super) dtype: Option<DType>,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    pub(super) fn config(&self) -> &ModelConfig {
+        self.checkpoint.config()
+    }
+
+    pub(super) fn matrix(&self, parts: &[HostTensor]) -> Result<B::Matrix> {
+        self.backend.load_matrix(parts, self.dtype)
+    }
+
+    pub(super) fn norm(&self, name: &str, len: usize) -> Result<RmsNorm<B>> {
+        let tensor = self.checkpoint.vector(name, len)?;
+        let weight = self.backend.load_vector(&[tensor], self.checkpoint.norm_offset())?;
+        Ok(RmsNorm { weight, epsilon: self.config().rms_norm_eps })
+    }
+}
+
+/// Weights of a norm.
+pub(super) struct RmsNorm<B: Backend> {
+    weight: Tensor<B::Buffer>,
+    epsilon: f32,
+}
+
+impl<B: Backend> RmsNorm<B> {
+    pub(super) fn get(&self) -> Norm<'_, B::Buffer> {
+        Norm { weight: &self.weight, epsilon: self.epsilon }
+    }
+}
+
+/// Self-attention: projections, rotation, KV store, attention over blocks.
+pub(super) struct Attention<B: Backend> {
+    qkv_proj: B::Matrix,
+    qkv_bias: Option<Tensor<B::Buffer>>,
+    o_proj: B::Matrix,
+    q_norm: Option<RmsNorm<B>>,
+    k_norm: Option<RmsNorm<B>>,
+    shape: AttentionShape,
+    layer: usize,
+}
+
+impl<B: Backend> Attention<B> {
+    pub(super) fn load(loader: &Loader<'_, B>, layer: usize) -> Result<Self> {
+        let config = loader.config();
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let (q_size, kv_size) = (config.num_heads * head_dim, config.num_kv_heads * head_dim);
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+        let checkpoint = loader.checkpoint;
+        let has_head_norms = matches!(config.architecture, Architecture::Qwen3 | Architecture::Gemma3);
+        let head_norm = |part: &str| has_head_norms.then(|| loader.norm(&name(part), head_dim)).transpose();
+        Ok(Self {
+            qkv_proj: loader.matrix(&[
+                checkpoint.matrix(&name("q_proj.weight"), q_size, hidden)?,
+                checkpoint.matrix(&name("k_proj.weight"), kv_size, hidden)?,
+                checkpoint.matrix(&name("v_proj.weight"), kv_size, hidden)?,
+            ])?,
+            qkv_bias: Self::load_bias(loader, layer, q_size, kv_size)?,
+            o_proj: loader.matrix(&[checkpoint.matrix(&name("o_proj.weight"), hidden, q_size)?])?,
+            q_norm: head_norm("q_norm.weight")?,
+            k_norm: head_norm("k_norm.weight")?,
+            shape: AttentionShape {
+                num_heads: config.num_heads,
+                num_kv_heads: config.num_kv_heads,
+                head_dim,
+                scale: config.attention_scale,
+                window: config.sliding.as_ref().filter(|sliding| sliding.layers[layer]).map(|found| found.window),
+            },
+            layer,
+        })
+    }
+
+    fn load_bias(
+        loader: &Loader<'_, B>,
+        layer: usize,
+        q_size: usize,
+        kv_size: usize,
+    ) -> Result<Option<Tensor<B::Buffer>>> {
+        let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.bias");
+        let checkpoint = loader.checkpoint;
+        if checkpoint.find_tensor(&name("q_proj"))?.is_none() {
+            return Ok(None);
+        }
+        let parts = [
+            checkpoint.vector(&name("q_proj"), q_size)?,
+            checkpoint.vector(&name("k_proj"), kv_size)?,
+            checkpoint.vector(&name("v_proj"), kv_size)?,
+        ];
+        loader.backend.load_vector(&parts, 0.0).map(Some)
+    }
+
+    /// From `normed` to `delta`.
+    pub(super) fn forward(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
+        let Pass { backend, stream, buffers, kv, metadata } = pass;
+        let kv = KvLayer { blocks: &kv.blocks, layout: &kv.layout, layer: self.layer };
+        let heads = HeadTransform {
+            shape: self.shape,
+            q_norm: self.q_norm.as_ref().map(RmsNorm::get),
+            k_norm: self.k_norm.as_ref().map(RmsNorm::get),
+            rope,
+        };
+        backend.linear(stream, &buffers.normed, &self.qkv_proj, self.qkv_bias.as_ref(), &buffers.qkv)?;
+        backend.rope_and_store_kv(stream, &buffers.qkv, &heads, &kv, metadata)?;
+        backend.attention(stream, &buffers.qkv, &self.shape, &kv, metadata, &buffers.attended)?;
+        backend.linear(stream, &buffers.attended, &self.o_proj, None, &buffers.delta)
+    }
+}
+
+/// The gated feed-forward layer.
+pub(super) struct FeedForward<B: Backend> {
+    gate_up_proj: B::Matrix,
+    down_proj: B::Matrix,
+    activation: Activation,
+}
+
+impl<B: Backend> FeedForward<B> {
+    pub(super) fn load(loader: &Loader<'_, B>, layer: usize) -> Result<Self> {
+        let config = loader.config();
+        let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+        let name = |part: &str| format!("model.layers.{layer}.mlp.{part}.weight");
+        let checkpoint = loader.checkpoint;
+        Ok(Self {
+            gate_up_proj: loader.matrix(&[
+                checkpoint.matrix(&name("gate_proj"), intermediate, hidden)?,
+                checkpoint.matrix(&name("up_proj"), intermediate, hidden)?,
+            ])?,
+            down_proj: loader.matrix(&[checkpoint.matrix(&name("down_proj"), hidden, intermediate)?])?,
+            activation: config.activation,
+        })
+    }
+
+    /// From `normed` to `delta`.
+    pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
+        let Pass { backend, stream, buffers, .. } = pass;
+        backend.linear(stream, &buffers.normed, &self.gate_up_proj, None, &buffers.gate_up)?;
+        backend.gated_activation(stream, &buffers.gate_up, self.activation, &buffers.activated)?;
+        backend.linear(stream, &buffers.activated, &self.down_proj, None, &buffers.delta)
+    }
+}

@@ -1,0 +1,60 @@
+//! Decoders with a norm before each half layer: Llama (and SmolLM2), Qwen2, Qwen3.
+
+use super::layers::{Attention, FeedForward, Loader, Pass, RmsNorm};
+use crate::Result;
+use crate::backend::Backend;
+
+/// One layer: `x += attention(norm(x)); x += feed_forward(norm(x))`.
+struct Layer<B: Backend> {
+    input_norm: RmsNorm<B>,
+    attention: Attention<B>,
+    post_attention_norm: RmsNorm<B>,
+    feed_forward: FeedForward<B>,
+}
+
+/// All layers, and the norm behind them.
+pub(super) struct LlamaLayers<B: Backend> {
+    layers: Vec<Layer<B>>,
+    final_norm: RmsNorm<B>,
+    rope: B::RopeTable,
+}
+
+impl<B: Backend> LlamaLayers<B> {
+    pub(super) fn load(loader: &Loader<'_, B>, max_positions: usize) -> Result<Self> {
+        let config = loader.config();
+        let layers = (0..config.num_layers).map(|layer| load_layer(loader, layer)).collect::<Result<_>>()?;
+        Ok(Self {
+            layers,
+            final_norm: loader.norm("model.norm.weight", config.hidden_size)?,
+            rope: loader.backend.load_rope(&config.rope, max_positions)?,
+        })
+    }
+
+    /// From embeddings in `residual` to final hidden states in `normed`.
+    pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
+        let Pass { backend, stream, buffers, .. } = pass;
+        let add_norm = |norm: &RmsNorm<B>| {
+            backend.add_rms_norm(stream, &buffers.residual, &buffers.delta, &norm.get(), &buffers.normed)
+        };
+        for (index, layer) in self.layers.iter().enumerate() {
+            match index {
+                0 => backend.rms_norm(stream, &buffers.residual, &layer.input_norm.get(), &buffers.normed)?,
+                _ => add_norm(&layer.input_norm)?,
+            }
+            layer.attention.forward(pass, &self.rope)?;
+            add_norm(&layer.post_attention_norm)?;
+            layer.feed_forward.forward(pass)?;
+        }
+        add_norm(&self.final_norm)
+    }
+}
+
+fn load_layer<B: Backend>(loader: &Loader<'_, B>, layer: usize) -> Result<Layer<B>> {
+    let norm = |part: &str| loader.norm(&format!("model.layers.{layer}.{part}.weight"), loader.config().hidden_size);
+    Ok(Layer {
+        input_norm: norm("input_layernorm")?,
+        attention: Attention::load(loader, layer)?,
+        post_attention_norm: norm("post_attention_layernorm")?,
+        feed_forward: FeedForward::load(loader, layer)?,
+    })
+}

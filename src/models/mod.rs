@@ -1,0 +1,18 @@
+//! Model families over [`Backend`](crate::backend::Backend), and the checkpoint formats they are read from. Knows no
+//! MemCube and no scheduler.
+
+mod batch;
+mod config;
+mod gemma;
+pub mod gguf;
+mod gguf_config;
+mod hf_config;
+mod layers;
+mod llama;
+mod model;
+mod weights;
+
+pub use batch::{ForwardBatch, KvCache, StepLimits, Workspace};
+pub use config::{Architecture, ModelConfig, SlidingWindow};
+pub use model::Model;
+pub use weights::Checkpoint;

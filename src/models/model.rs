@@ -1,0 +1,87 @@
+//! A loaded decoder: embedding, the family's layers, output projection.
+
+use super::batch::{ForwardBatch, KvCache, Workspace};
+use super::config::{Architecture, ModelConfig};
+use super::gemma::GemmaLayers;
+use super::layers::{Loader, Pass};
+use super::llama::LlamaLayers;
+use super::weights::Checkpoint;
+use crate::Result;
+use crate::backend::{Backend, DType, KvLayout};
+
+/// A model on a device. Written once for every backend.
+pub struct Model<B: Backend> {
+    config: ModelConfig,
+    embedding: B::Matrix,
+    layers: Layers<B>,
+    /// `None` when the embedding serves as output projection.
+    lm_head: Option<B::Matrix>,
+}
+
+enum Layers<B: Backend> {
+    Llama(LlamaLayers<B>),
+    Gemma(GemmaLayers<B>),
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads a checkpoint. `dtype` is what matrices are kept as; `None` keeps them as stored, quantised ones quantised.
+    /// Positions run up to `max_positions`.
+    pub fn load(backend: &B, checkpoint: &Checkpoint, dtype: Option<DType>, max_positions: usize) -> Result<Self> {
+        let loader = Loader { backend, checkpoint, dtype };
+        let config = checkpoint.config().clone();
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = loader.matrix(&[checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?])?;
+        let lm_head = match checkpoint.find_tensor("lm_head.weight")? {
+            Some(_) => Some(loader.matrix(&[checkpoint.matrix("lm_head.weight", vocab, hidden)?])?),
+            None => None,
+        };
+        let layers = match config.architecture {
+            Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
+                Layers::Llama(LlamaLayers::load(&loader, max_positions)?)
+            }
+            Architecture::Gemma3 => Layers::Gemma(GemmaLayers::load(&loader, max_positions)?),
+        };
+        Ok(Self { config, embedding, layers, lm_head })
+    }
+
+    /// Shapes and constants.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The KV cache this model needs.
+    pub fn kv_layout(&self, block_size: usize, dtype: DType) -> Result<KvLayout> {
+        let config = &self.config;
+        KvLayout::new(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+    }
+
+    /// Queues one step. Afterwards `workspace` has the final hidden states of the output rows, and the logits of the
+    /// first `num_logits` of them.
+    pub fn forward(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        batch: &ForwardBatch<B::Buffer>,
+        kv: &KvCache<B::Buffer>,
+        workspace: &Workspace<B::Buffer>,
+    ) -> Result<()> {
+        let buffers = &workspace.for_tokens(batch.attention.num_tokens);
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention };
+        backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
+        match &self.layers {
+            Layers::Llama(layers) => layers.forward(&pass)?,
+            Layers::Gemma(layers) => layers.forward(&pass)?,
+        }
+        let num_outputs = batch.output_rows.columns();
+        if num_outputs == 0 {
+            return Ok(());
+        }
+        backend.gather_rows(stream, &buffers.normed, &batch.output_rows, &workspace.hidden(num_outputs))?;
+        if batch.num_logits == 0 {
+            return Ok(());
+        }
+        let lm_head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        let hidden = workspace.hidden(batch.num_logits);
+        backend.linear(stream, &hidden, lm_head, None, &workspace.logits(batch.num_logits))
+    }
+}

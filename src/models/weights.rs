@@ -1,0 +1,219 @@
+//! A checkpoint on disk: its files mapped, its tensors found by their Hugging Face names.
+
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, Metadata};
+use serde::Deserialize;
+
+use super::config::{Architecture, ModelConfig};
+use super::gguf::Gguf;
+use super::gguf_config::gguf_name;
+use crate::backend::{DType, HostTensor, RowOrder, SharedBytes};
+use crate::{Error, Result, malformed, unsupported};
+
+/// Larger JSON files beside a model are not read.
+const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// An open checkpoint. Tensors are views into mapped files; nothing is read before it is used.
+pub struct Checkpoint {
+    path: PathBuf,
+    config: ModelConfig,
+    files: Files,
+}
+
+enum Files {
+    Gguf(Box<Gguf>),
+    Safetensors(Vec<Shard>),
+}
+
+struct Shard {
+    bytes: SharedBytes,
+    data_start: usize,
+    metadata: Metadata,
+}
+
+impl Checkpoint {
+    /// Opens a `.gguf` file, or a directory with `config.json` and safetensors files.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.is_dir() { Self::open_directory(path) } else { Self::open_gguf(path) }
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let gguf = Gguf::parse(map_file(path)?).map_err(|error| in_file(path, error))?;
+        let config = ModelConfig::from_gguf(&gguf).map_err(|error| in_file(path, error))?;
+        Ok(Self { path: path.to_owned(), config, files: Files::Gguf(Box::new(gguf)) })
+    }
+
+    fn open_directory(path: &Path) -> Result<Self> {
+        let config_path = path.join("config.json");
+        let config = ModelConfig::from_hf_json(&read_text(&config_path)?).map_err(|error| in_file(&config_path, error))?;
+        let shards = shard_names(path)?.iter().map(|name| open_shard(&path.join(name))).collect::<Result<_>>()?;
+        Ok(Self { path: path.to_owned(), config, files: Files::Safetensors(shards) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says about the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The GGUF file, when it is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.files {
+            Files::Gguf(gguf) => Some(gguf),
+            Files::Safetensors(_) => None,
+        }
+    }
+
+    /// The constant that stored norm weights lack: GGUF files carry Gemma's with it already added.
+    pub fn norm_offset(&self) -> f32 {
+        self.config.norm_offset
+    }
+
+    /// Tensor `name`, by its Hugging Face name; an error when the checkpoint lacks it.
+    pub fn tensor(&self, name: &str) -> Result<HostTensor> {
+        let path = self.path.display();
+        self.find_tensor(name)?.ok_or_else(|| malformed!("{path}: the checkpoint has no tensor {name:?}"))
+    }
+
+    /// The tensor with its shape checked.
+    pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<HostTensor> {
+        let tensor = self.tensor(name)?;
+        if (tensor.rows(), tensor.columns()) != (rows, columns) {
+            let (found_rows, found_columns) = (tensor.rows(), tensor.columns());
+            return Err(malformed!(
+                "{}: tensor {name:?} is [{found_rows}, {found_columns}], config wants [{rows}, {columns}]",
+                self.path.display()
+            ));
+        }
+        Ok(tensor)
+    }
+
+    /// A vector with its length checked.
+    pub fn vector(&self, name: &str, len: usize) -> Result<HostTensor> {
+        self.matrix(name, 1, len)
+    }
+
+    /// Tensor `name`, or `None` when the checkpoint lacks it.
+    pub fn find_tensor(&self, name: &str) -> Result<Option<HostTensor>> {
+        match &self.files {
+            Files::Safetensors(shards) => find_in_shards(shards, name),
+            Files::Gguf(gguf) => self.find_in_gguf(gguf, name),
+        }
+    }
+
+    fn find_in_gguf(&self, gguf: &Gguf, name: &str) -> Result<Option<HostTensor>> {
+        let architecture = self.config.architecture;
+        let Some(gguf_name) = gguf_name(architecture, name).filter(|found| gguf.tensor_info(found).is_some()) else {
+            return Ok(None);
+        };
+        let tensor = gguf.tensor(&gguf_name).map_err(|error| in_file(&self.path, error))?;
+        Ok(Some(match interleaved_heads(&self.config, name) {
+            Some(num_heads) if tensor.rows().is_multiple_of(num_heads * 2) => {
+                tensor.with_row_order(RowOrder::InterleavedHalves { num_heads })
+            }
+            Some(_) => return Err(malformed!("{}: {name} has {} rows", self.path.display(), tensor.rows())),
+            None => tensor,
+        }))
+    }
+}
+
+/// GGUF files of the Llama architecture keep q and k rows in the order ggml's interleaved RoPE wants.
+fn interleaved_heads(config: &ModelConfig, name: &str) -> Option<usize> {
+    if config.architecture != Architecture::Llama {
+        return None;
+    }
+    if name.contains("self_attn.q_proj") {
+        Some(config.num_heads)
+    } else if name.contains("self_attn.k_proj") {
+        Some(config.num_kv_heads)
+    } else {
+        None
+    }
+}
+
+fn find_in_shards(shards: &[Shard], name: &str) -> Result<Option<HostTensor>> {
+    for shard in shards {
+        if let Some(info) = shard.metadata.info(name) {
+            let dtype = match info.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                other => return Err(unsupported!("tensor {name:?} is {other:?}; F32, F16 and BF16 are supported")),
+            };
+            let (rows, columns) = match info.shape.as_slice() {
+                [len] => (1, *len),
+                [rows, columns] => (*rows, *columns),
+                other => return Err(malformed!("tensor {name:?} has shape {other:?}, wanted one or two extents")),
+            };
+            let (start, end) = info.data_offsets;
+            let range = shard.data_start + start..shard.data_start + end;
+            return HostTensor::new(name, shard.bytes.clone(), range, dtype, rows, columns).map(Some);
+        }
+    }
+    Ok(None)
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: HashMap<String, String>,
+}
+
+fn shard_names(directory: &Path) -> Result<Vec<String>> {
+    let index_path = directory.join("model.safetensors.index.json");
+    if !index_path.exists() {
+        return Ok(vec!["model.safetensors".into()]);
+    }
+    let index: ShardIndex = serde_json::from_str(&read_text(&index_path)?)
+        .map_err(|error| malformed!("{}: not a shard index: {error}", index_path.display()))?;
+    let mut names: Vec<String> = index.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    match names.iter().find(|name| Path::new(name).file_name().is_none_or(|file| file != name.as_str())) {
+        Some(name) => Err(malformed!("{}: shard {name:?} is not a plain file name", index_path.display())),
+        None => Ok(names),
+    }
+}
+
+fn open_shard(path: &Path) -> Result<Shard> {
+    let bytes = map_file(path)?;
+    let (header_bytes, metadata) = safetensors::SafeTensors::read_metadata((*bytes).as_ref())
+        .map_err(|error| malformed!("{}: not a safetensors file: {error}", path.display()))?;
+    Ok(Shard { bytes, data_start: header_bytes + 8, metadata })
+}
+
+/// Maps a file for reading.
+pub(super) fn map_file(path: &Path) -> Result<SharedBytes> {
+    let file = File::open(path).map_err(|error| Error::io("open", path, error))?;
+    // SAFETY: the mapping is read-only and private to us. A file that is truncated while it is mapped faults; model
+    // files are replaced by renaming, never rewritten in place, by every tool that writes them.
+    let mapping = unsafe { Mmap::map(&file) }.map_err(|error| Error::io("map", path, error))?;
+    Ok(Arc::new(mapping))
+}
+
+/// A text file of bounded size.
+pub(super) fn read_text(path: &Path) -> Result<String> {
+    let size = std::fs::metadata(path).map_err(|error| Error::io("read", path, error))?.len();
+    if size > MAX_JSON_BYTES {
+        return Err(malformed!("{}: {size} bytes is more than the {MAX_JSON_BYTES} allowed", path.display()));
+    }
+    std::fs::read_to_string(path).map_err(|error| Error::io("read", path, error))
+}
+
+fn in_file(path: &Path, error: Error) -> Error {
+    match error {
+        Error::Format(message) => malformed!("{}: {message}", path.display()),
+        Error::Unsupported(message) => unsupported!("{}: {message}", path.display()),
+        other => other,
+    }
+}
