@@ -1,0 +1,137 @@
+//! The rows of x, cut into tiles and laid out as the kernels read them.
+
+#![allow(unsafe_code)]
+
+use half::bf16;
+
+use super::ThreadPool;
+
+/// Rows of f32 in memory: row `i` is `data[i * stride..][..num_columns]`.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// The numbers.
+    pub data: &'a [f32],
+    /// From one row to the next.
+    pub stride: usize,
+}
+
+/// Rows of f32 to write.
+pub struct RowsMut<'a> {
+    /// The numbers.
+    pub data: &'a mut [f32],
+    /// From one row to the next.
+    pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    pub(super) fn row(self, row: usize, num_columns: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..num_columns]
+    }
+}
+
+/// `num_rows` rows in as few tiles as the kernels' height allows, as even as can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TilePlan {
+    pub(super) num_rows: usize,
+    pub(super) num_tiles: usize,
+}
+
+impl TilePlan {
+    pub(super) fn new(num_rows: usize, max_rows: usize) -> Self {
+        Self { num_rows, num_tiles: num_rows.div_ceil(max_rows) }
+    }
+
+    /// The first row of `tile`.
+    pub(super) fn start(self, tile: usize) -> usize {
+        tile * self.num_rows / self.num_tiles
+    }
+
+    pub(super) fn rows(self, tile: usize) -> usize {
+        self.start(tile + 1) - self.start(tile)
+    }
+}
+
+/// Memory that parallel tasks write disjoint parts of.
+pub(super) struct Disjoint<T>(*mut T, usize);
+
+// SAFETY: only `part` gives access, and its caller promises disjoint parts.
+unsafe impl<T: Send> Sync for Disjoint<T> {}
+
+impl<T> Disjoint<T> {
+    pub(super) fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr(), slice.len())
+    }
+
+    /// # Safety
+    /// The slice this was made from is still borrowed, and no other live part overlaps `[start, start + len)`.
+    pub(super) unsafe fn part<'a>(&self, start: usize, len: usize) -> &'a mut [T] {
+        assert!(start <= self.1 && len <= self.1 - start, "part [{start}, +{len}) of {}", self.1);
+        // SAFETY: in bounds by the assertion, disjoint by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+/// Lays x out tile by tile as `[2 * num_pairs][rows]`, zeros after the last column when their number is odd.
+/// Tile `t` begins at `plan.start(t) * 2 * num_pairs`.
+pub(super) fn pack_tiles(pool: &mut ThreadPool, x: Rows, num_columns: usize, plan: TilePlan, target: &mut [f32]) {
+    let padded = num_columns.next_multiple_of(2);
+    let shared = Disjoint::new(target);
+    for_each_tile(pool, plan, |tile| {
+        let (start, rows) = (plan.start(tile), plan.rows(tile));
+        // SAFETY: tiles are disjoint ranges of rows.
+        let target = unsafe { shared.part(start * padded, rows * padded) };
+        for row in 0..rows {
+            for (k, &value) in x.row(start + row, num_columns).iter().enumerate() {
+                target[k * rows + row] = value;
+            }
+            if padded > num_columns {
+                target[num_columns * rows + row] = 0.0;
+            }
+        }
+    });
+}
+
+/// The same rounded to bf16, pairs of `k` in one word: `[num_pairs][rows]`, the even `k` in the low half.
+pub(super) fn pack_bf16_tiles(pool: &mut ThreadPool, x: Rows, num_columns: usize, plan: TilePlan, target: &mut [f32]) {
+    let num_pairs = num_columns.div_ceil(2);
+    let shared = Disjoint::new(target);
+    for_each_tile(pool, plan, |tile| {
+        let (start, rows) = (plan.start(tile), plan.rows(tile));
+        // SAFETY: tiles are disjoint ranges of rows.
+        let target = unsafe { shared.part(start * num_pairs, rows * num_pairs) };
+        for row in 0..rows {
+            for (pair, values) in x.row(start + row, num_columns).chunks(2).enumerate() {
+                let even = u32::from(bf16::from_f32(values[0]).to_bits());
+                let odd = u32::from(bf16::from_f32(values.get(1).copied().unwrap_or(0.0)).to_bits());
+                target[pair * rows + row] = f32::from_bits(odd << 16 | even);
+            }
+        }
+    });
+}
+
+/// Runs `task` for every tile, in parallel.
+pub(super) fn for_each_tile(pool: &mut ThreadPool, plan: TilePlan, task: impl Fn(usize) + Sync) {
+    let tiles_per_task = plan.num_tiles.div_ceil(super::pool::MAX_TASKS);
+    pool.run(plan.num_tiles.div_ceil(tiles_per_task.max(1)), |index, _| {
+        let first = index * tiles_per_task;
+        (first..plan.num_tiles.min(first + tiles_per_task)).for_each(&task);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_even_and_cover_every_row_once() {
+        for num_rows in 1..100 {
+            for max_rows in [1, 4, 6, 12] {
+                let plan = TilePlan::new(num_rows, max_rows);
+                let rows: Vec<usize> = (0..plan.num_tiles).map(|tile| plan.rows(tile)).collect();
+                assert_eq!(rows.iter().sum::<usize>(), num_rows);
+                let (least, most) = (rows.iter().min().unwrap(), rows.iter().max().unwrap());
+                assert!(*most <= max_rows && most - least <= 1, "{num_rows} rows: {rows:?}");
+            }
+        }
+    }
+}
