@@ -4,5 +4,7 @@
 
 pub mod backend;
 pub mod error;
+pub mod models;
+pub mod text;
 
 pub use error::{Error, Result};

@@ -1,0 +1,5 @@
+//! Text on its way into and out of a model: templates, tokens, structured output, tool calls.
+
+pub mod tokenizer;
+
+pub use tokenizer::{GgufVocabulary, Tokenizer};
