@@ -6,6 +6,7 @@ pub mod backend;
 pub mod engine;
 pub mod error;
 pub mod kv;
+pub mod models;
 pub mod telemetry;
 pub mod text;
 

@@ -11,7 +11,7 @@ mod layout;
 mod rope;
 pub mod sim;
 
-pub use cpu::dequantize_row;
+pub use cpu::dequantize::dequantize_row;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};

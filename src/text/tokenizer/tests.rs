@@ -1,0 +1,1 @@
+//! Tokenizers: bytes, decoding, hostile vocabularies.
