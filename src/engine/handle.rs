@@ -18,6 +18,8 @@ use crate::telemetry::EngineMetrics;
 #[derive(Clone)]
 pub struct EngineHandle {
     submissions: Sender<Submission>,
+    /// Wakes an idle engine so that it sees `stopping`.
+    waker: Sender<()>,
     info: Arc<EngineInfo>,
     metrics: Arc<EngineMetrics>,
     stopping: Arc<AtomicBool>,
@@ -61,11 +63,12 @@ impl EngineHandle {
     /// Ties a handle to the engine that reads the other end of `submissions`.
     pub fn new(
         submissions: Sender<Submission>,
+        waker: Sender<()>,
         info: EngineInfo,
         metrics: Arc<EngineMetrics>,
         stopping: Arc<AtomicBool>,
     ) -> Self {
-        Self { submissions, info: Arc::new(info), metrics, stopping }
+        Self { submissions, waker, info: Arc::new(info), metrics, stopping }
     }
 
     /// Queues a request. Its events arrive on the stream; dropping the stream cancels it.
@@ -94,6 +97,13 @@ impl EngineHandle {
     /// Refuses new requests from now on; the engine finishes what it has and its thread ends.
     pub fn drain(&self) {
         self.stopping.store(true, Ordering::Release);
+        // A full channel means that a wake-up is already under way.
+        let _ = self.waker.try_send(());
+    }
+
+    /// Whether the engine is draining or has stopped.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
     }
 
     /// `Started`, one event per token, `Finished`.

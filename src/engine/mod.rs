@@ -1,7 +1,15 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
+mod generation;
 pub mod handle;
 pub mod request;
+mod runner;
+mod sampling;
+mod scheduler;
+mod sequence;
+mod step;
 
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{FinishReason, GenerateRequest, OutputEvent, SamplingParams, Task, TokenLogprob, TokenLogprobs};
+pub use scheduler::SchedulerLimits;
+pub use step::{Engine, EngineConfig};

@@ -107,7 +107,10 @@ impl ModelConfig {
         if let Some(sliding) = &self.sliding
             && (sliding.layers.len() != self.num_layers || sliding.window == 0)
         {
-            return Err(malformed!("model config: layer_types or sliding_window does not fit {} layers", self.num_layers));
+            return Err(malformed!(
+                "model config: layer_types or sliding_window does not fit {} layers",
+                self.num_layers
+            ));
         }
         Ok(self)
     }

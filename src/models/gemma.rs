@@ -27,8 +27,7 @@ impl<B: Backend> GemmaLayers<B> {
     pub(super) fn load(loader: &Loader<'_, B>, max_positions: usize) -> Result<Self> {
         let config = loader.config();
         let sliding = config.sliding.as_ref().ok_or_else(|| malformed!("a Gemma 3 model needs a sliding window"))?;
-        let layers =
-            sliding.layers.iter().enumerate().map(|(layer, &slides)| load_layer(loader, layer, slides));
+        let layers = sliding.layers.iter().enumerate().map(|(layer, &slides)| load_layer(loader, layer, slides));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,
             final_norm: loader.norm("model.norm.weight", config.hidden_size)?,

@@ -27,7 +27,9 @@ impl<'a> GgufConfig<'a> {
             "qwen3" => Architecture::Qwen3,
             "gemma3" => Architecture::Gemma3,
             other => {
-                return Err(unsupported!("GGUF architecture {other:?} is not supported; llama, qwen2, qwen3, gemma3 are"));
+                return Err(unsupported!(
+                    "GGUF architecture {other:?} is not supported; llama, qwen2, qwen3, gemma3 are"
+                ));
             }
         };
         Ok(Self { gguf, prefix, architecture })

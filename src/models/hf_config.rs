@@ -51,8 +51,8 @@ impl ModelConfig {
         if let Some(text_config) = json.get_mut("text_config") {
             json = text_config.take();
         }
-        let config: HfConfig =
-            serde_json::from_value(json).map_err(|error| malformed!("config.json does not describe a decoder: {error}"))?;
+        let config: HfConfig = serde_json::from_value(json)
+            .map_err(|error| malformed!("config.json does not describe a decoder: {error}"))?;
         config.check_supported()?;
         config.normalise()?.validate()
     }
@@ -65,7 +65,9 @@ impl HfConfig {
             "qwen2" => Ok(Architecture::Qwen2),
             "qwen3" => Ok(Architecture::Qwen3),
             "gemma3" | "gemma3_text" => Ok(Architecture::Gemma3),
-            other => Err(unsupported!("model_type {other:?} is not supported; llama, qwen2, qwen3 and gemma3_text are")),
+            other => {
+                Err(unsupported!("model_type {other:?} is not supported; llama, qwen2, qwen3 and gemma3_text are"))
+            }
         }
     }
 
@@ -179,8 +181,7 @@ mod tests {
     #[test]
     fn older_and_newer_rope_fields_mean_the_same() {
         let older = ModelConfig::from_hf_json(&format!("{LLAMA}, \"rope_scaling\": null}}")).unwrap();
-        let newer =
-            format!("{LLAMA}, \"rope_parameters\": {{\"rope_type\": \"default\", \"rope_theta\": 100000.0}}}}");
+        let newer = format!("{LLAMA}, \"rope_parameters\": {{\"rope_type\": \"default\", \"rope_theta\": 100000.0}}}}");
         let newer = ModelConfig::from_hf_json(&newer).unwrap();
         assert_eq!(older.rope, newer.rope);
         assert_eq!((older.head_dim, older.attention_scale), (16, 0.25));

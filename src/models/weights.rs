@@ -52,7 +52,8 @@ impl Checkpoint {
 
     fn open_directory(path: &Path) -> Result<Self> {
         let config_path = path.join("config.json");
-        let config = ModelConfig::from_hf_json(&read_text(&config_path)?).map_err(|error| in_file(&config_path, error))?;
+        let config =
+            ModelConfig::from_hf_json(&read_text(&config_path)?).map_err(|error| in_file(&config_path, error))?;
         let shards = shard_names(path)?.iter().map(|name| open_shard(&path.join(name))).collect::<Result<_>>()?;
         Ok(Self { path: path.to_owned(), config, files: Files::Safetensors(shards) })
     }

@@ -1,0 +1,95 @@
+//! The sampling side of a sequence: its parameters, its grammar, what it has said so far, and when it ends.
+
+use std::collections::HashMap;
+
+use super::request::{FinishReason, SamplingParams, TokenLogprobs};
+use crate::Result;
+use crate::text::grammar::GrammarState;
+
+/// How often a token of prompt or output occurs in the output.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct TokenCount {
+    pub(super) in_output: u32,
+}
+
+/// Sampling state of one sequence.
+pub(super) struct Generation {
+    pub(super) params: SamplingParams,
+    /// Resolved: the request's, or a fresh one.
+    pub(super) seed: u64,
+    /// Kept only when a penalty needs it.
+    pub(super) counts: HashMap<u32, TokenCount>,
+    pub(super) grammar: Option<GrammarState>,
+    /// One entry per prompt token computed, when asked for.
+    pub(super) prompt_logprobs: Vec<Option<TokenLogprobs>>,
+    /// Whether `Started` was sent.
+    pub(super) started: bool,
+}
+
+impl Generation {
+    /// State before the first token.
+    pub(super) fn new(mut params: SamplingParams, prompt: &[u32], fresh_seed: u64) -> Self {
+        let mut counts = HashMap::new();
+        if has_penalties(&params) {
+            for &token in prompt {
+                counts.insert(token, TokenCount::default());
+            }
+        }
+        let seed = params.seed.unwrap_or(fresh_seed);
+        let grammar = params.grammar.take();
+        Self { params, seed, counts, grammar, prompt_logprobs: Vec::new(), started: false }
+    }
+
+    /// Whether prompt positions need logits.
+    pub(super) fn wants_prompt_logits(&self) -> bool {
+        self.params.prompt_logprobs.is_some() && !self.started
+    }
+
+    /// Whether the device's argmax is the answer: nothing changes the logits and nobody wants to see them.
+    pub(super) fn is_plain_greedy(&self, num_output_tokens: usize) -> bool {
+        let params = &self.params;
+        params.temperature == 0.0
+            && params.logprobs.is_none()
+            && params.logit_bias.is_empty()
+            && params.allowed_token_ids.is_none()
+            && params.bad_words.is_empty()
+            && self.grammar.is_none()
+            && num_output_tokens >= params.min_tokens
+            && !has_penalties(params)
+    }
+
+    /// Takes note of a sampled token.
+    pub(super) fn accept(&mut self, token: u32) -> Result<()> {
+        if has_penalties(&self.params) {
+            self.counts.entry(token).or_default().in_output += 1;
+        }
+        match &mut self.grammar {
+            Some(grammar) => grammar.accept(token),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether `token`, just sampled as output number `num_output_tokens` (1 for the first), ends the output before it
+    /// becomes part of it.
+    pub(super) fn stops_at(&self, token: u32, eos_token_ids: &[u32], num_output_tokens: usize) -> Option<FinishReason> {
+        if num_output_tokens <= self.params.min_tokens {
+            return None;
+        }
+        if self.params.stop_token_ids.contains(&token) {
+            return Some(FinishReason::Stop { token: Some(token) });
+        }
+        (!self.params.ignore_eos && eos_token_ids.contains(&token)).then_some(FinishReason::Stop { token: None })
+    }
+
+    /// Whether the output is complete after `num_output_tokens`.
+    pub(super) fn is_complete(&self, num_output_tokens: usize) -> Option<FinishReason> {
+        if self.grammar.as_ref().is_some_and(GrammarState::is_finished) {
+            return Some(FinishReason::Stop { token: None });
+        }
+        (num_output_tokens >= self.params.max_tokens).then_some(FinishReason::Length)
+    }
+}
+
+fn has_penalties(params: &SamplingParams) -> bool {
+    params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0
+}

@@ -1,0 +1,300 @@
+//! Turns scheduled sequences into one forward pass and brings back what the host needs of it.
+
+use super::scheduler::{ScheduledSequence, SchedulerLimits};
+use super::sequence::{Sequence, Work};
+use crate::Result;
+use crate::backend::{AttentionMetadata, Backend, DType, StreamKind, Tensor};
+use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
+
+/// Runs the model. Owns the KV blocks, the buffers of a step and the stream they are used on.
+pub(super) struct ModelRunner<B: Backend> {
+    backend: B,
+    model: Model<B>,
+    kv: KvCache<B::Buffer>,
+    workspace: Workspace<B::Buffer>,
+    stream: B::Stream,
+    inputs: StepInputs<B>,
+    argmax: Tensor<B::Buffer>,
+    /// Argmax of each logits row, i32.
+    host_argmax: B::HostBuffer,
+    /// Rows of logits or hidden states that the host asked for, f32.
+    host_rows: B::HostBuffer,
+    /// Bytes of `host_rows` in use.
+    num_row_bytes: usize,
+    outputs: Vec<SequenceOutput>,
+}
+
+/// Where the results of one scheduled sequence are.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SequenceOutput {
+    /// Row of logits behind its last token, when all its tokens are computed.
+    pub(super) logits_row: Option<usize>,
+    /// The first of its rows on the host and their number.
+    pub(super) host_rows: HostRows,
+}
+
+/// Rows that were brought to the host for one sequence.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct HostRows {
+    /// Byte offset of the first.
+    start: usize,
+    pub(super) num_rows: usize,
+}
+
+/// The arrays of a step, written on the host and uploaded in one copy.
+struct StepInputs<B: Backend> {
+    host: B::HostBuffer,
+    device: B::Buffer,
+    len: usize,
+}
+
+impl<B: Backend> StepInputs<B> {
+    fn new(backend: &B, capacity: usize) -> Result<Self> {
+        let bytes = capacity * size_of::<i32>();
+        Ok(Self { host: backend.allocate_host(bytes)?, device: backend.allocate(bytes)?, len: 0 })
+    }
+
+    /// Reserves the next `rows * columns` numbers; the host side is filled by the caller.
+    fn reserve(&mut self, rows: usize, columns: usize) -> (Tensor<B::Buffer>, std::ops::Range<usize>) {
+        let range = self.len..self.len + rows * columns;
+        self.len = range.end;
+        let offset_bytes = range.start * size_of::<i32>();
+        (Tensor::new(self.device.clone(), offset_bytes, rows, columns, DType::I32), range)
+    }
+
+    fn numbers(&mut self) -> &mut [i32] {
+        bytemuck::cast_slice_mut(self.host.as_mut())
+    }
+}
+
+impl<B: Backend> ModelRunner<B> {
+    pub(super) fn new(backend: B, model: Model<B>, kv_dtype: DType, limits: &SchedulerLimits) -> Result<Self> {
+        let layout = model.kv_layout(limits.block_size, kv_dtype)?;
+        let max_logits = limits.max_num_seqs + limits.max_prompt_logits;
+        let step = StepLimits { max_tokens: limits.max_num_batched_tokens, max_logits };
+        let workspace = Workspace::new(&backend, model.config(), step)?;
+        let stream = backend.create_stream(StreamKind::Compute)?;
+        let max_blocks = limits.max_model_len.div_ceil(limits.block_size);
+        let capacity = 4 * limits.max_num_batched_tokens
+            + 3 * limits.max_num_seqs
+            + max_logits
+            + 1
+            + limits.max_num_seqs * max_blocks;
+        let config = model.config();
+        let row_bytes = (max_logits * config.vocab_size).max(limits.max_num_batched_tokens * config.hidden_size) * 4;
+        Ok(Self {
+            kv: KvCache::new(&backend, layout, limits.num_blocks)?,
+            inputs: StepInputs::new(&backend, capacity)?,
+            argmax: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
+            host_argmax: backend.allocate_host(max_logits * 4)?,
+            host_rows: backend.allocate_host(row_bytes)?,
+            num_row_bytes: 0,
+            outputs: Vec::with_capacity(limits.max_num_seqs),
+            backend,
+            model,
+            workspace,
+            stream,
+        })
+    }
+
+    pub(super) fn model(&self) -> &Model<B> {
+        &self.model
+    }
+
+    pub(super) fn outputs(&self) -> &[SequenceOutput] {
+        &self.outputs
+    }
+
+    /// The likeliest token of a logits row.
+    pub(super) fn argmax(&self, logits_row: usize) -> u32 {
+        bytemuck::cast_slice::<u8, u32>(self.host_argmax.as_ref())[logits_row]
+    }
+
+    /// Row `row` of what was brought to the host for a sequence, with `columns` numbers.
+    pub(super) fn host_row(&mut self, rows: HostRows, row: usize, columns: usize) -> &mut [f32] {
+        let start = rows.start / 4 + row * columns;
+        &mut bytemuck::cast_slice_mut(self.host_rows.as_mut())[start..start + columns]
+    }
+
+    /// Computes the scheduled tokens and waits for the results.
+    pub(super) fn run(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
+        let batch = self.prepare(running, scheduled);
+        let uploaded = 0..self.inputs.len * size_of::<i32>();
+        self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
+        self.model.forward(&self.backend, &self.stream, &batch, &self.kv, &self.workspace)?;
+        self.fetch(running, scheduled, &batch)?;
+        let done = self.backend.record(&self.stream)?;
+        self.backend.synchronize(&done)
+    }
+
+    /// Flattens the step's tokens.
+    fn prepare(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> ForwardBatch<B::Buffer> {
+        self.inputs.len = 0;
+        self.assign_outputs(running, scheduled);
+        let attention = self.write_tokens(running, scheduled);
+        let (num_logits, num_outputs) = self.count_outputs(running, scheduled);
+        let (output_rows, range) = self.inputs.reserve(1, num_outputs);
+        let mut rows = range.start;
+        // Rows with logits first: prompt logits and samples in batch order, then rows for embeddings.
+        for wants_logits in [true, false] {
+            let mut token_row = 0;
+            for entry in scheduled {
+                let sequence = &running[entry.index];
+                let wanted = output_range(sequence, entry.num_tokens);
+                if is_embedding(sequence) != wants_logits {
+                    for row in wanted {
+                        self.inputs.numbers()[rows] = (token_row + row) as i32;
+                        rows += 1;
+                    }
+                }
+                token_row += entry.num_tokens;
+            }
+        }
+        let (attention, input_ids) = attention;
+        ForwardBatch { input_ids, attention, output_rows, num_logits }
+    }
+
+    fn count_outputs(&self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> (usize, usize) {
+        scheduled.iter().fold((0, 0), |(num_logits, num_outputs), entry| {
+            let sequence = &running[entry.index];
+            let count = output_range(sequence, entry.num_tokens).len();
+            (num_logits + if is_embedding(sequence) { 0 } else { count }, num_outputs + count)
+        })
+    }
+
+    /// Which logits row each sequence samples from.
+    fn assign_outputs(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) {
+        self.outputs.clear();
+        let mut logits_row = 0;
+        for entry in scheduled {
+            let sequence = &running[entry.index];
+            let mut output = SequenceOutput::default();
+            if !is_embedding(sequence) {
+                logits_row += output_range(sequence, entry.num_tokens).len();
+                if entry.num_tokens == sequence.num_uncomputed_tokens() {
+                    output.logits_row = Some(logits_row - 1);
+                }
+            }
+            self.outputs.push(output);
+        }
+    }
+
+    fn write_tokens(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+    ) -> (AttentionMetadata<B::Buffer>, Tensor<B::Buffer>) {
+        let num_seqs = scheduled.len();
+        let num_tokens = scheduled.iter().map(|entry| entry.num_tokens).sum();
+        let max_blocks = scheduled.iter().map(|entry| running[entry.index].blocks.len()).max().unwrap_or(0);
+        let (input_ids, ids_at) = self.inputs.reserve(1, num_tokens);
+        let (positions, positions_at) = self.inputs.reserve(1, num_tokens);
+        let (slot_mapping, slots_at) = self.inputs.reserve(1, num_tokens);
+        let (cu_seqlens_q, starts_at) = self.inputs.reserve(1, num_seqs + 1);
+        let (context_lens, lens_at) = self.inputs.reserve(1, num_seqs);
+        let (block_tables, tables_at) = self.inputs.reserve(num_seqs, max_blocks);
+        let block_size = self.kv.layout.block_size();
+        let numbers = self.inputs.numbers();
+        let mut token_row = 0;
+        let (mut max_query_len, mut max_context_len) = (0, 0);
+        numbers[starts_at.start] = 0;
+        for (at, entry) in scheduled.iter().enumerate() {
+            let sequence = &running[entry.index];
+            let first = sequence.num_computed_tokens;
+            let context_len = first + entry.num_tokens;
+            for position in first..context_len {
+                let block = sequence.blocks[position / block_size];
+                numbers[ids_at.start + token_row] = sequence.tokens[position] as i32;
+                numbers[positions_at.start + token_row] = position as i32;
+                numbers[slots_at.start + token_row] = (block.index() * block_size + position % block_size) as i32;
+                token_row += 1;
+            }
+            numbers[starts_at.start + at + 1] = token_row as i32;
+            numbers[lens_at.start + at] = context_len as i32;
+            for (column, block) in sequence.blocks.iter().enumerate() {
+                numbers[tables_at.start + at * max_blocks + column] = block.0 as i32;
+            }
+            max_query_len = max_query_len.max(entry.num_tokens);
+            max_context_len = max_context_len.max(context_len);
+        }
+        let metadata = AttentionMetadata {
+            num_seqs,
+            num_tokens,
+            max_query_len,
+            max_context_len,
+            cu_seqlens_q,
+            context_lens,
+            block_tables,
+            positions,
+            slot_mapping,
+        };
+        (metadata, input_ids)
+    }
+
+    /// Queues the copies of what the host needs: every argmax, and the rows of sequences it has to look into.
+    fn fetch(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        batch: &ForwardBatch<B::Buffer>,
+    ) -> Result<()> {
+        self.num_row_bytes = 0;
+        if batch.num_logits > 0 {
+            let logits = self.workspace.logits(batch.num_logits);
+            let ids = Tensor::new(self.argmax.buffer().clone(), 0, 1, batch.num_logits, DType::I32);
+            self.backend.argmax(&self.stream, &logits, &ids)?;
+            self.backend.download(&self.stream, &ids, &mut self.host_argmax, 0)?;
+        }
+        let (mut logits_row, mut hidden_row) = (0, batch.num_logits);
+        for (at, entry) in scheduled.iter().enumerate() {
+            let sequence = &running[entry.index];
+            let num_rows = output_range(sequence, entry.num_tokens).len();
+            if is_embedding(sequence) {
+                let hidden = self.workspace.hidden(hidden_row + num_rows);
+                self.fetch_rows(at, &hidden, hidden_row, num_rows)?;
+                hidden_row += num_rows;
+            } else {
+                if needs_logits_on_host(sequence) {
+                    let logits = self.workspace.logits(logits_row + num_rows);
+                    self.fetch_rows(at, &logits, logits_row, num_rows)?;
+                }
+                logits_row += num_rows;
+            }
+        }
+        Ok(())
+    }
+
+    fn fetch_rows(&mut self, output: usize, rows: &Tensor<B::Buffer>, first: usize, num_rows: usize) -> Result<()> {
+        self.outputs[output].host_rows = HostRows { start: self.num_row_bytes, num_rows };
+        for row in first..first + num_rows {
+            let row = rows.row(row);
+            self.backend.download(&self.stream, &row, &mut self.host_rows, self.num_row_bytes)?;
+            self.num_row_bytes += row.num_bytes();
+        }
+        Ok(())
+    }
+}
+
+fn is_embedding(sequence: &Sequence) -> bool {
+    matches!(sequence.work, Work::Embed { .. })
+}
+
+fn needs_logits_on_host(sequence: &Sequence) -> bool {
+    match &sequence.work {
+        Work::Generate(generation) => {
+            generation.wants_prompt_logits() || !generation.is_plain_greedy(sequence.num_output_tokens())
+        }
+        Work::Embed { .. } => false,
+    }
+}
+
+/// Which of its scheduled tokens a sequence wants results for.
+fn output_range(sequence: &Sequence, num_tokens: usize) -> std::ops::Range<usize> {
+    let completes = num_tokens == sequence.num_uncomputed_tokens();
+    match &sequence.work {
+        Work::Embed { .. } => 0..num_tokens,
+        Work::Generate(generation) if generation.wants_prompt_logits() => 0..num_tokens,
+        Work::Generate(_) if completes => num_tokens - 1..num_tokens,
+        Work::Generate(_) => 0..0,
+    }
+}

@@ -1,0 +1,367 @@
+//! Which sequences run in the next step, and on which blocks.
+//!
+//! Continuous batching with chunked prefill under a token budget: running sequences first, in order of priority and
+//! arrival, then as many waiting ones as fit. When blocks run out the last running sequence is preempted: its blocks
+//! are released and it is recomputed later, from whatever the prefix cache still has. A waiting sequence whose next
+//! block is being computed by a running one is passed over until that block can be shared.
+
+use std::collections::{HashSet, VecDeque};
+
+use super::request::FinishReason;
+use super::sequence::{Sequence, SequenceStatus};
+use crate::kv::{BlockHash, BlockPool, PrefixCache};
+
+/// Bounds of a step and of the queue.
+#[derive(Debug, Clone, Copy)]
+pub struct SchedulerLimits {
+    /// Sequences that run at the same time.
+    pub max_num_seqs: usize,
+    /// Tokens in one step.
+    pub max_num_batched_tokens: usize,
+    /// Sequences that wait.
+    pub max_num_waiting: usize,
+    /// Prompt positions in one step whose logits are wanted.
+    pub max_prompt_logits: usize,
+    /// Prompt plus output of one sequence.
+    pub max_model_len: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Blocks in the pool.
+    pub num_blocks: usize,
+    /// Whether blocks are shared between requests.
+    pub prefix_caching: bool,
+}
+
+/// A running sequence's part in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ScheduledSequence {
+    /// Index among the running sequences.
+    pub(super) index: usize,
+    /// New tokens to compute.
+    pub(super) num_tokens: usize,
+}
+
+/// Owner of all sequences and of the block pool.
+pub(super) struct Scheduler {
+    limits: SchedulerLimits,
+    /// In order of rank.
+    waiting: VecDeque<Box<Sequence>>,
+    /// In order of rank.
+    running: Vec<Box<Sequence>>,
+    scheduled: Vec<ScheduledSequence>,
+    pool: BlockPool,
+    prefix_cache: PrefixCache,
+    /// Blocks that running sequences are about to fill.
+    promised: HashSet<BlockHash>,
+    num_preemptions: u64,
+}
+
+impl Scheduler {
+    pub(super) fn new(limits: SchedulerLimits) -> Self {
+        Self {
+            waiting: VecDeque::with_capacity(limits.max_num_waiting + limits.max_num_seqs),
+            running: Vec::with_capacity(limits.max_num_seqs),
+            scheduled: Vec::with_capacity(limits.max_num_seqs),
+            pool: BlockPool::new(limits.num_blocks),
+            prefix_cache: PrefixCache::new(limits.num_blocks, limits.block_size),
+            promised: HashSet::with_capacity(limits.num_blocks * 2),
+            num_preemptions: 0,
+            limits,
+        }
+    }
+
+    /// Whether another sequence may be added.
+    pub(super) fn has_room(&self) -> bool {
+        self.waiting.len() < self.limits.max_num_waiting
+    }
+
+    /// Queues a sequence behind those of its priority.
+    pub(super) fn add(&mut self, sequence: Box<Sequence>) {
+        let at = self.waiting.partition_point(|other| other.rank() < sequence.rank());
+        self.waiting.insert(at, sequence);
+    }
+
+    /// Whether there is anything to run.
+    pub(super) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    pub(super) fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    pub(super) fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    pub(super) fn num_preemptions(&self) -> u64 {
+        self.num_preemptions
+    }
+
+    pub(super) fn pool(&self) -> &BlockPool {
+        &self.pool
+    }
+
+    pub(super) fn scheduled(&self) -> &[ScheduledSequence] {
+        &self.scheduled
+    }
+
+    pub(super) fn running(&self) -> &[Box<Sequence>] {
+        &self.running
+    }
+
+    pub(super) fn sequence_mut(&mut self, index: usize) -> &mut Sequence {
+        &mut self.running[index]
+    }
+
+    /// Ends sequences whose callers have gone.
+    pub(super) fn drop_cancelled(&mut self) {
+        for sequence in &mut self.running {
+            if sequence.sink.is_cancelled() {
+                sequence.finish(FinishReason::Abort);
+            }
+        }
+        self.remove_finished();
+        self.waiting.retain_mut(|sequence| {
+            let cancelled = sequence.sink.is_cancelled();
+            if cancelled {
+                sequence.finish(FinishReason::Abort);
+            }
+            !cancelled
+        });
+    }
+
+    /// Releases the blocks of finished sequences and forgets them.
+    pub(super) fn remove_finished(&mut self) {
+        let mut index = 0;
+        while index < self.running.len() {
+            if self.running[index].status == SequenceStatus::Finished {
+                let mut sequence = self.running.remove(index);
+                self.release(&mut sequence);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
+    /// Takes out everything, running or waiting; its blocks are free afterwards.
+    pub(super) fn drain(&mut self) -> Vec<Box<Sequence>> {
+        let mut sequences = std::mem::take(&mut self.running);
+        sequences.iter_mut().for_each(|sequence| self.release(sequence));
+        sequences.extend(self.waiting.drain(..));
+        self.scheduled.clear();
+        sequences
+    }
+
+    /// Decides the next step.
+    pub(super) fn schedule(&mut self) {
+        self.scheduled.clear();
+        let mut budget =
+            Budget { tokens: self.limits.max_num_batched_tokens, prompt_logits: self.limits.max_prompt_logits };
+        let preempted = self.schedule_running(&mut budget);
+        if !preempted {
+            self.schedule_waiting(&mut budget);
+        }
+    }
+
+    /// Returns whether anything was preempted for want of blocks.
+    fn schedule_running(&mut self, budget: &mut Budget) -> bool {
+        let mut preempted = false;
+        let mut index = 0;
+        while index < self.running.len() {
+            let num_tokens = budget.grant(&self.running[index]);
+            while index < self.running.len() && !self.ensure_blocks(index, num_tokens) {
+                self.preempt_last();
+                preempted = true;
+            }
+            if index < self.running.len() && num_tokens > 0 {
+                budget.spend(&self.running[index], num_tokens);
+                self.scheduled.push(ScheduledSequence { index, num_tokens });
+            }
+            index += 1;
+        }
+        preempted
+    }
+
+    fn schedule_waiting(&mut self, budget: &mut Budget) {
+        let mut at = 0;
+        while at < self.waiting.len() && self.running.len() < self.limits.max_num_seqs && budget.tokens > 0 {
+            match self.try_admit(at, budget) {
+                Admission::Admitted => {}
+                Admission::Deferred => at += 1,
+                Admission::NoRoom => break,
+            }
+        }
+    }
+
+    fn try_admit(&mut self, at: usize, budget: &mut Budget) -> Admission {
+        let use_cache = self.limits.prefix_caching && self.waiting[at].can_use_cached_blocks();
+        if use_cache && self.is_promised(at) {
+            return Admission::Deferred;
+        }
+        let Some(mut sequence) = self.waiting.remove(at) else { return Admission::NoRoom };
+        if use_cache {
+            self.attach_cached_blocks(&mut sequence);
+        }
+        let num_tokens = budget.grant(&sequence);
+        let num_blocks = sequence.tokens.len().div_ceil(self.limits.block_size);
+        if num_tokens == 0 || self.pool.num_free() + sequence.blocks.len() < num_blocks {
+            self.release(&mut sequence);
+            sequence.reset();
+            self.waiting.insert(at, sequence);
+            return Admission::NoRoom;
+        }
+        self.promise_blocks(&mut sequence);
+        sequence.status = SequenceStatus::Running;
+        let index = self.running.partition_point(|other| other.rank() < sequence.rank());
+        self.scheduled.iter_mut().filter(|scheduled| scheduled.index >= index).for_each(|scheduled| {
+            scheduled.index += 1;
+        });
+        self.running.insert(index, sequence);
+        assert!(self.ensure_blocks(index, num_tokens), "the blocks were just counted");
+        budget.spend(&self.running[index], num_tokens);
+        self.scheduled.push(ScheduledSequence { index, num_tokens });
+        Admission::Admitted
+    }
+
+    /// Whether the first block that the cache lacks is being computed by somebody.
+    fn is_promised(&mut self, at: usize) -> bool {
+        let block_size = self.limits.block_size;
+        let sequence = &mut self.waiting[at];
+        sequence.chain.extend(&sequence.tokens, block_size);
+        let num_shareable = (sequence.tokens.len() - 1) / block_size;
+        (0..num_shareable)
+            .filter_map(|index| Some((index, sequence.chain.get(index)?)))
+            .find(|(index, hash)| self.prefix_cache.find(hash, block_tokens(sequence, *index, block_size)).is_none())
+            .is_some_and(|(_, hash)| self.promised.contains(hash))
+    }
+
+    /// Shares the blocks of the longest cached prefix. One token at least is left to compute, for its logits.
+    fn attach_cached_blocks(&mut self, sequence: &mut Sequence) {
+        let block_size = self.limits.block_size;
+        sequence.chain.extend(&sequence.tokens, block_size);
+        let num_shareable = (sequence.tokens.len() - 1) / block_size;
+        for index in 0..num_shareable {
+            let Some(hash) = sequence.chain.get(index) else { break };
+            let Some(block) = self.prefix_cache.find(hash, block_tokens(sequence, index, block_size)) else { break };
+            self.pool.share(block);
+            sequence.blocks.push(block);
+        }
+        sequence.num_computed_tokens = sequence.blocks.len() * block_size;
+        sequence.chain.num_published = sequence.blocks.len();
+        sequence.chain.num_promised = sequence.blocks.len();
+    }
+
+    fn promise_blocks(&mut self, sequence: &mut Sequence) {
+        sequence.num_cached_tokens.get_or_insert(sequence.num_computed_tokens);
+        if !self.limits.prefix_caching {
+            return;
+        }
+        for index in sequence.chain.num_published..sequence.chain.len() {
+            if let Some(hash) = sequence.chain.get(index) {
+                self.promised.insert(*hash);
+            }
+        }
+        sequence.chain.num_promised = sequence.chain.len();
+    }
+
+    /// Takes note that `num_tokens` more of a running sequence are computed; full blocks can be found from now on.
+    pub(super) fn advance(&mut self, index: usize, num_tokens: usize) {
+        let block_size = self.limits.block_size;
+        let sequence = &mut self.running[index];
+        sequence.num_computed_tokens += num_tokens;
+        if !self.limits.prefix_caching {
+            return;
+        }
+        let num_full = sequence.num_computed_tokens / block_size;
+        sequence.chain.extend(&sequence.tokens[..num_full * block_size], block_size);
+        for at in sequence.chain.num_published..num_full {
+            if let Some(hash) = sequence.chain.get(at) {
+                self.prefix_cache.insert(*hash, block_tokens(sequence, at, block_size), sequence.blocks[at]);
+                self.promised.remove(hash);
+            }
+        }
+        sequence.chain.num_published = sequence.chain.num_published.max(num_full);
+    }
+
+    /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
+    fn ensure_blocks(&mut self, index: usize, num_tokens: usize) -> bool {
+        let sequence = &mut self.running[index];
+        let wanted = (sequence.num_computed_tokens + num_tokens).div_ceil(self.limits.block_size);
+        let num_missing = wanted.saturating_sub(sequence.blocks.len());
+        if num_missing > self.pool.num_free() {
+            return false;
+        }
+        for _ in 0..num_missing {
+            let block = self.pool.allocate().expect("free blocks were counted");
+            self.prefix_cache.forget(block);
+            sequence.blocks.push(block);
+        }
+        true
+    }
+
+    /// Puts the running sequence of the last rank back into the queue.
+    fn preempt_last(&mut self) {
+        if let Some(mut sequence) = self.running.pop() {
+            self.release(&mut sequence);
+            sequence.reset();
+            sequence.status = SequenceStatus::Waiting;
+            self.num_preemptions += 1;
+            self.add(sequence);
+        }
+    }
+
+    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest.
+    fn release(&mut self, sequence: &mut Sequence) {
+        for index in sequence.chain.num_published..sequence.chain.num_promised {
+            if let Some(hash) = sequence.chain.get(index) {
+                self.promised.remove(hash);
+            }
+        }
+        while let Some(block) = sequence.blocks.pop() {
+            self.pool.release(block);
+        }
+    }
+
+    /// Panics where block tables, reference counts and promises disagree. For tests and debug builds.
+    pub(super) fn check_integrity(&self) {
+        let num_held = self.running.iter().map(|sequence| sequence.blocks.len()).sum();
+        self.pool.check_integrity(num_held);
+        assert!(self.running.is_sorted_by_key(|sequence| sequence.rank()), "running sequences are out of order");
+        assert!(self.waiting.iter().all(|sequence| sequence.blocks.is_empty()), "a waiting sequence holds blocks");
+        assert!(!self.running.is_empty() || self.promised.is_empty(), "promises outlive their sequences");
+    }
+}
+
+enum Admission {
+    Admitted,
+    /// Somebody is computing its next block.
+    Deferred,
+    /// It has to wait, and so have those behind it.
+    NoRoom,
+}
+
+/// What is left of a step.
+struct Budget {
+    tokens: usize,
+    prompt_logits: usize,
+}
+
+impl Budget {
+    /// How many of its tokens a sequence may compute now.
+    fn grant(&self, sequence: &Sequence) -> usize {
+        let num_tokens = sequence.num_uncomputed_tokens().min(self.tokens);
+        if sequence.wants_prompt_logits() { num_tokens.min(self.prompt_logits) } else { num_tokens }
+    }
+
+    fn spend(&mut self, sequence: &Sequence, num_tokens: usize) {
+        self.tokens -= num_tokens;
+        if sequence.wants_prompt_logits() {
+            self.prompt_logits -= num_tokens;
+        }
+    }
+}
+
+fn block_tokens(sequence: &Sequence, index: usize, block_size: usize) -> &[u32] {
+    &sequence.tokens[index * block_size..(index + 1) * block_size]
+}

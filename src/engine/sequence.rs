@@ -1,0 +1,129 @@
+//! A request while it runs: its tokens, its blocks, how far it has come.
+
+use std::time::Instant;
+
+use super::generation::Generation;
+use super::handle::OutputSink;
+use super::request::{FinishReason, OutputEvent};
+use crate::kv::{BlockHash, BlockTable};
+
+/// Where a sequence stands. A preempted one is waiting again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SequenceStatus {
+    Waiting,
+    Running,
+    Finished,
+}
+
+/// What a sequence is run for.
+pub(super) enum Work {
+    /// Sampling tokens.
+    Generate(Box<Generation>),
+    /// Summing final hidden states; `[hidden_size]`.
+    Embed { sum: Vec<f32> },
+}
+
+/// One running request.
+pub(super) struct Sequence {
+    pub(super) id: String,
+    pub(super) priority: i32,
+    /// Order of arrival.
+    pub(super) number: u64,
+    pub(super) status: SequenceStatus,
+    /// Prompt, then output. Room for all that can come is reserved at the start.
+    pub(super) tokens: Vec<u32>,
+    pub(super) num_prompt_tokens: usize,
+    /// Tokens `[0, num_computed_tokens)` have their KV in `blocks`.
+    pub(super) num_computed_tokens: usize,
+    /// Prompt tokens that came from the prefix cache when it was first scheduled.
+    pub(super) num_cached_tokens: Option<usize>,
+    pub(super) blocks: BlockTable,
+    pub(super) chain: HashChain,
+    pub(super) work: Work,
+    pub(super) sink: OutputSink,
+    pub(super) arrived_at: Instant,
+    pub(super) first_token_at: Option<Instant>,
+    pub(super) last_token_at: Option<Instant>,
+}
+
+/// The hashes of a sequence's full blocks, computed as they fill.
+pub(super) struct HashChain {
+    root: BlockHash,
+    hashes: Vec<BlockHash>,
+    /// Blocks `[0, num_published)` can be found by others.
+    pub(super) num_published: usize,
+    /// Blocks `[num_published, num_promised)` are being computed here, so that others may wait for them.
+    pub(super) num_promised: usize,
+}
+
+impl HashChain {
+    /// An empty chain with room for `max_blocks`.
+    pub(super) fn new(root: BlockHash, max_blocks: usize) -> Self {
+        Self { root, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
+    }
+
+    /// Extends the chain over all full blocks of `tokens`.
+    pub(super) fn extend(&mut self, tokens: &[u32], block_size: usize) {
+        for block in tokens.chunks_exact(block_size).skip(self.hashes.len()) {
+            let parent = self.hashes.last().unwrap_or(&self.root);
+            self.hashes.push(parent.child(block));
+        }
+    }
+
+    /// The hash of block `index`, if the chain reaches it.
+    pub(super) fn get(&self, index: usize) -> Option<&BlockHash> {
+        self.hashes.get(index)
+    }
+
+    /// Full blocks hashed so far.
+    pub(super) fn len(&self) -> usize {
+        self.hashes.len()
+    }
+}
+
+impl Sequence {
+    /// Tokens that still need to be computed before the next one can be sampled.
+    pub(super) fn num_uncomputed_tokens(&self) -> usize {
+        self.tokens.len() - self.num_computed_tokens
+    }
+
+    /// Tokens sampled so far.
+    pub(super) fn num_output_tokens(&self) -> usize {
+        self.tokens.len() - self.num_prompt_tokens
+    }
+
+    /// Whether its prompt's own logits are wanted and not yet there, so that every prompt token must be computed.
+    pub(super) fn wants_prompt_logits(&self) -> bool {
+        match &self.work {
+            Work::Generate(generation) => generation.wants_prompt_logits(),
+            Work::Embed { .. } => false,
+        }
+    }
+
+    /// Whether the KV of cached blocks would be enough for its prompt.
+    pub(super) fn can_use_cached_blocks(&self) -> bool {
+        matches!(self.work, Work::Generate(_)) && !self.wants_prompt_logits()
+    }
+
+    /// The order in which sequences are served.
+    pub(super) fn rank(&self) -> (i32, u64) {
+        (self.priority, self.number)
+    }
+
+    /// Starts over: its KV is gone.
+    pub(super) fn reset(&mut self) {
+        self.num_computed_tokens = 0;
+        self.chain.num_published = 0;
+        self.chain.num_promised = 0;
+        match &mut self.work {
+            Work::Generate(generation) => generation.prompt_logprobs.clear(),
+            Work::Embed { sum } => sum.fill(0.0),
+        }
+    }
+
+    /// Tells the caller that nothing follows.
+    pub(super) fn finish(&mut self, reason: FinishReason) {
+        self.status = SequenceStatus::Finished;
+        self.sink.send(OutputEvent::Finished(reason));
+    }
+}

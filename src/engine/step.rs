@@ -1,0 +1,378 @@
+//! The engine thread: schedule, run, commit, again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, bounded, select};
+
+use super::generation::Generation;
+use super::handle::{EngineHandle, EngineInfo, Submission};
+use super::request::{FinishReason, GenerateRequest, OutputEvent, Task};
+use super::runner::{ModelRunner, SequenceOutput};
+use super::sampling::Sampler;
+use super::scheduler::{Scheduler, SchedulerLimits};
+use super::sequence::{HashChain, Sequence, SequenceStatus, Work};
+use crate::backend::{Backend, DType};
+use crate::kv::BlockHash;
+use crate::models::Model;
+use crate::telemetry::EngineMetrics;
+use crate::{Error, Result, invalid};
+
+/// What an engine is started with.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// The name under which metrics are labelled.
+    pub model_name: String,
+    /// Bounds of steps, pool and queue.
+    pub limits: SchedulerLimits,
+    /// Element type of the KV cache: bf16 or f32.
+    pub kv_dtype: DType,
+    /// Tokens that end an output.
+    pub eos_token_ids: Vec<u32>,
+    /// Seeds requests that bring none.
+    pub seed: u64,
+}
+
+/// Submissions that are under way to the engine thread, beside those that wait in it.
+const SUBMISSION_QUEUE: usize = 64;
+
+/// The only owner of scheduler, pools and block tables. Runs on one thread; takes no lock, reads no file.
+pub struct Engine<B: Backend> {
+    config: EngineConfig,
+    scheduler: Scheduler,
+    runner: ModelRunner<B>,
+    sampler: Sampler,
+    submissions: Receiver<Submission>,
+    wake: Receiver<()>,
+    stopping: Arc<AtomicBool>,
+    metrics: Arc<EngineMetrics>,
+    hash_identity: Vec<u8>,
+    num_arrived: u64,
+    num_preemptions: u64,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Allocates everything the step loop uses. `run` it on a thread of its own.
+    pub fn new(backend: B, model: Model<B>, config: EngineConfig) -> Result<(Self, EngineHandle)> {
+        let limits = &config.limits;
+        if limits.max_model_len > limits.num_blocks * limits.block_size {
+            return Err(invalid!(
+                "{} KV blocks hold {} tokens, fewer than the model length of {}; give more KV memory or a smaller \
+                 --max-model-len",
+                limits.num_blocks,
+                limits.num_blocks * limits.block_size,
+                limits.max_model_len
+            ));
+        }
+        let (sender, submissions) = bounded(SUBMISSION_QUEUE);
+        let (waker, wake) = bounded(1);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let metrics = Arc::new(EngineMetrics::new(&config.model_name, limits.block_size, limits.num_blocks));
+        let info = EngineInfo {
+            max_model_len: limits.max_model_len,
+            vocab_size: model.config().vocab_size,
+            hidden_size: model.config().hidden_size,
+            block_size: limits.block_size,
+            num_blocks: limits.num_blocks,
+        };
+        let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping));
+        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
+        let engine = Self {
+            scheduler: Scheduler::new(*limits),
+            sampler: Sampler::new(model.config().vocab_size, config.eos_token_ids.clone()),
+            runner: ModelRunner::new(backend, model, config.kv_dtype, limits)?,
+            submissions,
+            wake,
+            stopping,
+            metrics,
+            hash_identity,
+            num_arrived: 0,
+            num_preemptions: 0,
+            config,
+        };
+        Ok((engine, handle))
+    }
+
+    /// Serves until the handle drains it and nothing is left to do. An error ends all requests.
+    pub fn run(mut self) -> Result<()> {
+        let result = self.serve();
+        let reason = match &result {
+            Ok(()) => FinishReason::Abort,
+            Err(error) => FinishReason::Error(error.to_string()),
+        };
+        self.stopping.store(true, Ordering::Release);
+        self.abort_all(&reason);
+        result
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        loop {
+            self.accept_submissions();
+            if !self.scheduler.is_idle() {
+                self.step()?;
+            } else if self.stopping.load(Ordering::Acquire) {
+                return Ok(());
+            } else if !self.wait() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The one place where the engine blocks: nothing is runnable. `false` when no handle is left.
+    fn wait(&mut self) -> bool {
+        select! {
+            recv(self.submissions) -> submission => match submission {
+                Ok(submission) => self.accept(submission),
+                Err(_) => return false,
+            },
+            recv(self.wake) -> _ => {}
+        }
+        true
+    }
+
+    fn accept_submissions(&mut self) {
+        while self.scheduler.has_room() {
+            match self.submissions.try_recv() {
+                Ok(submission) => self.accept(submission),
+                Err(_) => break,
+            }
+        }
+    }
+
+    fn accept(&mut self, Submission { request, sink }: Submission) {
+        if let Err(error) = self.check(&request) {
+            sink.send(OutputEvent::Finished(FinishReason::Error(error.to_string())));
+            return;
+        }
+        self.num_arrived += 1;
+        let sequence = self.make_sequence(request, sink);
+        self.metrics.request_prompt_tokens.observe(sequence.num_prompt_tokens as f64);
+        self.scheduler.add(Box::new(sequence));
+    }
+
+    fn check(&self, request: &GenerateRequest) -> Result<()> {
+        let (len, most) = (request.prompt.len(), self.config.limits.max_model_len);
+        let longest = if matches!(request.task, Task::Embed) { most } else { most - 1 };
+        if len == 0 || len > longest {
+            return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
+        }
+        let vocab_size = self.runner.model().config().vocab_size;
+        match request.prompt.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(token) => Err(invalid!("prompt token {token} is outside the vocabulary of {vocab_size}")),
+            None => Ok(()),
+        }
+    }
+
+    fn make_sequence(&self, request: GenerateRequest, sink: super::handle::OutputSink) -> Sequence {
+        let limits = &self.config.limits;
+        let num_prompt_tokens = request.prompt.len();
+        let domain = request.cache_salt.as_deref().unwrap_or("");
+        let (work, room) = match request.task {
+            Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
+            Task::Generate(mut params) => {
+                params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);
+                let room = params.max_tokens;
+                let fresh_seed = self.config.seed.wrapping_add(self.num_arrived);
+                (Work::Generate(Box::new(Generation::new(*params, &request.prompt, fresh_seed))), room)
+            }
+        };
+        let mut tokens = request.prompt;
+        tokens.reserve_exact(room);
+        let max_blocks = (num_prompt_tokens + room).div_ceil(limits.block_size);
+        Sequence {
+            id: request.id,
+            priority: request.priority,
+            number: self.num_arrived,
+            status: SequenceStatus::Waiting,
+            tokens,
+            num_prompt_tokens,
+            num_computed_tokens: 0,
+            num_cached_tokens: None,
+            blocks: Vec::with_capacity(max_blocks),
+            chain: HashChain::new(BlockHash::root(&self.hash_identity, domain.as_bytes()), max_blocks),
+            work,
+            sink,
+            arrived_at: Instant::now(),
+            first_token_at: None,
+            last_token_at: None,
+        }
+    }
+
+    /// One step: schedule, run, commit.
+    fn step(&mut self) -> Result<()> {
+        self.scheduler.drop_cancelled();
+        self.scheduler.schedule();
+        self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
+        self.commit()?;
+        self.record_step();
+        if cfg!(debug_assertions) {
+            self.scheduler.check_integrity();
+        }
+        Ok(())
+    }
+
+    /// Takes the results over: computed tokens, sampled tokens, ended sequences.
+    fn commit(&mut self) -> Result<()> {
+        for at in 0..self.scheduler.scheduled().len() {
+            let entry = self.scheduler.scheduled()[at];
+            let output = self.runner.outputs()[at];
+            self.collect_rows(entry.index, entry.num_tokens, &output);
+            self.scheduler.advance(entry.index, entry.num_tokens);
+            if let Err(error) = self.commit_sequence(entry.index, &output) {
+                self.end(entry.index, FinishReason::Error(error.to_string()));
+            }
+        }
+        self.scheduler.remove_finished();
+        Ok(())
+    }
+
+    fn commit_sequence(&mut self, index: usize, output: &SequenceOutput) -> Result<()> {
+        let sequence = self.scheduler.sequence_mut(index);
+        if sequence.num_uncomputed_tokens() > 0 {
+            return Ok(());
+        }
+        match &mut sequence.work {
+            Work::Embed { sum } => {
+                let num_tokens = sequence.num_prompt_tokens as f32;
+                let mean = sum.iter().map(|value| value / num_tokens).collect();
+                sequence.sink.send(OutputEvent::Embedding(mean));
+                self.end(index, FinishReason::Stop { token: None });
+                Ok(())
+            }
+            Work::Generate(_) => self.commit_token(index, output),
+        }
+    }
+
+    /// Samples the next token of a sequence whose tokens are all computed.
+    fn commit_token(&mut self, index: usize, output: &SequenceOutput) -> Result<()> {
+        let sequence = self.scheduler.sequence_mut(index);
+        start(sequence);
+        let Work::Generate(generation) = &mut sequence.work else { return Ok(()) };
+        let logits_row = output.logits_row.ok_or_else(|| Error::Device("a finished sequence has no logits".into()))?;
+        if generation.params.max_tokens == 0 {
+            self.end(index, FinishReason::Length);
+            return Ok(());
+        }
+        let (token, logprobs) = if output.host_rows.num_rows > 0 {
+            let vocab_size = self.runner.model().config().vocab_size;
+            let logits = self.runner.host_row(output.host_rows, output.host_rows.num_rows - 1, vocab_size);
+            let sample = self.sampler.sample(generation, &sequence.tokens, sequence.num_prompt_tokens, logits)?;
+            (sample.token, sample.logprobs)
+        } else {
+            (self.runner.argmax(logits_row), None)
+        };
+        self.metrics.generation_tokens.inc();
+        let number = sequence.num_output_tokens() + 1;
+        observe_token(&self.metrics, sequence);
+        let Work::Generate(generation) = &mut sequence.work else { return Ok(()) };
+        if let Some(reason) = generation.stops_at(token, self.sampler.eos_token_ids(), number) {
+            self.end(index, reason);
+            return Ok(());
+        }
+        generation.accept(token)?;
+        let complete = generation.is_complete(number);
+        sequence.tokens.push(token);
+        sequence.sink.send(OutputEvent::Token { id: token, logprobs });
+        if let Some(reason) = complete {
+            self.end(index, reason);
+        }
+        Ok(())
+    }
+
+    /// Takes prompt logits and hidden states while the step's buffers hold them.
+    fn collect_rows(&mut self, index: usize, num_tokens: usize, output: &SequenceOutput) {
+        let config = self.runner.model().config();
+        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+        let sequence = self.scheduler.sequence_mut(index);
+        let first = sequence.num_computed_tokens;
+        match &mut sequence.work {
+            Work::Embed { sum } => {
+                for row in 0..output.host_rows.num_rows {
+                    let hidden = self.runner.host_row(output.host_rows, row, hidden_size);
+                    sum.iter_mut().zip(hidden).for_each(|(sum, value)| *sum += *value);
+                }
+            }
+            Work::Generate(generation) if generation.wants_prompt_logits() => {
+                let num_top = generation.params.prompt_logprobs.unwrap_or(0);
+                if first == 0 {
+                    generation.prompt_logprobs.push(None);
+                }
+                // The logits at one position are about the next token; those at the last are sampled from.
+                for row in 0..num_tokens {
+                    if let Some(&next) = sequence.tokens[..sequence.num_prompt_tokens].get(first + row + 1) {
+                        let logits = self.runner.host_row(output.host_rows, row, vocab_size);
+                        generation.prompt_logprobs.push(Some(self.sampler.logprobs_of(logits, next, num_top)));
+                    }
+                }
+            }
+            Work::Generate(_) => {}
+        }
+    }
+
+    fn end(&mut self, index: usize, reason: FinishReason) {
+        let sequence = self.scheduler.sequence_mut(index);
+        count_end(&self.metrics, sequence, &reason);
+        sequence.finish(reason);
+    }
+
+    fn abort_all(&mut self, reason: &FinishReason) {
+        for mut sequence in self.scheduler.drain() {
+            sequence.finish(reason.clone());
+        }
+        while let Ok(Submission { sink, .. }) = self.submissions.try_recv() {
+            sink.send(OutputEvent::Finished(reason.clone()));
+        }
+    }
+
+    fn record_step(&mut self) {
+        let metrics = &self.metrics;
+        let num_tokens = self.scheduler.scheduled().iter().map(|entry| entry.num_tokens).sum();
+        metrics.count_step(num_tokens);
+        metrics.num_requests_running.set(self.scheduler.num_running() as i64);
+        metrics.num_requests_waiting.set(self.scheduler.num_waiting() as i64);
+        let pool = self.scheduler.pool();
+        metrics.kv_cache_usage_perc.set(1.0 - pool.num_free() as f64 / pool.num_blocks() as f64);
+        let num_preemptions = self.scheduler.num_preemptions();
+        metrics.num_preemptions.inc_by(num_preemptions - self.num_preemptions);
+        self.num_preemptions = num_preemptions;
+    }
+}
+
+/// Sends `Started` before the first token.
+fn start(sequence: &mut Sequence) {
+    let cached_tokens = sequence.num_cached_tokens.unwrap_or(0).min(sequence.num_prompt_tokens);
+    let Work::Generate(generation) = &mut sequence.work else { return };
+    if !generation.started {
+        generation.started = true;
+        let prompt_logprobs = std::mem::take(&mut generation.prompt_logprobs);
+        sequence.sink.send(OutputEvent::Started { cached_tokens, prompt_logprobs });
+    }
+}
+
+fn observe_token(metrics: &EngineMetrics, sequence: &mut Sequence) {
+    let now = Instant::now();
+    match sequence.last_token_at.replace(now) {
+        Some(last) => metrics.inter_token_latency.observe(now.duration_since(last).as_secs_f64()),
+        None => {
+            sequence.first_token_at = Some(now);
+            metrics.time_to_first_token.observe(now.duration_since(sequence.arrived_at).as_secs_f64());
+            let cached_tokens = sequence.num_cached_tokens.unwrap_or(0) as u64;
+            metrics.prefix_cache_queries.inc_by(sequence.num_prompt_tokens as u64);
+            metrics.prefix_cache_hits.inc_by(cached_tokens);
+            metrics.prompt_tokens.inc_by(sequence.num_prompt_tokens as u64);
+        }
+    }
+}
+
+fn count_end(metrics: &EngineMetrics, sequence: &Sequence, reason: &FinishReason) {
+    let label = match reason {
+        FinishReason::Stop { .. } => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Abort => "abort",
+        FinishReason::Error(_) => "error",
+    };
+    metrics.count_finished(label);
+    metrics.request_generation_tokens.observe(sequence.num_output_tokens() as f64);
+    metrics.e2e_request_latency.observe(sequence.arrived_at.elapsed().as_secs_f64());
+}
