@@ -1,0 +1,181 @@
+//! Where the numbers of a KV block lie. The only place that decides it; who owns a block is `kv`'s business.
+//!
+//! A block is `[layer][kv_head][K tile | V tile]`, so one head of one layer reads one run of bytes. With `B` tokens in
+//! a block and `D` numbers in a head, a tile is
+//!
+//! | type | K tile | V tile |
+//! | --- | --- | --- |
+//! | bf16 | `[D/2][B][2]`, innermost dimensions `2i, 2i + 1` | `[B/2][D][2]`, innermost tokens `2i, 2i + 1` |
+//! | f32 | `[D][B]` | `[B][D]` |
+//!
+//! A vector of K thus holds consecutive tokens and a vector of V consecutive dimensions, so that neither scores nor
+//! weighted sums need a sum across lanes. In bf16 a 32-bit word is a pair: its low half becomes an f32 by a shift, its
+//! high half by a mask, and dot-product instructions take the word as it is. The f32 tiles are the same pairs, apart.
+
+use super::DType;
+use crate::{Result, invalid};
+
+/// Blocks begin and end on this boundary, in memory and in files.
+pub const BLOCK_ALIGNMENT: usize = 4096;
+
+/// Tokens that one vector of K spans; a block holds a multiple of it.
+pub const LANE_TOKENS: usize = 16;
+
+/// Shape of the KV cache of one model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    num_layers: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    block_size: usize,
+    dtype: DType,
+}
+
+impl KvLayout {
+    /// A cache of `num_layers` layers with `num_kv_heads` heads of `head_dim` numbers (a multiple of 16) in blocks of
+    /// `block_size` tokens (a multiple of 16), as bf16 or f32.
+    pub fn new(
+        num_layers: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        block_size: usize,
+        dtype: DType,
+    ) -> Result<Self> {
+        if head_dim == 0 || !head_dim.is_multiple_of(16) {
+            return Err(invalid!("the KV cache needs a head size that is a multiple of 16, not {head_dim}"));
+        }
+        if block_size == 0 || !block_size.is_multiple_of(LANE_TOKENS) {
+            return Err(invalid!("a KV block holds a multiple of {LANE_TOKENS} tokens, not {block_size}"));
+        }
+        if !matches!(dtype, DType::BF16 | DType::F32) {
+            return Err(invalid!("the KV cache is kept as bf16 or f32, not {dtype}"));
+        }
+        let bytes = [num_layers, num_kv_heads, head_dim, block_size, 2, dtype.block_bytes()];
+        let bytes = bytes.into_iter().try_fold(1usize, usize::checked_mul);
+        if bytes.is_none_or(|bytes| bytes == 0 || bytes > isize::MAX as usize - BLOCK_ALIGNMENT) {
+            return Err(invalid!(
+                "a KV block of {num_layers} layers, {num_kv_heads} heads of {head_dim} and {block_size} tokens cannot exist"
+            ));
+        }
+        Ok(Self { num_layers, num_kv_heads, head_dim, block_size, dtype })
+    }
+
+    /// Layers that keep keys and values.
+    pub fn num_layers(&self) -> usize {
+        self.num_layers
+    }
+
+    /// Heads of keys and values.
+    pub fn num_kv_heads(&self) -> usize {
+        self.num_kv_heads
+    }
+
+    /// Numbers in one head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Tokens in one block.
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// How the numbers are stored.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes of a block, all layers, rounded up to [`BLOCK_ALIGNMENT`].
+    pub fn block_bytes(&self) -> usize {
+        (self.num_layers * self.num_kv_heads * 2 * self.tile_bytes()).next_multiple_of(BLOCK_ALIGNMENT)
+    }
+
+    /// Bytes of the K (or the V) of one head and layer in a block.
+    pub fn tile_bytes(&self) -> usize {
+        self.block_size * self.head_dim * self.dtype.block_bytes()
+    }
+
+    /// Byte offset in a block of the K tile of a head.
+    pub fn k_tile_offset(&self, layer: usize, kv_head: usize) -> usize {
+        debug_assert!(layer < self.num_layers && kv_head < self.num_kv_heads);
+        (layer * self.num_kv_heads + kv_head) * 2 * self.tile_bytes()
+    }
+
+    /// Byte offset in a block of the V tile of a head.
+    pub fn v_tile_offset(&self, layer: usize, kv_head: usize) -> usize {
+        self.k_tile_offset(layer, kv_head) + self.tile_bytes()
+    }
+
+    /// Byte offset in a K tile of one number.
+    pub fn k_offset(&self, token: usize, dim: usize) -> usize {
+        self.offset(dim, token, self.block_size)
+    }
+
+    /// Byte offset in a V tile of one number.
+    pub fn v_offset(&self, token: usize, dim: usize) -> usize {
+        self.offset(token, dim, self.head_dim)
+    }
+
+    /// Bytes from one pair of dimensions to the next in a K tile.
+    pub fn k_pair_bytes(&self) -> usize {
+        2 * self.block_size * self.dtype.block_bytes()
+    }
+
+    /// Bytes from one pair of tokens to the next in a V tile.
+    pub fn v_pair_bytes(&self) -> usize {
+        2 * self.head_dim * self.dtype.block_bytes()
+    }
+
+    fn offset(&self, row: usize, lane: usize, num_lanes: usize) -> usize {
+        match self.dtype {
+            DType::BF16 => ((row / 2 * num_lanes + lane) * 2 + row % 2) * 2,
+            _ => (row * num_lanes + lane) * 4,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_has_its_own_place() {
+        for dtype in [DType::BF16, DType::F32] {
+            let layout = KvLayout::new(2, 3, 48, 32, dtype).unwrap();
+            let element_bytes = dtype.block_bytes();
+            let mut taken = vec![false; layout.block_bytes() / element_bytes];
+            let mut take = |offset: usize| {
+                assert_eq!(offset % element_bytes, 0);
+                assert!(!std::mem::replace(&mut taken[offset / element_bytes], true));
+            };
+            for (layer, head) in (0..2).flat_map(|layer| (0..3).map(move |head| (layer, head))) {
+                for (token, dim) in (0..32).flat_map(|token| (0..48).map(move |dim| (token, dim))) {
+                    take(layout.k_tile_offset(layer, head) + layout.k_offset(token, dim));
+                    take(layout.v_tile_offset(layer, head) + layout.v_offset(token, dim));
+                }
+            }
+            assert_eq!(taken.iter().filter(|taken| **taken).count(), 2 * 3 * 2 * 32 * 48);
+        }
+    }
+
+    #[test]
+    fn blocks_are_whole_pages() {
+        let layout = KvLayout::new(1, 1, 64, 16, DType::BF16).unwrap();
+        assert_eq!((layout.tile_bytes(), layout.block_bytes()), (2048, 4096));
+        assert_eq!(KvLayout::new(1, 1, 80, 16, DType::BF16).unwrap().block_bytes(), 8192);
+    }
+
+    #[test]
+    fn impossible_shapes_are_refused() {
+        for (layers, head_dim, block_size, dtype) in [
+            (1, 40, 16, DType::BF16),
+            (1, 0, 16, DType::BF16),
+            (1, 64, 8, DType::BF16),
+            (1, 64, 16, DType::F16),
+            (0, 64, 16, DType::F32),
+            (usize::MAX / 64, 64, 16, DType::F32),
+        ] {
+            assert!(KvLayout::new(layers, 1, head_dim, block_size, dtype).is_err());
+        }
+    }
+}
