@@ -64,7 +64,7 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
-    /// Root-mean-square norm (arXiv 1910.07467) of each row; `out` may be `x`.
+    /// Root-mean-square norm (arXiv 1910.07467) of each row; `out` is another buffer than `x`.
     fn rms_norm(
         &self,
         stream: &Self::Stream,

@@ -35,6 +35,8 @@ pub struct Workspace<B> {
     pub(super) normed: Tensor<B>,
     /// `[T, hidden]`: output of a half layer.
     pub(super) delta: Tensor<B>,
+    /// `[T, hidden]`: the same after the norm that some families put behind a half layer.
+    pub(super) post_normed: Tensor<B>,
     /// `[T, (num_heads + 2 num_kv_heads) head_dim]`.
     pub(super) qkv: Tensor<B>,
     /// `[T, num_heads head_dim]`.
@@ -62,6 +64,7 @@ impl<B: Clone> Workspace<B> {
             residual: allocate(tokens, config.hidden_size, dtype)?,
             normed: allocate(tokens, config.hidden_size, dtype)?,
             delta: allocate(tokens, config.hidden_size, dtype)?,
+            post_normed: allocate(tokens, config.hidden_size, dtype)?,
             qkv: allocate(tokens, q_size + 2 * kv_size, dtype)?,
             attended: allocate(tokens, q_size, dtype)?,
             gate_up: allocate(tokens, 2 * config.intermediate_size, dtype)?,
@@ -87,6 +90,7 @@ impl<B: Clone> Workspace<B> {
             residual: self.residual.first_rows(num_tokens),
             normed: self.normed.first_rows(num_tokens),
             delta: self.delta.first_rows(num_tokens),
+            post_normed: self.post_normed.first_rows(num_tokens),
             qkv: self.qkv.first_rows(num_tokens),
             attended: self.attended.first_rows(num_tokens),
             gate_up: self.gate_up.first_rows(num_tokens),

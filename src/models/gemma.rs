@@ -41,8 +41,8 @@ impl<B: Backend> GemmaLayers<B> {
         let Pass { backend, stream, buffers, .. } = pass;
         // The norm behind a half layer, then the sum, then the norm before the next half.
         let join = |post: &RmsNorm<B>, next: &RmsNorm<B>| {
-            backend.rms_norm(stream, &buffers.delta, &post.get(), &buffers.delta)?;
-            backend.add_rms_norm(stream, &buffers.residual, &buffers.delta, &next.get(), &buffers.normed)
+            backend.rms_norm(stream, &buffers.delta, &post.get(), &buffers.post_normed)?;
+            backend.add_rms_norm(stream, &buffers.residual, &buffers.post_normed, &next.get(), &buffers.normed)
         };
         let Some(first) = self.layers.first() else { return Ok(()) };
         backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;

@@ -1,6 +1,16 @@
 //! The CPU backend: the reference, and the embedded default.
+//!
+//! Kernels are plain functions over slices; [`CpuBackend`] ties them to the [`Backend`](super::Backend) trait.
 
+mod activation;
+mod argmax;
+mod attention;
+mod attention_tile;
+mod backend;
+mod copy_stream;
 pub(super) mod dequantize;
+mod disjoint;
+mod exp;
 mod float_tile;
 mod gemm;
 #[cfg(target_arch = "x86_64")]
@@ -11,11 +21,29 @@ mod gemm_avx512;
 mod gemm_tests;
 mod input_tiles;
 mod isa;
+mod kv_arena;
+mod kv_store;
+mod memory;
+mod norm;
 mod packed;
 mod pool;
+mod rope;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod simd_avx2;
+#[cfg(target_arch = "x86_64")]
+mod simd_avx512;
 
+pub use activation::{GateKind, gated};
+pub use argmax::argmax;
+pub use attention::{AttentionBatch, AttentionScratch, attention};
+pub use backend::CpuBackend;
 pub use gemm::{GemmScratch, gemm};
 pub use input_tiles::{Rows, RowsMut};
 pub use isa::Isa;
+pub use kv_arena::KvArena;
+pub use kv_store::{KvStoreBatch, rope_and_store_kv};
+pub use norm::{add_rms_norm, rms_norm};
 pub use packed::PackedMatrix;
 pub use pool::ThreadPool;
+pub use rope::RopeTable;

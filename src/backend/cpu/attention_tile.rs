@@ -1,0 +1,611 @@
+//! Attention of a few query rows of one KV head, a chunk of keys after another.
+//!
+//! Rows are `(query token, head of the group)`, so a key or value that was read serves all of them. Every number of a
+//! row is computed by the same operations in the same order however many rows share a tile: scores sum over the head's
+//! dimensions in order, weighted values over positions in order, chunks begin at multiples of [`CHUNK`] and are folded
+//! in order, and a masked position adds a zero.
+
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::KvArena;
+use super::attention::{AttentionBatch, SequenceRows};
+use super::disjoint::DisjointSlice;
+use super::exp::exp;
+use super::simd::{Kernel, LANES, Simd};
+use crate::backend::KvLayout;
+
+/// Positions whose weights are normalised together. Changing it changes results.
+pub(super) const CHUNK: usize = 256;
+
+/// Most rows of a tile where 32 registers hold a vector each, and elsewhere.
+pub(super) const MAX_ROWS_WIDE: usize = 12;
+pub(super) const MAX_ROWS: usize = 6;
+
+/// Most groups of 16 keys whose scores are computed at once.
+const MAX_GROUP_TILE: usize = 8;
+const MAX_GROUPS: usize = CHUNK / LANES;
+
+/// Scores of a row, with room for groups computed twice to fill a tile. Not a power of two, or rows share cache sets.
+const SCORE_STRIDE: usize = CHUNK + MAX_GROUP_TILE * LANES;
+
+/// A cache line of numbers, aligned.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line([f32; LANES]);
+
+impl Line {
+    pub(super) const ZERO: Line = Line([0.0; LANES]);
+}
+
+/// What one thread needs for a tile.
+#[derive(Default)]
+pub(super) struct TileScratch {
+    lines: Vec<Line>,
+}
+
+impl TileScratch {
+    pub(super) fn reserve(&mut self, head_dim: usize) {
+        let numbers = MAX_ROWS_WIDE * (3 * head_dim + SCORE_STRIDE);
+        if self.lines.len() < numbers / LANES {
+            self.lines.resize(numbers / LANES, Line::ZERO);
+        }
+    }
+
+    fn parts(&mut self, head_dim: usize) -> TileParts {
+        let rows = MAX_ROWS_WIDE * head_dim;
+        assert!(self.lines.len() * LANES >= 3 * rows + MAX_ROWS_WIDE * SCORE_STRIDE, "the scratch was reserved");
+        let start = self.lines.as_mut_ptr().cast::<f32>();
+        // SAFETY: the four parts lie one after another in the lines.
+        unsafe {
+            TileParts { q: start, values: start.add(rows), folded: start.add(2 * rows), scores: start.add(3 * rows) }
+        }
+    }
+}
+
+/// Places in a thread's scratch; each has room for the largest tile.
+struct TileParts {
+    /// `[head_dim][R]`, scaled.
+    q: *mut f32,
+    /// `[R][head_dim]`: weighted values of a chunk.
+    values: *mut f32,
+    /// `[R][head_dim]`: of all chunks so far.
+    folded: *mut f32,
+    /// `[R][SCORE_STRIDE]`: scores, then weights.
+    scores: *mut f32,
+}
+
+/// Numbers of a chunk's partial result for one row: weighted values, maximum, sum, and padding to whole lines.
+pub(super) fn partial_stride(head_dim: usize) -> usize {
+    head_dim + LANES
+}
+
+/// Where the results of a tile go.
+pub(super) enum TileTarget<'a> {
+    /// All chunks were seen: the rows of the output.
+    Output(&'a DisjointSlice<'a, f32>),
+    /// Partial results `[chunks][rows][partial_stride]` of the tile's chunks.
+    Partials(&'a mut [Line]),
+}
+
+/// Rows of one KV head of one sequence and the chunks of keys they look at.
+pub(super) struct Tile<'a> {
+    pub(super) batch: &'a AttentionBatch<'a>,
+    pub(super) cache: &'a KvArena<'a>,
+    pub(super) sequence: SequenceRows<'a>,
+    pub(super) kv_head: usize,
+    pub(super) rows: Range<usize>,
+    pub(super) chunks: Range<usize>,
+    pub(super) scratch: &'a mut TileScratch,
+    pub(super) target: TileTarget<'a>,
+}
+
+/// How the cache keeps a number.
+pub(super) trait KvElement {
+    /// Member `MEMBER` of 16 pairs. For types that keep the members apart, `member_bytes` lies between them.
+    ///
+    /// # Safety
+    /// 64 bytes (of the member) can be read.
+    unsafe fn load<S: Simd, const MEMBER: usize>(s: S, pair: *const u8, member_bytes: usize) -> S::F32;
+}
+
+/// Pairs share a word.
+pub(super) struct Bf16;
+
+impl KvElement for Bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd, const MEMBER: usize>(s: S, pair: *const u8, _: usize) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe { if MEMBER == 0 { s.load_bf16_low(pair) } else { s.load_bf16_high(pair) } }
+    }
+}
+
+/// Members lie in rows of their own.
+pub(super) struct F32;
+
+impl KvElement for F32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd, const MEMBER: usize>(s: S, pair: *const u8, member_bytes: usize) -> S::F32 {
+        // SAFETY: the caller's promise.
+        unsafe { s.load(pair.add(MEMBER * member_bytes).cast()) }
+    }
+}
+
+/// A tile of `R` rows (those missing are computed and dropped). In registers it keeps `GW` groups of scores and `VW`
+/// vectors of values for each row where registers are many, `GN` and `VN` elsewhere.
+pub(super) struct TileKernel<'a, E, const R: usize, const GW: usize, const VW: usize, const GN: usize, const VN: usize>
+{
+    tile: Tile<'a>,
+    element: PhantomData<E>,
+}
+
+impl<'a, E, const R: usize, const GW: usize, const VW: usize, const GN: usize, const VN: usize>
+    TileKernel<'a, E, R, GW, VW, GN, VN>
+{
+    pub(super) fn new(tile: Tile<'a>) -> Self {
+        Self { tile, element: PhantomData }
+    }
+}
+
+impl<E: KvElement, const R: usize, const GW: usize, const VW: usize, const GN: usize, const VN: usize> Kernel
+    for TileKernel<'_, E, R, GW, VW, GN, VN>
+{
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if S::IS_WIDE { attend::<S, E, R, GW, VW>(s, self.tile) } else { attend::<S, E, R, GN, VN>(s, self.tile) }
+    }
+}
+
+#[inline(always)]
+fn attend<S: Simd, E: KvElement, const R: usize, const G: usize, const V: usize>(s: S, mut tile: Tile) {
+    let layout = tile.cache.layout();
+    let head_dim = layout.head_dim();
+    let num_rows = tile.rows.len();
+    assert!(num_rows <= R && R <= MAX_ROWS_WIDE && G <= MAX_GROUP_TILE);
+    let parts = tile.scratch.parts(head_dim);
+    pack_queries::<R>(&tile, parts.q);
+    let mut folded = [RowState::EMPTY; R];
+    for chunk in tile.chunks.clone() {
+        let keys = tile.keys_of(chunk);
+        if keys.is_empty() {
+            continue;
+        }
+        let groups = Groups::locate(&tile, layout, &keys);
+        // SAFETY: the parts have room for `R` rows; the groups lie in blocks of the arena.
+        let states = unsafe {
+            score::<S, E, R, G>(s, &groups, layout, parts.q, parts.scores);
+            let states = normalise::<S, R>(s, &tile, &groups, chunk, parts.scores);
+            weigh_values::<S, E, R, V>(s, &groups, layout, &keys, parts.scores, parts.values);
+            states
+        };
+        for (row, state) in states.iter().enumerate().take(num_rows) {
+            // SAFETY: both hold `R` rows of `head_dim` numbers.
+            let (values, folded_row) = unsafe { (parts.values.add(row * head_dim), parts.folded.add(row * head_dim)) };
+            match &mut tile.target {
+                TileTarget::Output(_) => {
+                    // SAFETY: as above; they are different parts of the scratch.
+                    unsafe { fold(s, &mut folded[row], folded_row, *state, values, head_dim) };
+                }
+                TileTarget::Partials(partials) => {
+                    let index = (chunk - tile.chunks.start) * num_rows + row;
+                    write_partial(partials, index, head_dim, *state, values);
+                }
+            }
+        }
+    }
+    if let TileTarget::Output(out) = &tile.target {
+        for (row, state) in folded.iter().enumerate().take(num_rows) {
+            let start = tile.sequence.output_start(tile.batch, tile.kv_head, tile.rows.start + row, head_dim);
+            // SAFETY: each row of each head belongs to one tile.
+            let out = unsafe { out.part(start, head_dim) };
+            // SAFETY: the row was folded into `head_dim` numbers.
+            unsafe { finish(s, *state, parts.folded.add(row * head_dim), out) };
+        }
+    }
+}
+
+impl Tile<'_> {
+    /// Positions of `chunk` that some row sees.
+    fn keys_of(&self, chunk: usize) -> Range<usize> {
+        let first = self.sequence.key_range(self.batch, self.rows.start);
+        let last = self.sequence.key_range(self.batch, self.rows.end - 1);
+        first.start.max(chunk * CHUNK)..last.end.min((chunk + 1) * CHUNK)
+    }
+}
+
+/// Queries of the tile as `[head_dim][R]`, times the scale; missing rows are zero.
+#[inline(always)]
+fn pack_queries<const R: usize>(tile: &Tile, target: *mut f32) {
+    let head_dim = tile.cache.layout().head_dim();
+    for row in 0..R {
+        let query = tile.rows.start + row;
+        if query < tile.rows.end {
+            let start = tile.sequence.query_start(tile.batch, tile.cache.layout(), tile.kv_head, query);
+            for (dim, x) in tile.batch.qkv[start..start + head_dim].iter().enumerate() {
+                // SAFETY: the target holds `R` times `head_dim` numbers.
+                unsafe { *target.add(dim * R + row) = x * tile.batch.scale };
+            }
+        } else {
+            // SAFETY: as above.
+            (0..head_dim).for_each(|dim| unsafe { *target.add(dim * R + row) = 0.0 });
+        }
+    }
+}
+
+/// Where the keys and values of a chunk lie, by groups of 16 positions.
+struct Groups {
+    num_groups: usize,
+    /// Position of the first key of the first group.
+    first_position: usize,
+    /// The last one is repeated to fill a tile of groups.
+    keys: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
+    values: [*const u8; MAX_GROUPS],
+}
+
+impl Groups {
+    #[inline(always)]
+    fn locate(tile: &Tile, layout: &KvLayout, positions: &Range<usize>) -> Self {
+        let first_group = positions.start / LANES;
+        let num_groups = positions.end.div_ceil(LANES) - first_group;
+        let k_tile = layout.k_tile_offset(tile.batch.layer, tile.kv_head);
+        let v_tile = layout.v_tile_offset(tile.batch.layer, tile.kv_head);
+        let mut groups = Groups {
+            num_groups,
+            first_position: first_group * LANES,
+            keys: [std::ptr::null(); MAX_GROUPS + MAX_GROUP_TILE],
+            values: [std::ptr::null(); MAX_GROUPS],
+        };
+        for group in 0..num_groups {
+            let position = groups.first_position + group * LANES;
+            let token = position % layout.block_size();
+            let block: *const u8 = tile.cache.block(tile.sequence.block(position / layout.block_size()));
+            // SAFETY: a group of positions of a block; its numbers lie in the tiles of the block.
+            unsafe {
+                groups.keys[group] = block.add(k_tile + layout.k_offset(token, 0));
+                groups.values[group] = block.add(v_tile + layout.v_offset(token, 0));
+            }
+        }
+        let last = groups.keys[num_groups - 1];
+        groups.keys[num_groups..].fill(last);
+        groups
+    }
+}
+
+/// Scores `[R][SCORE_STRIDE]` of all keys of the groups, masked or not.
+///
+/// # Safety
+/// `q` is `[head_dim][R]`, `scores` holds `R` rows, the groups are valid.
+#[inline(always)]
+unsafe fn score<S: Simd, E: KvElement, const R: usize, const G: usize>(
+    s: S,
+    groups: &Groups,
+    layout: &KvLayout,
+    q: *const f32,
+    scores: *mut f32,
+) {
+    let (num_pairs, pair_bytes) = (layout.head_dim() / 2, layout.k_pair_bytes());
+    for first in (0..groups.num_groups).step_by(G) {
+        let mut sums = [[s.zero(); G]; R];
+        // SAFETY: `first + G` is within the padded keys; `num_pairs` pairs of each group lie in its tile, and `R`
+        // rows of scores have room for groups of a whole tile.
+        unsafe {
+            let keys: [*const u8; G] = *groups.keys.as_ptr().add(first).cast();
+            let mut q = q;
+            for pair in 0..num_pairs {
+                let offset = pair * pair_bytes;
+                add_products::<S, E, R, G, 0>(s, &keys, offset, pair_bytes / 2, q, &mut sums);
+                add_products::<S, E, R, G, 1>(s, &keys, offset, pair_bytes / 2, q.add(R), &mut sums);
+                q = q.add(2 * R);
+            }
+            for row in 0..R {
+                for group in 0..G {
+                    s.store(scores.add(row * SCORE_STRIDE + (first + group) * LANES), sums[row][group]);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`score`].
+#[inline(always)]
+unsafe fn add_products<S: Simd, E: KvElement, const R: usize, const G: usize, const MEMBER: usize>(
+    s: S,
+    keys: &[*const u8; G],
+    offset: usize,
+    member_bytes: usize,
+    q: *const f32,
+    sums: &mut [[S::F32; G]; R],
+) {
+    let mut k = [s.zero(); G];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for group in 0..G {
+            k[group] = E::load::<S, MEMBER>(s, keys[group].add(offset), member_bytes);
+        }
+        for row in 0..R {
+            let q = s.splat(*q.add(row));
+            for group in 0..G {
+                sums[row][group] = s.mul_add(q, k[group], sums[row][group]);
+            }
+        }
+    }
+}
+
+/// Maximum of the scores of a row and sum of its weights.
+#[derive(Clone, Copy)]
+pub(super) struct RowState {
+    max: f32,
+    sum: f32,
+    is_empty: bool,
+}
+
+impl RowState {
+    pub(super) const EMPTY: RowState = RowState { max: f32::NEG_INFINITY, sum: 0.0, is_empty: true };
+}
+
+/// Turns the scores of every row into weights `e^(score - max)`, zero where masked.
+///
+/// # Safety
+/// `scores` holds `R` rows.
+#[inline(always)]
+unsafe fn normalise<S: Simd, const R: usize>(
+    s: S,
+    tile: &Tile,
+    groups: &Groups,
+    chunk: usize,
+    scores: *mut f32,
+) -> [RowState; R] {
+    let mut states = [RowState::EMPTY; R];
+    for (row, state) in states.iter_mut().enumerate().take(tile.rows.len()) {
+        let keys = tile.sequence.key_range(tile.batch, tile.rows.start + row);
+        let start = keys.start.max(chunk * CHUNK).max(groups.first_position) - groups.first_position;
+        let end = keys.end.min((chunk + 1) * CHUNK).max(groups.first_position) - groups.first_position;
+        // SAFETY: the caller's promise.
+        *state = unsafe { normalise_row(s, scores.add(row * SCORE_STRIDE), groups.num_groups, start..end) };
+    }
+    states
+}
+
+/// One row; `seen` are the columns that are not masked.
+///
+/// # Safety
+/// `scores` holds `num_groups` vectors.
+#[inline(always)]
+unsafe fn normalise_row<S: Simd>(s: S, scores: *mut f32, num_groups: usize, seen: Range<usize>) -> RowState {
+    let is_empty = seen.start >= seen.end;
+    let seen_groups = if is_empty { 0..0 } else { seen.start / LANES..seen.end.div_ceil(LANES) };
+    let mut max = s.splat(f32::NEG_INFINITY);
+    let mut sum = s.zero();
+    // SAFETY: every access is to one of the vectors.
+    unsafe {
+        for group in (0..seen_groups.start).chain(seen_groups.end..num_groups) {
+            s.store(scores.add(group * LANES), s.zero());
+        }
+        if is_empty {
+            return RowState::EMPTY;
+        }
+        for group in seen_groups.clone() {
+            let place = scores.add(group * LANES);
+            let mask = lane_mask(group, &seen);
+            let x = s.select(mask, s.load(place), s.splat(f32::NEG_INFINITY));
+            s.store(place, x);
+            max = s.max(x, max);
+        }
+        let max = s.reduce_max(max);
+        for group in seen_groups {
+            let place = scores.add(group * LANES);
+            let weight = exp(s, s.sub(s.load(place), s.splat(max)));
+            s.store(place, weight);
+            sum = s.add(sum, weight);
+        }
+        RowState { max, sum: s.reduce_add(sum), is_empty: false }
+    }
+}
+
+/// The lanes of a group whose columns are seen; the group has at least one.
+#[inline(always)]
+fn lane_mask(group: usize, seen: &Range<usize>) -> u16 {
+    let start = seen.start.saturating_sub(group * LANES);
+    let end = (seen.end - group * LANES).min(LANES);
+    ((1u32 << end) - (1u32 << start)) as u16
+}
+
+/// Sums of values times weights, `[R][head_dim]`, over the positions that some row sees: others may hold anything.
+///
+/// # Safety
+/// `weights` and `target` hold `R` rows, the groups are valid.
+#[inline(always)]
+unsafe fn weigh_values<S: Simd, E: KvElement, const R: usize, const V: usize>(
+    s: S,
+    groups: &Groups,
+    layout: &KvLayout,
+    positions: &Range<usize>,
+    weights: *const f32,
+    target: *mut f32,
+) {
+    let head_dim = layout.head_dim();
+    let columns = positions.start - groups.first_position..positions.end - groups.first_position;
+    let mut dim = 0;
+    // SAFETY: the caller's promise; `dim` and the vectors after it are below `head_dim`.
+    unsafe {
+        while dim + V * LANES <= head_dim {
+            weigh_columns::<S, E, R, V>(s, groups, layout, &columns, dim, weights, target.add(dim));
+            dim += V * LANES;
+        }
+        while dim < head_dim {
+            weigh_columns::<S, E, R, 1>(s, groups, layout, &columns, dim, weights, target.add(dim));
+            dim += LANES;
+        }
+    }
+}
+
+/// `V` vectors of dimensions from `dim` on.
+///
+/// # Safety
+/// As [`weigh_values`].
+#[inline(always)]
+unsafe fn weigh_columns<S: Simd, E: KvElement, const R: usize, const V: usize>(
+    s: S,
+    groups: &Groups,
+    layout: &KvLayout,
+    columns: &Range<usize>,
+    dim: usize,
+    weights: *const f32,
+    target: *mut f32,
+) {
+    let pair_bytes = layout.v_pair_bytes();
+    let mut sums = [[s.zero(); V]; R];
+    // SAFETY: the caller's promise; a word or an f32 of a dimension takes 4 bytes.
+    unsafe {
+        for group in 0..groups.num_groups {
+            let values = groups.values[group].add(4 * dim);
+            let weights = weights.add(group * LANES);
+            let mut token = columns.start.saturating_sub(group * LANES);
+            let end = (columns.end - group * LANES).min(LANES);
+            if token % 2 == 1 {
+                let pair = values.add(token / 2 * pair_bytes);
+                add_weighted::<S, E, R, V, 1>(s, pair, pair_bytes / 2, weights.add(token), &mut sums);
+                token += 1;
+            }
+            while token + 1 < end {
+                let pair = values.add(token / 2 * pair_bytes);
+                add_weighted::<S, E, R, V, 0>(s, pair, pair_bytes / 2, weights.add(token), &mut sums);
+                add_weighted::<S, E, R, V, 1>(s, pair, pair_bytes / 2, weights.add(token + 1), &mut sums);
+                token += 2;
+            }
+            if token < end {
+                let pair = values.add(token / 2 * pair_bytes);
+                add_weighted::<S, E, R, V, 0>(s, pair, pair_bytes / 2, weights.add(token), &mut sums);
+            }
+        }
+        for row in 0..R {
+            for vector in 0..V {
+                s.store(target.add(row * layout.head_dim() + vector * LANES), sums[row][vector]);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`weigh_values`].
+#[inline(always)]
+unsafe fn add_weighted<S: Simd, E: KvElement, const R: usize, const V: usize, const MEMBER: usize>(
+    s: S,
+    pair: *const u8,
+    member_bytes: usize,
+    weights: *const f32,
+    sums: &mut [[S::F32; V]; R],
+) {
+    let mut values = [s.zero(); V];
+    // SAFETY: the caller's promise.
+    unsafe {
+        for vector in 0..V {
+            values[vector] = E::load::<S, MEMBER>(s, pair.add(vector * LANES * 4), member_bytes);
+        }
+        for row in 0..R {
+            let weight = s.splat(*weights.add(row * SCORE_STRIDE));
+            for vector in 0..V {
+                sums[row][vector] = s.mul_add(weight, values[vector], sums[row][vector]);
+            }
+        }
+    }
+}
+
+/// Adds the next chunk's result of a row to that of the chunks before (Milakov and Gimelshein, arXiv 1805.02867).
+///
+/// # Safety
+/// `folded` and `values` are `head_dim` numbers each and do not overlap.
+#[inline(always)]
+unsafe fn fold<S: Simd>(
+    s: S,
+    state: &mut RowState,
+    folded: *mut f32,
+    next: RowState,
+    values: *const f32,
+    head_dim: usize,
+) {
+    if next.is_empty {
+        return;
+    }
+    if state.is_empty {
+        *state = next;
+        // SAFETY: the caller's promise.
+        return unsafe { std::ptr::copy_nonoverlapping(values, folded, head_dim) };
+    }
+    let max = if next.max > state.max { next.max } else { state.max };
+    let kept = exp(s, s.splat(state.max - max));
+    let added = exp(s, s.splat(next.max - max));
+    let sum = s.mul_add(s.splat(state.sum), kept, s.mul(s.splat(next.sum), added));
+    for dim in (0..head_dim).step_by(LANES) {
+        // SAFETY: the caller's promise; `head_dim` is a multiple of 16.
+        unsafe {
+            let new = s.mul(s.load(values.add(dim)), added);
+            s.store(folded.add(dim), s.mul_add(s.load(folded.add(dim)), kept, new));
+        }
+    }
+    *state = RowState { max, sum: s.to_array(sum)[0], is_empty: false };
+}
+
+/// Weighted values over the sum of the weights.
+///
+/// # Safety
+/// `folded` holds as many numbers as `out`, a multiple of 16.
+#[inline(always)]
+unsafe fn finish<S: Simd>(s: S, state: RowState, folded: *const f32, out: &mut [f32]) {
+    let inverse = s.splat(1.0 / state.sum);
+    for dim in (0..out.len()).step_by(LANES) {
+        // A masked position may turn -0 into 0, so no -0 is let out.
+        // SAFETY: the caller's promise.
+        unsafe { s.store(out.as_mut_ptr().add(dim), s.mul_add(s.load(folded.add(dim)), inverse, s.zero())) };
+    }
+}
+
+#[inline(always)]
+fn write_partial(partials: &mut [Line], index: usize, head_dim: usize, state: RowState, values: *const f32) {
+    let stride = partial_stride(head_dim) / LANES;
+    let target = &mut partials[index * stride..(index + 1) * stride];
+    target[stride - 1].0[0] = state.max;
+    target[stride - 1].0[1] = state.sum;
+    target[stride - 1].0[2] = if state.is_empty { 1.0 } else { 0.0 };
+    // SAFETY: the caller's values are `head_dim` numbers; the lines before the last hold as many.
+    unsafe { std::ptr::copy_nonoverlapping(values, target.as_mut_ptr().cast::<f32>(), head_dim) };
+}
+
+/// Folds the partial results `[chunks][rows][partial_stride]` of the rows of one head and writes the output.
+pub(super) struct MergeKernel<'a> {
+    pub(super) partials: &'a [Line],
+    pub(super) num_rows: usize,
+    pub(super) head_dim: usize,
+    pub(super) scratch: &'a mut TileScratch,
+    /// Where a row of the output begins.
+    pub(super) output_start: &'a dyn Fn(usize) -> usize,
+    pub(super) out: &'a DisjointSlice<'a, f32>,
+}
+
+impl Kernel for MergeKernel<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let stride = partial_stride(self.head_dim) / LANES;
+        let folded = self.scratch.parts(self.head_dim).folded;
+        for row in 0..self.num_rows {
+            let mut state = RowState::EMPTY;
+            for partial in self.partials.chunks_exact(stride).skip(row).step_by(self.num_rows) {
+                let [max, sum, is_empty, ..] = partial[stride - 1].0;
+                let next = RowState { max, sum, is_empty: is_empty != 0.0 };
+                // SAFETY: the scratch has room for a row; a partial begins with `head_dim` numbers.
+                unsafe { fold(s, &mut state, folded, next, partial.as_ptr().cast(), self.head_dim) };
+            }
+            // SAFETY: each row of each head belongs to one merge.
+            let out = unsafe { self.out.part((self.output_start)(row), self.head_dim) };
+            // SAFETY: the row was folded into `head_dim` numbers.
+            unsafe { finish(s, state, folded, out) };
+        }
+    }
+}

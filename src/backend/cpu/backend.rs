@@ -1,0 +1,367 @@
+//! The [`Backend`] trait over the kernels of this module.
+//!
+//! Kernels run on the calling thread and the pool before the call returns; the pool and the scratch space are one
+//! lock's content, taken once per kernel and never contended: the engine thread is the only caller.
+
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard};
+
+use super::copy_stream::{CpuEvent, CpuStream};
+use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
+use super::{
+    AttentionBatch, AttentionScratch, GateKind, GemmScratch, Isa, KvArena, KvStoreBatch, PackedMatrix, RopeTable, Rows,
+    RowsMut, ThreadPool,
+};
+use crate::backend::{
+    Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
+    KvLayer, Norm, RopeConfig, StreamKind, Tensor, dequantize_row,
+};
+use crate::{Result, invalid};
+
+type CpuTensor = Tensor<CpuBuffer>;
+
+/// Kernels for one instruction set on a fixed number of threads.
+pub struct CpuBackend {
+    isa: Isa,
+    workers: Mutex<Workers>,
+}
+
+struct Workers {
+    pool: ThreadPool,
+    gemm: GemmScratch,
+    attention: AttentionScratch,
+}
+
+impl CpuBackend {
+    /// A backend with `num_threads` threads, the caller's included.
+    pub fn new(isa: Isa, num_threads: usize) -> Result<Self> {
+        if !isa.is_available() {
+            return Err(invalid!("this machine has no {isa}; the best it has is {}", Isa::best()));
+        }
+        let pool = ThreadPool::new(num_threads);
+        let workers = Workers { pool, gemm: GemmScratch::default(), attention: AttentionScratch::default() };
+        Ok(Self { isa, workers: Mutex::new(workers) })
+    }
+
+    fn workers(&self) -> MutexGuard<'_, Workers> {
+        self.workers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+fn expect_shape(what: &str, tensor: &CpuTensor, rows: usize, columns: usize, dtype: DType) -> Result<()> {
+    if (tensor.rows(), tensor.columns(), tensor.dtype()) == (rows, columns, dtype) {
+        return Ok(());
+    }
+    let (found_rows, found_columns, found) = (tensor.rows(), tensor.columns(), tensor.dtype());
+    Err(invalid!("{what} is [{found_rows}, {found_columns}] {found}, wanted [{rows}, {columns}] {dtype}"))
+}
+
+fn expect_indices(what: &str, indices: &[i32], below: usize) -> Result<()> {
+    match indices.iter().find(|&&index| usize::try_from(index).map_or(true, |index| index >= below)) {
+        Some(index) => Err(invalid!("{what} {index} is not in [0, {below})")),
+        None => Ok(()),
+    }
+}
+
+impl Device for CpuBackend {
+    type Buffer = CpuBuffer;
+    type HostBuffer = CpuHostBuffer;
+    type Stream = CpuStream;
+    type Event = CpuEvent;
+
+    fn allocate(&self, bytes: usize) -> Result<CpuBuffer> {
+        CpuBuffer::allocate(bytes)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<CpuHostBuffer> {
+        CpuHostBuffer::allocate(bytes)
+    }
+
+    fn create_stream(&self, kind: StreamKind) -> Result<CpuStream> {
+        CpuStream::new(kind)
+    }
+
+    fn upload(
+        &self,
+        _stream: &CpuStream,
+        source: &CpuHostBuffer,
+        target: &CpuBuffer,
+        range: Range<usize>,
+    ) -> Result<()> {
+        // SAFETY: work before it on the stream is done, and the host side is borrowed.
+        let bytes = unsafe { target.bytes_mut(range.start, range.len()) };
+        bytes.copy_from_slice(&source.as_ref()[range]);
+        Ok(())
+    }
+
+    fn download(
+        &self,
+        _stream: &CpuStream,
+        source: &CpuTensor,
+        target: &mut CpuHostBuffer,
+        target_offset: usize,
+    ) -> Result<()> {
+        // SAFETY: work before it on the stream is done.
+        let bytes = unsafe { source.buffer().bytes(source.offset_bytes(), source.num_bytes()) };
+        target.as_mut()[target_offset..target_offset + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn copy(&self, stream: &CpuStream, copy: &BufferCopy<'_, CpuBuffer>) -> Result<()> {
+        for (what, buffer, offset) in
+            [("source", copy.source, copy.source_offset), ("target", copy.target, copy.target_offset)]
+        {
+            if offset > buffer.len() || copy.bytes > buffer.len() - offset {
+                return Err(invalid!("copy {what} {offset}+{} lies outside {} bytes", copy.bytes, buffer.len()));
+            }
+        }
+        stream.copy(copy)
+    }
+
+    fn record(&self, stream: &CpuStream) -> Result<CpuEvent> {
+        Ok(stream.record())
+    }
+
+    fn wait(&self, _stream: &CpuStream, event: &CpuEvent) -> Result<()> {
+        event.synchronize();
+        Ok(())
+    }
+
+    fn is_complete(&self, event: &CpuEvent) -> Result<bool> {
+        Ok(event.is_complete())
+    }
+
+    fn synchronize(&self, event: &CpuEvent) -> Result<()> {
+        event.synchronize();
+        Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    type Matrix = PackedMatrix;
+    type RopeTable = RopeTable;
+
+    fn name(&self) -> String {
+        format!("cpu-{}", self.isa)
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<PackedMatrix> {
+        PackedMatrix::pack(parts, dtype, &mut self.workers().pool)
+    }
+
+    fn load_vector(&self, parts: &[HostTensor], offset: f32) -> Result<CpuTensor> {
+        let mut values = Vec::new();
+        for part in parts {
+            let start = values.len();
+            values.resize(start + part.rows() * part.columns(), 0.0);
+            dequantize_row(part.dtype(), part.bytes(), &mut values[start..]);
+        }
+        values.iter_mut().for_each(|value| *value += offset);
+        vector(&values)
+    }
+
+    fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<RopeTable> {
+        RopeTable::new(config, max_positions)
+    }
+
+    fn embed(
+        &self,
+        _stream: &CpuStream,
+        table: &PackedMatrix,
+        ids: &CpuTensor,
+        scale: f32,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        expect_shape("embedding output", out, ids.columns(), table.num_columns(), DType::F32)?;
+        // SAFETY: the tensors are different buffers, and work before this call is done.
+        let (ids, out) = unsafe { (numbers::<i32>(ids), numbers_mut::<f32>(out)) };
+        expect_indices("token id", ids, table.num_rows())?;
+        for (&id, row) in ids.iter().zip(out.chunks_exact_mut(table.num_columns())) {
+            table.unpack_row(id as usize, row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|value| *value *= scale);
+            }
+        }
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        _stream: &CpuStream,
+        x: &CpuTensor,
+        weight: &PackedMatrix,
+        bias: Option<&CpuTensor>,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        let (inputs, outputs) = (weight.num_columns(), weight.num_rows());
+        expect_shape("projection input", x, x.rows(), inputs, DType::F32)?;
+        expect_shape("projection output", out, x.rows(), outputs, DType::F32)?;
+        if let Some(bias) = bias {
+            expect_shape("projection bias", bias, 1, outputs, DType::F32)?;
+        }
+        let Workers { pool, gemm, .. } = &mut *self.workers();
+        // SAFETY: the tensors are different buffers, and work before this call is done.
+        let (rows, out, bias) = unsafe { (numbers(x), numbers_mut(out), bias.map(|bias| numbers(bias))) };
+        let (rows, out) = (Rows { data: rows, stride: inputs }, RowsMut { data: out, stride: outputs });
+        super::gemm(pool, self.isa, rows, x.rows(), weight, bias, out, gemm);
+        Ok(())
+    }
+
+    fn rms_norm(&self, _stream: &CpuStream, x: &CpuTensor, norm: &Norm<'_, CpuBuffer>, out: &CpuTensor) -> Result<()> {
+        expect_shape("norm weight", norm.weight, 1, x.columns(), DType::F32)?;
+        expect_shape("norm output", out, x.rows(), x.columns(), DType::F32)?;
+        // SAFETY: three different buffers, and work before this call is done.
+        let (rows, weight, out) = unsafe { (numbers(x), numbers(norm.weight), numbers_mut(out)) };
+        super::rms_norm(&mut self.workers().pool, self.isa, rows, weight, norm.epsilon, out);
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &self,
+        _stream: &CpuStream,
+        residual: &CpuTensor,
+        delta: &CpuTensor,
+        norm: &Norm<'_, CpuBuffer>,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        let (rows, columns) = (residual.rows(), residual.columns());
+        expect_shape("residual update", delta, rows, columns, DType::F32)?;
+        expect_shape("norm weight", norm.weight, 1, columns, DType::F32)?;
+        expect_shape("norm output", out, rows, columns, DType::F32)?;
+        let pool = &mut self.workers().pool;
+        // SAFETY: four different buffers, and work before this call is done.
+        let (residual, delta, weight, out) =
+            unsafe { (numbers_mut(residual), numbers(delta), numbers(norm.weight), numbers_mut(out)) };
+        super::add_rms_norm(pool, self.isa, residual, delta, weight, norm.epsilon, out);
+        Ok(())
+    }
+
+    fn rope_and_store_kv(
+        &self,
+        _stream: &CpuStream,
+        qkv: &CpuTensor,
+        heads: &HeadTransform<'_, Self>,
+        kv: &KvLayer<'_, CpuBuffer>,
+        metadata: &AttentionMetadata<CpuBuffer>,
+    ) -> Result<()> {
+        check_heads(qkv, &heads.shape, kv, metadata)?;
+        // SAFETY: metadata, weights, activations and KV blocks are different buffers, and work before is done.
+        let (positions, slots) = unsafe { (numbers::<i32>(&metadata.positions), numbers(&metadata.slot_mapping)) };
+        expect_indices("position", positions, heads.rope.max_len())?;
+        let batch = KvStoreBatch {
+            num_q_heads: heads.shape.num_heads,
+            positions,
+            slot_mapping: slots,
+            // SAFETY: as above.
+            q_norm: heads.q_norm.as_ref().map(|norm| unsafe { numbers(norm.weight) }),
+            // SAFETY: as above.
+            k_norm: heads.k_norm.as_ref().map(|norm| unsafe { numbers(norm.weight) }),
+            eps: heads.q_norm.as_ref().or(heads.k_norm.as_ref()).map_or(0.0, |norm| norm.epsilon),
+            table: heads.rope,
+            layer: kv.layer,
+        };
+        // SAFETY: as above.
+        let (qkv, arena) = unsafe { (numbers_mut(qkv), arena(kv)) };
+        super::rope_and_store_kv(&mut self.workers().pool, self.isa, qkv, &batch, &arena);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        _stream: &CpuStream,
+        qkv: &CpuTensor,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, CpuBuffer>,
+        metadata: &AttentionMetadata<CpuBuffer>,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        check_heads(qkv, shape, kv, metadata)?;
+        expect_shape("attention output", out, qkv.rows(), shape.num_heads * shape.head_dim, DType::F32)?;
+        // SAFETY: metadata, activations and KV blocks are different buffers, and work before is done.
+        let batch = unsafe {
+            AttentionBatch {
+                qkv: numbers(qkv),
+                num_q_heads: shape.num_heads,
+                cu_seqlens_q: numbers(&metadata.cu_seqlens_q),
+                context_lens: numbers(&metadata.context_lens),
+                block_tables: numbers(&metadata.block_tables),
+                max_blocks: metadata.block_tables.columns(),
+                layer: kv.layer,
+                scale: shape.scale,
+                window: shape.window,
+            }
+        };
+        let Workers { pool, attention, .. } = &mut *self.workers();
+        // SAFETY: as above.
+        let (arena, out) = unsafe { (arena(kv), numbers_mut(out)) };
+        super::attention(pool, self.isa, attention, &batch, &arena, out);
+        Ok(())
+    }
+
+    fn gated_activation(
+        &self,
+        _stream: &CpuStream,
+        gate_up: &CpuTensor,
+        activation: Activation,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        let features = gate_up.columns() / 2;
+        expect_shape("gated activation", out, gate_up.rows(), features, DType::F32)?;
+        let kind = match activation {
+            Activation::Silu => GateKind::SiLu,
+            Activation::GeluTanh => GateKind::GeluTanh,
+        };
+        // SAFETY: two different buffers, and work before this call is done.
+        let (gate_up, out) = unsafe { (numbers(gate_up), numbers_mut(out)) };
+        super::gated(&mut self.workers().pool, self.isa, gate_up, kind, features, out);
+        Ok(())
+    }
+
+    fn gather_rows(&self, _stream: &CpuStream, x: &CpuTensor, indices: &CpuTensor, out: &CpuTensor) -> Result<()> {
+        let columns = x.columns();
+        expect_shape("gathered rows", out, indices.columns(), columns, DType::F32)?;
+        // SAFETY: three different buffers, and work before this call is done.
+        let (rows, indices, out) = unsafe { (numbers::<f32>(x), numbers::<i32>(indices), numbers_mut::<f32>(out)) };
+        expect_indices("row", indices, x.rows())?;
+        for (&index, target) in indices.iter().zip(out.chunks_exact_mut(columns)) {
+            target.copy_from_slice(&rows[index as usize * columns..][..columns]);
+        }
+        Ok(())
+    }
+
+    fn argmax(&self, _stream: &CpuStream, x: &CpuTensor, out: &CpuTensor) -> Result<()> {
+        expect_shape("argmax output", out, 1, x.rows(), DType::I32)?;
+        // SAFETY: two different buffers, and work before this call is done.
+        let (rows, indices) = unsafe { (numbers(x), numbers_mut(out)) };
+        super::argmax(&mut self.workers().pool, self.isa, rows, x.columns(), indices);
+        Ok(())
+    }
+}
+
+fn check_heads(
+    qkv: &CpuTensor,
+    shape: &AttentionShape,
+    kv: &KvLayer<'_, CpuBuffer>,
+    metadata: &AttentionMetadata<CpuBuffer>,
+) -> Result<()> {
+    let layout = kv.layout;
+    if (shape.num_kv_heads, shape.head_dim) != (layout.num_kv_heads(), layout.head_dim()) {
+        let (heads, size) = (layout.num_kv_heads(), layout.head_dim());
+        return Err(invalid!("the KV cache has {heads} heads of {size}, the layer wants {shape:?}"));
+    }
+    let columns = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
+    expect_shape("qkv", qkv, metadata.num_tokens, columns, DType::F32)
+}
+
+/// # Safety
+/// Nobody else touches the blocks while the arena lives.
+unsafe fn arena<'a>(kv: &KvLayer<'a, CpuBuffer>) -> KvArena<'a> {
+    // SAFETY: the caller's promise.
+    KvArena::new(unsafe { kv.blocks.bytes_mut(0, kv.blocks.len()) }, *kv.layout)
+}

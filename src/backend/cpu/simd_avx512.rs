@@ -1,0 +1,132 @@
+//! Vectors of 16 f32 with AVX-512: one register each.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::simd::{Kernel, LANES, Simd};
+
+/// Exists only inside [`run`].
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+/// Runs `kernel` with AVX-512 instructions.
+/// # Safety
+/// The machine has AVX-512 F, BW, DQ and VL, AVX2 and FMA.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+impl Simd for Avx512 {
+    type F32 = __m512;
+    const IS_WIDE: bool = true;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn select(self, mask: u16, a: Self::F32, b: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_mask_blend_ps(mask, b, a) }
+    }
+
+    #[inline(always)]
+    fn zero_where_less(self, value: Self::F32, x: Self::F32, limit: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), value) }
+    }
+
+    #[inline(always)]
+    fn add_exponent(self, value: Self::F32, shift: Self::F32) -> Self::F32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let shift = _mm512_slli_epi32::<23>(_mm512_castps_si512(shift));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), shift))
+        }
+    }
+
+    #[inline(always)]
+    fn to_array(self, value: Self::F32) -> [f32; LANES] {
+        // SAFETY: `self` proves the instructions.
+        unsafe { std::mem::transmute(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, source: *const f32) -> Self::F32 {
+        // SAFETY: the caller's promise, and `self` proves the instructions.
+        unsafe { _mm512_loadu_ps(source) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, target: *mut f32, value: Self::F32) {
+        // SAFETY: the caller's promise, and `self` proves the instructions.
+        unsafe { _mm512_storeu_ps(target, value) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_low(self, source: *const u8) -> Self::F32 {
+        // SAFETY: the caller's promise, and `self` proves the instructions.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(source.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_high(self, source: *const u8) -> Self::F32 {
+        // SAFETY: the caller's promise, and `self` proves the instructions.
+        unsafe {
+            let words = _mm512_loadu_si512(source.cast());
+            _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32 as i32)))
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        // SAFETY: `self` proves the instructions.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
