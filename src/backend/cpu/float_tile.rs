@@ -99,7 +99,7 @@ impl Pairs for F32Pairs {
 }
 
 /// `a * b + c`, fused where the target always can: a fused multiply in software is very slow.
-fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+pub(super) fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { a.mul_add(b, c) } else { a * b + c }
 }
 

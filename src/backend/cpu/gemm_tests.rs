@@ -3,6 +3,9 @@
 use std::sync::Arc;
 
 use super::super::{DType, HostTensor, RowOrder};
+use super::dequantize::{Block, code_bias};
+use super::float_tile::multiply_add;
+use super::quantize::QuantBlock;
 use super::*;
 
 /// A small generator, so that a failure repeats.
@@ -209,4 +212,124 @@ fn tensors_that_do_not_fit_together_are_refused() {
     assert!(PackedMatrix::pack(&tensors, None, &mut pool).is_err());
     assert!(PackedMatrix::pack(&[], None, &mut pool).is_err());
     assert!(PackedMatrix::pack(&tensors[..1], Some(DType::Q8_0), &mut pool).is_err());
+}
+
+const QUANTISED: [DType; 8] =
+    [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::Q4K, DType::Q5K, DType::Q6K];
+
+fn fused(isa: Isa, a: f32, b: f32, c: f32) -> f32 {
+    if isa == Isa::Portable { multiply_add(a, b, c) } else { a.mul_add(b, c) }
+}
+
+/// What the integer kernels must give, to the bit, from the checkpoint's own bytes.
+fn slow_quantised_dot(isa: Isa, tensor: &HostTensor, row: usize, x: &[f32]) -> f32 {
+    let dtype = tensor.dtype();
+    let blocks = tensor.row_bytes(row).chunks(dtype.block_bytes());
+    let (mut sum, mut block) = (0.0, Block::new());
+    for (bytes, x) in blocks.zip(x.chunks(dtype.block_elements())) {
+        block.read(dtype, bytes);
+        for (sub, x) in x.as_chunks::<32>().0.iter().enumerate() {
+            let x = QuantBlock::new(x);
+            let part_len = if dtype == DType::Q6K { 16 } else { 32 };
+            for first in (0..32).step_by(part_len) {
+                let integers: i32 = (first..first + part_len)
+                    .map(|k| (i32::from(block.codes[sub * 32 + k]) - code_bias(dtype)) * i32::from(x.codes[k]))
+                    .sum();
+                let term = block.term(dtype, sub * 2 + first / 16);
+                sum = fused(isa, integers as f32, term.scale * x.scale, sum);
+            }
+            if let Some(minimum) = block.term(dtype, sub * 2).minimum {
+                let codes: i32 = x.codes.iter().map(|&code| i32::from(code)).sum();
+                sum = fused(isa, minimum, x.scale * codes as f32, sum);
+            }
+        }
+    }
+    sum
+}
+
+#[test]
+fn quantised_products_are_the_emulated_ones_to_the_bit() {
+    let (mut random, mut pool) = (Random(6), ThreadPool::new(2));
+    for isa in Isa::available() {
+        for dtype in QUANTISED {
+            for (n, k) in [(1, 256), (33, 512), (70, 768)] {
+                let tensors = [tensor(dtype, n, k, &mut random)];
+                let w = PackedMatrix::pack(&tensors, None, &mut pool).unwrap();
+                let x = random.values(7 * k);
+                let out = multiply(2, isa, &x, 7, &w, None);
+                for (index, found) in out.iter().enumerate() {
+                    let (row, column) = (index / n, index % n);
+                    let wanted = slow_quantised_dot(isa, &tensors[0], column, &x[row * k..(row + 1) * k]);
+                    assert_eq!(wanted.to_bits(), found.to_bits(), "{isa} {dtype} [{n}, {k}] {row} {column}");
+                }
+            }
+        }
+    }
+}
+
+/// The codes' extremes: no instruction may saturate.
+#[test]
+fn the_largest_codes_do_not_saturate() {
+    let mut pool = ThreadPool::new(1);
+    for isa in Isa::available() {
+        for dtype in QUANTISED {
+            for byte in [0x00, 0x7f, 0x80, 0xff] {
+                let (rows, k) = (3, 256);
+                let len = dtype.row_bytes(k).unwrap() * rows;
+                // Scales of one, so that no number is infinite.
+                let mut bytes = vec![byte; len];
+                for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
+                    let at = if dtype == DType::Q6K { 208 } else { 0 };
+                    block[at..at + 2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+                    if matches!(dtype, DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K) {
+                        block[2..4].copy_from_slice(&half::f16::ONE.to_le_bytes());
+                    }
+                }
+                let tensors = [HostTensor::new("weights", Arc::new(bytes), 0..len, dtype, rows, k).unwrap()];
+                let w = PackedMatrix::pack(&tensors, None, &mut pool).unwrap();
+                for sign in [1.0, -1.0] {
+                    let x = vec![127.0 * sign; k];
+                    let out = multiply(1, isa, &x, 1, &w, None);
+                    assert_eq!(out[2], slow_quantised_dot(isa, &tensors[0], 2, &x), "{isa} {dtype} {byte:#x}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantised_products_are_close_to_what_loops_give() {
+    let (mut random, mut pool) = (Random(7), ThreadPool::new(2));
+    for isa in Isa::available() {
+        for dtype in QUANTISED {
+            for (n, k) in [(5, 256), (64, 1024)] {
+                let w = PackedMatrix::pack(&[tensor(dtype, n, k, &mut random)], None, &mut pool).unwrap();
+                check_against_loops(isa, &w, 13, 5e-3, &mut random);
+            }
+        }
+    }
+}
+
+#[test]
+fn bits_of_stacked_tensors_depend_on_neither_rows_nor_threads() {
+    let mut random = Random(8);
+    let order = RowOrder::InterleavedHalves { num_heads: 2 };
+    let stack = |random: &mut Random, dtypes: &[DType]| -> Vec<HostTensor> {
+        dtypes.iter().map(|&dtype| tensor(dtype, 44, 256, random).with_row_order(order)).collect()
+    };
+    let stacks = [
+        vec![DType::Q4K, DType::Q6K, DType::Q4K],
+        vec![DType::Q8_0, DType::BF16, DType::Q4_0],
+        vec![DType::Q5K, DType::Q5_0],
+        vec![DType::Q4_1, DType::Q5_1, DType::F16],
+    ];
+    for isa in Isa::available() {
+        for dtypes in &stacks {
+            let tensors = stack(&mut random, dtypes);
+            let w = PackedMatrix::pack(&tensors, None, &mut ThreadPool::new(2)).unwrap();
+            assert_eq!(w.num_rows(), 44 * dtypes.len());
+            check_bits(isa, &w, &mut random);
+            check_against_loops(isa, &w, 3, 5e-3, &mut random);
+        }
+    }
 }

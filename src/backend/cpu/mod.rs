@@ -11,12 +11,13 @@ mod copy_stream;
 pub(super) mod dequantize;
 mod disjoint;
 mod exp;
+#[cfg(target_arch = "x86_64")]
+mod float_avx2;
+#[cfg(target_arch = "x86_64")]
+mod float_avx512;
+mod float_gemm;
 mod float_tile;
 mod gemm;
-#[cfg(target_arch = "x86_64")]
-mod gemm_avx2;
-#[cfg(target_arch = "x86_64")]
-mod gemm_avx512;
 #[cfg(test)]
 mod gemm_tests;
 mod input_tiles;
@@ -27,6 +28,13 @@ mod memory;
 mod norm;
 mod packed;
 mod pool;
+#[cfg(target_arch = "x86_64")]
+mod quant_avx2;
+#[cfg(target_arch = "x86_64")]
+mod quant_avx512;
+mod quant_gemm;
+mod quant_tile;
+mod quantize;
 mod rope;
 mod simd;
 #[cfg(target_arch = "x86_64")]

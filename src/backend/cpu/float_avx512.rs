@@ -19,6 +19,20 @@ const F32: u8 = 2;
 /// How far ahead a one-row tile asks for weights: the hardware's own prefetch ends at each 4 KiB.
 const PREFETCH_BYTES: usize = 1024;
 
+/// Repeats the body for `$index` in `[0, $count)`, at most 12 times, each with a constant index: only then do the
+/// accumulators live in registers.
+macro_rules! unroll {
+    ($index:ident in $count:expr => $body:block) => {
+        unroll!(@ $index $count, $body, 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    (@ $index:ident $count:expr, $body:block, $($value:literal)*) => {
+        $(if $value < $count {
+            const $index: usize = $value;
+            $body
+        })*
+    };
+}
+
 macro_rules! kernels {
     ($tile:ident, $rows:expr, $panels:expr, [$($format:expr),*]) => {
         match ($rows, $panels) {
@@ -84,54 +98,86 @@ unsafe fn decode<const FORMAT: u8, const ODD: bool>(weights: *const u8) -> __m51
     }
 }
 
+/// The sums a tile starts from: zeros, or what `out` holds when it resumes.
+macro_rules! start_sums {
+    ($sums:ident, $tile:ident, $rows:ident, $panels:ident) => {
+        if $tile.resume {
+            unroll!(PANEL in $panels => {
+                let masks = lanes($tile.num_columns, PANEL);
+                unroll!(ROW in $rows => {
+                    let out = $tile.out.add(ROW * $tile.out_stride).wrapping_add(PANEL * 32);
+                    $sums[ROW][PANEL][0] = _mm512_maskz_loadu_ps(masks[0], out);
+                    $sums[ROW][PANEL][1] = _mm512_maskz_loadu_ps(masks[1], out.wrapping_add(16));
+                });
+            });
+        }
+    };
+}
+
+/// Adds the bias, if there is one, and writes the sums.
+macro_rules! store_sums {
+    ($sums:ident, $tile:ident, $rows:ident, $panels:ident) => {
+        unroll!(PANEL in $panels => {
+            let masks = lanes($tile.num_columns, PANEL);
+            if !$tile.bias.is_null() {
+                let bias = $tile.bias.wrapping_add(PANEL * 32);
+                let low = _mm512_maskz_loadu_ps(masks[0], bias);
+                let high = _mm512_maskz_loadu_ps(masks[1], bias.wrapping_add(16));
+                unroll!(ROW in $rows => {
+                    $sums[ROW][PANEL][0] = _mm512_add_ps($sums[ROW][PANEL][0], low);
+                    $sums[ROW][PANEL][1] = _mm512_add_ps($sums[ROW][PANEL][1], high);
+                });
+            }
+            unroll!(ROW in $rows => {
+                let out = $tile.out.add(ROW * $tile.out_stride).wrapping_add(PANEL * 32);
+                _mm512_mask_storeu_ps(out, masks[0], $sums[ROW][PANEL][0]);
+                _mm512_mask_storeu_ps(out.wrapping_add(16), masks[1], $sums[ROW][PANEL][1]);
+            });
+        });
+    };
+}
+
 /// # Safety
 /// As for [`FloatKernel`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn tile<const FORMAT: u8, const ROWS: usize, const PANELS: usize>(tile: &FloatTile) {
-    // SAFETY: x has `num_pairs` pairs of `ROWS` values and each of the panels `num_pairs` pairs of 32; prefetching
-    // never faults.
+    // SAFETY: x has `num_pairs` pairs of `ROWS` values, each of the panels `num_pairs` pairs of 32, and the masks
+    // leave only columns of `out` and the bias; prefetching never faults.
     unsafe {
-        let mut sums = load_sums::<ROWS, PANELS>(tile);
+        let mut sums = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
+        start_sums!(sums, tile, ROWS, PANELS);
         let (mut x, mut weights) = (tile.x, tile.weights);
         for _ in 0..tile.num_pairs {
             if ROWS <= 2 {
                 prefetch::<FORMAT, PANELS>(weights, tile.panel_bytes);
             }
-            step::<FORMAT, false, ROWS, PANELS>(&mut sums, x, weights, tile.panel_bytes);
-            step::<FORMAT, true, ROWS, PANELS>(&mut sums, x.add(ROWS), weights, tile.panel_bytes);
+            let mut values = [[_mm512_setzero_ps(); 2]; PANELS];
+            unroll!(PANEL in PANELS => {
+                let weights = weights.add(PANEL * tile.panel_bytes);
+                values[PANEL] = [decode::<FORMAT, false>(weights), decode::<FORMAT, false>(weights.add(half_bytes(FORMAT)))];
+            });
+            unroll!(ROW in ROWS => {
+                let x = _mm512_set1_ps(*x.add(ROW));
+                unroll!(PANEL in PANELS => {
+                    sums[ROW][PANEL][0] = _mm512_fmadd_ps(x, values[PANEL][0], sums[ROW][PANEL][0]);
+                    sums[ROW][PANEL][1] = _mm512_fmadd_ps(x, values[PANEL][1], sums[ROW][PANEL][1]);
+                });
+            });
+            unroll!(PANEL in PANELS => {
+                let weights = weights.add(PANEL * tile.panel_bytes);
+                values[PANEL] = [decode::<FORMAT, true>(weights), decode::<FORMAT, true>(weights.add(half_bytes(FORMAT)))];
+            });
+            unroll!(ROW in ROWS => {
+                let x = _mm512_set1_ps(*x.add(ROWS + ROW));
+                unroll!(PANEL in PANELS => {
+                    sums[ROW][PANEL][0] = _mm512_fmadd_ps(x, values[PANEL][0], sums[ROW][PANEL][0]);
+                    sums[ROW][PANEL][1] = _mm512_fmadd_ps(x, values[PANEL][1], sums[ROW][PANEL][1]);
+                });
+            });
             x = x.add(2 * ROWS);
             weights = weights.add(2 * half_bytes(FORMAT));
         }
-        store_sums::<ROWS, PANELS>(tile, &sums);
-    }
-}
-
-/// Adds the products of one `k`.
-///
-/// # Safety
-/// As for [`FloatKernel`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn step<const FORMAT: u8, const ODD: bool, const ROWS: usize, const PANELS: usize>(
-    sums: &mut [[[__m512; 2]; PANELS]; ROWS],
-    x: *const f32,
-    weights: *const u8,
-    panel_bytes: usize,
-) {
-    let mut decoded = [[_mm512_setzero_ps(); 2]; PANELS];
-    for (panel, halves) in decoded.iter_mut().enumerate() {
-        for (half, value) in halves.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            *value = unsafe { decode::<FORMAT, ODD>(weights.add(panel * panel_bytes + half * half_bytes(FORMAT))) };
-        }
-    }
-    for (row, sums) in sums.iter_mut().enumerate() {
-        // SAFETY: x has `ROWS` values for this `k`.
-        let x = _mm512_set1_ps(unsafe { *x.add(row) });
-        for (sums, values) in sums.iter_mut().zip(&decoded) {
-            sums[0] = _mm512_fmadd_ps(x, values[0], sums[0]);
-            sums[1] = _mm512_fmadd_ps(x, values[1], sums[1]);
-        }
+        store_sums!(sums, tile, ROWS, PANELS);
     }
 }
 
@@ -150,30 +196,32 @@ fn prefetch<const FORMAT: u8, const PANELS: usize>(weights: *const u8, panel_byt
 /// As for [`FloatKernel`], x being `[num_pairs][ROWS][2]` bf16.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn dot_tile<const ROWS: usize, const PANELS: usize>(tile: &FloatTile) {
-    // SAFETY: the caller's promise.
+    // SAFETY: as in `tile`.
     unsafe {
-        let mut sums = load_sums::<ROWS, PANELS>(tile);
+        let mut sums = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
+        start_sums!(sums, tile, ROWS, PANELS);
         let (mut x, mut weights) = (tile.x.cast::<i32>(), tile.weights);
         for _ in 0..tile.num_pairs {
             if ROWS <= 2 {
                 prefetch::<BF16, PANELS>(weights, tile.panel_bytes);
             }
-            let mut pairs = [[_mm512_setzero_si512(); 2]; PANELS];
-            for (panel, halves) in pairs.iter_mut().enumerate() {
-                halves[0] = _mm512_loadu_si512(weights.add(panel * tile.panel_bytes).cast());
-                halves[1] = _mm512_loadu_si512(weights.add(panel * tile.panel_bytes + 64).cast());
-            }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let x = bf16_lanes(_mm512_set1_epi32(*x.add(row)));
-                for (sums, pairs) in sums.iter_mut().zip(&pairs) {
-                    sums[0] = _mm512_dpbf16_ps(sums[0], x, bf16_lanes(pairs[0]));
-                    sums[1] = _mm512_dpbf16_ps(sums[1], x, bf16_lanes(pairs[1]));
-                }
-            }
+            let mut pairs = [[bf16_lanes(_mm512_setzero_si512()); 2]; PANELS];
+            unroll!(PANEL in PANELS => {
+                let weights = weights.add(PANEL * tile.panel_bytes);
+                pairs[PANEL][0] = bf16_lanes(_mm512_loadu_si512(weights.cast()));
+                pairs[PANEL][1] = bf16_lanes(_mm512_loadu_si512(weights.add(64).cast()));
+            });
+            unroll!(ROW in ROWS => {
+                let x = bf16_lanes(_mm512_set1_epi32(*x.add(ROW)));
+                unroll!(PANEL in PANELS => {
+                    sums[ROW][PANEL][0] = _mm512_dpbf16_ps(sums[ROW][PANEL][0], x, pairs[PANEL][0]);
+                    sums[ROW][PANEL][1] = _mm512_dpbf16_ps(sums[ROW][PANEL][1], x, pairs[PANEL][1]);
+                });
+            });
             x = x.add(ROWS);
             weights = weights.add(128);
         }
-        store_sums::<ROWS, PANELS>(tile, &sums);
+        store_sums!(sums, tile, ROWS, PANELS);
     }
 }
 
@@ -184,60 +232,13 @@ fn bf16_lanes(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
-/// The lanes of half `half` of panel `panel` that have a column of `out`.
+/// The lanes of the halves of panel `panel` that have a column of `out`.
 #[inline]
-fn lanes(num_columns: usize, panel: usize, half: usize) -> __mmask16 {
-    let left = num_columns.saturating_sub(panel * 32 + half * 16);
-    if left >= 16 { 0xffff } else { (1u16 << left) - 1 }
-}
-
-/// Zeros, or what `out` holds when the tile resumes.
-///
-/// # Safety
-/// As for [`FloatKernel`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn load_sums<const ROWS: usize, const PANELS: usize>(tile: &FloatTile) -> [[[__m512; 2]; PANELS]; ROWS] {
-    let mut sums = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
-    if tile.resume {
-        for (row, sums) in sums.iter_mut().enumerate() {
-            for (panel, halves) in sums.iter_mut().enumerate() {
-                for (half, sum) in halves.iter_mut().enumerate() {
-                    // SAFETY: the mask leaves only columns of `out`.
-                    unsafe {
-                        let out = tile.out.add(row * tile.out_stride).wrapping_add(panel * 32 + half * 16);
-                        *sum = _mm512_maskz_loadu_ps(lanes(tile.num_columns, panel, half), out);
-                    }
-                }
-            }
-        }
-    }
-    sums
-}
-
-/// Adds the bias, if there is one, and writes the sums.
-///
-/// # Safety
-/// As for [`FloatKernel`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn store_sums<const ROWS: usize, const PANELS: usize>(tile: &FloatTile, sums: &[[[__m512; 2]; PANELS]; ROWS]) {
-    for panel in 0..PANELS {
-        for half in 0..2 {
-            let (mask, column) = (lanes(tile.num_columns, panel, half), panel * 32 + half * 16);
-            for (row, sums) in sums.iter().enumerate() {
-                let mut sum = sums[panel][half];
-                // SAFETY: the mask leaves only columns of `out` and of the bias.
-                unsafe {
-                    if !tile.bias.is_null() {
-                        sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, tile.bias.wrapping_add(column)));
-                    }
-                    let out = tile.out.add(row * tile.out_stride).wrapping_add(column);
-                    _mm512_mask_storeu_ps(out, mask, sum);
-                }
-            }
-        }
-    }
+fn lanes(num_columns: usize, panel: usize) -> [__mmask16; 2] {
+    [0, 16].map(|first| {
+        let left = num_columns.saturating_sub(panel * 32 + first);
+        if left >= 16 { 0xffff } else { (1u16 << left) - 1 }
+    })
 }
 
 /// Widens `num_pairs` pairs of `k` of a bf16 or f16 panel to the layout of an f32 one.

@@ -1,0 +1,111 @@
+//! Products with quantised weights: from tasks to register tiles.
+
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use super::super::DType;
+use super::gemm::{BLOCK_BYTES, Grouping, Target, grown, panels_of_segments, segments};
+use super::input_tiles::{Rows, TilePlan};
+use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
+#[cfg(target_arch = "x86_64")]
+use super::quant_avx2;
+#[cfg(target_arch = "x86_64")]
+use super::quant_avx512;
+use super::quant_tile::{self, QuantKernel, QuantTile};
+use super::quantize::{BLOCK, RECORD_WORDS, quantise_tiles};
+use super::{Isa, ThreadPool};
+
+/// A multiply, as every task sees it.
+struct QuantGemm<'a> {
+    isa: Isa,
+    weights: &'a PackedMatrix,
+    target: &'a Target,
+    plan: TilePlan,
+    /// Tiles of one block of rows.
+    blocks: TilePlan,
+    tiles: &'a [u32],
+    row_words: usize,
+}
+
+pub(super) fn quant_gemm(
+    pool: &mut ThreadPool,
+    isa: Isa,
+    x: Rows,
+    num_rows: usize,
+    weights: &PackedMatrix,
+    target: &Target,
+    scratch: &mut Vec<u32>,
+) {
+    let num_panels: usize = segments(weights, true).map(Segment::num_panels).sum();
+    let Some(panel_bytes) = segments(weights, true).map(|segment| segment.panel_bytes).max() else {
+        return;
+    };
+    let row_words = weights.num_columns() / BLOCK * RECORD_WORDS;
+    let plan = TilePlan::new(num_rows, max_rows(isa));
+    let tiles = grown(scratch, num_rows * row_words, 0);
+    quantise_tiles(pool, isa, x, weights.num_columns(), plan, tiles);
+    let blocks = TilePlan::new(plan.num_tiles, (BLOCK_BYTES / (row_words * 4 * max_rows(isa))).max(1));
+    let work = QuantGemm { isa, weights, target, plan, blocks, tiles, row_words };
+    let grouping = Grouping::new(num_panels, panel_bytes, 1, blocks.num_tiles, pool.num_threads());
+    let tasks_per_block = grouping.num_tasks();
+    pool.run(tasks_per_block * blocks.num_tiles, |task, _| {
+        work.run(task / tasks_per_block, grouping.panels(task % tasks_per_block));
+    });
+}
+
+impl QuantGemm<'_> {
+    /// Multiplies one block of rows by some panels, counted over the quantised segments.
+    fn run(&self, block: usize, panels: Range<usize>) {
+        for (segment, panels) in panels_of_segments(self.weights, true, panels) {
+            for panel in panels {
+                for tile in self.blocks.start(block)..self.blocks.start(block + 1) {
+                    self.run_tile(segment, panel, tile);
+                }
+            }
+        }
+    }
+
+    fn run_tile(&self, segment: &Segment, panel: usize, tile: usize) {
+        let (start, rows) = (self.plan.start(tile), self.plan.rows(tile));
+        let column = segment.first_row + panel * PANEL_ROWS;
+        let x = &self.tiles[start * self.row_words..][..rows * self.row_words];
+        let weights = &self.weights.panels(segment)[panel * segment.panel_bytes..][..segment.panel_bytes];
+        let kernel = quant_kernel(self.isa, segment.dtype, rows);
+        // SAFETY: `gemm` checked the sizes of x, out and bias and that the instructions are there; tasks have
+        // disjoint outputs.
+        unsafe {
+            kernel(&QuantTile {
+                x: x.as_ptr(),
+                weights: weights.as_ptr(),
+                panel_bytes: segment.panel_bytes,
+                dtype: segment.dtype,
+                num_blocks: self.weights.num_columns() / BLOCK,
+                out: self.target.out.add(start * self.target.stride + column),
+                out_stride: self.target.stride,
+                num_columns: (segment.num_rows - panel * PANEL_ROWS).min(PANEL_ROWS),
+                bias: self.target.bias(column),
+            });
+        }
+    }
+}
+
+fn max_rows(isa: Isa) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => quant_avx512::MAX_ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => quant_avx2::MAX_ROWS,
+        _ => quant_tile::PORTABLE_ROWS,
+    }
+}
+
+fn quant_kernel(isa: Isa, dtype: DType, num_rows: usize) -> QuantKernel {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 => quant_avx512::quant_kernel(dtype, num_rows),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => quant_avx2::quant_kernel(dtype, num_rows),
+        _ => quant_tile::portable_kernel(num_rows),
+    }
+}
