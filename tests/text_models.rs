@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mneme::models::gguf::Gguf;
-use mneme::text::Tokenizer;
+use mneme::text::{ChatTemplate, Tokenizer};
 use serde::Deserialize;
 
 /// One prompt with what `transformers` makes of it.
@@ -89,4 +89,27 @@ fn gemma_tokens_equal_hugging_face() {
     let Some(model) = Model::gemma() else { return };
     check_tokens(&model);
     assert!(model.tokenizer.end_ids().contains(&1));
+}
+
+/// The chat prompts of a model, rendered by its own template.
+fn check_chat(model: &Model) {
+    let text_of = |id: Option<u32>| id.map(|id| model.tokenizer.token_text(id));
+    let (bos, eos) = (text_of(model.tokenizer.bos_id()), text_of(model.tokenizer.eos_id()));
+    let source = model.gguf.chat_template().unwrap();
+    let template = ChatTemplate::new(source.as_deref(), bos.as_deref(), eos.as_deref()).unwrap();
+    let chats: Vec<_> = model.records.iter().filter(|record| record.kind == "chat").collect();
+    assert!(!chats.is_empty());
+    for record in chats {
+        let messages = serde_json::json!([{"role": "user", "content": record.prompt}]);
+        let rendered = template.render(&messages, None, true, &serde_json::Map::new()).unwrap();
+        assert_eq!(rendered, record.rendered);
+    }
+}
+
+#[test]
+fn chat_templates_render_as_in_hugging_face() {
+    let (Some(smollm2), Some(qwen), Some(gemma)) = (Model::smollm2(), Model::qwen(), Model::gemma()) else { return };
+    check_chat(&smollm2);
+    check_chat(&qwen);
+    assert_eq!(gemma.gguf.chat_template().unwrap(), None, "the base model has no template");
 }

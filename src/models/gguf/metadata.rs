@@ -163,13 +163,7 @@ fn read_array_head(cursor: &mut Cursor<'_>, key: &str) -> Result<(ValueType, usi
     Ok((element, length))
 }
 
-fn skip_elements(
-    cursor: &mut Cursor<'_>,
-    element: ValueType,
-    length: usize,
-    key: &str,
-    depth: usize,
-) -> Result<()> {
+fn skip_elements(cursor: &mut Cursor<'_>, element: ValueType, length: usize, key: &str, depth: usize) -> Result<()> {
     if let Some(count) = element.fixed_bytes() {
         let total = count.checked_mul(length).ok_or_else(|| malformed!("GGUF: array {key:?} overflows"))?;
         return cursor.take(total, key).map(drop);

@@ -113,7 +113,10 @@ impl Gguf {
     /// Tensor `name` as `[rows, columns]`: ggml's first extent is the columns, all others together the rows.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let info = self.tensors.get(name).ok_or_else(|| {
-            malformed!("GGUF: no tensor named {name:?} among {}; this is not the model it claims to be", self.tensors.len())
+            malformed!(
+                "GGUF: no tensor named {name:?} among {}; this is not the model it claims to be",
+                self.tensors.len()
+            )
         })?;
         let source = self.bytes.clone();
         HostTensor::new(name, source, info.range.clone(), info.dtype, info.rows(), info.columns())

@@ -7,11 +7,11 @@
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{self, NFC, NormalizerWrapper, Prepend, Replace};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use super::token_bytes::{Spelling, TokenBytes};
@@ -26,7 +26,8 @@ const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 
-const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_SPLIT: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What a GGUF file says about its vocabulary; the fields are the keys `tokenizer.ggml.*`.
@@ -129,12 +130,8 @@ fn assemble(
     strip_leading_space: bool,
 ) -> Result<Tokenizer> {
     add_tokens(&mut inner, vocabulary)?;
-    let special_ids = SpecialIds {
-        bos: vocabulary.bos_id,
-        eos: vocabulary.eos_id,
-        unk: vocabulary.unk_id,
-        pad: vocabulary.pad_id,
-    };
+    let special_ids =
+        SpecialIds { bos: vocabulary.bos_id, eos: vocabulary.eos_id, unk: vocabulary.unk_id, pad: vocabulary.pad_id };
     let special = (0..vocabulary.tokens.len()).map(|id| matches!(type_of(vocabulary, id), CONTROL | UNKNOWN));
     let special = special.collect();
     let pieces = pieces_of(vocabulary, &spelling)?;
@@ -166,9 +163,9 @@ fn parse_merges(merges: &[String], vocab: &Vocab) -> Result<Merges> {
     let mut out = Merges::with_capacity(merges.len());
     let mut merged = String::new();
     for merge in merges {
-        let (left, right) = merge.split_once(' ').ok_or_else(|| {
-            malformed!("tokenizer: merge {merge:?} should be two tokens separated by a space")
-        })?;
+        let (left, right) = merge
+            .split_once(' ')
+            .ok_or_else(|| malformed!("tokenizer: merge {merge:?} should be two tokens separated by a space"))?;
         merged.clear();
         merged.push_str(left);
         merged.push_str(right);
@@ -212,9 +209,9 @@ fn space_normalizer(add_space_prefix: bool) -> Result<NormalizerWrapper> {
 fn add_tokens(inner: &mut tokenizers::Tokenizer, vocabulary: &GgufVocabulary) -> Result<()> {
     let of_type = |wanted: i32| {
         let tokens = vocabulary.tokens.iter().enumerate();
-        tokens.filter(move |(id, _)| type_of(vocabulary, *id) == wanted).map(move |(_, token)| {
-            AddedToken::from(token.clone(), wanted == CONTROL).normalized(false)
-        })
+        tokens
+            .filter(move |(id, _)| type_of(vocabulary, *id) == wanted)
+            .map(move |(_, token)| AddedToken::from(token.clone(), wanted == CONTROL).normalized(false))
     };
     let added: Vec<_> = of_type(CONTROL).chain(of_type(USER_DEFINED)).collect();
     inner.add_tokens(added).map_err(build_error)?;

@@ -123,5 +123,10 @@ fn special_ids_of(inner: &tokenizers::Tokenizer, config: Option<&[u8]>) -> Resul
         let id = inner.token_to_id(text);
         id.map(Some).ok_or_else(|| malformed!("tokenizer_config.json: {key} {text:?} is not in the vocabulary"))
     };
-    Ok(SpecialIds { bos: role("bos_token")?, eos: role("eos_token")?, unk: role("unk_token")?, pad: role("pad_token")? })
+    Ok(SpecialIds {
+        bos: role("bos_token")?,
+        eos: role("eos_token")?,
+        unk: role("unk_token")?,
+        pad: role("pad_token")?,
+    })
 }

@@ -10,10 +10,12 @@ mod from_json;
 mod token_bytes;
 
 #[cfg(test)]
+pub(crate) mod samples;
+#[cfg(test)]
 mod tests;
 
-use self::token_bytes::TokenBytes;
 pub use self::from_gguf::GgufVocabulary;
+use self::token_bytes::TokenBytes;
 use crate::{Error, Result, invalid, malformed};
 
 /// End-of-turn tokens by name: a chat model stops at them even when its files name only one end token.
@@ -103,9 +105,9 @@ impl Tokenizer {
     }
 
     pub(crate) fn known_bytes(&self, id: u32) -> Result<&[u8]> {
-        self.pieces.get(id).ok_or_else(|| {
-            invalid!("token id {id} is outside the vocabulary of {} tokens", self.vocab_size())
-        })
+        self.pieces
+            .get(id)
+            .ok_or_else(|| invalid!("token id {id} is outside the vocabulary of {} tokens", self.vocab_size()))
     }
 
     /// Number of ids, holes included: every id is smaller. A model may have more output rows than this.
