@@ -54,6 +54,18 @@ fn special_tokens_are_added_only_on_request() {
 }
 
 #[test]
+fn tool_call_tokens_are_text_even_when_marked_as_control() {
+    let mut vocabulary = byte_level_vocabulary();
+    vocabulary.tokens.extend(["<tool_call>".into(), "<|other|>".into(), "[PAD]".into()]);
+    vocabulary.token_types.extend([3, 3, 5]);
+    let tokenizer = Tokenizer::from_gguf(vocabulary).unwrap();
+    let ids = tokenizer.encode("<tool_call>a<|other|>", false).unwrap();
+    assert_eq!(ids.len(), 3);
+    assert_eq!(tokenizer.decode(&ids, true).unwrap(), "<tool_call>a");
+    assert_eq!(tokenizer.token_bytes(tokenizer.id_of("[PAD]").unwrap()), b"", "unused rows have no text");
+}
+
+#[test]
 fn sentence_piece_prefers_higher_scores_and_falls_back_to_bytes() {
     let tokenizer = sentence_piece(true);
     let id = |text: &str| tokenizer.id_of(text).unwrap();
