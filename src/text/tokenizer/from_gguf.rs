@@ -25,6 +25,7 @@ const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
 
 const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -224,6 +225,7 @@ fn pieces_of(vocabulary: &GgufVocabulary, spelling: &Spelling) -> Result<TokenBy
     for (id, token) in vocabulary.tokens.iter().enumerate() {
         buffer.clear();
         match type_of(vocabulary, id) {
+            UNUSED => {}
             CONTROL | USER_DEFINED => buffer.extend_from_slice(token.as_bytes()),
             _ => spelling.undo(token, &mut buffer),
         }

@@ -10,6 +10,8 @@ mod from_json;
 mod token_bytes;
 
 #[cfg(test)]
+pub(crate) mod samples;
+#[cfg(test)]
 mod tests;
 
 pub use self::from_gguf::GgufVocabulary;
@@ -27,6 +29,10 @@ const END_TOKENS: [&str; 8] = [
     "<|end|>",
     "<|return|>",
 ];
+
+/// Tokens that carry content although some vocabularies mark them as control tokens: whoever reads tool calls and
+/// reasoning has to see them.
+const VISIBLE_TOKENS: [&str; 5] = ["<tool_call>", "</tool_call>", "<|python_tag|>", "<think>", "</think>"];
 
 /// A vocabulary with its rules for splitting and joining text.
 pub struct Tokenizer {
@@ -155,6 +161,11 @@ impl Tokenizer {
             if let Some(id) = id.filter(|id| *id as usize >= self.vocab_size()) {
                 let size = self.vocab_size();
                 return Err(malformed!("tokenizer: the {role} token has id {id}, the vocabulary has {size} tokens"));
+            }
+        }
+        for id in VISIBLE_TOKENS.iter().filter_map(|name| self.inner.token_to_id(name)) {
+            if let Some(special) = self.special.get_mut(id as usize) {
+                *special = false;
             }
         }
         let named = END_TOKENS.iter().filter_map(|name| self.id_of(name)).filter(|id| self.is_special(*id));
