@@ -5,8 +5,10 @@
 pub mod backend;
 pub mod engine;
 pub mod error;
+pub mod hub;
 pub mod kv;
 pub mod models;
+pub mod server;
 pub mod telemetry;
 pub mod text;
 

@@ -84,6 +84,11 @@ impl EngineHandle {
         Ok(stream)
     }
 
+    /// Whether new requests are taken: nobody asked the engine to stop.
+    pub fn is_accepting(&self) -> bool {
+        !self.stopping.load(Ordering::Acquire)
+    }
+
     /// The engine's fixed properties.
     pub fn info(&self) -> &EngineInfo {
         &self.info

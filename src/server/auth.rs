@@ -1,0 +1,76 @@
+//! API keys: a bearer token compared in constant time, before the body of a request is read.
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use sha2::{Digest, Sha256};
+use subtle::{Choice, ConstantTimeEq};
+
+use super::AppRef;
+use super::error::ApiError;
+
+/// The keys that open the server, as SHA-256 digests; comparing digests hides length and content of the keys.
+pub struct ApiKeys {
+    digests: Vec<[u8; 32]>,
+}
+
+impl ApiKeys {
+    /// No keys mean an open server.
+    pub fn new(keys: &[String]) -> Self {
+        Self { digests: keys.iter().map(|key| Sha256::digest(key).into()).collect() }
+    }
+
+    /// Whether the request may pass. Every key is compared, so the time does not tell which one matched.
+    pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        if self.digests.is_empty() {
+            return Ok(());
+        }
+        let token = bearer_token(headers)
+            .ok_or_else(|| ApiError::unauthorized("Send an API key in the header 'Authorization: Bearer <key>'."))?;
+        let digest: [u8; 32] = Sha256::digest(token).into();
+        let matches = self.digests.iter().fold(Choice::from(0), |found, key| found | key.ct_eq(&digest));
+        if matches.into() { Ok(()) } else { Err(ApiError::unauthorized("Incorrect API key provided.")) }
+    }
+}
+
+fn bearer_token(headers: &HeaderMap) -> Option<&[u8]> {
+    let value = headers.get(header::AUTHORIZATION)?.as_bytes();
+    let (scheme, token) = value.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// Refuses requests without a key. Only the liveness probes pass freely.
+pub(super) async fn require_key(State(app): State<AppRef>, request: Request, next: Next) -> Response {
+    let open = matches!(request.uri().path(), "/health" | "/ping");
+    if !open && let Err(error) = app.api_keys.check(request.headers()) {
+        return error.into_response();
+    }
+    next.run(request).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_header(value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(header::AUTHORIZATION, value.parse().unwrap())])
+    }
+
+    #[test]
+    fn only_the_keys_given_open_the_server() {
+        let keys = ApiKeys::new(&["one".into(), "two".into()]);
+        for (header, passes) in [
+            ("Bearer one", true),
+            ("bearer two", true),
+            ("Bearer three", false),
+            ("Bearer ", false),
+            ("one", false),
+            ("Basic one", false),
+        ] {
+            assert_eq!(keys.check(&with_header(header)).is_ok(), passes, "{header}");
+        }
+        assert!(keys.check(&HeaderMap::new()).is_err());
+        assert!(ApiKeys::new(&[]).check(&HeaderMap::new()).is_ok());
+    }
+}

@@ -1,0 +1,84 @@
+//! What the server is started with: the model it serves and how it serves it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::error::ApiError;
+use super::limits::{ConnectionLimits, RequestLimits};
+use crate::engine::handle::EngineHandle;
+use crate::engine::request::SamplingParams;
+use crate::text::{ChatTemplate, GrammarEngine, Tokenizer};
+
+/// The model behind the endpoints.
+pub struct ServedModel {
+    /// Names it answers to; never empty. The first is the one in answers.
+    pub names: Vec<String>,
+    /// Runs it.
+    pub engine: EngineHandle,
+    /// Its vocabulary.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Turns chats into prompts; a model without one serves no chat.
+    pub template: Option<Arc<ChatTemplate>>,
+    /// Compiles structured-output grammars for its vocabulary.
+    pub grammar: Arc<GrammarEngine>,
+    /// Used where a request says nothing; from the checkpoint's `generation_config.json`.
+    pub default_sampling: SamplingParams,
+    /// Unix time of the start, as `/v1/models` tells it.
+    pub created: u64,
+    /// Where the checkpoint came from, as `/v1/models` tells it.
+    pub root: String,
+}
+
+impl ServedModel {
+    /// The name in answers.
+    pub fn name(&self) -> &str {
+        &self.names[0]
+    }
+
+    /// Refuses a model that is not served. A request that names none means the one there is.
+    pub fn check_name(&self, requested: Option<&str>) -> Result<(), ApiError> {
+        match requested {
+            Some(name) if !self.names.iter().any(|known| known == name) => Err(ApiError::unknown_model(name)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How to serve.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// Address to listen on. Loopback unless told otherwise: without keys, everyone who can connect is let in.
+    pub host: String,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Keys that open the server; none means open to all.
+    pub api_keys: Vec<String>,
+    /// `owned_by` of the models; gateways that look for an engine they know want `vllm` here.
+    pub owned_by: String,
+    /// Whether `/metrics` answers.
+    pub metrics: bool,
+    /// How long calls in progress may go on after a shutdown was asked for.
+    pub drain_timeout: Duration,
+    /// A comment is sent on a stream that has been silent for this long, so that proxies keep it open.
+    pub keep_alive_interval: Duration,
+    /// Bounds of a request.
+    pub request_limits: RequestLimits,
+    /// Bounds of a connection.
+    pub connection_limits: ConnectionLimits,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8000,
+            api_keys: Vec::new(),
+            owned_by: "mneme".into(),
+            metrics: true,
+            drain_timeout: Duration::from_secs(30),
+            keep_alive_interval: Duration::from_secs(15),
+            request_limits: RequestLimits::default(),
+            connection_limits: ConnectionLimits::default(),
+        }
+    }
+}

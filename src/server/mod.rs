@@ -1,0 +1,122 @@
+//! The HTTP server: OpenAI's endpoints as vLLM serves them, health, metrics.
+//!
+//! A handler parses, plans, submits and then collects or streams; the engine does the work on its own thread. The
+//! server runs on one thread: what would keep it busy for long (tokenizing a large body) goes to another.
+
+mod auth;
+mod config;
+mod error;
+mod health;
+mod json;
+mod limits;
+mod listener;
+mod metrics;
+mod openai;
+mod openapi;
+mod request_id;
+mod routes;
+mod sse;
+mod tokenize;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use tokio::sync::Notify;
+
+use self::json::JsonBody;
+pub use self::auth::ApiKeys;
+pub use self::config::{ServedModel, ServerConfig};
+pub use self::error::{ApiError, ErrorBody, ErrorObject};
+pub use self::limits::{ConnectionLimits, RequestLimits};
+pub use self::listener::{ServerThread, serve};
+
+/// What every handler shares.
+pub(crate) struct App {
+    pub(crate) config: ServerConfig,
+    pub(crate) model: ServedModel,
+    pub(crate) api_keys: ApiKeys,
+    calls: Calls,
+    engine_ended: AtomicBool,
+}
+
+pub(crate) type AppRef = Arc<App>;
+
+/// The calls in progress, counted so that a shutdown can wait for them.
+#[derive(Default)]
+struct Calls {
+    num_running: AtomicUsize,
+    ended: Notify,
+    draining: AtomicBool,
+}
+
+/// Counts as a call in progress while it lives.
+pub(crate) struct CallGuard(AppRef);
+
+impl App {
+    fn new(config: ServerConfig, model: ServedModel) -> AppRef {
+        let api_keys = ApiKeys::new(&config.api_keys);
+        Arc::new(Self { config, model, api_keys, calls: Calls::default(), engine_ended: AtomicBool::new(false) })
+    }
+
+    /// Whether new calls are taken.
+    fn is_serving(&self) -> bool {
+        !self.is_draining()
+            && !self.engine_ended.load(Ordering::Acquire)
+            && self.model.engine.is_accepting()
+    }
+
+    fn is_draining(&self) -> bool {
+        self.calls.draining.load(Ordering::Acquire)
+    }
+
+    fn num_calls(&self) -> usize {
+        self.calls.num_running.load(Ordering::Acquire)
+    }
+
+    /// Starts a call, unless the server is draining.
+    fn begin_call(self: &Arc<Self>) -> Result<CallGuard, ApiError> {
+        if !self.is_serving() {
+            return Err(ApiError::unavailable("The server is shutting down."));
+        }
+        self.calls.num_running.fetch_add(1, Ordering::AcqRel);
+        Ok(CallGuard(Arc::clone(self)))
+    }
+
+    /// Parses and plans a request: here when it is small, on another thread when it would hold up running streams.
+    async fn prepare<T: Send + 'static>(
+        self: &Arc<Self>,
+        body: JsonBody,
+        plan: impl FnOnce(&App, &JsonBody) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if body.len() <= self.config.request_limits.max_inline_bytes {
+            return plan(self, &body);
+        }
+        let app = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || plan(&app, &body)).await {
+            Ok(planned) => planned,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// Remembers that the engine's thread went away in the middle of a request.
+    fn note_engine_end(&self) {
+        self.engine_ended.store(true, Ordering::Release);
+    }
+
+    fn start_draining(&self) {
+        self.calls.draining.store(true, Ordering::Release);
+    }
+
+    async fn idle(&self) {
+        while self.num_calls() > 0 {
+            self.calls.ended.notified().await;
+        }
+    }
+}
+
+impl Drop for CallGuard {
+    fn drop(&mut self) {
+        self.0.calls.num_running.fetch_sub(1, Ordering::AcqRel);
+        self.0.calls.ended.notify_one();
+    }
+}

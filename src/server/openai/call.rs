@@ -1,0 +1,122 @@
+//! What chats and completions share besides sampling: how many answers, in which order, and in what form they return.
+
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::prompt::Truncation;
+use super::unix_time;
+use crate::server::App;
+use crate::server::error::ApiError;
+use crate::server::request_id::RequestId;
+
+/// The fields of a call that are not about its prompt and not about choosing tokens.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(super) struct CallRequest {
+    /// A model of `/v1/models`; the one there is when left out.
+    model: Option<String>,
+    /// Choices per prompt.
+    #[schema(minimum = 1, maximum = 128)]
+    n: Option<usize>,
+    /// Send the answer piece by piece as server-sent events.
+    stream: Option<bool>,
+    /// Only with `stream`.
+    stream_options: Option<StreamOptions>,
+    /// Lower runs first.
+    priority: Option<i32>,
+    /// Only calls with the same salt share cached prompt blocks.
+    cache_salt: Option<String>,
+    /// Becomes part of the answer's id.
+    request_id: Option<String>,
+    /// Also return the ids of prompt and output tokens.
+    return_token_ids: Option<bool>,
+    /// Keep only this many tokens at the end of the prompt; -1 keeps as many as the context holds.
+    truncate_prompt_tokens: Option<i64>,
+}
+
+/// What a stream carries besides text.
+#[derive(Debug, Clone, Copy, Default, Deserialize, ToSchema)]
+pub(super) struct StreamOptions {
+    /// Send a last chunk with the token counts.
+    include_usage: Option<bool>,
+    /// Send the token counts with every chunk.
+    continuous_usage_stats: Option<bool>,
+}
+
+/// A checked [`CallRequest`].
+pub(super) struct Call {
+    pub(super) head: AnswerHead,
+    pub(super) n: usize,
+    pub(super) stream: bool,
+    pub(super) usage: UsageChunks,
+    pub(super) priority: i32,
+    pub(super) cache_salt: Option<String>,
+    pub(super) return_token_ids: bool,
+    pub(super) truncation: Option<Truncation>,
+}
+
+/// Where a stream carries token counts.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct UsageChunks {
+    pub(super) at_end: bool,
+    pub(super) in_every_chunk: bool,
+}
+
+/// What every answer and every chunk begins with.
+pub(super) struct AnswerHead {
+    pub(super) id: String,
+    pub(super) created: u64,
+    pub(super) model: String,
+}
+
+impl CallRequest {
+    /// Checks the fields; `id_prefix` and the request's id make the answer's id.
+    pub(super) fn check(self, app: &App, id_prefix: &str, header_id: &RequestId) -> Result<Call, ApiError> {
+        app.model.check_name(self.model.as_deref())?;
+        let stream = self.stream.unwrap_or(false);
+        if self.stream_options.is_some() && !stream {
+            let message = "stream_options can only be given together with stream=true.";
+            return Err(ApiError::invalid_field("stream_options", message));
+        }
+        let options = self.stream_options.unwrap_or_default();
+        let include_usage = options.include_usage.unwrap_or(false);
+        let request_id = request_id(self.request_id, header_id)?;
+        Ok(Call {
+            head: AnswerHead {
+                id: format!("{id_prefix}-{}", request_id.0),
+                created: unix_time(),
+                model: self.model.unwrap_or_else(|| app.model.name().to_owned()),
+            },
+            n: check_n(self.n, app.config.request_limits.max_n)?,
+            stream,
+            usage: UsageChunks {
+                at_end: include_usage,
+                in_every_chunk: include_usage && options.continuous_usage_stats.unwrap_or(false),
+            },
+            priority: self.priority.unwrap_or(0),
+            cache_salt: check_salt(self.cache_salt)?,
+            return_token_ids: self.return_token_ids.unwrap_or(false),
+            truncation: Truncation::new(self.truncate_prompt_tokens, app.model.engine.info().max_model_len)?,
+        })
+    }
+}
+
+fn check_n(n: Option<usize>, max: usize) -> Result<usize, ApiError> {
+    match n.unwrap_or(1) {
+        n if (1..=max).contains(&n) => Ok(n),
+        n => Err(ApiError::invalid_field("n", format!("n must be between 1 and {max}, got {n}."))),
+    }
+}
+
+fn check_salt(salt: Option<String>) -> Result<Option<String>, ApiError> {
+    match salt {
+        Some(salt) if salt.is_empty() => Err(ApiError::invalid_field("cache_salt", "cache_salt must not be empty.")),
+        salt => Ok(salt),
+    }
+}
+
+fn request_id(from_body: Option<String>, from_header: &RequestId) -> Result<RequestId, ApiError> {
+    let Some(text) = from_body else { return Ok(from_header.clone()) };
+    RequestId::from_client(&text).ok_or_else(|| {
+        ApiError::invalid_field("request_id", "request_id must be 1 to 128 visible ASCII characters without spaces.")
+    })
+}

@@ -1,0 +1,129 @@
+//! Chat messages on their way into a prompt: checked, rendered by the model's template, tokenized.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+use crate::server::App;
+use crate::server::error::ApiError;
+use crate::server::limits::check_len;
+
+/// The fields that make a chat's prompt.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(in crate::server) struct ChatPromptRequest {
+    /// The conversation so far.
+    #[schema(value_type = Vec<ChatMessage>)]
+    messages: Vec<Map<String, Value>>,
+    /// End the prompt with the beginning of the assistant's turn; on unless turned off or the last message goes on.
+    add_generation_prompt: Option<bool>,
+    /// Let the model go on with the last message instead of answering it.
+    continue_final_message: Option<bool>,
+    /// Add the tokens that texts begin with; off unless turned on, since templates write them.
+    add_special_tokens: Option<bool>,
+    /// Further variables for the template.
+    #[schema(value_type = Option<Object>)]
+    chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// A message; the template may read further fields.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "documents the messages, which the template reads")]
+struct ChatMessage {
+    role: String,
+    /// Text, or a list of text parts.
+    #[schema(value_type = Option<Object>)]
+    content: Option<Value>,
+}
+
+/// Checked messages.
+pub(in crate::server) struct ChatPrompt {
+    messages: Vec<Value>,
+    add_generation_prompt: bool,
+    /// The text that the prompt must end with.
+    continued: Option<String>,
+    add_special_tokens: bool,
+    variables: Map<String, Value>,
+}
+
+impl ChatPromptRequest {
+    pub(in crate::server) fn check(self, app: &App) -> Result<ChatPrompt, ApiError> {
+        check_len("messages", self.messages.len(), app.config.request_limits.max_messages)?;
+        if self.messages.is_empty() {
+            return Err(ApiError::invalid_field("messages", "messages must not be empty."));
+        }
+        for (index, message) in self.messages.iter().enumerate() {
+            check_message(index, message)?;
+        }
+        let goes_on = self.continue_final_message.unwrap_or(false);
+        let add_generation_prompt = self.add_generation_prompt.unwrap_or(!goes_on);
+        if goes_on && add_generation_prompt {
+            let message = "continue_final_message and add_generation_prompt cannot both be true.";
+            return Err(ApiError::invalid_field("continue_final_message", message));
+        }
+        let continued = if goes_on { Some(final_text(&self.messages)?) } else { None };
+        Ok(ChatPrompt {
+            messages: self.messages.into_iter().map(Value::Object).collect(),
+            add_generation_prompt,
+            continued,
+            add_special_tokens: self.add_special_tokens.unwrap_or(false),
+            variables: self.chat_template_kwargs.unwrap_or_default(),
+        })
+    }
+}
+
+fn check_message(index: usize, message: &Map<String, Value>) -> Result<(), ApiError> {
+    let field = |name: &str| format!("messages[{index}].{name}");
+    if !message.get("role").is_some_and(Value::is_string) {
+        let field = field("role");
+        return Err(ApiError::invalid_field(&field, format!("{field} must be a string.")));
+    }
+    match message.get("content") {
+        None | Some(Value::Null | Value::String(_)) => Ok(()),
+        Some(Value::Array(parts)) if parts.iter().all(Value::is_object) => Ok(()),
+        Some(_) => {
+            let field = field("content");
+            Err(ApiError::invalid_field(&field, format!("{field} must be a string or a list of parts.")))
+        }
+    }
+}
+
+/// The end of the last message, for a prompt that stops there.
+fn final_text(messages: &[Map<String, Value>]) -> Result<String, ApiError> {
+    let text = match messages.last().and_then(|message| message.get("content")) {
+        Some(Value::String(text)) => Some(text.as_str()),
+        Some(Value::Array(parts)) => parts.last().and_then(|part| part["text"].as_str()),
+        _ => None,
+    };
+    let text = text.map(str::trim).filter(|text| !text.is_empty());
+    text.map(str::to_owned).ok_or_else(|| {
+        let message = "continue_final_message needs a last message with text.";
+        ApiError::invalid_field("continue_final_message", message)
+    })
+}
+
+impl ChatPrompt {
+    /// Renders and tokenizes.
+    pub(in crate::server) fn tokenize(self, app: &App, tools: Option<&Value>) -> Result<Vec<u32>, ApiError> {
+        let template = app.model.template.as_ref().ok_or_else(|| {
+            ApiError::bad_request("This model has no chat template; use /v1/completions instead of a chat.")
+        })?;
+        let messages = Value::Array(self.messages);
+        let mut text = template
+            .render(&messages, tools, self.add_generation_prompt, &self.variables)
+            .map_err(|error| ApiError::from(error).with_param("messages"))?;
+        if let Some(end) = &self.continued {
+            cut_after(&mut text, end)?;
+        }
+        Ok(app.model.tokenizer.encode(&text, self.add_special_tokens)?)
+    }
+}
+
+/// Removes what the template wrote after the last message.
+fn cut_after(text: &mut String, end: &str) -> Result<(), ApiError> {
+    let start = text.rfind(end).ok_or_else(|| {
+        let message = "continue_final_message: the chat template does not write the last message as it is.";
+        ApiError::invalid_field("continue_final_message", message)
+    })?;
+    text.truncate(start + end.len());
+    Ok(())
+}
