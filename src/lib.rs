@@ -5,6 +5,7 @@
 pub mod backend;
 pub mod engine;
 pub mod error;
+pub mod hub;
 pub mod telemetry;
 pub mod text;
 
