@@ -121,7 +121,15 @@ impl Resolver {
     fn obtain(&self, reference: &ModelRef, anew: bool, progress: &mut dyn Progress) -> Result<ResolvedModel> {
         let path = match reference {
             ModelRef::Directory(path) | ModelRef::GgufFile(path) => on_disk(path)?,
-            ModelRef::Repo { id, revision, file } => Repository::new(&self.hub, id, revision).fetch(file, progress)?,
+            ModelRef::Repo { id, revision, file } => {
+                // The hub's client gives up on a file another process downloads; waiting for it is better.
+                let _lock = self.cache.lock(&id.replace('/', "--"), progress)?;
+                let repository = Repository::new(&self.hub, id, revision);
+                match repository.cached(file) {
+                    Some(path) if !anew => path,
+                    _ => repository.fetch(file, progress)?,
+                }
+            }
             ModelRef::ShortName(artifact) => self.obtain_artifact(artifact, anew, progress)?,
         };
         Ok(ResolvedModel { name: name_of(reference), path })
