@@ -68,9 +68,11 @@ impl Cache {
         }
     }
 
-    /// A cache at a given folder, made when first written to.
+    /// A cache at a given folder, made when first written to. A relative folder is taken from the current one now:
+    /// child processes run elsewhere.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Cache { root: root.into() }
+        let root = root.into();
+        Cache { root: std::path::absolute(&root).unwrap_or(root) }
     }
 
     /// The folder.
@@ -346,6 +348,11 @@ mod tests {
         assert!(!cache.remove("abc", &mut Silent).unwrap());
         assert_eq!(cache.list().unwrap(), []);
         assert!(cache.remove("../abc", &mut Silent).is_err());
+    }
+
+    #[test]
+    fn a_relative_root_becomes_absolute() {
+        assert!(Cache::at("models-here").root().is_absolute());
     }
 
     #[test]

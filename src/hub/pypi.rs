@@ -72,7 +72,8 @@ impl Pip {
         candidates
             .iter()
             .flat_map(|name| std::env::split_paths(&self.search_path).map(move |folder| folder.join(name)))
-            .find(|path| path.is_file())
+            // A relative entry would mean another program in each folder.
+            .find(|path| path.is_absolute() && path.is_file())
             .ok_or_else(|| {
                 Error::NotFound("python3 is not installed (on Debian: apt install python3 python3-pip)".into())
             })
@@ -93,7 +94,8 @@ impl Pip {
         let mut command = pip_command(python, requirements, work_folder, &scratch);
         let child = command.stderr(log).spawn().map_err(|e| Error::io("run", python, e))?;
         let total_bytes = parts.iter().map(|part| part.size_bytes).sum();
-        progress.start(total_bytes, &format!("downloading {}", requirements.join(" ")));
+        let others = if parts.len() > 1 { format!(" and {} more", parts.len() - 1) } else { String::new() };
+        progress.start(total_bytes, &format!("downloading Python package {}{others}", requirements[0]));
         let status = wait_bounded(child, self.limits, || size_of_tree(work_folder), progress);
         progress.finish();
         let status = status?;
@@ -108,6 +110,9 @@ fn pip_command(python: &Path, requirements: &[String], work_folder: &Path, scrat
     command
         .args(["-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--quiet"])
         .args(["--no-color", "--progress-bar", "off", "--only-binary", ":all:", "--timeout", "5", "--retries", "1"])
+        // Nothing is installed or run, so neither the interpreter's age nor its environment matters.
+        .arg("--ignore-requires-python")
+        .env("PIP_REQUIRE_VIRTUALENV", "0")
         .arg("-d")
         .arg(work_folder.join("wheels"))
         .args(requirements)
@@ -199,12 +204,13 @@ fn failure(python: &Path, requirements: &[String], log_path: &Path) -> Error {
         ["NewConnectionError", "ConnectTimeoutError", "NameResolutionError", "timed out", "Network is unreach"]
             .iter()
             .any(|sign| log.contains(sign));
-    let wanted = requirements.join(" ");
+    let reason = last_lines(&log);
     if offline {
-        let source = std::io::Error::new(std::io::ErrorKind::NotConnected, last_lines(&log));
-        return Error::Io { context: format!("pip cannot reach its package index for {wanted}"), source };
+        let source = std::io::Error::new(std::io::ErrorKind::NotConnected, reason);
+        return Error::Io { context: "pip cannot reach its package index".into(), source };
     }
-    Error::NotFound(format!("pip cannot download {wanted}: {}", last_lines(&log)))
+    let (python, first) = (python.display(), &requirements[0]);
+    Error::NotFound(format!("pip failed: {reason}. To see why: {python} -m pip download --no-deps {first}"))
 }
 
 /// The end of pip's output as one line of bounded length.
