@@ -1,2 +1,6 @@
 //! The mneme binary.
+#![allow(dead_code)] // until the commands are dispatched
+
+mod cli;
+
 fn main() {}

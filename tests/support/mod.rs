@@ -1,6 +1,7 @@
 //! What integration tests share. Each test program uses a part of it.
 
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used)]
 
 pub mod engine;
 pub mod golden;
+pub mod models;
