@@ -31,6 +31,8 @@ const MAX_GROUPS: usize = CHUNK / LANES;
 /// Scores of a row, with room for groups computed twice to fill a tile. Not a power of two, or rows share cache sets.
 const SCORE_STRIDE: usize = CHUNK + MAX_GROUP_TILE * LANES;
 
+const LINE_BYTES: usize = 64;
+
 /// A cache line of numbers, aligned.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -169,17 +171,16 @@ fn attend<S: Simd, E: KvElement, const R: usize, const G: usize, const V: usize>
     let parts = tile.scratch.parts(head_dim);
     pack_queries::<R>(&tile, parts.q);
     let mut folded = [RowState::EMPTY; R];
+    let mut upcoming = Groups::locate(&tile, tile.chunks.start);
     for chunk in tile.chunks.clone() {
+        let groups = upcoming;
+        upcoming = if chunk + 1 < tile.chunks.end { Groups::locate(&tile, chunk + 1) } else { Groups::NONE };
         let keys = tile.keys_of(chunk);
-        if keys.is_empty() {
-            continue;
-        }
-        let groups = Groups::locate(&tile, layout, &keys);
         // SAFETY: the parts have room for `R` rows; the groups lie in blocks of the arena.
         let states = unsafe {
             score::<S, E, R, G>(s, &groups, layout, parts.q, parts.scores);
             let states = normalise::<S, R>(s, &tile, &groups, chunk, parts.scores);
-            weigh_values::<S, E, R, V>(s, &groups, layout, &keys, parts.scores, parts.values);
+            weigh_values::<S, E, R, V>(s, &groups, &upcoming, layout, &keys, parts.scores, parts.values);
             states
         };
         for (row, state) in states.iter().enumerate().take(num_rows) {
@@ -241,24 +242,29 @@ struct Groups {
     num_groups: usize,
     /// Position of the first key of the first group.
     first_position: usize,
-    /// The last one is repeated to fill a tile of groups.
+    /// The last one is repeated to fill a tile of groups, here and below.
     keys: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
-    values: [*const u8; MAX_GROUPS],
+    values: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
 }
 
 impl Groups {
+    /// Those of no chunk: nothing lies there.
+    const NONE: Groups = Groups {
+        num_groups: 0,
+        first_position: 0,
+        keys: [std::ptr::null(); MAX_GROUPS + MAX_GROUP_TILE],
+        values: [std::ptr::null(); MAX_GROUPS + MAX_GROUP_TILE],
+    };
+
     #[inline(always)]
-    fn locate(tile: &Tile, layout: &KvLayout, positions: &Range<usize>) -> Self {
+    fn locate(tile: &Tile, chunk: usize) -> Self {
+        let layout = tile.cache.layout();
+        let positions = tile.keys_of(chunk);
         let first_group = positions.start / LANES;
         let num_groups = positions.end.div_ceil(LANES) - first_group;
         let k_tile = layout.k_tile_offset(tile.batch.layer, tile.kv_head);
         let v_tile = layout.v_tile_offset(tile.batch.layer, tile.kv_head);
-        let mut groups = Groups {
-            num_groups,
-            first_position: first_group * LANES,
-            keys: [std::ptr::null(); MAX_GROUPS + MAX_GROUP_TILE],
-            values: [std::ptr::null(); MAX_GROUPS],
-        };
+        let mut groups = Groups { num_groups, first_position: first_group * LANES, ..Groups::NONE };
         for group in 0..num_groups {
             let position = groups.first_position + group * LANES;
             let token = position % layout.block_size();
@@ -269,8 +275,9 @@ impl Groups {
                 groups.values[group] = block.add(v_tile + layout.v_offset(token, 0));
             }
         }
-        let last = groups.keys[num_groups - 1];
-        groups.keys[num_groups..].fill(last);
+        let last = (groups.keys[num_groups - 1], groups.values[num_groups - 1]);
+        groups.keys[num_groups..].fill(last.0);
+        groups.values[num_groups..].fill(last.1);
         groups
     }
 }
@@ -297,6 +304,11 @@ unsafe fn score<S: Simd, E: KvElement, const R: usize, const G: usize>(
             let mut q = q;
             for pair in 0..num_pairs {
                 let offset = pair * pair_bytes;
+                if R < MAX_ROWS_WIDE {
+                    for group in 0..G {
+                        s.prefetch(groups.values[first + group].wrapping_add(pair * LINE_BYTES));
+                    }
+                }
                 add_products::<S, E, R, G, 0>(s, &keys, offset, pair_bytes / 2, q, &mut sums);
                 add_products::<S, E, R, G, 1>(s, &keys, offset, pair_bytes / 2, q.add(R), &mut sums);
                 q = q.add(2 * R);
@@ -423,6 +435,7 @@ fn lane_mask(group: usize, seen: &Range<usize>) -> u16 {
 unsafe fn weigh_values<S: Simd, E: KvElement, const R: usize, const V: usize>(
     s: S,
     groups: &Groups,
+    upcoming: &Groups,
     layout: &KvLayout,
     positions: &Range<usize>,
     weights: *const f32,
@@ -434,13 +447,23 @@ unsafe fn weigh_values<S: Simd, E: KvElement, const R: usize, const V: usize>(
     // SAFETY: the caller's promise; `dim` and the vectors after it are below `head_dim`.
     unsafe {
         while dim + V * LANES <= head_dim {
-            weigh_columns::<S, E, R, V>(s, groups, layout, &columns, dim, weights, target.add(dim));
+            weigh_columns::<S, E, R, V>(s, groups, upcoming, layout, &columns, dim, weights, target.add(dim));
             dim += V * LANES;
         }
         while dim < head_dim {
-            weigh_columns::<S, E, R, 1>(s, groups, layout, &columns, dim, weights, target.add(dim));
+            weigh_columns::<S, E, R, 1>(s, groups, upcoming, layout, &columns, dim, weights, target.add(dim));
             dim += LANES;
         }
+    }
+}
+
+/// The share of token pair `part` of 8 in asking for the keys of a group. With few rows memory is what attention waits
+/// for, and blocks are too small for the processor to guess what comes next.
+#[inline(always)]
+fn prefetch_keys<S: Simd>(s: S, keys: *const u8, part: usize, layout: &KvLayout) {
+    let num_pairs = layout.head_dim() / LANES;
+    for pair in part * num_pairs..(part + 1) * num_pairs {
+        s.prefetch(keys.wrapping_add(pair * layout.k_pair_bytes()));
     }
 }
 
@@ -452,6 +475,7 @@ unsafe fn weigh_values<S: Simd, E: KvElement, const R: usize, const V: usize>(
 unsafe fn weigh_columns<S: Simd, E: KvElement, const R: usize, const V: usize>(
     s: S,
     groups: &Groups,
+    upcoming: &Groups,
     layout: &KvLayout,
     columns: &Range<usize>,
     dim: usize,
@@ -473,6 +497,9 @@ unsafe fn weigh_columns<S: Simd, E: KvElement, const R: usize, const V: usize>(
                 token += 1;
             }
             while token + 1 < end {
+                if R < MAX_ROWS_WIDE && dim == 0 {
+                    prefetch_keys(s, upcoming.keys[group], token / 2, layout);
+                }
                 let pair = values.add(token / 2 * pair_bytes);
                 add_weighted::<S, E, R, V, 0>(s, pair, pair_bytes / 2, weights.add(token), &mut sums);
                 add_weighted::<S, E, R, V, 1>(s, pair, pair_bytes / 2, weights.add(token + 1), &mut sums);

@@ -52,7 +52,7 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// 64 bytes can be read at `source`, which needs no alignment.
     unsafe fn load_bf16_high(self, source: *const u8) -> Self::F32;
-    /// Asks for the cache line at `address`, which may be any address.
+    /// Asks for the cache line at `address`, which may be any address, to come to the second-level cache.
     fn prefetch(self, address: *const u8);
 
     #[inline(always)]

@@ -150,6 +150,29 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
         // SAFETY: `self` proves the instructions.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+
+    #[inline(always)]
+    fn reduce_add(self, value: Self::F32) -> f32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let sum = _mm256_add_ps(value[0], value[1]);
+            let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+            let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+            _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)))
+        }
+    }
+
+    #[inline(always)]
+    fn reduce_max(self, value: Self::F32) -> f32 {
+        // SAFETY: `self` proves the instructions.
+        unsafe {
+            let least = _mm256_set1_ps(f32::NEG_INFINITY);
+            let max = _mm256_max_ps(_mm256_max_ps(value[0], least), _mm256_max_ps(value[1], least));
+            let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
+            let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
+            _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)))
+        }
     }
 }
