@@ -16,10 +16,10 @@ use super::DType;
 use crate::{Result, invalid};
 
 /// Blocks begin and end on this boundary, in memory and in files.
-pub const BLOCK_ALIGNMENT: usize = 4096;
+pub(super) const BLOCK_ALIGNMENT: usize = 4096;
 
 /// Tokens that one vector of K spans; a block holds a multiple of it.
-pub const LANE_TOKENS: usize = 16;
+pub(super) const LANE_TOKENS: usize = 16;
 
 /// Shape of the KV cache of one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

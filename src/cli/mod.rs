@@ -1,4 +1,37 @@
 //! The commands of the `mneme` program: arguments in, text out.
 
+mod engine_args;
+mod launch;
 pub(crate) mod models;
 pub(crate) mod pull;
+pub(crate) mod serve;
+mod text_assets;
+
+use clap::{Parser, Subcommand};
+
+/// mneme: an LLM inference runtime whose memory is a managed, paged resource.
+#[derive(Debug, Parser)]
+#[command(name = "mneme", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a model over the OpenAI API
+    Serve(Box<serve::ServeArgs>),
+    /// Fetch a model into the cache and print where it is
+    Pull(pull::PullArgs),
+    /// List the models that have a short name, and where the downloaded ones are
+    Models(models::ModelsArgs),
+}
+
+/// Runs the command that was typed.
+pub(crate) fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Pull(args) => pull::run(&args),
+        Command::Models(args) => models::run(&args),
+    }
+}

@@ -244,7 +244,8 @@ fn a_named_tool_gets_its_arguments() {
     assert_eq!(call(&events[1])["type"], "function");
     assert!(call(&events[1])["id"].is_string());
     assert!(call(&events[2]).get("id").is_none());
-    let arguments = joined(&events, |event| event["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str());
+    let arguments =
+        joined(&events, |event| event["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str());
     assert_eq!(arguments, "{\"city\":\"Rome\"}");
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
 }

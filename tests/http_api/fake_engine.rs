@@ -111,9 +111,7 @@ fn start_output(submission: &Submission, sampling: &SamplingParams) {
     let prompt = &submission.request.prompt;
     let prompt_logprobs = match sampling.prompt_logprobs {
         None => Vec::new(),
-        Some(num) => {
-            prompt.iter().enumerate().map(|(index, id)| (index > 0).then(|| logprobs_of(*id, num))).collect()
-        }
+        Some(num) => prompt.iter().enumerate().map(|(index, id)| (index > 0).then(|| logprobs_of(*id, num))).collect(),
     };
     submission.sink.send(OutputEvent::Started { cached_tokens: CACHED_TOKENS, prompt_logprobs });
 }
@@ -141,11 +139,8 @@ fn send_token(submission: &Submission, sampling: &SamplingParams, id: u32) {
 /// The token itself is the likeliest; the others are impossible.
 fn logprobs_of(id: u32, num_top: usize) -> TokenLogprobs {
     let other = |rank: u32| (id + rank - 1) % VOCAB_SIZE as u32;
-    let entry = |rank: u32| TokenLogprob {
-        id: other(rank),
-        logprob: if rank == 1 { -0.5 } else { f32::NEG_INFINITY },
-        rank,
-    };
+    let entry =
+        |rank: u32| TokenLogprob { id: other(rank), logprob: if rank == 1 { -0.5 } else { f32::NEG_INFINITY }, rank };
     TokenLogprobs { chosen: entry(1), top: (1..=num_top as u32).map(entry).collect() }
 }
 

@@ -47,13 +47,8 @@ impl TestEngine {
     pub fn start<B: Backend>(backend: B, path: &Path, dtype: Option<DType>, limits: SchedulerLimits) -> Self {
         let checkpoint = Checkpoint::open(path).unwrap();
         let model = Model::load(&backend, &checkpoint, dtype, limits.max_model_len).unwrap();
-        let config = EngineConfig {
-            model_name: "test".into(),
-            limits,
-            kv_dtype: DType::BF16,
-            eos_token_ids: vec![],
-            seed: 1,
-        };
+        let config =
+            EngineConfig { model_name: "test".into(), limits, kv_dtype: DType::BF16, eos_token_ids: vec![], seed: 1 };
         let (engine, handle) = Engine::new(backend, model, config).unwrap();
         let thread = std::thread::spawn(move || engine.run().unwrap());
         Self { handle, thread: Some(thread) }

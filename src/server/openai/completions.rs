@@ -196,12 +196,7 @@ impl CompletionPlan {
         Ok(Json(response).into_response())
     }
 
-    fn choice(
-        &self,
-        model: &ServedModel,
-        index: usize,
-        choice: FinishedChoice,
-    ) -> Result<CompletionChoice, ApiError> {
+    fn choice(&self, model: &ServedModel, index: usize, choice: FinishedChoice) -> Result<CompletionChoice, ApiError> {
         let prompt = self.generation.prompt_of(index);
         let logprobs = self.show.logprobs.then(|| self.logprobs(model, prompt, &choice));
         let ids = self.call.return_token_ids;

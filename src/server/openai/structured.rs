@@ -4,10 +4,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use crate::engine::request::SamplingParams;
 use crate::server::config::ServedModel;
 use crate::server::error::ApiError;
 use crate::server::limits::{RequestLimits, check_len};
-use crate::engine::request::SamplingParams;
 use crate::text::grammar::Grammar;
 
 /// The form the output must have.
@@ -80,7 +80,9 @@ impl ResponseFormat {
         match self {
             Self::Text => None,
             Self::JsonObject => Some(Grammar::JsonObject),
-            Self::JsonSchema { json_schema } => Some(json_schema.schema.map_or(Grammar::JsonObject, Grammar::JsonSchema)),
+            Self::JsonSchema { json_schema } => {
+                Some(json_schema.schema.map_or(Grammar::JsonObject, Grammar::JsonSchema))
+            }
         }
     }
 }

@@ -1,0 +1,183 @@
+//! The arguments every command that runs a model takes, under vLLM's names where vLLM has them.
+
+use std::num::NonZeroUsize;
+use std::thread;
+
+use clap::{Args, ValueEnum};
+use mneme::backend::cpu::Isa;
+use mneme::backend::{DType, KvLayout};
+use mneme::engine::SchedulerLimits;
+use mneme::hub::catalog;
+use mneme::models::ModelConfig;
+
+/// What to run, and within which bounds.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct EngineArgs {
+    /// A short name, org/name, a directory with safetensors, or a .gguf file
+    #[arg(value_name = "MODEL")]
+    positional_model: Option<String>,
+    /// The same as the positional MODEL
+    #[arg(long, value_name = "MODEL", conflicts_with = "positional_model", env = "MNEME_MODEL")]
+    model: Option<String>,
+    /// What weights are kept as; auto keeps them as stored, quantised ones quantised
+    #[arg(long, value_enum, default_value_t = WeightDtype::Auto)]
+    pub(crate) dtype: WeightDtype,
+    /// What the KV cache is kept as
+    #[arg(long, value_enum, default_value_t = KvDtype::Auto)]
+    pub(crate) kv_cache_dtype: KvDtype,
+    /// Longest prompt plus output in tokens [default: what the model and the KV memory allow]
+    #[arg(long)]
+    max_model_len: Option<usize>,
+    /// Sequences that run at the same time
+    #[arg(long, default_value_t = 64)]
+    max_num_seqs: usize,
+    /// Tokens computed in one step
+    #[arg(long, default_value_t = 512)]
+    max_num_batched_tokens: usize,
+    /// Requests that wait before further ones are refused with 503
+    #[arg(long, default_value_t = 1024)]
+    max_num_queued_reqs: usize,
+    /// Memory for KV blocks in bytes, with an optional suffix K, M or G
+    #[arg(long, value_parser = parse_bytes, default_value = "2G")]
+    kv_cache_memory_bytes: usize,
+    /// Tokens per KV block
+    #[arg(long, default_value_t = 16)]
+    pub(crate) block_size: usize,
+    /// Do not share KV blocks between requests with the same beginning
+    #[arg(long)]
+    no_enable_prefix_caching: bool,
+    /// Threads that compute [default: one per physical core]
+    #[arg(long, short = 't')]
+    threads: Option<NonZeroUsize>,
+    /// Instruction set of the kernels: portable, avx2, avx512 or avx512-bf16 [default: the best one here]
+    #[arg(long, env = "MNEME_ISA")]
+    isa: Option<Isa>,
+    /// Seeds requests that bring no seed
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+/// What matrices are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WeightDtype {
+    Auto,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    #[value(alias = "float16", alias = "half")]
+    F16,
+    #[value(alias = "float32", alias = "float")]
+    F32,
+}
+
+/// What keys and values are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvDtype {
+    #[value(alias = "bf16", alias = "bfloat16")]
+    Auto,
+    #[value(alias = "float32")]
+    F32,
+}
+
+impl WeightDtype {
+    /// `None` keeps them as stored.
+    pub(crate) fn target(self) -> Option<DType> {
+        match self {
+            WeightDtype::Auto => None,
+            WeightDtype::Bf16 => Some(DType::BF16),
+            WeightDtype::F16 => Some(DType::F16),
+            WeightDtype::F32 => Some(DType::F32),
+        }
+    }
+}
+
+impl KvDtype {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            KvDtype::Auto => DType::BF16,
+            KvDtype::F32 => DType::F32,
+        }
+    }
+}
+
+impl EngineArgs {
+    /// The model that was asked for, or the default one.
+    pub(crate) fn model(&self) -> &str {
+        self.positional_model.as_deref().or(self.model.as_deref()).unwrap_or(catalog::DEFAULT_MODEL)
+    }
+
+    /// Threads to compute on.
+    pub(crate) fn num_threads(&self) -> usize {
+        self.threads.map_or_else(num_physical_cores, NonZeroUsize::get)
+    }
+
+    /// Instruction set of the kernels.
+    pub(crate) fn isa(&self) -> Isa {
+        self.isa.unwrap_or_else(Isa::best)
+    }
+
+    /// The bounds of an engine for this model. The length is cut to what the KV memory holds unless it was asked for.
+    pub(crate) fn limits(&self, config: &ModelConfig) -> anyhow::Result<SchedulerLimits> {
+        let layout = self.kv_layout(config)?;
+        let num_blocks = self.kv_cache_memory_bytes / layout.block_bytes();
+        let capacity = num_blocks * self.block_size;
+        let max_model_len = self.max_model_len.unwrap_or(config.max_position_embeddings.min(capacity));
+        anyhow::ensure!(
+            max_model_len >= 2 && self.max_num_seqs >= 1 && self.max_num_batched_tokens >= 1,
+            "--max-model-len must be at least 2, --max-num-seqs and --max-num-batched-tokens at least 1; \
+             --kv-cache-memory-bytes holds {capacity} tokens"
+        );
+        anyhow::ensure!(
+            max_model_len <= config.max_position_embeddings,
+            "--max-model-len {max_model_len} is more than the {} positions of the model",
+            config.max_position_embeddings
+        );
+        Ok(SchedulerLimits {
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens.max(self.max_num_seqs),
+            max_num_waiting: self.max_num_queued_reqs,
+            max_prompt_logits: 64,
+            max_model_len,
+            block_size: self.block_size,
+            num_blocks,
+            prefix_caching: !self.no_enable_prefix_caching,
+        })
+    }
+
+    fn kv_layout(&self, config: &ModelConfig) -> anyhow::Result<KvLayout> {
+        let dtype = self.kv_cache_dtype.dtype();
+        Ok(KvLayout::new(config.num_layers, config.num_kv_heads, config.head_dim, self.block_size, dtype)?)
+    }
+}
+
+/// Hyper-threads share the units that the kernels keep busy.
+pub(crate) fn num_physical_cores() -> usize {
+    let logical = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let siblings = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list");
+    let per_core = siblings.map_or(1, |list| list.trim().split([',', '-']).count());
+    (logical / per_core.clamp(1, 8)).max(1)
+}
+
+fn parse_bytes(text: &str) -> Result<usize, String> {
+    let (digits, shift) = match text.to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+        upper if upper.ends_with('K') => (upper[..upper.len() - 1].to_owned(), 10),
+        upper if upper.ends_with('M') => (upper[..upper.len() - 1].to_owned(), 20),
+        upper if upper.ends_with('G') => (upper[..upper.len() - 1].to_owned(), 30),
+        upper => (upper.to_owned(), 0),
+    };
+    let value: usize = digits.trim().parse().map_err(|_| format!("{text:?} is not a size such as 512M or 2G"))?;
+    value.checked_shl(shift).filter(|bytes| bytes >> shift == value).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_suffixes() {
+        for (text, bytes) in [("17", 17), ("2k", 2048), ("3M", 3 << 20), ("2GiB", 2 << 30), ("1gb", 1 << 30)] {
+            assert_eq!(parse_bytes(text), Ok(bytes));
+        }
+        assert!(parse_bytes("two").is_err());
+        assert!(parse_bytes("99999999999999999G").is_err());
+    }
+}

@@ -1,0 +1,109 @@
+//! `mneme serve`: the OpenAI-compatible server.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context;
+use clap::Args;
+use mneme::server::{ServedModel, ServerConfig, ServerThread};
+use mneme::text::GrammarEngine;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::engine_args::EngineArgs;
+use super::launch::{Launched, launch};
+
+/// Arguments of `mneme serve`.
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// Address to listen on; loopback unless told otherwise
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Names the model answers to, the first in answers [default: the model's own name]
+    #[arg(long, num_args = 1..)]
+    served_model_name: Vec<String>,
+    /// Keys that open the server, comma-separated; without any it is open to everyone who can connect
+    #[arg(long, env = "MNEME_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    api_key: Vec<String>,
+    /// A file with one key per line
+    #[arg(long)]
+    api_key_file: Option<PathBuf>,
+    /// `owned_by` in /v1/models; some gateways look for "vllm"
+    #[arg(long, default_value = "mneme")]
+    owned_by: String,
+    /// Seconds that running requests may take to finish after SIGTERM
+    #[arg(long, default_value_t = 30)]
+    shutdown_timeout: u64,
+}
+
+/// Runs the command: until SIGTERM or Ctrl-C.
+pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let config = args.server_config()?;
+    let launched = launch(&args.engine)?;
+    let model = args.served_model(&launched)?;
+    let name = model.name().to_owned();
+    let server = ServerThread::start(config, model)?;
+    let address = server.address();
+    writeln!(std::io::stderr(), "mneme serves {name} at http://{address}/v1")?;
+    wait_for_signal()?;
+    server.shutdown();
+    server.join()?;
+    launched.shut_down()
+}
+
+impl ServeArgs {
+    fn server_config(&self) -> anyhow::Result<ServerConfig> {
+        let mut api_keys = self.api_key.clone();
+        if let Some(path) = &self.api_key_file {
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            api_keys.extend(text.lines().map(str::trim).filter(|key| !key.is_empty()).map(str::to_owned));
+            anyhow::ensure!(!api_keys.is_empty(), "{} has no key in it", path.display());
+        }
+        Ok(ServerConfig {
+            host: self.host.clone(),
+            port: self.port,
+            api_keys,
+            owned_by: self.owned_by.clone(),
+            drain_timeout: Duration::from_secs(self.shutdown_timeout),
+            ..ServerConfig::default()
+        })
+    }
+
+    fn served_model(&self, launched: &Launched) -> anyhow::Result<ServedModel> {
+        let mut names = self.served_model_name.clone();
+        if names.is_empty() {
+            names.push(launched.model.name.clone());
+        }
+        let assets = &launched.assets;
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Ok(ServedModel {
+            names,
+            engine: launched.handle.clone(),
+            tokenizer: Arc::clone(&assets.tokenizer),
+            template: assets.template.clone(),
+            grammar: Arc::new(GrammarEngine::new(Arc::clone(&assets.tokenizer))?),
+            default_sampling: assets.default_sampling.clone(),
+            created,
+            root: launched.model.path.display().to_string(),
+        })
+    }
+}
+
+/// Returns at SIGTERM, or at Ctrl-C.
+fn wait_for_signal() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            result = tokio::signal::ctrl_c() => result?,
+        }
+        Ok(())
+    })
+}
