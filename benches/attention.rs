@@ -38,7 +38,7 @@ impl Setup {
         let num_tokens = num_sequences * num_queries;
         // bf16 numbers of either sign around 0.25.
         let bytes = (0..num_blocks * layout.block_bytes())
-            .map(|i| if i % 2 == 0 { (i * 37 >> 3) as u8 } else { 0x3e | (i >> 4 & 1) as u8 * 0x80 })
+            .map(|i| if i % 2 == 0 { ((i * 37) >> 3) as u8 } else { 0x3e | ((i >> 4 & 1) as u8 * 0x80) })
             .collect();
         let row = (num_kv_heads * group + 2 * num_kv_heads) * head_dim;
         Setup {

@@ -87,7 +87,7 @@ impl Kernel for Gated<'_> {
 #[inline(always)]
 fn activate<S: Simd>(s: S, kind: GateKind, x: S::F32) -> S::F32 {
     /// 2 sqrt(2 / pi).
-    const GELU_SCALE: f32 = 1.595_769_1;
+    const GELU_SCALE: f32 = 1.595_769;
     let minus_t = match kind {
         GateKind::SiLu => s.sub(s.zero(), x),
         GateKind::GeluTanh => {

@@ -6,6 +6,8 @@
 //! in order, and a masked position adds a zero.
 
 #![allow(unsafe_code)]
+// Rows and vectors of a register tile are told apart by constants, so that the arrays become registers.
+#![allow(clippy::needless_range_loop, clippy::too_many_arguments)]
 
 use std::marker::PhantomData;
 use std::ops::Range;

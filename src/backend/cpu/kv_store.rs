@@ -210,8 +210,8 @@ mod tests {
         let half = x.len() / 2;
         let (cos, sin) = table.row(position);
         let pair = |i: usize| (x[i], x[i + half], f64::from(cos[i]), f64::from(sin[i]));
-        let low = (0..half).map(|i| pair(i)).map(|(a, b, cos, sin)| a * cos - b * sin);
-        let high = (0..half).map(|i| pair(i)).map(|(a, b, cos, sin)| b * cos + a * sin);
+        let low = (0..half).map(&pair).map(|(a, b, cos, sin)| a * cos - b * sin);
+        let high = (0..half).map(pair).map(|(a, b, cos, sin)| b * cos + a * sin);
         low.chain(high).collect()
     }
 
