@@ -145,6 +145,27 @@ fn damaged_json_is_refused() {
     assert!(error.to_string().contains("nowhere"));
 }
 
+#[test]
+fn merges_that_contradict_the_vocabulary_are_refused() {
+    let long = "b".repeat(50);
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [], "model": {"type": "BPE",
+        "vocab": {"a": 0, "ab": 1}, "merges": [["a", long]]}});
+    assert!(Tokenizer::from_json(json.to_string().as_bytes(), None).is_err());
+    let prefix = serde_json::json!({"version": "1.0", "added_tokens": [], "model": {"type": "BPE",
+        "continuing_subword_prefix": "####", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}});
+    let error = Tokenizer::from_json(prefix.to_string().as_bytes(), None).err().unwrap();
+    assert!(error.to_string().contains("merges contradict"), "{error}");
+}
+
+#[test]
+fn huge_ids_do_not_cost_memory() {
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "ByteLevel",
+        "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "vocab": {"a": 4294967295u32}, "merges": []}});
+    let error = Tokenizer::from_json(json.to_string().as_bytes(), None).err().unwrap();
+    assert!(error.to_string().contains("token ids"), "{error}");
+}
+
 /// The decoder Hugging Face gives SentencePiece models.
 fn reference_decoder(strip: bool) -> tokenizers::DecoderWrapper {
     let mut steps = vec![
