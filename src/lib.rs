@@ -5,6 +5,7 @@
 pub mod backend;
 pub mod engine;
 pub mod error;
+pub mod models;
 pub mod server;
 pub mod telemetry;
 pub mod text;

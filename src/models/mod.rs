@@ -1,0 +1,3 @@
+//! Model families and the checkpoint formats they are read from.
+
+pub mod gguf;
