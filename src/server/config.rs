@@ -7,6 +7,7 @@ use super::error::ApiError;
 use super::limits::{ConnectionLimits, RequestLimits};
 use crate::engine::handle::EngineHandle;
 use crate::engine::request::SamplingParams;
+use crate::text::tool_calls::ToolFormat;
 use crate::text::{ChatTemplate, GrammarEngine, Tokenizer};
 
 /// The model behind the endpoints.
@@ -33,6 +34,11 @@ impl ServedModel {
     /// The name in answers.
     pub fn name(&self) -> &str {
         &self.names[0]
+    }
+
+    /// How the model writes tool calls, if its template teaches it a known way.
+    pub(crate) fn tool_format(&self) -> Option<ToolFormat> {
+        self.template.as_ref().and_then(|template| template.source()).and_then(ToolFormat::detect)
     }
 
     /// Refuses a model that is not served. A request that names none means the one there is.

@@ -44,7 +44,7 @@ impl Default for RequestLimits {
             max_list_entries: 1024,
             max_logprobs: 20,
             max_messages: 4096,
-            max_tools: 256,
+            max_tools: 128,
         }
     }
 }

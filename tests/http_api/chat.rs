@@ -225,41 +225,54 @@ fn tools() -> Value {
     json!([{ "type": "function", "function": { "name": "weather", "parameters": parameters } }])
 }
 
-#[test]
-fn a_named_tool_gets_its_arguments() {
-    let server = TestServer::start(Script::say("{\"city\":\"Rome\"}"));
-    let choice = json!({ "type": "function", "function": { "name": "weather" } });
-    let fields = json!({ "tools": tools(), "tool_choice": choice });
-    let reply = server.chat(fields.clone()).json();
-    let message = &reply["choices"][0]["message"];
-    assert_eq!(message["content"], Value::Null);
-    let function = json!({ "name": "weather", "arguments": "{\"city\":\"Rome\"}" });
-    assert_eq!(message["tool_calls"][0]["function"], function);
-    assert_eq!(reply["choices"][0]["finish_reason"], "tool_calls");
-    assert!(server.next_sampling().grammar.is_some());
+const CALL: &str = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\":\"Rome\"}}\n</tool_call>";
 
-    let events = server.chat(crate::merged(fields, json!({ "stream": true }))).events();
-    let call = |event: &Value| event["choices"][0]["delta"]["tool_calls"][0].clone();
-    assert_eq!(call(&events[1])["function"]["name"], "weather");
-    assert_eq!(call(&events[1])["type"], "function");
-    assert!(call(&events[1])["id"].is_string());
-    assert!(call(&events[2]).get("id").is_none());
-    let arguments =
-        joined(&events, |event| event["choices"][0]["delta"]["tool_calls"][0]["function"]["arguments"].as_str());
-    assert_eq!(arguments, "{\"city\":\"Rome\"}");
+#[test]
+fn calls_are_told_from_content() {
+    let server = TestServer::start(Script::say(&format!("Let me see.\n{CALL}\n{CALL}")));
+    let reply = server.chat(json!({ "tools": tools() })).json();
+    let message = &reply["choices"][0]["message"];
+    assert_eq!(message["content"], "Let me see.");
+    let calls = message["tool_calls"].as_array().unwrap();
+    assert_eq!(calls.len(), 2);
+    assert_eq!(calls[0]["type"], "function");
+    assert_eq!(calls[0]["function"], json!({ "name": "weather", "arguments": "{\"city\":\"Rome\"}" }));
+    assert_ne!(calls[0]["id"], calls[1]["id"]);
+    assert_eq!(reply["choices"][0]["finish_reason"], "tool_calls");
+    assert!(server.next_sampling().grammar.is_none());
+}
+
+#[test]
+fn calls_stream_with_their_index() {
+    let server = TestServer::start(Script::say(&format!("Well.\n{CALL}\n{CALL}")));
+    let events = server.chat(json!({ "tools": tools(), "stream": true })).events();
+    assert_eq!(joined(&events, content), "Well.");
+    let calls = events.iter().filter_map(|event| event["choices"][0]["delta"]["tool_calls"].as_array()).flatten();
+    let calls: Vec<_> = calls.collect();
+    assert_eq!([&calls[0]["index"], &calls[1]["index"]], [0, 1]);
+    assert_eq!(calls[1]["function"], json!({ "name": "weather", "arguments": "{\"city\":\"Rome\"}" }));
+    assert!(calls[1]["id"].as_str().unwrap().starts_with("call_"));
     assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
 }
 
 #[test]
-fn a_required_tool_call_is_read_from_the_array() {
-    let server = TestServer::start(Script::say("[{\"name\":\"weather\",\"parameters\":{\"city\":\"Rome\"}}]"));
-    let fields = json!({ "tools": tools(), "tool_choice": "required" });
-    let reply = server.chat(fields.clone()).json();
-    let function = &reply["choices"][0]["message"]["tool_calls"][0]["function"];
-    assert_eq!(*function, json!({ "name": "weather", "arguments": "{\"city\":\"Rome\"}" }));
-    let cut = server.chat(crate::merged(fields, json!({ "max_tokens": 4 }))).json();
-    assert_eq!(cut["choices"][0]["message"]["content"], "[{\"n");
-    assert_eq!(cut["choices"][0]["finish_reason"], "length");
+fn forced_calls_bind_the_output() {
+    let server = TestServer::start(Script::say(CALL));
+    let named = json!({ "type": "function", "function": { "name": "weather" } });
+    for choice in [named, json!("required")] {
+        let reply = server.chat(json!({ "tools": tools(), "tool_choice": choice })).json();
+        assert_eq!(reply["choices"][0]["message"]["content"], Value::Null);
+        assert_eq!(reply["choices"][0]["message"]["tool_calls"][0]["function"]["name"], "weather");
+        assert!(server.next_sampling().grammar.is_some());
+    }
+}
+
+#[test]
+fn a_call_that_is_cut_off_stays_text() {
+    let server = TestServer::start(Script::say(CALL));
+    let reply = server.chat(json!({ "tools": tools(), "tool_choice": "required", "max_tokens": 14 })).json();
+    assert_eq!(reply["choices"][0]["message"]["content"], &CALL[..14]);
+    assert_eq!(reply["choices"][0]["finish_reason"], "length");
 }
 
 #[test]

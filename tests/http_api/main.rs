@@ -24,7 +24,7 @@ use self::client::{Connection, Reply};
 use self::fake_engine::Script;
 
 const TEMPLATE: &str = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}\
-                        {% if tools %}tools:{{ tools | length }}{% endif %}\
+                        {% if tools %}tools:{{ tools | length }} in <tool_call>{% endif %}\
                         {% if add_generation_prompt %}<s>assistant:{% endif %}";
 
 /// A running server.

@@ -17,7 +17,7 @@ use super::sampling::{SamplingRequest, num_logprobs};
 use super::stop::StopRequest;
 use super::structured::{self, FormatRequest};
 use super::tool_reader::{MessageDelta, ToolReader};
-use super::tools::{ToolCallDelta, ToolChoice, ToolsRequest};
+use super::tools::{ToolCall, ToolsRequest};
 use super::usage::{Usage, UsageCounter};
 use crate::server::config::ServedModel;
 use crate::server::error::{ApiError, ErrorBody};
@@ -25,6 +25,7 @@ use crate::server::json::JsonBody;
 use crate::server::limits::RequestLimits;
 use crate::server::request_id::RequestId;
 use crate::server::{App, AppRef, sse};
+use crate::text::tool_calls::ToolFormat;
 
 /// The fields only chats have, besides messages and tools.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -100,28 +101,11 @@ struct AssistantMessage {
     tool_calls: Vec<ToolCall>,
 }
 
-/// A complete call.
-#[derive(Serialize, ToSchema)]
-struct ToolCall {
-    id: String,
-    #[serde(rename = "type")]
-    kind: &'static str,
-    function: FunctionCall,
-}
-
-/// A function's name and its arguments.
-#[derive(Serialize, ToSchema)]
-struct FunctionCall {
-    name: String,
-    /// JSON, as text.
-    arguments: String,
-}
-
 /// A checked call.
 pub(super) struct ChatPlan {
     pub(super) call: Call,
     pub(super) generation: Generation,
-    pub(super) tool_choice: ToolChoice,
+    pub(super) tool_format: Option<ToolFormat>,
     pub(super) logprobs: bool,
     prompt_logprobs: bool,
 }
@@ -172,7 +156,7 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<ChatPlan, 
     let output = body.parse::<ChatOutputRequest>()?;
     let mut sampling = body.parse::<SamplingRequest>()?.into_params(&app.model, limits)?;
     let text = body.parse::<StopRequest>()?.into_options(limits)?;
-    let tools = body.parse::<ToolsRequest>()?.check(limits)?;
+    let tools = body.parse::<ToolsRequest>()?.check(app.model.tool_format(), limits)?;
     let format = body.parse::<FormatRequest>()?.grammar(limits)?;
     let prompt_logprobs = sampling.prompt_logprobs.is_some();
     if prompt_logprobs && call.stream {
@@ -186,7 +170,7 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<ChatPlan, 
     let prompt = prompt.tokenize(app, tools.definitions.as_ref())?;
     let logprobs = sampling.logprobs.is_some();
     let generation = Generation::new("messages", vec![prompt], &call, sampling, text, app)?;
-    Ok(ChatPlan { call, generation, tool_choice: tools.choice, logprobs, prompt_logprobs })
+    Ok(ChatPlan { call, generation, tool_format: tools.format, logprobs, prompt_logprobs })
 }
 
 impl ChatOutputRequest {
@@ -238,9 +222,9 @@ impl ChatPlan {
     }
 
     fn choice(&self, model: &ServedModel, index: usize, choice: FinishedChoice) -> ChatChoice {
-        let mut reader = ToolReader::new(&self.tool_choice, model);
-        let mut delta = reader.push(&choice.text);
-        delta.append(reader.finish());
+        let mut reader = ToolReader::new(self.tool_format);
+        let mut delta = reader.push(choice.text);
+        delta.append(reader.flush());
         let finish_reason = reader.finish_kind(choice.finish.reason);
         ChatChoice {
             index,
@@ -255,25 +239,8 @@ impl ChatPlan {
 
 impl AssistantMessage {
     fn new(delta: MessageDelta) -> Self {
-        let tool_calls = join_calls(delta.tool_calls);
-        let content = (tool_calls.is_empty() || !delta.content.is_empty()).then_some(delta.content);
+        let MessageDelta { content, tool_calls } = delta;
+        let content = (tool_calls.is_empty() || !content.is_empty()).then_some(content);
         Self { role: "assistant", content, refusal: None, tool_calls }
     }
-}
-
-/// Complete calls from their parts.
-fn join_calls(parts: Vec<ToolCallDelta>) -> Vec<ToolCall> {
-    let mut calls: Vec<ToolCall> = Vec::new();
-    for part in parts {
-        match (part.id, calls.last_mut()) {
-            (Some(id), _) => {
-                let name = part.function.name.unwrap_or_default();
-                let function = FunctionCall { name, arguments: part.function.arguments };
-                calls.push(ToolCall { id, kind: "function", function });
-            }
-            (None, Some(call)) => call.function.arguments.push_str(&part.function.arguments),
-            (None, None) => unreachable!("the first part of a call has its id"),
-        }
-    }
-    calls
 }

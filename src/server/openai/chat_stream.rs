@@ -10,7 +10,7 @@ use super::chat::ChatPlan;
 use super::choice::{ChoiceEvent, Finish, FinishKind, StopReason};
 use super::logprobs::ChatLogprobs;
 use super::tool_reader::{MessageDelta, ToolReader};
-use super::tools::ToolCallDelta;
+use super::tools::ToolCall;
 use super::usage::{Usage, UsageCounter};
 use crate::engine::request::TokenLogprobs;
 use crate::server::AppRef;
@@ -51,8 +51,16 @@ struct ChatDelta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    tool_calls: &'a [ToolCallDelta],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCallDelta<'a>>,
+}
+
+/// A call; the index counts the message's calls.
+#[derive(Serialize, ToSchema)]
+struct ToolCallDelta<'a> {
+    index: usize,
+    #[serde(flatten)]
+    call: &'a ToolCall,
 }
 
 /// Writes the chunks of one call.
@@ -78,8 +86,7 @@ struct UnsentTokens {
 
 impl ChatStream {
     pub(super) fn new(app: &AppRef, plan: ChatPlan) -> Self {
-        let open =
-            |_| OpenChoice { reader: ToolReader::new(&plan.tool_choice, &app.model), unsent: UnsentTokens::default() };
+        let open = |_| OpenChoice { reader: ToolReader::new(plan.tool_format), unsent: UnsentTokens::default() };
         let choices = (0..plan.generation.num_choices()).map(open).collect();
         Self { app: app.clone(), usage: UsageCounter::new(&plan.generation), plan, choices }
     }
@@ -104,7 +111,7 @@ impl ChatStream {
     }
 
     fn write_role(&self, index: usize, chunks: &mut Chunks) {
-        let delta = ChatDelta { role: Some("assistant"), content: Some(""), tool_calls: &[] };
+        let delta = ChatDelta { role: Some("assistant"), content: Some(""), tool_calls: Vec::new() };
         let choice = ChatChunkChoice { index, delta, ..Default::default() };
         let usage = self.plan.call.usage.in_every_chunk.then(|| self.usage.usage());
         let prompt_token_ids = self.plan.call.return_token_ids.then(|| self.plan.generation.prompt_of(index));
@@ -115,7 +122,7 @@ impl ChatStream {
         &mut self,
         index: usize,
         id: u32,
-        text: &str,
+        text: String,
         logprobs: Option<Box<TokenLogprobs>>,
         chunks: &mut Chunks,
     ) {
@@ -133,12 +140,15 @@ impl ChatStream {
 
     /// Sends text and calls; a token that added neither waits for the next one.
     fn write_delta(&mut self, index: usize, delta: &MessageDelta, chunks: &mut Chunks) {
-        if delta.content.is_empty() && delta.tool_calls.is_empty() {
+        if delta.is_empty() {
             return;
         }
+        let first_call = self.choices[index].reader.num_calls() - delta.tool_calls.len();
+        let tool_calls = delta.tool_calls.iter().enumerate();
+        let tool_calls = tool_calls.map(|(nth, call)| ToolCallDelta { index: first_call + nth, call }).collect();
         let (logprobs, token_ids) = self.take_unsent(index);
         let content = (!delta.content.is_empty()).then_some(delta.content.as_str());
-        let delta = ChatDelta { role: None, content, tool_calls: &delta.tool_calls };
+        let delta = ChatDelta { role: None, content, tool_calls };
         self.push_choice(chunks, ChatChunkChoice { index, delta, logprobs, token_ids, ..Default::default() });
     }
 
@@ -148,10 +158,10 @@ impl ChatStream {
         (logprobs, self.plan.call.return_token_ids.then_some(ids))
     }
 
-    fn write_finish(&mut self, index: usize, text: &str, finish: Finish, chunks: &mut Chunks) {
+    fn write_finish(&mut self, index: usize, text: String, finish: Finish, chunks: &mut Chunks) {
         let reader = &mut self.choices[index].reader;
         let mut delta = reader.push(text);
-        delta.append(reader.finish());
+        delta.append(reader.flush());
         let finish_reason = Some(reader.finish_kind(finish.reason));
         self.write_delta(index, &delta, chunks);
         let (logprobs, token_ids) = self.take_unsent(index);
@@ -170,8 +180,8 @@ impl ChunkWriter for ChatStream {
                 self.usage.add_started(index, cached_tokens);
                 self.write_role(index, chunks);
             }
-            ChoiceEvent::Token { id, text, logprobs } => self.write_token(index, id, &text, logprobs, chunks),
-            ChoiceEvent::Finished { text, finish } => self.write_finish(index, &text, finish, chunks),
+            ChoiceEvent::Token { id, text, logprobs } => self.write_token(index, id, text, logprobs, chunks),
+            ChoiceEvent::Finished { text, finish } => self.write_finish(index, text, finish, chunks),
             ChoiceEvent::Failed(error) => {
                 chunks.push_error(&error);
                 return ControlFlow::Break(());

@@ -8,7 +8,7 @@ use crate::engine::request::SamplingParams;
 use crate::server::config::ServedModel;
 use crate::server::error::ApiError;
 use crate::server::limits::{RequestLimits, check_len};
-use crate::text::grammar::Grammar;
+use crate::text::Grammar;
 
 /// The form the output must have.
 #[derive(Debug, Default, Deserialize, ToSchema)]

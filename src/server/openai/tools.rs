@@ -3,12 +3,14 @@
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
+use uuid::Uuid;
 
 use crate::server::error::ApiError;
 use crate::server::limits::{RequestLimits, check_len};
-use crate::text::grammar::Grammar;
+use crate::text::Grammar;
+use crate::text::tool_calls::{self, ToolFormat};
 
 const MAX_NAME_CHARS: usize = 64;
 
@@ -77,65 +79,82 @@ struct FunctionName {
 
 /// What the model may or must do with its tools.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum ToolChoice {
+enum ToolChoice {
     /// Plain text only.
     None,
-    /// Text or calls, in the model's own notation.
+    /// Text or calls.
     Auto,
-    /// At least one call; the output is a JSON array of them.
+    /// At least one call.
     Required,
-    /// This function; the output is its arguments.
+    /// A call of this function.
     Named(String),
 }
 
 /// Checked tools.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Tools {
     /// As the client sent them, for the template.
     pub(super) definitions: Option<Value>,
-    pub(super) choice: ToolChoice,
+    /// How to read calls out of the text; `None` when the text has none.
+    pub(super) format: Option<ToolFormat>,
     /// What forces the calls.
     pub(super) grammar: Option<Grammar>,
 }
 
-/// A call, or the next part of one, in an answer.
-#[derive(Debug, Clone, Serialize, ToSchema)]
-pub(super) struct ToolCallDelta {
-    pub(super) index: usize,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) id: Option<String>,
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    pub(super) kind: Option<&'static str>,
-    pub(super) function: FunctionDelta,
+/// A complete call.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ToolCall {
+    id: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    function: FunctionCall,
 }
 
-/// A function's name, in the first part only, and a piece of its arguments.
-#[derive(Debug, Clone, Serialize, ToSchema)]
-pub(super) struct FunctionDelta {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) name: Option<String>,
+/// A function's name and its arguments.
+#[derive(Debug, Serialize, ToSchema)]
+struct FunctionCall {
+    name: String,
     /// JSON, as text.
-    pub(super) arguments: String,
+    arguments: String,
+}
+
+impl From<tool_calls::ToolCall> for ToolCall {
+    fn from(call: tool_calls::ToolCall) -> Self {
+        let function = FunctionCall { name: call.name, arguments: call.arguments };
+        Self { id: format!("call_{}", Uuid::new_v4().simple()), kind: "function", function }
+    }
 }
 
 impl ToolsRequest {
-    pub(super) fn check(self, limits: &RequestLimits) -> Result<Tools, ApiError> {
+    /// `taught` is the format the model knows, if it knows one.
+    pub(super) fn check(self, taught: Option<ToolFormat>, limits: &RequestLimits) -> Result<Tools, ApiError> {
         let values = self.tools.unwrap_or_default();
         check_len("tools", values.len(), limits.max_tools)?;
         let functions = read_functions(&values)?;
         let choice = check_choice(self.tool_choice, &functions)?;
-        let grammar = match &choice {
-            ToolChoice::None | ToolChoice::Auto => None,
-            ToolChoice::Required => {
-                Some(Grammar::JsonSchema(calls_schema(functions, self.parallel_tool_calls.unwrap_or(true))?))
-            }
-            ToolChoice::Named(name) => {
-                let function = functions.into_iter().find(|function| function.name == *name);
-                Some(Grammar::JsonSchema(function.map_or_else(any_object, Function::into_schema)))
-            }
+        if choice == ToolChoice::None {
+            return Ok(Tools::default());
+        }
+        // Auto reads what the model was taught to write; a forced call can take any form.
+        let format = if choice == ToolChoice::Auto { taught } else { Some(taught.unwrap_or(ToolFormat::Hermes)) };
+        let callable = match choice {
+            ToolChoice::None | ToolChoice::Auto => Vec::new(),
+            ToolChoice::Required => functions,
+            ToolChoice::Named(ref name) => functions.into_iter().filter(|function| function.name == *name).collect(),
         };
-        let shown = choice != ToolChoice::None && !values.is_empty();
-        Ok(Tools { definitions: shown.then_some(Value::Array(values)), choice, grammar })
+        let parallel = choice == ToolChoice::Required && self.parallel_tool_calls.unwrap_or(true);
+        let grammar = format
+            .filter(|_| !callable.is_empty())
+            .map(|format| format.grammar(&callable.into_iter().map(Function::into_tool).collect::<Vec<_>>(), parallel))
+            .transpose()
+            .map_err(|error| ApiError::from(error).with_param("tools"))?;
+        Ok(Tools { definitions: Some(Value::Array(values)), format, grammar })
+    }
+}
+
+impl Function {
+    fn into_tool(self) -> tool_calls::Tool {
+        tool_calls::Tool { name: self.name, parameters: self.parameters.map(Value::Object) }
     }
 }
 
@@ -180,56 +199,4 @@ fn check_choice(choice: Option<ToolChoiceRequest>, functions: &[Function]) -> Re
             }
         }
     }
-}
-
-impl Function {
-    /// The schema of its arguments.
-    fn into_schema(self) -> Value {
-        self.parameters.map_or_else(any_object, Value::Object)
-    }
-}
-
-fn any_object() -> Value {
-    json!({ "type": "object" })
-}
-
-/// The schema of an array of calls. Definitions inside the functions' schemas move to its root, where references look
-/// for them.
-fn calls_schema(functions: Vec<Function>, parallel: bool) -> Result<Value, ApiError> {
-    let mut definitions = Map::new();
-    let mut calls = Vec::with_capacity(functions.len());
-    for function in functions {
-        let name = function.name.clone();
-        let mut parameters = function.into_schema();
-        hoist_definitions(&mut parameters, &mut definitions)?;
-        calls.push(json!({
-            "type": "object",
-            "properties": { "name": { "enum": [name] }, "parameters": parameters },
-            "required": ["name", "parameters"],
-            "additionalProperties": false,
-        }));
-    }
-    let mut schema = json!({ "type": "array", "minItems": 1, "items": { "anyOf": calls } });
-    let root = schema.as_object_mut().expect("the schema is an object");
-    if !parallel {
-        root.insert("maxItems".into(), 1.into());
-    }
-    root.extend(definitions);
-    Ok(schema)
-}
-
-fn hoist_definitions(schema: &mut Value, root: &mut Map<String, Value>) -> Result<(), ApiError> {
-    let Some(schema) = schema.as_object_mut() else { return Ok(()) };
-    for section in ["$defs", "definitions"] {
-        let Some(Value::Object(found)) = schema.shift_remove(section) else { continue };
-        let known = root.entry(section).or_insert_with(|| json!({}));
-        for (name, definition) in found {
-            if known.get(&name).is_some_and(|other| *other != definition) {
-                let message = format!("two functions define {section}/{name} differently; rename one.");
-                return Err(ApiError::invalid_field("tools", message));
-            }
-            known[name] = definition;
-        }
-    }
-    Ok(())
 }
