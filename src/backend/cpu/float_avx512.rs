@@ -144,11 +144,21 @@ unsafe fn tile<const FORMAT: u8, const ROWS: usize, const PANELS: usize>(tile: &
     // SAFETY: x has `num_pairs` pairs of `ROWS` values, each of the panels `num_pairs` pairs of 32, and the masks
     // leave only columns of `out` and the bias; prefetching never faults.
     unsafe {
+        // The lines of `out` arrive while the sums are made.
+        unroll!(ROW in ROWS => {
+            let out = tile.out.wrapping_add(ROW * tile.out_stride);
+            _mm_prefetch::<_MM_HINT_T0>(out.cast());
+            _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(16).cast());
+        });
         let mut sums = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
         start_sums!(sums, tile, ROWS, PANELS);
         let (mut x, mut weights) = (tile.x, tile.weights);
         for _ in 0..tile.num_pairs {
             prefetch::<FORMAT, PANELS>(weights, tile.panel_bytes);
+            if ROWS >= 4 {
+                _mm_prefetch::<_MM_HINT_T0>(x.wrapping_add(128).cast());
+                _mm_prefetch::<_MM_HINT_T0>(x.wrapping_add(144).cast());
+            }
             let mut values = [[_mm512_setzero_ps(); 2]; PANELS];
             unroll!(PANEL in PANELS => {
                 let weights = weights.add(PANEL * tile.panel_bytes);
