@@ -184,4 +184,23 @@ mod tests {
             }
         }
     }
+
+    /// The dot-product kernels run on few machines; what they read is checked on all.
+    #[test]
+    fn bf16_tiles_hold_rounded_pairs() {
+        let values: Vec<f32> = (0..5 * 7).map(|index| 1.0 + index as f32 / 300.0).collect();
+        let plan = TilePlan::new(5, 3);
+        let mut words = vec![f32::NAN; 5 * 4];
+        let x = Rows { data: &values, num_rows: 5, stride: 7 };
+        pack_bf16_tiles(&mut ThreadPool::new(2), x, 7, plan, &mut words);
+        for tile in 0..plan.num_tiles {
+            let (start, rows) = (plan.start(tile), plan.rows(tile));
+            for (row, k) in (0..rows).flat_map(|row| (0..8).map(move |k| (row, k))) {
+                let word = words[start * 4 + k / 2 * rows + row].to_bits();
+                let found = bf16::from_bits((word >> (16 * (k % 2))) as u16);
+                let wanted = if k < 7 { bf16::from_f32(values[(start + row) * 7 + k]) } else { bf16::ZERO };
+                assert_eq!(found.to_bits(), wanted.to_bits(), "row {row} of tile {tile}, k {k}");
+            }
+        }
+    }
 }
