@@ -176,35 +176,3 @@ unsafe fn store_sums<const ROWS: usize>(tile: &FloatTile, half: usize, sums: &[[
         }
     }
 }
-
-/// Widens `num_pairs` pairs of `k` of a bf16 or f16 panel to the layout of an f32 one.
-///
-/// # Safety
-/// The instructions are there, 128 bytes a pair can be read from `source` and 64 numbers a pair written to `target`.
-pub(super) unsafe fn expand(dtype: DType, source: *const u8, num_pairs: usize, target: *mut f32) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match dtype {
-            DType::BF16 => expand_halves::<BF16>(source, 2 * num_pairs, target),
-            DType::F16 => expand_halves::<F16>(source, 2 * num_pairs, target),
-            _ => unreachable!("{dtype} panels are not expanded"),
-        }
-    }
-}
-
-/// # Safety
-/// As for [`expand`].
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn expand_halves<const FORMAT: u8>(source: *const u8, num_halves: usize, target: *mut f32) {
-    for half in 0..num_halves {
-        for quarter in 0..2 {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let source = source.add(half * half_bytes(FORMAT));
-                let target = target.add(half * 32 + quarter * 8);
-                _mm256_storeu_ps(target, decode::<FORMAT, false>(source, quarter));
-                _mm256_storeu_ps(target.add(16), decode::<FORMAT, true>(source, quarter));
-            }
-        }
-    }
-}

@@ -16,7 +16,7 @@ const BF16: u8 = 0;
 const F16: u8 = 1;
 const F32: u8 = 2;
 
-/// How far ahead a one-row tile asks for weights: the hardware's own prefetch ends at each 4 KiB.
+/// How far ahead a tile asks for weights: the hardware's own prefetch ends at each 4 KiB.
 const PREFETCH_BYTES: usize = 1024;
 
 /// Repeats the body for `$index` in `[0, $count)`, at most 12 times, each with a constant index: only then do the
@@ -144,12 +144,20 @@ unsafe fn tile<const FORMAT: u8, const ROWS: usize, const PANELS: usize>(tile: &
     // SAFETY: x has `num_pairs` pairs of `ROWS` values, each of the panels `num_pairs` pairs of 32, and the masks
     // leave only columns of `out` and the bias; prefetching never faults.
     unsafe {
+        // The lines of `out` arrive while the sums are made.
+        unroll!(ROW in ROWS => {
+            let out = tile.out.wrapping_add(ROW * tile.out_stride);
+            _mm_prefetch::<_MM_HINT_T0>(out.cast());
+            _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(16).cast());
+        });
         let mut sums = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
         start_sums!(sums, tile, ROWS, PANELS);
         let (mut x, mut weights) = (tile.x, tile.weights);
         for _ in 0..tile.num_pairs {
-            if ROWS <= 2 {
-                prefetch::<FORMAT, PANELS>(weights, tile.panel_bytes);
+            prefetch::<FORMAT, PANELS>(weights, tile.panel_bytes);
+            if ROWS >= 4 {
+                _mm_prefetch::<_MM_HINT_T0>(x.wrapping_add(128).cast());
+                _mm_prefetch::<_MM_HINT_T0>(x.wrapping_add(144).cast());
             }
             let mut values = [[_mm512_setzero_ps(); 2]; PANELS];
             unroll!(PANEL in PANELS => {
@@ -202,9 +210,7 @@ unsafe fn dot_tile<const ROWS: usize, const PANELS: usize>(tile: &FloatTile) {
         start_sums!(sums, tile, ROWS, PANELS);
         let (mut x, mut weights) = (tile.x.cast::<i32>(), tile.weights);
         for _ in 0..tile.num_pairs {
-            if ROWS <= 2 {
-                prefetch::<BF16, PANELS>(weights, tile.panel_bytes);
-            }
+            prefetch::<BF16, PANELS>(weights, tile.panel_bytes);
             let mut pairs = [[bf16_lanes(_mm512_setzero_si512()); 2]; PANELS];
             unroll!(PANEL in PANELS => {
                 let weights = weights.add(PANEL * tile.panel_bytes);
@@ -239,33 +245,4 @@ fn lanes(num_columns: usize, panel: usize) -> [__mmask16; 2] {
         let left = num_columns.saturating_sub(panel * 32 + first);
         if left >= 16 { 0xffff } else { (1u16 << left) - 1 }
     })
-}
-
-/// Widens `num_pairs` pairs of `k` of a bf16 or f16 panel to the layout of an f32 one.
-///
-/// # Safety
-/// The instructions are there, 128 bytes a pair can be read from `source` and 64 numbers a pair written to `target`.
-pub(super) unsafe fn expand(dtype: DType, source: *const u8, num_pairs: usize, target: *mut f32) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match dtype {
-            DType::BF16 => expand_halves::<BF16>(source, 2 * num_pairs, target),
-            DType::F16 => expand_halves::<F16>(source, 2 * num_pairs, target),
-            _ => unreachable!("{dtype} panels are not expanded"),
-        }
-    }
-}
-
-/// # Safety
-/// As for [`expand`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn expand_halves<const FORMAT: u8>(source: *const u8, num_halves: usize, target: *mut f32) {
-    for half in 0..num_halves {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let source = source.add(half * half_bytes(FORMAT));
-            _mm512_storeu_ps(target.add(half * 32), decode::<FORMAT, false>(source));
-            _mm512_storeu_ps(target.add(half * 32 + 16), decode::<FORMAT, true>(source));
-        }
-    }
 }

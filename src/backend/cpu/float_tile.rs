@@ -139,19 +139,3 @@ unsafe fn tile<P: Pairs, const ROWS: usize>(tile: &FloatTile) {
         }
     }
 }
-
-/// Widens `num_pairs` pairs of `k` of a bf16 or f16 panel to the layout of an f32 one.
-///
-/// # Safety
-/// 128 bytes a pair can be read from `source` and 64 numbers a pair written to `target`.
-pub(super) unsafe fn expand(dtype: DType, source: *const u8, num_pairs: usize, target: *mut f32) {
-    // SAFETY: the caller's promise.
-    let (source, target) = unsafe {
-        let source = std::slice::from_raw_parts(source, num_pairs * 128);
-        (source, std::slice::from_raw_parts_mut(target, num_pairs * 64))
-    };
-    for (half, target) in source.chunks_exact(64).zip(target.chunks_exact_mut(2 * HALF_ROWS)) {
-        let decoded = if dtype == DType::BF16 { Bf16Pairs::decode(half) } else { F16Pairs::decode(half) };
-        target.copy_from_slice(decoded.as_flattened());
-    }
-}

@@ -3,7 +3,7 @@
 //! Threads share the outputs, never the sum: each output is one chain of additions in the order of `k`, whatever the
 //! number of rows, the tile a row falls in or the number of threads. So the bits of a row depend only on its x, the
 //! weights and the instruction set. With many rows, a block of x stays in the second-level cache while the panels
-//! stream past, and each panel is expanded to f32 once per block.
+//! stream past.
 
 #![allow(unsafe_code)]
 
@@ -15,8 +15,8 @@ use super::packed::{PackedMatrix, Segment};
 use super::quant_gemm::quant_gemm;
 use super::{Isa, ThreadPool, pool};
 
-/// Bytes of x that stay in the second-level cache beside an expanded panel.
-pub(super) const BLOCK_BYTES: usize = 320 << 10;
+/// Bytes of x that stay in the second-level cache beside a panel.
+pub(super) const BLOCK_BYTES: usize = 128 << 10;
 /// Weights of one task when there are few rows: enough to make claiming it cheap.
 const TASK_BYTES: usize = 64 << 10;
 
@@ -35,7 +35,7 @@ pub(super) fn grown<T: Clone>(buffer: &mut Vec<T>, len: usize, value: T) -> &mut
     &mut buffer[..len]
 }
 
-/// `out[m, n] = sum over k of x[m, k] * w[n, k], plus bias[n]` for `m` in `[0, num_rows)`.
+/// `out[m, n] = sum over k of x[m, k] * w[n, k], plus bias[n]` for the rows `m` of x.
 ///
 /// # Panics
 /// When x, the bias or `out` are too short for the sizes.
@@ -43,12 +43,12 @@ pub fn gemm(
     pool: &mut ThreadPool,
     isa: Isa,
     x: Rows,
-    num_rows: usize,
     weights: &PackedMatrix,
     bias: Option<&[f32]>,
     out: RowsMut,
     scratch: &mut GemmScratch,
 ) {
+    let num_rows = x.num_rows;
     if num_rows == 0 {
         return;
     }
@@ -58,8 +58,8 @@ pub fn gemm(
     assert!(bias.is_none_or(|bias| bias.len() == weights.num_rows()), "one bias for each of {}", weights.num_rows());
     let target =
         Target { out: out.data.as_mut_ptr(), stride: out.stride, bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr) };
-    float_gemm(pool, isa, x, num_rows, weights, &target, &mut scratch.float);
-    quant_gemm(pool, isa, x, num_rows, weights, &target, &mut scratch.quantised);
+    float_gemm(pool, isa, x, weights, &target, &mut scratch.float);
+    quant_gemm(pool, isa, x, weights, &target, &mut scratch.quantised);
 }
 
 fn check_rows(name: &str, len: usize, stride: usize, num_rows: usize, num_columns: usize) {

@@ -59,9 +59,9 @@ fn quantised(dtype: DType, values: &[f32], columns: usize) -> Vec<u8> {
 /// Multiplies dense rows.
 fn multiply(threads: usize, isa: Isa, x: &[f32], num_rows: usize, w: &PackedMatrix, bias: Option<&[f32]>) -> Vec<f32> {
     let mut out = vec![f32::NAN; num_rows * w.num_rows()];
-    let x = Rows { data: x, stride: w.num_columns() };
+    let x = Rows { data: x, num_rows, stride: w.num_columns() };
     let target = RowsMut { data: &mut out, stride: w.num_rows() };
-    gemm(&mut ThreadPool::new(threads), isa, x, num_rows, w, bias, target, &mut GemmScratch::default());
+    gemm(&mut ThreadPool::new(threads), isa, x, w, bias, target, &mut GemmScratch::default());
     out
 }
 
@@ -195,8 +195,8 @@ fn strides_leave_what_lies_between_rows_alone() {
             let wanted = multiply(1, isa, &dense, num_rows, &w, None);
             let mut out = vec![7.0; num_rows * 40];
             let target = RowsMut { data: &mut out, stride: 40 };
-            let x = Rows { data: &x, stride: 70 };
-            gemm(&mut ThreadPool::new(2), isa, x, num_rows, &w, None, target, &mut GemmScratch::default());
+            let x = Rows { data: &x, num_rows, stride: 70 };
+            gemm(&mut ThreadPool::new(2), isa, x, &w, None, target, &mut GemmScratch::default());
             for (row, out) in out.chunks(40).enumerate() {
                 assert_eq!(out[..37], wanted[row * 37..(row + 1) * 37]);
                 assert_eq!(out[37..], [7.0; 3]);

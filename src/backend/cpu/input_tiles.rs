@@ -11,6 +11,8 @@ use super::ThreadPool;
 pub struct Rows<'a> {
     /// The numbers.
     pub data: &'a [f32],
+    /// How many rows.
+    pub num_rows: usize,
     /// From one row to the next.
     pub stride: usize,
 }
@@ -80,15 +82,63 @@ pub(super) fn pack_tiles(pool: &mut ThreadPool, x: Rows, num_columns: usize, pla
         let (start, rows) = (plan.start(tile), plan.rows(tile));
         // SAFETY: tiles are disjoint ranges of rows.
         let target = unsafe { shared.part(start * padded, rows * padded) };
-        for row in 0..rows {
-            for (k, &value) in x.row(start + row, num_columns).iter().enumerate() {
-                target[k * rows + row] = value;
-            }
-            if padded > num_columns {
-                target[num_columns * rows + row] = 0.0;
+        let mut row = 0;
+        while row < rows {
+            // Four rows at a time; at the end four once more that overlap the ones before.
+            if rows >= 4 {
+                let first = row.min(rows - 4);
+                let group = [0, 1, 2, 3].map(|index| x.row(start + first + index, num_columns));
+                interleave_four(group, first, rows, target);
+                row += 4;
+            } else {
+                interleave([x.row(start + row, num_columns)], row, rows, target);
+                row += 1;
             }
         }
+        target[num_columns * rows..].fill(0.0);
     });
+}
+
+/// Writes `source[i][k]` to `target[k * rows + first + i]`.
+fn interleave<const COUNT: usize>(source: [&[f32]; COUNT], first: usize, rows: usize, target: &mut [f32]) {
+    for k in 0..source[0].len() {
+        let at = k * rows + first;
+        target[at..at + COUNT].copy_from_slice(&source.map(|source| source[k]));
+    }
+}
+
+/// The same for four rows, four `k` at a time.
+fn interleave_four(source: [&[f32]; 4], first: usize, rows: usize, target: &mut [f32]) {
+    let quads = source.map(|row| row.as_chunks::<4>().0);
+    let whole = quads[0].len();
+    for (index, target) in target.chunks_exact_mut(4 * rows).take(whole).enumerate() {
+        let columns = transpose(quads.map(|quads| quads[index]));
+        for (next, column) in columns.iter().enumerate() {
+            target[next * rows + first..][..4].copy_from_slice(column);
+        }
+    }
+    let rest = source.map(|row| &row[4 * whole..]);
+    interleave(rest, first, rows, &mut target[4 * whole * rows..]);
+}
+
+#[cfg(target_arch = "x86_64")]
+fn transpose(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
+    use std::arch::x86_64::{_MM_TRANSPOSE4_PS, _mm_loadu_ps, _mm_storeu_ps};
+    let mut columns = [[0.0; 4]; 4];
+    // SAFETY: every x86-64 has SSE; each array holds the four numbers that are read or written.
+    unsafe {
+        let [mut a, mut b, mut c, mut d] = rows.map(|row| _mm_loadu_ps(row.as_ptr()));
+        _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+        for (column, vector) in columns.iter_mut().zip([a, b, c, d]) {
+            _mm_storeu_ps(column.as_mut_ptr(), vector);
+        }
+    }
+    columns
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn transpose(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
+    [0, 1, 2, 3].map(|column| rows.map(|row| row[column]))
 }
 
 /// The same rounded to bf16, pairs of `k` in one word: `[num_pairs][rows]`, the even `k` in the low half.
@@ -131,6 +181,25 @@ mod tests {
                 assert_eq!(rows.iter().sum::<usize>(), num_rows);
                 let (least, most) = (rows.iter().min().unwrap(), rows.iter().max().unwrap());
                 assert!(*most <= max_rows && most - least <= 1, "{num_rows} rows: {rows:?}");
+            }
+        }
+    }
+
+    /// The dot-product kernels run on few machines; what they read is checked on all.
+    #[test]
+    fn bf16_tiles_hold_rounded_pairs() {
+        let values: Vec<f32> = (0..5 * 7).map(|index| 1.0 + index as f32 / 300.0).collect();
+        let plan = TilePlan::new(5, 3);
+        let mut words = vec![f32::NAN; 5 * 4];
+        let x = Rows { data: &values, num_rows: 5, stride: 7 };
+        pack_bf16_tiles(&mut ThreadPool::new(2), x, 7, plan, &mut words);
+        for tile in 0..plan.num_tiles {
+            let (start, rows) = (plan.start(tile), plan.rows(tile));
+            for (row, k) in (0..rows).flat_map(|row| (0..8).map(move |k| (row, k))) {
+                let word = words[start * 4 + k / 2 * rows + row].to_bits();
+                let found = bf16::from_bits((word >> (16 * (k % 2))) as u16);
+                let wanted = if k < 7 { bf16::from_f32(values[(start + row) * 7 + k]) } else { bf16::ZERO };
+                assert_eq!(found.to_bits(), wanted.to_bits(), "row {row} of tile {tile}, k {k}");
             }
         }
     }

@@ -189,9 +189,7 @@ unsafe fn tile<F: Format, const ROWS: usize>(tile: &QuantTile) {
             }
             at = at.add(if F::HAS_MINIMUM { 128 } else { 64 });
             for _ in 0..subs_per_block {
-                if ROWS <= 2 {
-                    prefetch(at, code_bytes);
-                }
+                prefetch(at, code_bytes);
                 let header = at;
                 let codes = if F::IS_K_QUANT { at.add(64) } else { at };
                 if F::HAS_HALVES {

@@ -32,7 +32,6 @@ pub(super) fn quant_gemm(
     pool: &mut ThreadPool,
     isa: Isa,
     x: Rows,
-    num_rows: usize,
     weights: &PackedMatrix,
     target: &Target,
     scratch: &mut Vec<u32>,
@@ -42,8 +41,8 @@ pub(super) fn quant_gemm(
         return;
     };
     let row_words = weights.num_columns() / BLOCK * RECORD_WORDS;
-    let plan = TilePlan::new(num_rows, max_rows(isa));
-    let tiles = grown(scratch, num_rows * row_words, 0);
+    let plan = TilePlan::new(x.num_rows, max_rows(isa));
+    let tiles = grown(scratch, x.num_rows * row_words, 0);
     quantise_tiles(pool, isa, x, weights.num_columns(), plan, tiles);
     let blocks = TilePlan::new(plan.num_tiles, (BLOCK_BYTES / (row_words * 4 * max_rows(isa))).max(1));
     let work = QuantGemm { isa, weights, target, plan, blocks, tiles, row_words };
