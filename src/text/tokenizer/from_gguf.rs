@@ -1,8 +1,9 @@
 //! A tokenizer from the vocabulary section of a GGUF file.
 //!
-//! GGUF names the splitting rules (`tokenizer.ggml.pre`) instead of storing them. Each rule set here reproduces the ids
-//! that the model's own `tokenizer.json` gives. SentencePiece files carry scores and no
-//! merges; they have an encoder of their own (`score_bpe.rs`).
+//! GGUF names the splitting rules (`tokenizer.ggml.pre`) instead of storing them; here they are as the models' own
+//! `tokenizer.json` files have them. The ids of `smollm`, `qwen2` and a SentencePiece vocabulary are compared with
+//! Hugging Face's in `tests/text_models.rs`. SentencePiece files carry scores and no merges; they have an encoder of
+//! their own (`score_bpe.rs`).
 
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
