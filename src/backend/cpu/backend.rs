@@ -208,8 +208,9 @@ impl Backend for CpuBackend {
         let Workers { pool, gemm, .. } = &mut *self.workers();
         // SAFETY: the tensors are different buffers, and work before this call is done.
         let (rows, out, bias) = unsafe { (numbers(x), numbers_mut(out), bias.map(|bias| numbers(bias))) };
-        let (rows, out) = (Rows { data: rows, stride: inputs }, RowsMut { data: out, stride: outputs });
-        super::gemm(pool, self.isa, rows, x.rows(), weight, bias, out, gemm);
+        let (rows, out) =
+            (Rows { data: rows, num_rows: x.rows(), stride: inputs }, RowsMut { data: out, stride: outputs });
+        super::gemm(pool, self.isa, rows, weight, bias, out, gemm);
         Ok(())
     }
 
