@@ -23,10 +23,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
-use self::json::JsonBody;
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
+use self::json::JsonBody;
 pub use self::limits::{ConnectionLimits, RequestLimits};
 pub use self::listener::{ServerThread, serve};
 
@@ -60,9 +60,7 @@ impl App {
 
     /// Whether new calls are taken.
     fn is_serving(&self) -> bool {
-        !self.is_draining()
-            && !self.engine_ended.load(Ordering::Acquire)
-            && self.model.engine.is_accepting()
+        !self.is_draining() && !self.engine_ended.load(Ordering::Acquire) && self.model.engine.is_accepting()
     }
 
     fn is_draining(&self) -> bool {

@@ -55,10 +55,7 @@ pub(super) struct DetokenizeResponse {
     request_body = TokenizeRequest,
     responses((status = 200, body = TokenizeResponse), (status = "4XX", body = ErrorBody))
 )]
-pub(super) async fn tokenize(
-    State(app): State<AppRef>,
-    body: JsonBody,
-) -> Result<Json<TokenizeResponse>, ApiError> {
+pub(super) async fn tokenize(State(app): State<AppRef>, body: JsonBody) -> Result<Json<TokenizeResponse>, ApiError> {
     Ok(Json(app.prepare(body, tokens_of).await?))
 }
 

@@ -86,10 +86,7 @@ struct UnsentTokens {
 
 impl ChatStream {
     pub(super) fn new(app: &AppRef, plan: ChatPlan) -> Self {
-        let open = |_| OpenChoice {
-            reader: ToolReader::new(plan.tool_format),
-            unsent: UnsentTokens::default(),
-        };
+        let open = |_| OpenChoice { reader: ToolReader::new(plan.tool_format), unsent: UnsentTokens::default() };
         let choices = (0..plan.generation.num_choices()).map(open).collect();
         Self { app: app.clone(), usage: UsageCounter::new(&plan.generation), plan, choices }
     }

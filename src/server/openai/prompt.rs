@@ -26,12 +26,7 @@ pub(super) enum PromptInput {
 
 impl PromptInput {
     /// Token lists, not yet checked against the model's context.
-    pub(super) fn tokenize(
-        self,
-        field: &str,
-        app: &App,
-        add_special_tokens: bool,
-    ) -> Result<Vec<Vec<u32>>, ApiError> {
+    pub(super) fn tokenize(self, field: &str, app: &App, add_special_tokens: bool) -> Result<Vec<Vec<u32>>, ApiError> {
         let model = &app.model;
         check_len(field, self.len(), app.config.request_limits.max_prompts)?;
         let encode = |text: String| model.tokenizer.encode(&text, add_special_tokens).map_err(ApiError::from);

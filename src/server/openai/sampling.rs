@@ -102,7 +102,9 @@ impl SamplingRequest {
 
 fn within(field: &str, value: Option<f32>, range: RangeInclusive<f32>) -> Result<Option<f32>, ApiError> {
     match value {
-        Some(value) if !range.contains(&value) => Err(ApiError::invalid_field(field, out_of_range(field, value, &range))),
+        Some(value) if !range.contains(&value) => {
+            Err(ApiError::invalid_field(field, out_of_range(field, value, &range)))
+        }
         value => Ok(value),
     }
 }
@@ -119,17 +121,19 @@ fn top_k(value: i64) -> Result<usize, ApiError> {
     if value == -1 {
         return Ok(0);
     }
-    usize::try_from(value)
-        .map_err(|_| ApiError::invalid_field("top_k", format!("top_k must be -1 or 0 (all) or at least 1, got {value}.")))
+    usize::try_from(value).map_err(|_| {
+        ApiError::invalid_field("top_k", format!("top_k must be -1 or 0 (all) or at least 1, got {value}."))
+    })
 }
 
 /// A number of alternatives per token.
 pub(super) fn num_logprobs(field: &str, value: Option<i64>, limits: &RequestLimits) -> Result<Option<usize>, ApiError> {
     let max = limits.max_logprobs;
     let check = |value: i64| {
-        usize::try_from(value).ok().filter(|num| *num <= max).ok_or_else(|| {
-            ApiError::invalid_field(field, format!("{field} must be between 0 and {max}, got {value}."))
-        })
+        usize::try_from(value)
+            .ok()
+            .filter(|num| *num <= max)
+            .ok_or_else(|| ApiError::invalid_field(field, format!("{field} must be between 0 and {max}, got {value}.")))
     };
     value.map(check).transpose()
 }
