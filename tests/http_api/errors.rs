@@ -54,6 +54,7 @@ fn bad_fields_of_both_endpoints_are_named() {
         ("stop", json!("x".repeat(1001))),
         ("stop_token_ids", json!([VOCAB_SIZE])),
         ("min_tokens", json!(-1)),
+        ("min_tokens", json!(u64::MAX)),
         ("ignore_eos", json!("yes")),
         ("prompt_logprobs", json!(21)),
         ("prompt_logprobs", json!(-2)),

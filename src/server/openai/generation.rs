@@ -46,6 +46,10 @@ impl Generation {
             let message = format!("n times the number of prompts must be at most {}.", limits.max_sequences);
             return Err(ApiError::invalid_field("n", message));
         }
+        if sampling.min_tokens > sampling.max_tokens {
+            let message = format!("min_tokens must not be above max_tokens, which is {}.", sampling.max_tokens);
+            return Err(ApiError::invalid_field("min_tokens", message));
+        }
         for prompt in &mut prompts {
             if let Some(truncation) = call.truncation {
                 truncation.apply(prompt);
