@@ -6,7 +6,7 @@ pub mod grammar;
 pub mod tokenizer;
 pub mod tool_calls;
 
-pub use chat_template::ChatTemplate;
+pub use chat_template::{ChatTemplate, template_in_folder};
 pub use detokenizer::{Detokenizer, DetokenizerOptions, Piece};
 pub use grammar::{Grammar, GrammarEngine, GrammarState, TokenMask};
 pub use tokenizer::{GgufVocabulary, Tokenizer};

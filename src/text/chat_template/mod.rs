@@ -4,6 +4,7 @@
 //! methods, `raise_exception`, `strftime_now`, and a `tojson` that writes what Python's `json.dumps` writes. Templates
 //! come with models and may be hostile: rendering has a budget of work and memory.
 
+mod checkpoint;
 mod environment;
 mod messages;
 mod strftime;
@@ -15,6 +16,7 @@ use minijinja::value::{Serde, Value as TemplateValue};
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value, json};
 
+pub use self::checkpoint::template_in_folder;
 use self::environment::Raised;
 use crate::{Error, Result, invalid, malformed};
 

@@ -1,8 +1,9 @@
 //! A tokenizer from the vocabulary section of a GGUF file.
 //!
-//! GGUF names the splitting rules (`tokenizer.ggml.pre`) instead of storing them. Each rule set here reproduces the ids
-//! that the model's own `tokenizer.json` gives. SentencePiece files carry scores and no merges; the merges are rebuilt
-//! from the scores as Hugging Face's converter does.
+//! GGUF names the splitting rules (`tokenizer.ggml.pre`) instead of storing them; here they are as the models' own
+//! `tokenizer.json` files have them. The ids of `smollm`, `qwen2` and a SentencePiece vocabulary are compared with
+//! Hugging Face's in `tests/text_models.rs`. SentencePiece files carry scores and no merges; they have an encoder of
+//! their own (`score_bpe.rs`).
 
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
@@ -14,8 +15,9 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+use super::score_bpe::ScoreBpe;
 use super::token_bytes::{Spelling, TokenBytes};
-use super::{Edges, SpecialIds, Tokenizer, build_error};
+use super::{Edges, Encoder, SpecialIds, Tokenizer, build_error};
 use crate::{Result, malformed, unsupported};
 
 const SPACE_MARK: char = '\u{2581}';
@@ -109,18 +111,22 @@ fn sentence_piece(vocabulary: GgufVocabulary) -> Result<Tokenizer> {
     if vocabulary.scores.is_empty() {
         return Err(malformed!("tokenizer: a \"llama\" vocabulary needs tokenizer.ggml.scores, found none"));
     }
-    let vocab = vocab_of(&vocabulary.tokens)?;
-    let merges = merges_from_scores(&vocabulary, &vocab);
-    let mut bpe = BPE::builder().vocab_and_merges(vocab, merges).fuse_unk(true).byte_fallback(true);
-    if let Some(token) = vocabulary.unk_id.and_then(|id| vocabulary.tokens.get(id as usize)) {
-        bpe = bpe.unk_token(token.clone());
-    }
+    let bpe = BPE::builder().vocab_and_merges(vocab_of(&vocabulary.tokens)?, Merges::new());
     let add_space_prefix = vocabulary.add_space_prefix.unwrap_or(true);
     let mut inner = tokenizers::Tokenizer::new(bpe.build().map_err(build_error)?);
     inner.with_normalizer(Some(space_normalizer(add_space_prefix)?)).map_err(build_error)?;
     let edges = edges_of(&vocabulary, true);
     let spelling = Spelling::SentencePiece { space: SPACE_MARK, byte_fallback: true };
-    assemble(inner, &vocabulary, spelling, edges, add_space_prefix)
+    let encoder = score_bpe(&vocabulary, &inner);
+    let tokenizer = assemble(inner, &vocabulary, spelling, edges, add_space_prefix)?;
+    Ok(Tokenizer { encoder, ..tokenizer })
+}
+
+fn score_bpe(vocabulary: &GgufVocabulary, inner: &tokenizers::Tokenizer) -> Encoder {
+    let scores = vocabulary.scores.iter().enumerate();
+    let scores = scores.map(|(id, score)| Some(*score).filter(|_| type_of(vocabulary, id) == NORMAL));
+    let byte_ids = Box::new(std::array::from_fn(|byte| inner.token_to_id(&format!("<0x{byte:02X}>"))));
+    Encoder::Scores(ScoreBpe { scores: scores.collect(), byte_ids, unk: vocabulary.unk_id })
 }
 
 fn assemble(
@@ -136,8 +142,17 @@ fn assemble(
     let special = (0..vocabulary.tokens.len()).map(|id| matches!(type_of(vocabulary, id), CONTROL | UNKNOWN));
     let special = special.collect();
     let pieces = pieces_of(vocabulary, &spelling)?;
-    Tokenizer { inner, pieces, special, special_ids, end_ids: Vec::new(), edges, strip_leading_space }
-        .finish(vocabulary.eot_id)
+    Tokenizer {
+        inner,
+        pieces,
+        special,
+        special_ids,
+        end_ids: Vec::new(),
+        encoder: Encoder::Library,
+        edges,
+        strip_leading_space,
+    }
+    .finish(vocabulary.eot_id)
 }
 
 fn type_of(vocabulary: &GgufVocabulary, id: usize) -> i32 {
@@ -176,26 +191,6 @@ fn parse_merges(merges: &[String], vocab: &Vocab) -> Result<Merges> {
         out.push((left.to_owned(), right.to_owned()));
     }
     Ok(out)
-}
-
-/// Every way to split a token into two others is a merge; the better the score, the earlier. Ties go by the ids of the
-/// parts, as in Hugging Face's converter.
-fn merges_from_scores(vocabulary: &GgufVocabulary, vocab: &Vocab) -> Merges {
-    let mut ranked = Vec::new();
-    for (id, token) in vocabulary.tokens.iter().enumerate() {
-        if type_of(vocabulary, id) != NORMAL {
-            continue;
-        }
-        for (cut, _) in token.char_indices().skip(1) {
-            let (left, right) = token.split_at(cut);
-            if let (Some(left_id), Some(right_id)) = (vocab.get(left), vocab.get(right)) {
-                ranked.push((vocabulary.scores[id], *left_id, *right_id));
-            }
-        }
-    }
-    ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
-    let text = |id: u32| vocabulary.tokens[id as usize].clone();
-    ranked.into_iter().map(|(_, left, right)| (text(left), text(right))).collect()
 }
 
 fn space_normalizer(add_space_prefix: bool) -> Result<NormalizerWrapper> {

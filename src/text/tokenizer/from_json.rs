@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::token_bytes::{Spelling, TokenBytes};
-use super::{Edges, SpecialIds, Tokenizer, build_error};
+use super::{Edges, Encoder, SpecialIds, Tokenizer, build_error};
 use crate::{Error, Result, malformed, unsupported};
 
 /// More ids than any vocabulary has; a file that claims more would only cost memory.
@@ -35,7 +35,17 @@ impl Tokenizer {
         let (pieces, special) = tables_of(&inner, &spelling)?;
         let special_ids = special_ids_of(&inner, config)?;
         let edges = Edges::PostProcessor;
-        Tokenizer { inner, pieces, special, special_ids, end_ids: Vec::new(), edges, strip_leading_space }.finish(None)
+        Tokenizer {
+            inner,
+            pieces,
+            special,
+            special_ids,
+            end_ids: Vec::new(),
+            encoder: Encoder::Library,
+            edges,
+            strip_leading_space,
+        }
+        .finish(None)
     }
 }
 

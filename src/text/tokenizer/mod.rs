@@ -7,6 +7,7 @@
 
 mod from_gguf;
 mod from_json;
+mod score_bpe;
 mod token_bytes;
 
 #[cfg(test)]
@@ -15,8 +16,10 @@ pub(crate) mod samples;
 mod tests;
 
 pub use self::from_gguf::GgufVocabulary;
+use self::score_bpe::ScoreBpe;
 use self::token_bytes::TokenBytes;
 use crate::{Error, Result, invalid, malformed};
+use tokenizers::{ModelWrapper, OffsetReferential, OffsetType};
 
 /// End-of-turn tokens by name: a chat model stops at them even when its files name only one end token.
 const END_TOKENS: [&str; 8] = [
@@ -41,9 +44,18 @@ pub struct Tokenizer {
     special: Vec<bool>,
     special_ids: SpecialIds,
     end_ids: Vec<u32>,
+    encoder: Encoder,
     edges: Edges,
     /// SentencePiece vocabularies encode a space before the first word; the decoded text does not show it.
     strip_leading_space: bool,
+}
+
+/// Who turns text between special tokens into ids.
+enum Encoder {
+    /// The `tokenizers` crate, by its merges.
+    Library,
+    /// Ours, by scores; the crate still finds special tokens, normalises and keeps the vocabulary.
+    Scores(ScoreBpe),
 }
 
 /// Who adds the tokens around an encoded text.
@@ -72,14 +84,33 @@ impl Tokenizer {
     /// a rendered chat template carries its own. Special tokens written out in `text` are recognised either way.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let by_processor = add_special && matches!(self.edges, Edges::PostProcessor);
-        let encoding = self.inner.encode_fast(text, by_processor).map_err(|e| invalid!("cannot tokenize: {e}"))?;
-        let ids = encoding.get_ids();
-        match self.edges {
-            Edges::Fixed { before, after } if add_special => {
-                Ok(before.into_iter().chain(ids.iter().copied()).chain(after).collect())
-            }
-            _ => Ok(ids.to_vec()),
+        let ids = match &self.encoder {
+            Encoder::Library => self.inner.encode_fast(text, by_processor).map(|encoding| encoding.get_ids().to_vec()),
+            Encoder::Scores(scores) => self.encode_by_scores(scores, text),
+        };
+        let mut ids = ids.map_err(|e| invalid!("cannot tokenize: {e}"))?;
+        if let Edges::Fixed { before, after } = self.edges
+            && add_special
+        {
+            ids.splice(0..0, before);
+            ids.extend(after);
         }
+        Ok(ids)
+    }
+
+    fn encode_by_scores(&self, scores: &ScoreBpe, text: &str) -> std::result::Result<Vec<u32>, tokenizers::Error> {
+        let ModelWrapper::BPE(vocab) = self.inner.get_model() else {
+            return Err("the vocabulary is not a BPE model".into());
+        };
+        let split = self.inner.get_added_vocabulary().extract_and_normalize(self.inner.get_normalizer(), text);
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        for (part, _, tokens) in split.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+            match tokens {
+                Some(tokens) => ids.extend(tokens.iter().map(|token| token.id)),
+                None => scores.encode(vocab, part, &mut ids),
+            }
+        }
+        Ok(ids)
     }
 
     /// The text of `ids`, without special tokens if `skip_special`. Bytes that are not UTF-8 become U+FFFD.

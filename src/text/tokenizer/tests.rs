@@ -1,6 +1,7 @@
 //! Tokenizers: bytes, decoding against the `tokenizers` crate, damaged vocabularies.
 
 use proptest::prelude::*;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
 
 use super::*;
 use samples::{byte_id, byte_level, byte_level_vocabulary, sentence_piece, sentence_piece_vocabulary};
@@ -114,6 +115,7 @@ fn a_json_file_gives_the_same_tokenizer() {
         let mut inner = gguf.inner.clone();
         if gguf.inner.get_decoder().is_none() {
             inner.with_decoder(Some(reference_decoder(false)));
+            inner.with_model(reference_encoder(&sentence_piece_vocabulary(false)));
         }
         let config = r#"{"bos_token": {"content": "<s>"}, "eos_token": "<|im_end|>", "unk_token": null}"#;
         let config = config.replace("<s>", if gguf.id_of("<s>").is_some() { "<s>" } else { "<|bos|>" });
@@ -143,6 +145,27 @@ fn damaged_json_is_refused() {
     assert!(error.to_string().contains("nowhere"));
 }
 
+#[test]
+fn merges_that_contradict_the_vocabulary_are_refused() {
+    let long = "b".repeat(50);
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [], "model": {"type": "BPE",
+        "vocab": {"a": 0, "ab": 1}, "merges": [["a", long]]}});
+    assert!(Tokenizer::from_json(json.to_string().as_bytes(), None).is_err());
+    let prefix = serde_json::json!({"version": "1.0", "added_tokens": [], "model": {"type": "BPE",
+        "continuing_subword_prefix": "####", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}});
+    let error = Tokenizer::from_json(prefix.to_string().as_bytes(), None).err().unwrap();
+    assert!(error.to_string().contains("merges contradict"), "{error}");
+}
+
+#[test]
+fn huge_ids_do_not_cost_memory() {
+    let json = serde_json::json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "ByteLevel",
+        "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "vocab": {"a": 4294967295u32}, "merges": []}});
+    let error = Tokenizer::from_json(json.to_string().as_bytes(), None).err().unwrap();
+    assert!(error.to_string().contains("token ids"), "{error}");
+}
+
 /// The decoder Hugging Face gives SentencePiece models.
 fn reference_decoder(strip: bool) -> tokenizers::DecoderWrapper {
     let mut steps = vec![
@@ -156,7 +179,59 @@ fn reference_decoder(strip: bool) -> tokenizers::DecoderWrapper {
     serde_json::from_value(serde_json::json!({"type": "Sequence", "decoders": steps})).unwrap()
 }
 
+/// Every way to split a token into two others is a merge; the better the score, the earlier. Ties go by the ids of the
+/// parts, as in Hugging Face's converter.
+fn merges_from_scores(vocabulary: &GgufVocabulary, vocab: &Vocab) -> Merges {
+    let mut ranked = Vec::new();
+    for (id, token) in vocabulary.tokens.iter().enumerate() {
+        if vocabulary.token_types[id] != 1 {
+            continue;
+        }
+        for (cut, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(cut);
+            if let (Some(left_id), Some(right_id)) = (vocab.get(left), vocab.get(right)) {
+                ranked.push((vocabulary.scores[id], *left_id, *right_id));
+            }
+        }
+    }
+    ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    let text = |id: u32| vocabulary.tokens[id as usize].clone();
+    ranked.into_iter().map(|(_, left, right)| (text(left), text(right))).collect()
+}
+
+/// The library's own encoder for a SentencePiece vocabulary.
+fn reference_encoder(vocabulary: &GgufVocabulary) -> BPE {
+    let vocab: Vocab = vocabulary.tokens.iter().cloned().zip(0..).collect();
+    let merges = merges_from_scores(vocabulary, &vocab);
+    let builder = BPE::builder().vocab_and_merges(vocab, merges).fuse_unk(true).byte_fallback(true);
+    builder.unk_token("<unk>".into()).build().unwrap()
+}
+
 proptest! {
+    #[test]
+    fn scores_encode_like_merges(
+        words in prop::collection::btree_set("[abc]{2,5}", 1..25),
+        scores in prop::collection::vec(-9i8..0, 25),
+        with_bytes in any::<bool>(),
+        text in "[abc\u{6771}]{0,30}",
+    ) {
+        let mut vocabulary = sentence_piece_vocabulary(false);
+        let letters = ["c"].map(String::from);
+        let known: Vec<String> = letters.into_iter().chain(words).filter(|w| !vocabulary.tokens.contains(w)).collect();
+        for (word, score) in known.iter().zip(&scores) {
+            vocabulary.tokens.push(word.clone());
+            vocabulary.token_types.push(1);
+            vocabulary.scores.push(f32::from(*score)); // ties are likely
+        }
+        if !with_bytes {
+            vocabulary.tokens[3 + 0xE6] = "no byte".into();
+        }
+        let reference = reference_encoder(&vocabulary);
+        let wanted: Vec<u32> = tokenizers::Model::tokenize(&reference, &text).unwrap().iter().map(|t| t.id).collect();
+        let tokenizer = Tokenizer::from_gguf(vocabulary).unwrap();
+        prop_assert_eq!(tokenizer.encode(&text, false).unwrap(), wanted);
+    }
+
     #[test]
     fn decoding_equals_the_reference(text in "[ab\u{e9}\u{6771} \n]{0,20}", which in 0..3usize) {
         let tokenizer = match which {

@@ -27,7 +27,10 @@ fn call(name: &str, arguments: &str) -> (String, String) {
     (name.to_owned(), arguments.to_owned())
 }
 
-const HERMES: [(&str, &str, &[(&str, &str)]); 9] = [
+/// An answer, its content, and its calls.
+type Answer = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+const HERMES: [Answer; 9] = [
     ("Just text.\n", "Just text.\n", &[]),
     ("<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>", "", &[("f", "{\"a\":1}")]),
     (
@@ -47,7 +50,7 @@ const HERMES: [(&str, &str, &[(&str, &str)]); 9] = [
     ("<tool_call>{\"name\":\"f\"}<tool_call>{\"name\":\"g\"}", "", &[("f", "{}"), ("g", "{}")]),
 ];
 
-const LLAMA3: [(&str, &str, &[(&str, &str)]); 6] = [
+const LLAMA3: [Answer; 6] = [
     ("It is {\"name\": \"f\"} really", "It is {\"name\": \"f\"} really", &[]),
     ("\n{\"name\": \"f\", \"parameters\": {\"a\": \"b\"}}", "", &[("f", "{\"a\":\"b\"}")]),
     ("{\"name\": \"f\", \"parameters\": {}}; {\"name\": \"g\"}", "", &[("f", "{}"), ("g", "{}")]),
