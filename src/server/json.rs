@@ -35,6 +35,9 @@ impl FromRequest<AppRef> for JsonBody {
             return Err(ApiError::unsupported_media_type());
         }
         let limits = &app.config.request_limits;
+        if declared_len(request.headers()).is_some_and(|len| len > limits.max_body_bytes as u64) {
+            return Err(ApiError::body_too_large(limits.max_body_bytes));
+        }
         let read = read_body(request.into_body(), limits.max_body_bytes);
         let bytes = tokio::time::timeout(app.config.connection_limits.body_timeout, read)
             .await
@@ -51,6 +54,10 @@ fn is_json(headers: &HeaderMap) -> bool {
     let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
     let media_type = value.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
     media_type == "application/json" || (media_type.starts_with("application/") && media_type.ends_with("+json"))
+}
+
+fn declared_len(headers: &HeaderMap) -> Option<u64> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 async fn read_body(body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {

@@ -21,6 +21,9 @@ use super::error::ApiError;
 /// A write is not grown beyond this many bytes.
 const MAX_WRITE_BYTES: usize = 16 << 10;
 
+/// An interval of nothing would never end.
+const MIN_KEEP_ALIVE: Duration = Duration::from_millis(1);
+
 /// Turns events into chunks.
 pub(super) trait ChunkWriter {
     /// What the source yields.
@@ -57,7 +60,7 @@ where
     S: Stream<Item = W::Event> + Unpin + Send + 'static,
     W: ChunkWriter + Unpin + Send + 'static,
 {
-    let mut silence = tokio::time::interval(keep_alive);
+    let mut silence = tokio::time::interval(keep_alive.max(MIN_KEEP_ALIVE));
     silence.set_missed_tick_behavior(MissedTickBehavior::Delay);
     silence.reset();
     let stream = SseStream { source: Some(source), writer, silence, wrote: false };

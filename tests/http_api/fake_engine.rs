@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
-use std::thread::JoinHandle;
 
 use crossbeam::channel::Receiver;
 use mneme::engine::handle::{EngineHandle, EngineInfo, Submission};
@@ -35,6 +34,8 @@ pub(crate) enum Script {
     Fail(FinishReason),
     /// Generates one token, then drops the request.
     Vanish,
+    /// Takes nothing from its queue.
+    Sleep,
 }
 
 impl Script {
@@ -47,7 +48,6 @@ pub(crate) struct FakeEngine {
     pub(crate) handle: EngineHandle,
     /// What was submitted.
     pub(crate) requests: Receiver<GenerateRequest>,
-    pub(crate) thread: JoinHandle<()>,
 }
 
 /// Starts the engine; it ends with its last handle.
@@ -63,7 +63,12 @@ pub(crate) fn start(script: Script, queue_len: usize) -> FakeEngine {
     };
     let metrics = Arc::new(EngineMetrics::new("tiny", info.block_size, info.num_blocks));
     let handle = EngineHandle::new(submit, info, metrics, Arc::new(AtomicBool::new(false)));
-    let thread = std::thread::spawn(move || {
+    if matches!(script, Script::Sleep) {
+        // The queue must outlive this function, and nobody may read it.
+        std::mem::forget(submissions);
+        return FakeEngine { handle, requests };
+    }
+    std::thread::spawn(move || {
         std::thread::scope(|scope| {
             for submission in submissions {
                 if let Script::Hang(cancelled) = script.clone() {
@@ -75,7 +80,7 @@ pub(crate) fn start(script: Script, queue_len: usize) -> FakeEngine {
             }
         });
     });
-    FakeEngine { handle, requests, thread }
+    FakeEngine { handle, requests }
 }
 
 fn hang(submission: Submission, cancelled: &mpsc::Sender<String>) {
@@ -101,7 +106,7 @@ fn run(script: &Script, submission: &Submission) {
                     submission.sink.send(OutputEvent::Finished(reason.clone()));
                 }
                 Script::Vanish => send_token(submission, sampling, b'x'.into()),
-                Script::Hang(_) => unreachable!("hanging requests have threads of their own"),
+                Script::Hang(_) | Script::Sleep => unreachable!("these never come here"),
             }
         }
     }

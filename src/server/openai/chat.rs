@@ -15,7 +15,7 @@ use super::logprobs::{ChatLogprobs, PromptLogprobs, prompt_logprobs};
 use super::messages::ChatPromptRequest;
 use super::sampling::{SamplingRequest, num_logprobs};
 use super::stop::StopRequest;
-use super::structured::{self, FormatRequest};
+use super::structured::FormatRequest;
 use super::tool_reader::{MessageDelta, ToolReader};
 use super::tools::{ToolCall, ToolsRequest};
 use super::usage::{Usage, UsageCounter};
@@ -157,7 +157,7 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<ChatPlan, 
     let mut sampling = body.parse::<SamplingRequest>()?.into_params(&app.model, limits)?;
     let text = body.parse::<StopRequest>()?.into_options(limits)?;
     let tools = body.parse::<ToolsRequest>()?.check(app.model.tool_format(), limits)?;
-    let format = body.parse::<FormatRequest>()?.grammar(limits)?;
+    let format = body.parse::<FormatRequest>()?.constraint(limits)?;
     let prompt_logprobs = sampling.prompt_logprobs.is_some();
     if prompt_logprobs && call.stream {
         let message = "prompt_logprobs are not available when stream=true.";
@@ -165,8 +165,8 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<ChatPlan, 
     }
     sampling.logprobs = output.num_logprobs(limits)?;
     sampling.max_tokens = output.max_tokens()?.unwrap_or(sampling.max_tokens);
-    let field = if tools.grammar.is_some() { "tools" } else { "response_format" };
-    structured::constrain(&mut sampling, field, tools.grammar.or(format), &app.model)?;
+    let constraint = tools.constraint.or(format);
+    sampling.grammar = constraint.map(|constraint| constraint.compile(&app.model)).transpose()?;
     let prompt = prompt.tokenize(app, tools.definitions.as_ref())?;
     let logprobs = sampling.logprobs.is_some();
     let generation = Generation::new("messages", vec![prompt], &call, sampling, text, app)?;

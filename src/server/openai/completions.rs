@@ -16,7 +16,7 @@ use super::logprobs::{PromptLogprobs, prompt_logprobs};
 use super::prompt::PromptInput;
 use super::sampling::{SamplingRequest, num_logprobs};
 use super::stop::StopRequest;
-use super::structured::{self, FormatRequest};
+use super::structured::FormatRequest;
 use super::usage::{Usage, UsageCounter};
 use crate::server::config::ServedModel;
 use crate::server::error::{ApiError, ErrorBody};
@@ -153,7 +153,7 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<Completion
     }
     let mut sampling = body.parse::<SamplingRequest>()?.into_params(&app.model, limits)?;
     let text = body.parse::<StopRequest>()?.into_options(limits)?;
-    let grammar = body.parse::<FormatRequest>()?.grammar(limits)?;
+    let constraint = body.parse::<FormatRequest>()?.constraint(limits)?;
     let show = CompletionShow {
         echo: request.echo.unwrap_or(false),
         logprobs: request.logprobs.is_some(),
@@ -168,7 +168,7 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<Completion
     if show.echo {
         sampling.prompt_logprobs = sampling.prompt_logprobs.max(sampling.logprobs);
     }
-    structured::constrain(&mut sampling, "structured_outputs", grammar, &app.model)?;
+    sampling.grammar = constraint.map(|constraint| constraint.compile(&app.model)).transpose()?;
     let prompts = request.prompt.tokenize("prompt", app, request.add_special_tokens.unwrap_or(true))?;
     let generation = Generation::new("prompt", prompts, &call, sampling, text, app)?;
     Ok(CompletionPlan { call, generation, show })

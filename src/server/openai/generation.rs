@@ -46,11 +46,13 @@ impl Generation {
             let message = format!("n times the number of prompts must be at most {}.", limits.max_sequences);
             return Err(ApiError::invalid_field("n", message));
         }
+        let max_model_len = app.model.engine.info().max_model_len;
+        check_min_tokens(&sampling, max_model_len)?;
         for prompt in &mut prompts {
             if let Some(truncation) = call.truncation {
                 truncation.apply(prompt);
             }
-            check_prompt_len(field, prompt, app.model.engine.info().max_model_len)?;
+            check_prompt_len(field, prompt, max_model_len)?;
         }
         Ok(Self { prompts, n: call.n, sampling, text })
     }
@@ -97,6 +99,16 @@ impl Generation {
             cache_salt: call.cache_salt.clone(),
         }
     }
+}
+
+fn check_min_tokens(sampling: &SamplingParams, max_model_len: usize) -> Result<(), ApiError> {
+    let max = sampling.max_tokens.min(max_model_len);
+    if sampling.min_tokens <= max {
+        return Ok(());
+    }
+    let message =
+        format!("min_tokens must be at most {max}, the most tokens there can be, got {}.", sampling.min_tokens);
+    Err(ApiError::invalid_field("min_tokens", message))
 }
 
 /// A prompt exactly as the engine would get it.

@@ -4,11 +4,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use crate::engine::request::SamplingParams;
 use crate::server::config::ServedModel;
 use crate::server::error::ApiError;
 use crate::server::limits::{RequestLimits, check_len};
-use crate::text::Grammar;
+use crate::text::{Grammar, GrammarState};
 
 /// The form the output must have.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -17,6 +16,13 @@ pub(super) struct FormatRequest {
     response_format: Option<ResponseFormat>,
     /// vLLM's way to say it.
     structured_outputs: Option<StructuredOutputs>,
+}
+
+/// A grammar and the request field it came from.
+#[derive(Debug)]
+pub(super) struct Constraint {
+    pub(super) field: &'static str,
+    pub(super) grammar: Grammar,
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -61,17 +67,17 @@ struct StructuredOutputs {
 
 impl FormatRequest {
     /// The constraint, if there is one.
-    pub(super) fn grammar(self, limits: &RequestLimits) -> Result<Option<Grammar>, ApiError> {
+    pub(super) fn constraint(self, limits: &RequestLimits) -> Result<Option<Constraint>, ApiError> {
         let from_format = self.response_format.and_then(ResponseFormat::into_grammar);
         let from_outputs = self.structured_outputs.map(|outputs| outputs.into_grammar(limits)).transpose()?;
-        let grammar = match (from_format, from_outputs) {
+        match (from_format, from_outputs) {
             (Some(_), Some(_)) => {
                 let message = "response_format and structured_outputs cannot both be given.";
-                return Err(ApiError::invalid_field("structured_outputs", message));
+                Err(ApiError::invalid_field("structured_outputs", message))
             }
-            (grammar, None) | (None, grammar) => grammar,
-        };
-        Ok(grammar)
+            (Some(grammar), None) => Ok(Some(Constraint { field: "response_format", grammar })),
+            (None, grammar) => Ok(grammar.map(|grammar| Constraint { field: "structured_outputs", grammar })),
+        }
     }
 }
 
@@ -124,15 +130,9 @@ fn parse_schema(schema: Value) -> Result<Value, ApiError> {
     })
 }
 
-/// Compiles `grammar` for the model's vocabulary and puts it in force.
-pub(super) fn constrain(
-    sampling: &mut SamplingParams,
-    field: &str,
-    grammar: Option<Grammar>,
-    model: &ServedModel,
-) -> Result<(), ApiError> {
-    let Some(grammar) = grammar else { return Ok(()) };
-    let state = model.grammar.compile(&grammar).map_err(|error| ApiError::from(error).with_param(field))?;
-    sampling.grammar = Some(state);
-    Ok(())
+impl Constraint {
+    /// Compiles the grammar for the model's vocabulary.
+    pub(super) fn compile(&self, model: &ServedModel) -> Result<GrammarState, ApiError> {
+        model.grammar.compile(&self.grammar).map_err(|error| ApiError::from(error).with_param(self.field))
+    }
 }

@@ -7,9 +7,9 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use super::structured::Constraint;
 use crate::server::error::ApiError;
 use crate::server::limits::{RequestLimits, check_len};
-use crate::text::Grammar;
 use crate::text::tool_calls::{self, ToolFormat};
 
 const MAX_NAME_CHARS: usize = 64;
@@ -98,7 +98,7 @@ pub(super) struct Tools {
     /// How to read calls out of the text; `None` when the text has none.
     pub(super) format: Option<ToolFormat>,
     /// What forces the calls.
-    pub(super) grammar: Option<Grammar>,
+    pub(super) constraint: Option<Constraint>,
 }
 
 /// A complete call.
@@ -143,13 +143,18 @@ impl ToolsRequest {
             ToolChoice::Named(ref name) => functions.into_iter().filter(|function| function.name == *name).collect(),
         };
         let parallel = choice == ToolChoice::Required && self.parallel_tool_calls.unwrap_or(true);
-        let grammar = format
-            .filter(|_| !callable.is_empty())
-            .map(|format| format.grammar(&callable.into_iter().map(Function::into_tool).collect::<Vec<_>>(), parallel))
-            .transpose()
-            .map_err(|error| ApiError::from(error).with_param("tools"))?;
-        Ok(Tools { definitions: Some(Value::Array(values)), format, grammar })
+        let callable: Vec<_> = callable.into_iter().map(Function::into_tool).collect();
+        let constraint = match format {
+            Some(format) if !callable.is_empty() => Some(force_call(format, &callable, parallel)?),
+            _ => None,
+        };
+        Ok(Tools { definitions: Some(Value::Array(values)), format, constraint })
     }
+}
+
+fn force_call(format: ToolFormat, callable: &[tool_calls::Tool], parallel: bool) -> Result<Constraint, ApiError> {
+    let grammar = format.grammar(callable, parallel).map_err(|error| ApiError::from(error).with_param("tools"))?;
+    Ok(Constraint { field: "tools", grammar })
 }
 
 impl Function {
