@@ -1,6 +1,7 @@
 //! The commands of the `mneme` program: arguments in, text out.
 
 pub(crate) mod bench;
+pub(crate) mod chat;
 mod engine_args;
 mod launch;
 pub(crate) mod models;
@@ -22,6 +23,8 @@ pub(crate) struct Cli {
 enum Command {
     /// Serve a model over the OpenAI API
     Serve(Box<serve::ServeArgs>),
+    /// Talk to a model in the terminal
+    Chat(Box<chat::ChatArgs>),
     /// Measure latency and throughput, here or against a running server
     Bench(bench::BenchArgs),
     /// Fetch a model into the cache and print where it is
@@ -34,6 +37,7 @@ enum Command {
 pub(crate) fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => serve::run(*args),
+        Command::Chat(args) => chat::run(*args),
         Command::Bench(args) => bench::run(args),
         Command::Pull(args) => pull::run(&args),
         Command::Models(args) => models::run(&args),
