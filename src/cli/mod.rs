@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod chat;
+pub(crate) mod doctor;
 mod engine_args;
 mod launch;
 pub(crate) mod models;
@@ -25,6 +26,8 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Talk to a model in the terminal
     Chat(Box<chat::ChatArgs>),
+    /// Show what was found on this machine and what will be used
+    Doctor(doctor::DoctorArgs),
     /// Measure latency and throughput, here or against a running server
     Bench(bench::BenchArgs),
     /// Fetch a model into the cache and print where it is
@@ -38,6 +41,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Chat(args) => chat::run(*args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::Pull(args) => pull::run(&args),
         Command::Models(args) => models::run(&args),
