@@ -1,5 +1,8 @@
 //! The commands of the `mneme` program: arguments in, text out.
 
+pub(crate) mod bench;
+pub(crate) mod chat;
+pub(crate) mod doctor;
 mod engine_args;
 mod launch;
 pub(crate) mod models;
@@ -21,6 +24,12 @@ pub(crate) struct Cli {
 enum Command {
     /// Serve a model over the OpenAI API
     Serve(Box<serve::ServeArgs>),
+    /// Talk to a model in the terminal
+    Chat(Box<chat::ChatArgs>),
+    /// Show what was found on this machine and what will be used
+    Doctor(doctor::DoctorArgs),
+    /// Measure latency and throughput, here or against a running server
+    Bench(bench::BenchArgs),
     /// Fetch a model into the cache and print where it is
     Pull(pull::PullArgs),
     /// List the models that have a short name, and where the downloaded ones are
@@ -31,6 +40,9 @@ enum Command {
 pub(crate) fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => serve::run(*args),
+        Command::Chat(args) => chat::run(*args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(args),
         Command::Pull(args) => pull::run(&args),
         Command::Models(args) => models::run(&args),
     }
