@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
-use crossbeam::channel::{Sender, TrySendError};
+use crossbeam::channel::{Receiver, Sender, TrySendError};
 use crossbeam::queue::ArrayQueue;
 use tokio::sync::Notify;
 
@@ -23,6 +23,15 @@ pub struct EngineHandle {
     info: Arc<EngineInfo>,
     metrics: Arc<EngineMetrics>,
     stopping: Arc<AtomicBool>,
+    leftovers: Option<Leftovers>,
+}
+
+/// What is submitted while the engine ends and that nobody would answer: a channel keeps its messages as long as it has
+/// a sender.
+#[derive(Clone)]
+struct Leftovers {
+    queue: Receiver<Submission>,
+    stopped: Arc<AtomicBool>,
 }
 
 /// What callers must know about the engine to make requests it can serve.
@@ -68,7 +77,14 @@ impl EngineHandle {
         metrics: Arc<EngineMetrics>,
         stopping: Arc<AtomicBool>,
     ) -> Self {
-        Self { submissions, waker, info: Arc::new(info), metrics, stopping }
+        Self { submissions, waker, info: Arc::new(info), metrics, stopping, leftovers: None }
+    }
+
+    /// Drops what is still in `queue`, the engine's end of the submissions, when `stopped` says that the engine has
+    /// looked into it for the last time.
+    pub(super) fn with_leftovers(mut self, queue: Receiver<Submission>, stopped: Arc<AtomicBool>) -> Self {
+        self.leftovers = Some(Leftovers { queue, stopped });
+        self
     }
 
     /// Queues a request. Its events arrive on the stream; dropping the stream cancels it.
@@ -81,7 +97,14 @@ impl EngineHandle {
             TrySendError::Full(_) => SubmitError::QueueFull,
             TrySendError::Disconnected(_) => SubmitError::ShuttingDown,
         })?;
-        Ok(stream)
+        match &self.leftovers {
+            // Either the engine's last look found the submission, or it is found here.
+            Some(Leftovers { queue, stopped }) if stopped.load(Ordering::SeqCst) => {
+                queue.try_iter().for_each(drop);
+                Err(SubmitError::ShuttingDown)
+            }
+            _ => Ok(stream),
+        }
     }
 
     /// Whether new requests are taken: nobody asked the engine to stop.

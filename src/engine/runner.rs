@@ -81,7 +81,8 @@ impl<B: Backend> ModelRunner<B> {
             + 1
             + limits.max_num_seqs * max_blocks;
         let config = model.config();
-        let row_bytes = (max_logits * config.vocab_size).max(limits.max_num_batched_tokens * config.hidden_size) * 4;
+        // A step can bring logits of some sequences and hidden states of others to the host.
+        let row_bytes = (max_logits * config.vocab_size + limits.max_num_batched_tokens * config.hidden_size) * 4;
         Ok(Self {
             kv: KvCache::new(&backend, layout, limits.num_blocks)?,
             inputs: StepInputs::new(&backend, capacity)?,

@@ -46,6 +46,8 @@ pub struct Engine<B: Backend> {
     submissions: Receiver<Submission>,
     wake: Receiver<()>,
     stopping: Arc<AtomicBool>,
+    /// Nobody will look into `submissions` again.
+    stopped: Arc<AtomicBool>,
     metrics: Arc<EngineMetrics>,
     hash_identity: Vec<u8>,
     num_arrived: u64,
@@ -76,7 +78,9 @@ impl<B: Backend> Engine<B> {
             block_size: limits.block_size,
             num_blocks: limits.num_blocks,
         };
-        let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
+            .with_leftovers(submissions.clone(), Arc::clone(&stopped));
         let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
         let engine = Self {
             scheduler: Scheduler::new(*limits),
@@ -85,6 +89,7 @@ impl<B: Backend> Engine<B> {
             submissions,
             wake,
             stopping,
+            stopped,
             metrics,
             hash_identity,
             num_arrived: 0,
@@ -101,7 +106,8 @@ impl<B: Backend> Engine<B> {
             Ok(()) => FinishReason::Abort,
             Err(error) => FinishReason::Error(error.to_string()),
         };
-        self.stopping.store(true, Ordering::Release);
+        self.stopping.store(true, Ordering::SeqCst);
+        self.stopped.store(true, Ordering::SeqCst);
         self.abort_all(&reason);
         result
     }
@@ -336,6 +342,15 @@ impl<B: Backend> Engine<B> {
         let num_preemptions = self.scheduler.num_preemptions();
         metrics.num_preemptions.inc_by(num_preemptions - self.num_preemptions);
         self.num_preemptions = num_preemptions;
+    }
+}
+
+impl<B: Backend> Drop for Engine<B> {
+    /// Also when the engine thread panics: no stream stays open.
+    fn drop(&mut self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.stopped.store(true, Ordering::SeqCst);
+        self.submissions.try_iter().for_each(drop);
     }
 }
 

@@ -11,6 +11,31 @@ use mneme::engine::{
 };
 use mneme::models::{Checkpoint, Model};
 
+/// What a test engine is started with.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub limits: SchedulerLimits,
+    /// What matrices are kept as; `None` keeps them as stored.
+    pub dtype: Option<DType>,
+    pub kv_dtype: DType,
+    pub eos_token_ids: Vec<u32>,
+    pub isa: Isa,
+    pub num_threads: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            limits: limits(),
+            dtype: None,
+            kv_dtype: DType::BF16,
+            eos_token_ids: vec![],
+            isa: Isa::best(),
+            num_threads: 2,
+        }
+    }
+}
+
 /// Limits for small tests.
 pub fn limits() -> SchedulerLimits {
     SchedulerLimits {
@@ -43,20 +68,36 @@ pub struct Output {
 }
 
 impl TestEngine {
-    /// Loads a checkpoint onto `backend`.
-    pub fn start<B: Backend>(backend: B, path: &Path, dtype: Option<DType>, limits: SchedulerLimits) -> Self {
+    /// Loads a checkpoint onto `backend`; the setup's instruction set and threads were the caller's to use.
+    pub fn start<B: Backend>(backend: B, path: &Path, setup: Setup) -> Self {
+        let Setup { limits, dtype, kv_dtype, eos_token_ids, .. } = setup;
         let checkpoint = Checkpoint::open(path).unwrap();
         let model = Model::load(&backend, &checkpoint, dtype, limits.max_model_len).unwrap();
-        let config =
-            EngineConfig { model_name: "test".into(), limits, kv_dtype: DType::BF16, eos_token_ids: vec![], seed: 1 };
+        let config = EngineConfig { model_name: "test".into(), limits, kv_dtype, eos_token_ids, seed: 1 };
         let (engine, handle) = Engine::new(backend, model, config).unwrap();
-        let thread = std::thread::spawn(move || engine.run().unwrap());
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run().unwrap()).unwrap();
         Self { handle, thread: Some(thread) }
     }
 
-    /// The same on the CPU backend with the best instruction set.
+    /// The same on the CPU backend.
+    pub fn start_on_cpu(path: &Path, setup: Setup) -> Self {
+        Self::start(CpuBackend::new(setup.isa, setup.num_threads).unwrap(), path, setup)
+    }
+
+    /// The same with the best instruction set.
     pub fn start_cpu(path: &Path, dtype: Option<DType>, limits: SchedulerLimits) -> Self {
-        Self::start(CpuBackend::new(Isa::best(), 2).unwrap(), path, dtype, limits)
+        Self::start_on_cpu(path, Setup { limits, dtype, ..Setup::default() })
+    }
+
+    /// Drains the engine and waits for its thread; the metrics stand still afterwards.
+    pub fn stop(mut self) -> EngineHandle {
+        self.handle.drain();
+        self.thread.take().unwrap().join().unwrap();
+        self.handle.clone()
+    }
+
+    pub fn embed(&self, prompt: &[u32]) -> Vec<f32> {
+        collect(self.handle.submit(request(prompt, Task::Embed)).unwrap()).embedding
     }
 
     pub fn submit(&self, prompt: &[u32], sampling: SamplingParams) -> OutputStream {
@@ -81,6 +122,15 @@ impl Drop for TestEngine {
     }
 }
 
+/// The sum of a histogram or the value of a counter, by its exposition name without the `vllm:` prefix.
+pub fn metric(handle: &EngineHandle, name: &str) -> f64 {
+    let text = handle.metrics().encode();
+    let wanted = format!("vllm:{name}");
+    let line = text.lines().find(|line| line.split(['{', ' ']).next() == Some(&wanted));
+    let line = line.unwrap_or_else(|| panic!("no metric {name} in {text}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
 pub fn request(prompt: &[u32], task: Task) -> GenerateRequest {
     GenerateRequest { id: "test".into(), prompt: prompt.to_vec(), task, priority: 0, cache_salt: None }
 }
@@ -89,22 +139,34 @@ pub fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams { temperature: 0.0, max_tokens, ..Default::default() }
 }
 
-/// Waits for the end of a request.
-pub fn collect(mut stream: OutputStream) -> Output {
-    let mut output = Output::default();
-    while let Some(event) = stream.blocking_next() {
+impl Output {
+    /// Takes an event over.
+    pub fn absorb(&mut self, event: OutputEvent) {
+        assert!(self.reason.is_none(), "an event behind the last one: {event:?}");
         match event {
             OutputEvent::Started { cached_tokens, prompt_logprobs } => {
-                output.cached_tokens = cached_tokens;
-                output.prompt_logprobs = prompt_logprobs;
+                self.cached_tokens = cached_tokens;
+                self.prompt_logprobs = prompt_logprobs;
             }
             OutputEvent::Token { id, logprobs } => {
-                output.tokens.push(id);
-                output.logprobs.extend(logprobs.map(|boxed| *boxed));
+                self.tokens.push(id);
+                self.logprobs.extend(logprobs.map(|boxed| *boxed));
             }
-            OutputEvent::Embedding(embedding) => output.embedding = embedding,
-            OutputEvent::Finished(reason) => output.reason = Some(reason),
+            OutputEvent::Embedding(embedding) => self.embedding = embedding,
+            OutputEvent::Finished(reason) => self.reason = Some(reason),
         }
     }
-    output
+
+    /// Waits for the rest.
+    pub fn finish(mut self, mut stream: OutputStream) -> Self {
+        while let Some(event) = stream.blocking_next() {
+            self.absorb(event);
+        }
+        self
+    }
+}
+
+/// Waits for the end of a request.
+pub fn collect(stream: OutputStream) -> Output {
+    Output::default().finish(stream)
 }

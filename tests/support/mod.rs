@@ -5,3 +5,7 @@
 pub mod engine;
 pub mod golden;
 pub mod models;
+pub mod random;
+pub mod reference;
+pub mod tiny_gguf;
+pub mod tiny_model;

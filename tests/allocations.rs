@@ -1,0 +1,163 @@
+//! The step loop allocates nothing: memory is taken when a request arrives and when the engine starts.
+//!
+//! The allocator counts what every thread but the test's own asks for while counting is on, so kernels on the pool's
+//! threads are covered as well.
+
+#![allow(unsafe_code, missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
+use mneme::engine::{OutputEvent, OutputStream, SchedulerLimits};
+use support::engine::{Setup, TestEngine, collect, greedy, limits};
+use support::random::Random;
+use support::tiny_gguf::Storage;
+use support::tiny_model::{Family, TinyModel, VOCAB};
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+/// Set by `MNEME_TRACE_ALLOCATIONS`: show where the first one is made.
+static TRACING: AtomicBool = AtomicBool::new(false);
+
+static NUM_ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    static IS_TEST: Cell<bool> = const { Cell::new(false) };
+}
+
+struct CountingAllocator;
+
+fn count() {
+    if COUNTING.load(Ordering::Relaxed) && !IS_TEST.get() {
+        NUM_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        if TRACING.swap(false, Ordering::SeqCst) {
+            eprintln!("{}", std::backtrace::Backtrace::force_capture());
+        }
+    }
+}
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(block, layout, new_size) }
+    }
+
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+/// What other threads allocated while `work` ran.
+fn allocations_during(work: impl FnOnce()) -> u64 {
+    NUM_ALLOCATIONS.store(0, Ordering::SeqCst);
+    COUNTING.store(true, Ordering::SeqCst);
+    work();
+    COUNTING.store(false, Ordering::SeqCst);
+    NUM_ALLOCATIONS.load(Ordering::SeqCst)
+}
+
+fn engine_limits() -> SchedulerLimits {
+    SchedulerLimits { max_model_len: 4096, num_blocks: 1024, max_num_batched_tokens: 64, ..limits() }
+}
+
+fn read_tokens(stream: &mut OutputStream, count: usize) {
+    let mut num_tokens = 0;
+    while num_tokens < count {
+        match stream.blocking_next() {
+            Some(OutputEvent::Token { .. }) => num_tokens += 1,
+            Some(OutputEvent::Started { .. }) => {}
+            other => panic!("the output ended early: {other:?}"),
+        }
+    }
+}
+
+fn num_steps(engine: &TestEngine) -> u64 {
+    engine.handle.metrics().num_steps.load(Ordering::Relaxed)
+}
+
+/// Allocations in 200 steps of a running batch, which fill many blocks; the warm-up goes through the same shapes.
+fn check_decode(engine: &TestEngine, what: &str) {
+    let random = &mut Random::new(1);
+    let mut submit = || -> Vec<OutputStream> {
+        (0..8).map(|at| engine.submit(&random.tokens(20 + at, VOCAB), greedy(2000))).collect()
+    };
+    submit().iter_mut().for_each(|stream| read_tokens(stream, 400));
+    let mut streams = submit();
+    streams.iter_mut().for_each(|stream| read_tokens(stream, 20));
+    let before = num_steps(engine);
+    let num_allocations = allocations_during(|| streams.iter_mut().for_each(|stream| read_tokens(stream, 200)));
+    assert!(num_steps(engine) >= before + 100);
+    assert_eq!(num_allocations, 0, "{what}: decode steps allocate");
+}
+
+/// Allocations in the steps of a long prompt, after another of its kind.
+fn check_prefill(engine: &TestEngine, what: &str) {
+    let random = &mut Random::new(2);
+    let (prompt_len, chunk) = (1500, engine_limits().max_num_batched_tokens);
+    drop(collect(engine.submit(&random.tokens(prompt_len, VOCAB), greedy(2))));
+    for _ in 0..50 {
+        let before = num_steps(engine);
+        let mut stream = engine.submit(&random.tokens(prompt_len, VOCAB), greedy(1000));
+        // Taking the request in allocates; its first step is behind that.
+        while num_steps(engine) < before + 2 {
+            std::thread::yield_now();
+        }
+        let first = num_steps(engine) - before;
+        let num_allocations = allocations_during(|| drop(stream.blocking_next()));
+        assert_eq!(num_allocations, 0, "{what}: prefill steps allocate");
+        if first + 10 < (prompt_len / chunk) as u64 {
+            return;
+        }
+    }
+    panic!("{what}: the test thread never saw ten steps of a prefill");
+}
+
+/// One test: counting is for the whole process.
+#[test]
+fn steps_allocate_nothing() {
+    IS_TEST.set(true);
+    let allocate = || std::thread::spawn(|| std::hint::black_box(vec![1u8; 100]).len()).join().unwrap();
+    assert!(allocations_during(|| drop(allocate())) > 0, "counting does not count");
+    let own = || drop(std::hint::black_box(vec![1u8; 100]));
+    assert_eq!(allocations_during(own), 0, "the test's own allocations are counted");
+    let quantised = |name: &str| if name.contains("norm") { Storage::F32 } else { Storage::Q8_0 };
+    TRACING.store(std::env::var_os("MNEME_TRACE_ALLOCATIONS").is_some(), Ordering::SeqCst);
+    for family in [Family::Llama, Family::Gemma3] {
+        let model = TinyModel::new(family, 1).write();
+        for isa in Isa::available() {
+            let setup = Setup { limits: engine_limits(), isa, ..Setup::default() };
+            let engine = TestEngine::start_on_cpu(model.path(), setup);
+            check_decode(&engine, &format!("{family:?} {isa}"));
+            check_prefill(&engine, &format!("{family:?} {isa}"));
+        }
+    }
+    let model = TinyModel::new(Family::Llama, 1).write_gguf(quantised);
+    for dtype in [None, Some(DType::F32)] {
+        let engine =
+            TestEngine::start_on_cpu(model.path(), Setup { limits: engine_limits(), dtype, ..Setup::default() });
+        check_decode(&engine, "quantised");
+        check_prefill(&engine, "quantised");
+    }
+}

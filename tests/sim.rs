@@ -1,0 +1,255 @@
+//! Whole-engine simulation: random requests against a double of the device that notices any block mapped, shared or
+//! freed wrongly (`backend::sim`). What must come out is predicted from `sim::mix` alone.
+//!
+//! `MNEME_SIM_SEEDS=n` runs `n` seeds (200 otherwise); a failure names its seed.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+use std::path::Path;
+
+use mneme::backend::sim::{SimBackend, mix};
+use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task};
+use support::engine::{Output, Setup, TestEngine, greedy, limits, metric, request};
+use support::random::Random;
+use support::tiny_model::{Family, TinyModel, VOCAB};
+
+const NUM_LAYERS: usize = 2;
+
+/// The double's model, sequence by sequence: every layer keeps, per position, the mix of what came in and the position,
+/// and hands on the fold of all of them up to there.
+#[derive(Clone, Default)]
+struct Oracle {
+    folds: [u64; NUM_LAYERS],
+    num_tokens: u64,
+}
+
+impl Oracle {
+    /// Takes a token in and tells the one that follows.
+    fn feed(&mut self, token: u32) -> u32 {
+        let mut payload = mix(0, u64::from(token));
+        for fold in &mut self.folds {
+            *fold = mix(*fold, mix(payload, self.num_tokens));
+            payload = *fold;
+        }
+        self.num_tokens += 1;
+        (payload % VOCAB as u64) as u32
+    }
+
+    /// The greedy continuation of `prompt`.
+    fn continuation(prompt: &[u32], num_tokens: usize) -> Vec<u32> {
+        let mut oracle = Self::default();
+        let mut next = prompt.iter().fold(0, |_, token| oracle.feed(*token));
+        let mut output = vec![next];
+        while output.len() < num_tokens {
+            next = oracle.feed(next);
+            output.push(next);
+        }
+        output
+    }
+}
+
+/// What one run did, to know that the seeds reach the interesting places.
+#[derive(Default, Debug)]
+struct Reached {
+    num_finished: usize,
+    num_cancelled: usize,
+    num_preemptions: u64,
+    num_cached_tokens: usize,
+    num_refused: usize,
+}
+
+struct Running {
+    prompt: Vec<u32>,
+    max_tokens: usize,
+    output: Output,
+    stream: OutputStream,
+}
+
+impl Running {
+    fn check(&self, seed: u64) {
+        let wanted = Oracle::continuation(&self.prompt, self.max_tokens);
+        let found = &self.output.tokens;
+        assert_eq!(found[..], wanted[..found.len()], "seed {seed}: {} prompt tokens", self.prompt.len());
+    }
+
+    fn finish(mut self, seed: u64, reached: &mut Reached) {
+        self.output = self.output.finish(self.stream);
+        assert_eq!(self.output.reason, Some(FinishReason::Length), "seed {seed}");
+        assert_eq!(self.output.tokens.len(), self.max_tokens, "seed {seed}");
+        let wanted = Oracle::continuation(&self.prompt, self.max_tokens);
+        assert_eq!(self.output.tokens, wanted, "seed {seed}: {} prompt tokens", self.prompt.len());
+        reached.num_finished += 1;
+        reached.num_cached_tokens += self.output.cached_tokens;
+    }
+}
+
+/// One simulated life of an engine.
+struct Simulation {
+    seed: u64,
+    random: Random,
+    limits: SchedulerLimits,
+    shared: Vec<Vec<u32>>,
+    running: Vec<Running>,
+    embeddings: Vec<OutputStream>,
+    reached: Reached,
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let block_size = [16, 16, 32][random.below(3)];
+        let max_model_len = random.within(40, 200);
+        let least_blocks = max_model_len.div_ceil(block_size);
+        let limits = SchedulerLimits {
+            max_num_seqs: random.within(1, 10),
+            max_num_batched_tokens: random.within(10, 100),
+            max_num_waiting: random.within(1, 30),
+            max_model_len,
+            block_size,
+            num_blocks: least_blocks + random.below(2 * least_blocks),
+            prefix_caching: !random.once_in(4),
+            ..limits()
+        };
+        let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
+        Self { seed, random, limits, shared, running: vec![], embeddings: vec![], reached: Reached::default() }
+    }
+
+    fn run(mut self, model: &Path) -> Reached {
+        let engine = TestEngine::start(SimBackend::default(), model, Setup { limits: self.limits, ..Setup::default() });
+        for _ in 0..self.random.within(20, 60) {
+            match self.random.below(8) {
+                0..=4 => self.submit(&engine),
+                5 => self.cancel(),
+                6 => self.listen(),
+                _ => self.finish_one(),
+            }
+        }
+        while !self.running.is_empty() {
+            if self.random.once_in(6) { self.cancel() } else { self.finish_one() }
+        }
+        self.embeddings.drain(..).for_each(|stream| drop(Output::default().finish(stream)));
+        let handle = engine.stop();
+        assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "seed {}: blocks are left", self.seed);
+        self.reached.num_preemptions = metric(&handle, "num_preemptions_total") as u64;
+        self.reached
+    }
+
+    fn prompt(&mut self) -> Vec<u32> {
+        let random = &mut self.random;
+        let most = self.limits.max_model_len - 1;
+        let mut prompt = match random.below(3) {
+            0 => vec![],
+            at => {
+                let shared = &self.shared[at];
+                shared[..random.within(1, shared.len())].to_vec()
+            }
+        };
+        let num_own = if prompt.is_empty() { random.within(1, most) } else { random.below(most - prompt.len() + 1) };
+        prompt.extend(random.tokens(num_own, VOCAB));
+        prompt
+    }
+
+    fn submit(&mut self, engine: &TestEngine) {
+        let prompt = self.prompt();
+        let max_tokens = self.random.within(1, (self.limits.max_model_len - prompt.len()).min(60));
+        let embeds = self.random.once_in(10);
+        let task = if embeds { Task::Embed } else { Task::Generate(Box::new(greedy(max_tokens))) };
+        let salts = [None, None, Some("a".to_owned()), Some("b".to_owned())];
+        let request = GenerateRequest {
+            priority: self.random.below(3) as i32,
+            cache_salt: salts[self.random.below(4)].clone(),
+            ..request(&prompt, task)
+        };
+        match engine.handle.submit(request) {
+            Ok(stream) if embeds => self.embeddings.push(stream),
+            Ok(stream) => self.running.push(Running { prompt, max_tokens, output: Output::default(), stream }),
+            Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
+            Err(error) => panic!("seed {}: {error}", self.seed),
+        }
+    }
+
+    fn pick(&mut self) -> Option<usize> {
+        (!self.running.is_empty()).then(|| self.random.below(self.running.len()))
+    }
+
+    fn cancel(&mut self) {
+        if let Some(at) = self.pick() {
+            self.running.swap_remove(at).check(self.seed);
+            self.reached.num_cancelled += 1;
+        }
+    }
+
+    /// Waits for a few events of one request.
+    fn listen(&mut self) {
+        let Some(at) = self.pick() else { return };
+        for _ in 0..self.random.within(1, 12) {
+            let running = &mut self.running[at];
+            match running.stream.blocking_next() {
+                Some(event) => running.output.absorb(event),
+                None => break,
+            }
+        }
+        self.running[at].check(self.seed);
+    }
+
+    fn finish_one(&mut self) {
+        if let Some(at) = self.pick() {
+            self.running.swap_remove(at).finish(self.seed, &mut self.reached);
+        }
+    }
+}
+
+#[test]
+fn random_lives_end_as_predicted() {
+    let num_seeds = std::env::var("MNEME_SIM_SEEDS").map_or(200, |seeds| seeds.parse().unwrap());
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let mut total = Reached::default();
+    for seed in 0..num_seeds {
+        println!("seed {seed}");
+        let reached = Simulation::new(seed).run(model.path());
+        total.num_finished += reached.num_finished;
+        total.num_cancelled += reached.num_cancelled;
+        total.num_preemptions += reached.num_preemptions;
+        total.num_cached_tokens += reached.num_cached_tokens;
+        total.num_refused += reached.num_refused;
+    }
+    println!("{total:?}");
+    if num_seeds >= 100 {
+        let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, .. } = total;
+        assert!(num_finished > 100 && num_cancelled > 100, "{total:?}");
+        assert!(num_preemptions > 100 && num_cached_tokens > 1000, "{total:?}");
+    }
+}
+
+/// The prediction is sharp: one other token anywhere in a prompt, or one in another place, changes what follows.
+#[test]
+fn the_oracle_notices_a_single_wrong_token() {
+    let prompt = Random::new(1).tokens(50, VOCAB);
+    let wanted = Oracle::continuation(&prompt, 8);
+    for at in 0..prompt.len() {
+        let mut changed = prompt.clone();
+        changed[at] = (changed[at] + 1) % VOCAB as u32;
+        assert_ne!(Oracle::continuation(&changed, 8), wanted, "token {at} does not matter");
+        let mut moved = prompt.clone();
+        moved.swap(at, (at + 1) % prompt.len());
+        assert!(
+            moved == prompt || Oracle::continuation(&moved, 8) != wanted,
+            "the place of token {at} does not matter"
+        );
+    }
+}
+
+/// The engine on the double does not answer for another prompt either.
+#[test]
+fn the_engine_differs_from_a_wrong_prediction() {
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let engine = TestEngine::start(SimBackend::default(), model.path(), Setup::default());
+    let prompt = Random::new(1).tokens(50, VOCAB);
+    let found = engine.greedy(&prompt, 8);
+    assert_eq!(found, Oracle::continuation(&prompt, 8));
+    let mut wrong = prompt;
+    wrong[17] += 1;
+    assert_ne!(found, Oracle::continuation(&wrong, 8));
+}

@@ -1,0 +1,166 @@
+//! The tiny Llama as a GGUF file: a small writer for f32, q8_0 and q4_0 tensors.
+//!
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. As llama.cpp's converter does, the rows of q and
+//! k are stored so that the two halves of each head alternate.
+
+use half::f16;
+
+use super::tiny_model::{
+    EPSILON, Family, HEAD_DIM, HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, TinyModel, Weights, Written,
+};
+
+const ALIGNMENT: usize = 32;
+
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    F32,
+    Q8_0,
+    Q4_0,
+}
+
+impl Storage {
+    fn code(self) -> u32 {
+        match self {
+            Storage::F32 => 0,
+            Storage::Q4_0 => 2,
+            Storage::Q8_0 => 8,
+        }
+    }
+
+    fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Storage::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Storage::Q8_0 => values.chunks(32).flat_map(|block| q8_0(block).0).collect(),
+            Storage::Q4_0 => values.chunks(32).flat_map(|block| q4_0(block).0).collect(),
+        }
+    }
+
+    /// What a reader gets back.
+    fn rounded(self, values: &[f32]) -> Vec<f32> {
+        match self {
+            Storage::F32 => values.to_vec(),
+            Storage::Q8_0 => values.chunks(32).flat_map(|block| q8_0(block).1).collect(),
+            Storage::Q4_0 => values.chunks(32).flat_map(|block| q4_0(block).1).collect(),
+        }
+    }
+}
+
+/// Bytes of a block and the numbers they stand for.
+fn q8_0(block: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let most = block.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    let scale = f16::from_f32(most / 127.0);
+    let codes: Vec<i8> = block.iter().map(|value| code(*value, scale.to_f32(), 127.0) as i8).collect();
+    let bytes = scale.to_le_bytes().into_iter().chain(codes.iter().map(|code| *code as u8)).collect();
+    (bytes, codes.iter().map(|code| f32::from(*code) * scale.to_f32()).collect())
+}
+
+fn q4_0(block: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let most = block.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    let scale = f16::from_f32(most / 7.0);
+    let codes: Vec<u8> = block.iter().map(|value| (code(*value, scale.to_f32(), 7.0) + 8.0) as u8).collect();
+    let pairs = (0..16).map(|at| codes[at] | codes[at + 16] << 4);
+    let bytes = scale.to_le_bytes().into_iter().chain(pairs).collect();
+    (bytes, codes.iter().map(|code| (f32::from(*code) - 8.0) * scale.to_f32()).collect())
+}
+
+fn code(value: f32, scale: f32, most: f32) -> f32 {
+    if scale == 0.0 { 0.0 } else { (value / scale).round().clamp(-most, most) }
+}
+
+impl TinyModel {
+    /// The model a reader of `write_gguf(storage_of)` sees.
+    pub fn quantised(&self, storage_of: impl Fn(&str) -> Storage) -> Self {
+        let mut model = self.clone();
+        for (name, weights) in &mut model.tensors {
+            weights.values = storage_of(name).rounded(&weights.values);
+        }
+        model
+    }
+
+    pub fn write_gguf(&self, storage_of: impl Fn(&str) -> Storage) -> Written {
+        assert_eq!(self.family, Family::Llama, "the writer knows one family");
+        let (mut table, mut data) = (Vec::new(), Vec::new());
+        for (name, weights) in &self.tensors {
+            let storage = storage_of(name);
+            text(&mut table, &gguf_name(name));
+            let dims = if weights.rows == 1 { vec![weights.columns] } else { vec![weights.columns, weights.rows] };
+            table.extend((dims.len() as u32).to_le_bytes());
+            dims.iter().for_each(|&dim| table.extend((dim as u64).to_le_bytes()));
+            table.extend(storage.code().to_le_bytes());
+            table.extend((data.len() as u64).to_le_bytes());
+            data.extend(storage.encode(&stored_rows(name, weights)));
+            data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+        }
+        let (num_entries, metadata) = metadata();
+        let mut file = b"GGUF".to_vec();
+        file.extend(3u32.to_le_bytes());
+        file.extend((self.tensors.len() as u64).to_le_bytes());
+        file.extend((num_entries as u64).to_le_bytes());
+        file.extend(metadata);
+        file.extend(table);
+        file.resize(file.len().next_multiple_of(ALIGNMENT), 0);
+        file.extend(data);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tiny.gguf");
+        std::fs::write(&path, file).unwrap();
+        Written::new(folder, path)
+    }
+}
+
+fn text(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend((text.len() as u64).to_le_bytes());
+    bytes.extend(text.as_bytes());
+}
+
+fn metadata() -> (usize, Vec<u8>) {
+    let mut bytes = Vec::new();
+    text(&mut bytes, "general.architecture");
+    bytes.extend(8u32.to_le_bytes());
+    text(&mut bytes, "llama");
+    let sizes = [
+        ("llama.embedding_length", HIDDEN),
+        ("llama.feed_forward_length", INTERMEDIATE),
+        ("llama.block_count", Family::Llama.num_layers()),
+        ("llama.attention.head_count", NUM_HEADS),
+        ("llama.attention.head_count_kv", NUM_KV_HEADS),
+        ("llama.context_length", 4096),
+    ];
+    for (key, value) in sizes {
+        text(&mut bytes, key);
+        bytes.extend(4u32.to_le_bytes());
+        bytes.extend((value as u32).to_le_bytes());
+    }
+    let numbers = [("llama.attention.layer_norm_rms_epsilon", EPSILON as f32), ("llama.rope.freq_base", 10_000.0)];
+    for (key, value) in numbers {
+        text(&mut bytes, key);
+        bytes.extend(6u32.to_le_bytes());
+        bytes.extend(value.to_le_bytes());
+    }
+    (1 + sizes.len() + numbers.len(), bytes)
+}
+
+fn gguf_name(name: &str) -> String {
+    let whole = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("model.layers", "blk")];
+    let parts = [
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ];
+    whole.iter().chain(&parts).fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
+}
+
+fn stored_rows(name: &str, weights: &Weights) -> Vec<f32> {
+    if !name.contains("q_proj") && !name.contains("k_proj") {
+        return weights.values.clone();
+    }
+    let row = |row: usize| &weights.values[row * weights.columns..(row + 1) * weights.columns];
+    let source_of = |at: usize| at / HEAD_DIM * HEAD_DIM + at % 2 * (HEAD_DIM / 2) + at % HEAD_DIM / 2;
+    (0..weights.rows).flat_map(|at| row(source_of(at)).to_vec()).collect()
+}
