@@ -5,6 +5,8 @@
 //! are released and it is recomputed later, from whatever the prefix cache still has. A waiting sequence whose next
 //! block is being computed by a running one is passed over until that block can be shared.
 
+#![allow(clippy::vec_box)] // sequences move between the queues, by pointer
+
 use std::collections::{HashSet, VecDeque};
 
 use super::request::FinishReason;

@@ -25,7 +25,6 @@ pub(super) enum Work {
 
 /// One running request.
 pub(super) struct Sequence {
-    pub(super) id: String,
     pub(super) priority: i32,
     /// Order of arrival.
     pub(super) number: u64,

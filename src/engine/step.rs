@@ -117,9 +117,7 @@ impl<B: Backend> Engine<B> {
             self.accept_submissions();
             if !self.scheduler.is_idle() {
                 self.step()?;
-            } else if self.stopping.load(Ordering::Acquire) {
-                return Ok(());
-            } else if !self.wait() {
+            } else if self.stopping.load(Ordering::Acquire) || !self.wait() {
                 return Ok(());
             }
         }
@@ -152,6 +150,7 @@ impl<B: Backend> Engine<B> {
             return;
         }
         self.num_arrived += 1;
+        tracing::debug!(id = %request.id, num_tokens = request.prompt.len(), "request");
         let sequence = self.make_sequence(request, sink);
         self.metrics.request_prompt_tokens.observe(sequence.num_prompt_tokens as f64);
         self.scheduler.add(Box::new(sequence));
@@ -187,7 +186,6 @@ impl<B: Backend> Engine<B> {
         tokens.reserve_exact(room);
         let max_blocks = (num_prompt_tokens + room).div_ceil(limits.block_size);
         Sequence {
-            id: request.id,
             priority: request.priority,
             number: self.num_arrived,
             status: SequenceStatus::Waiting,

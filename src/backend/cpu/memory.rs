@@ -112,9 +112,10 @@ pub(super) unsafe fn numbers_mut<T: Pod>(tensor: &Tensor<CpuBuffer>) -> &mut [T]
 
 /// An f32 vector `[1, N]`.
 pub(super) fn vector(values: &[f32]) -> Result<Tensor<CpuBuffer>> {
-    let buffer = CpuBuffer::allocate(values.len() * size_of::<f32>())?;
+    let bytes: &[u8] = bytemuck::cast_slice(values);
+    let buffer = CpuBuffer::allocate(bytes.len())?;
     // SAFETY: the buffer was just made; nobody else has it.
-    unsafe { buffer.bytes_mut(0, values.len() * size_of::<f32>()) }.copy_from_slice(bytemuck::cast_slice(values));
+    unsafe { buffer.bytes_mut(0, bytes.len()) }.copy_from_slice(bytes);
     Ok(Tensor::new(buffer, 0, 1, values.len(), DType::F32))
 }
 
