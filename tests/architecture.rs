@@ -35,8 +35,8 @@ fn code_of(text: &str) -> String {
     while let Some(first) = rest.chars().next() {
         let skipped = if rest.starts_with("//") {
             rest.find('\n').unwrap_or(rest.len())
-        } else if rest.starts_with("r#\"") {
-            rest[3..].find("\"#").map_or(rest.len(), |at| at + 5)
+        } else if let Some(raw) = rest.strip_prefix("r#\"") {
+            raw.find("\"#").map_or(rest.len(), |at| at + 5)
         } else if rest.starts_with("r\"") && !code.ends_with(|last: char| last.is_alphanumeric() || last == '_') {
             rest[2..].find('"').map_or(rest.len(), |at| at + 3)
         } else if first == '"' {

@@ -207,7 +207,7 @@ fn random_lives_end_as_predicted() {
     let model = TinyModel::new(Family::Llama, 1).write();
     let mut total = Reached::default();
     for seed in 0..num_seeds {
-        println!("seed {seed}");
+        eprintln!("seed {seed}");
         let reached = Simulation::new(seed).run(model.path());
         total.num_finished += reached.num_finished;
         total.num_cancelled += reached.num_cancelled;
@@ -215,7 +215,7 @@ fn random_lives_end_as_predicted() {
         total.num_cached_tokens += reached.num_cached_tokens;
         total.num_refused += reached.num_refused;
     }
-    println!("{total:?}");
+    eprintln!("{total:?}");
     if num_seeds >= 100 {
         let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, .. } = total;
         assert!(num_finished > 100 && num_cancelled > 100, "{total:?}");

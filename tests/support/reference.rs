@@ -3,6 +3,8 @@
 //!
 //! It uses nothing of the engine.
 
+use half::bf16;
+
 use super::tiny_model::{EPSILON, Family, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyModel, WINDOW, Weights};
 
 type Row = Vec<f64>;
@@ -17,12 +19,17 @@ pub struct Reference {
 
 /// Runs `model` over `tokens`.
 pub fn forward(model: &TinyModel, tokens: &[u32]) -> Reference {
+    forward_with(model, tokens, false)
+}
+
+/// The same; keys and values may be rounded to bf16 on their way, as a cache of that type does.
+pub fn forward_with(model: &TinyModel, tokens: &[u32], rounds_kv: bool) -> Reference {
     let embedding = model.tensor("model.embed_tokens.weight");
     let scale = if model.family == Family::Gemma3 { (HIDDEN as f64).sqrt() } else { 1.0 };
     let embed = |&token: &u32| row(embedding, token as usize).map(|value| value * scale).collect();
     let mut residual: Vec<Row> = tokens.iter().map(embed).collect();
     for layer in 0..model.family.num_layers() {
-        run_layer(model, layer, &mut residual);
+        run_layer(model, layer, &mut residual, rounds_kv);
     }
     let hidden: Vec<Row> = residual.iter().map(|x| norm(model, "model.norm.weight", x)).collect();
     let lm_head = model.tensors.get("lm_head.weight").unwrap_or(embedding);
@@ -37,12 +44,12 @@ pub fn log_softmax(logits: &[f64]) -> Row {
     logits.iter().map(|logit| logit - log_sum).collect()
 }
 
-fn run_layer(model: &TinyModel, layer: usize, residual: &mut [Row]) {
+fn run_layer(model: &TinyModel, layer: usize, residual: &mut [Row], rounds_kv: bool) {
     let gemma = model.family == Family::Gemma3;
     let prefix = format!("model.layers.{layer}");
     let named = |part: &str| format!("{prefix}.{part}.weight");
     let normed: Vec<Row> = residual.iter().map(|x| norm(model, &named("input_layernorm"), x)).collect();
-    for (x, mut delta) in residual.iter_mut().zip(attention(model, layer, &prefix, &normed)) {
+    for (x, mut delta) in residual.iter_mut().zip(attention(model, layer, &normed, rounds_kv)) {
         if gemma {
             delta = norm(model, &named("post_attention_layernorm"), &delta);
         }
@@ -56,9 +63,10 @@ fn run_layer(model: &TinyModel, layer: usize, residual: &mut [Row]) {
     }
 }
 
-fn attention(model: &TinyModel, layer: usize, prefix: &str, normed: &[Row]) -> Vec<Row> {
+fn attention(model: &TinyModel, layer: usize, normed: &[Row], rounds_kv: bool) -> Vec<Row> {
+    let prefix = format!("model.layers.{layer}");
     let family = model.family;
-    let slides = family == Family::Gemma3 && (layer + 1) % 6 != 0;
+    let slides = family == Family::Gemma3 && !(layer + 1).is_multiple_of(6);
     let frequencies = inverse_frequencies(family, slides);
     let heads = |part: &str, x: &Row, position: usize| -> Vec<Row> {
         let mut out = project(model.tensor(&format!("{prefix}.self_attn.{part}_proj.weight")), x);
@@ -74,15 +82,18 @@ fn attention(model: &TinyModel, layer: usize, prefix: &str, normed: &[Row]) -> V
         split.map(|head| rotate(&normalise(head), position, &frequencies)).collect()
     };
     let all = |part: &str| -> Vec<Vec<Row>> { normed.iter().enumerate().map(|(at, x)| heads(part, x, at)).collect() };
-    let (q, k, v) = (all("q"), all("k"), all("v"));
+    let (q, mut k, mut v) = (all("q"), all("k"), all("v"));
+    if rounds_kv {
+        k.iter_mut().chain(&mut v).flatten().flatten().for_each(|x| *x = bf16::from_f64(*x).to_f64());
+    }
     let scale = if family == Family::Gemma3 { 24f64 } else { HEAD_DIM as f64 }.sqrt().recip();
     let o_proj = model.tensor(&format!("{prefix}.self_attn.o_proj.weight"));
     let attend = |at: usize| {
         let first = if slides { (at + 1).saturating_sub(WINDOW) } else { 0 };
         let mut out = Row::new();
-        for head in 0..NUM_HEADS {
+        for (head, q) in q[at].iter().enumerate() {
             let kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
-            let scores: Row = (first..=at).map(|other| dot(&q[at][head], &k[other][kv_head]) * scale).collect();
+            let scores: Row = (first..=at).map(|other| dot(q, &k[other][kv_head]) * scale).collect();
             let weights = log_softmax(&scores);
             let mut sum = vec![0.0; HEAD_DIM];
             for (other, weight) in (first..=at).zip(weights) {
