@@ -1,8 +1,8 @@
 //! Real models against Hugging Face transformers: greedy tokens, logits, prompt log-probabilities.
 
-mod support;
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use std::path::PathBuf;
+mod support;
 
 use mneme::backend::DType;
 use mneme::engine::SamplingParams;
@@ -12,13 +12,10 @@ use support::golden;
 /// How far bf16 arithmetic may move a logit; a reference margin below it decides nothing.
 const NOISE: f32 = 0.25;
 
-fn model_path(file: &str) -> PathBuf {
-    PathBuf::from(std::env::var("MNEME_TEST_MODELS").expect("MNEME_TEST_MODELS names the folder")).join(file)
-}
-
-fn check(model: &str, file: &str) {
+fn check(model: &str, short_name: &str) {
+    let Some(path) = support::models::model_path(short_name) else { return };
     let golden = golden::load(model);
-    let engine = TestEngine::start_cpu(&model_path(file), Some(DType::BF16), limits());
+    let engine = TestEngine::start_cpu(&path, Some(DType::BF16), limits());
     let (mut num_same, mut worst) = (0, 0.0f32);
     for record in &golden.records {
         let sampling = SamplingParams {
@@ -52,15 +49,15 @@ fn check(model: &str, file: &str) {
 
 #[test]
 fn smollm2_matches_transformers() {
-    check("smollm2-135m", "smollm2-135m-q4.gguf");
+    check("smollm2-135m", "smollm2-135m-instruct");
 }
 
 #[test]
 fn gemma3_matches_transformers() {
-    check("gemma-3-270m", "gemma-3-270m-q4.gguf");
+    check("gemma-3-270m", "gemma-3-270m");
 }
 
 #[test]
 fn qwen2_matches_transformers() {
-    check("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b-q4.gguf");
+    check("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b");
 }

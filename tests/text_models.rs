@@ -1,9 +1,11 @@
 //! The text layer on real vocabularies: ids, templates and structured output against Hugging Face.
 //!
-//! The models are read from the folder that `MNEME_TEST_MODELS` names. Expected values in `tests/data` were made with
+//! Expected values in `tests/data` were made with
 //! `transformers` (`apply_chat_template`, `encode`, `decode`).
 
 #![allow(clippy::unwrap_used)]
+
+mod support;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,14 +33,9 @@ struct Model {
 }
 
 impl Model {
-    fn open(file: &str, golden: &str) -> Option<Self> {
-        let Ok(folder) = std::env::var("MNEME_TEST_MODELS") else {
-            let skip = std::env::var("MNEME_SKIP_MODEL_TESTS").is_ok_and(|value| value == "1");
-            assert!(skip, "set MNEME_TEST_MODELS to the folder with {file}, or MNEME_SKIP_MODEL_TESTS=1 to skip");
-            eprintln!("skipped: MNEME_SKIP_MODEL_TESTS=1 and no MNEME_TEST_MODELS");
-            return None;
-        };
-        let bytes = std::fs::read(PathBuf::from(folder).join(file)).expect("the model file can be read");
+    fn open(short_name: &str, golden: &str) -> Option<Self> {
+        let path = support::models::model_path(short_name)?;
+        let bytes = std::fs::read(path).expect("the model file can be read");
         let gguf = Gguf::parse(Arc::new(bytes)).expect("the model file parses");
         let vocabulary = gguf.vocabulary().expect("the model has a vocabulary");
         let tokenizer = Arc::new(Tokenizer::from_gguf(vocabulary).expect("the vocabulary is supported"));
@@ -48,15 +45,15 @@ impl Model {
     }
 
     fn smollm2() -> Option<Self> {
-        Self::open("smollm2-135m-q4.gguf", "smollm2-135m.tokens.json")
+        Self::open("smollm2-135m-instruct", "smollm2-135m.json")
     }
 
     fn qwen() -> Option<Self> {
-        Self::open("qwen2.5-coder-0.5b-q4.gguf", "qwen2.5-coder-0.5b.tokens.json")
+        Self::open("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b.json")
     }
 
     fn gemma() -> Option<Self> {
-        Self::open("gemma-3-270m-q4.gguf", "gemma-3-270m.tokens.json")
+        Self::open("gemma-3-270m", "gemma-3-270m.json")
     }
 }
 

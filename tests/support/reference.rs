@@ -3,6 +3,8 @@
 //!
 //! It uses nothing of the engine.
 
+#![allow(clippy::needless_range_loop)] // the loops read as the formulas do
+
 use half::bf16;
 
 use super::tiny_model::{EPSILON, Family, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyModel, WINDOW, Weights};
