@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use anyhow::Context;
+use futures_util::FutureExt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
@@ -82,7 +83,6 @@ impl Drop for Answering<'_> {
     fn drop(&mut self) {
         if !self.state.is_answering.swap(false, Ordering::AcqRel) {
             // The answer may have ended by itself just then; the signal must not stop the next one.
-            use futures_util::FutureExt;
             let _ = self.state.stop.notified().now_or_never();
         }
     }
@@ -90,8 +90,6 @@ impl Drop for Answering<'_> {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::FutureExt;
-
     use super::*;
 
     #[test]

@@ -56,7 +56,7 @@ impl Report {
     /// Looks at this machine.
     pub(super) fn of_this_machine() -> Self {
         let host = Host::detect();
-        let set = |name| Some((name, env::var_os(name)?.to_string_lossy().into_owned()));
+        let set = |name| Some((name, without_credentials(&env::var_os(name)?.to_string_lossy())));
         Self {
             version: env!("CARGO_PKG_VERSION"),
             isa: IsaChoice::new(env::var("MNEME_ISA").ok().filter(|name| !name.is_empty())),
@@ -179,6 +179,16 @@ impl Report {
     }
 }
 
+/// Reports are shown to others; a URL may have a name and a password in it.
+fn without_credentials(value: &str) -> String {
+    let Some((scheme, rest)) = value.split_once("://") else { return value.to_owned() };
+    let authority = rest.split('/').next().unwrap_or_default();
+    match authority.rfind('@') {
+        Some(at) => format!("{scheme}://***{}", &rest[at..]),
+        None => value.to_owned(),
+    }
+}
+
 fn line(f: &mut fmt::Formatter<'_>, label: &str, value: &str) -> fmt::Result {
     writeln!(f, "{label:<16}{value}")
 }
@@ -218,6 +228,13 @@ mod tests {
         report.isa = IsaChoice::new(Some("sse9".into()));
         assert!(report.isa.chosen.is_none());
         assert!(report.to_string().contains("sse9"), "{report}");
+    }
+
+    #[test]
+    fn credentials_are_hidden() {
+        assert_eq!(without_credentials("https://me:secret@hub.local/a@b"), "https://***@hub.local/a@b");
+        assert_eq!(without_credentials("https://hub.local/a@b"), "https://hub.local/a@b");
+        assert_eq!(without_credentials("/cache/me@home"), "/cache/me@home");
     }
 
     #[test]

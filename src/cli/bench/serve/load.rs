@@ -77,9 +77,12 @@ mod tests {
     use crate::cli::bench::prompts::PromptShape;
     use crate::cli::bench::serve::Endpoint;
 
-    const ANSWER: &str = "data: {\"choices\":[{\"text\":\"a\",\"finish_reason\":null}]}\n\n\
-        data: {\"choices\":[{\"text\":\"b\",\"finish_reason\":\"length\"}],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\n\
-        data: [DONE]\n\n";
+    const ANSWER: &str = concat!(
+        "data: {\"choices\":[{\"text\":\"a\",\"finish_reason\":null}]}\n\n",
+        "data: {\"choices\":[{\"text\":\"b\",\"finish_reason\":\"length\"}],",
+        "\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\n",
+        "data: [DONE]\n\n"
+    );
 
     /// Answers the first request with an error and all further ones with [`ANSWER`], on one kept connection each.
     fn serve(listener: &TcpListener, num_requests: usize) {

@@ -28,6 +28,7 @@ use super::prompts::PromptShape;
 
 /// Ids below this are control tokens, bytes and unused places in common vocabularies.
 const FIRST_TOKEN_ID: u32 = 1000;
+const LEAST_VOCAB_SIZE: i64 = FIRST_TOKEN_ID as i64 + 1;
 
 /// Arguments of `mneme bench serve`.
 #[derive(Debug, Args)]
@@ -78,7 +79,7 @@ pub(super) struct ServeBenchArgs {
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
     /// Token ids of prompts are drawn from 1000 up to this
-    #[arg(long, default_value_t = 32_000, value_parser = clap::value_parser!(u32).range(i64::from(FIRST_TOKEN_ID) + 1..))]
+    #[arg(long, default_value_t = 32_000, value_parser = clap::value_parser!(u32).range(LEAST_VOCAB_SIZE..))]
     vocab_size: u32,
     /// Seeds prompts and gaps
     #[arg(long, default_value_t = 0)]

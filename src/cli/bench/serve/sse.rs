@@ -47,7 +47,11 @@ mod tests {
         for size in [1, 2, 3, 7, body.len()] {
             let (mut decoder, mut found) = (SseDecoder::default(), Vec::new());
             for piece in body.as_bytes().chunks(size) {
-                decoder.push(piece, |data| Ok(found.push(data.to_owned()))).unwrap();
+                let keep = |data: &str| {
+                    found.push(data.to_owned());
+                    Ok(())
+                };
+                decoder.push(piece, keep).unwrap();
             }
             assert_eq!(found, ["{\"a\":1}", "{\"b\":\"\u{e9}\"}", "[DONE]"], "pieces of {size} bytes");
         }
