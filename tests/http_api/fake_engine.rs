@@ -62,7 +62,8 @@ pub(crate) fn start(script: Script, queue_len: usize) -> FakeEngine {
         num_blocks: 64,
     };
     let metrics = Arc::new(EngineMetrics::new("tiny", info.block_size, info.num_blocks));
-    let handle = EngineHandle::new(submit, info, metrics, Arc::new(AtomicBool::new(false)));
+    let (waker, _) = crossbeam::channel::bounded(1);
+    let handle = EngineHandle::new(submit, waker, info, metrics, Arc::new(AtomicBool::new(false)));
     if matches!(script, Script::Sleep) {
         // The queue must outlive this function, and nobody may read it.
         std::mem::forget(submissions);
