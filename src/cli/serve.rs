@@ -48,9 +48,11 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let launched = launch(&args.engine)?;
     let model = args.served_model(&launched)?;
     let name = model.name().to_owned();
+    let grammar = Arc::clone(&model.grammar);
     let server = ServerThread::start(config, model)?;
     let address = server.address();
     writeln!(std::io::stderr(), "mneme serves {name} at http://{address}/v1")?;
+    prepare_grammars(grammar);
     wait_for_signal()?;
     server.shutdown();
     server.join()?;
@@ -93,6 +95,15 @@ impl ServeArgs {
             root: launched.model.path.display().to_string(),
         })
     }
+}
+
+/// Builds what all grammars share, so that the first structured request does not hold up others.
+fn prepare_grammars(grammar: Arc<GrammarEngine>) {
+    std::thread::spawn(move || {
+        if let Err(error) = grammar.prepare() {
+            tracing::warn!(%error, "structured output will not work");
+        }
+    });
 }
 
 /// Returns at SIGTERM, or at Ctrl-C.

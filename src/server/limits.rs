@@ -38,7 +38,7 @@ impl Default for RequestLimits {
             max_inline_bytes: 32 << 10,
             max_n: 128,
             max_prompts: 256,
-            max_sequences: 1024,
+            max_sequences: 256,
             max_stop: 16,
             max_stop_chars: 1000,
             max_list_entries: 1024,
