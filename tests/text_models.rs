@@ -25,6 +25,12 @@ struct Record {
     text: String,
 }
 
+/// A file of them.
+#[derive(Deserialize)]
+struct Golden {
+    records: Vec<Record>,
+}
+
 /// A model under test; `None` when model tests were switched off by hand.
 struct Model {
     gguf: Gguf,
@@ -40,8 +46,8 @@ impl Model {
         let vocabulary = gguf.vocabulary().expect("the model has a vocabulary");
         let tokenizer = Arc::new(Tokenizer::from_gguf(vocabulary).expect("the vocabulary is supported"));
         let golden = std::fs::read(PathBuf::from("tests/data").join(golden)).expect("golden data");
-        let records = serde_json::from_slice(&golden).expect("golden data parses");
-        Some(Self { gguf, tokenizer, records })
+        let golden: Golden = serde_json::from_slice(&golden).expect("golden data parses");
+        Some(Self { gguf, tokenizer, records: golden.records })
     }
 
     fn smollm2() -> Option<Self> {

@@ -38,8 +38,8 @@ pub trait Backend: Device {
     /// them as stored, quantised formats quantised.
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<Self::Matrix>;
 
-    /// A vector `[1, N]` of f32, each number increased by `offset` (norms of some families store `w - 1`).
-    fn load_vector(&self, parts: &[HostTensor], offset: f32) -> Result<Tensor<Self::Buffer>>;
+    /// `parts` one after the other as a vector `[1, N]` of f32, each number passed through `convert` on its way.
+    fn load_vector(&self, parts: &[HostTensor], convert: &dyn Fn(f32) -> f32) -> Result<Tensor<Self::Buffer>>;
 
     /// Angles for positions `[0, max_positions)`.
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;

@@ -218,7 +218,7 @@ impl Backend for SimBackend {
         Ok(SimMatrix { rows: parts.iter().map(HostTensor::rows).sum(), columns })
     }
 
-    fn load_vector(&self, parts: &[HostTensor], _offset: f32) -> Result<SimTensor> {
+    fn load_vector(&self, parts: &[HostTensor], _convert: &dyn Fn(f32) -> f32) -> Result<SimTensor> {
         let columns = parts.iter().map(|part| part.rows() * part.columns()).sum();
         Ok(Tensor::new(self.allocate(columns * 4)?, 0, 1, columns, DType::F32))
     }

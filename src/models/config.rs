@@ -35,6 +35,8 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
+    /// Whether the embedding serves as output projection too.
+    pub tie_word_embeddings: bool,
     /// The longest context the model was trained for.
     pub max_position_embeddings: usize,
     /// Epsilon of all norms.

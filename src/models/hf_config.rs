@@ -37,6 +37,7 @@ struct HfConfig {
     final_logit_softcapping: Option<f32>,
     #[serde(default)]
     mlp_bias: bool,
+    tie_word_embeddings: Option<bool>,
 }
 
 fn default_norm_eps() -> f32 {
@@ -99,6 +100,8 @@ impl HfConfig {
             num_kv_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
             head_dim,
             vocab_size: self.vocab_size,
+            // The defaults of the families' own configuration classes.
+            tie_word_embeddings: self.tie_word_embeddings.unwrap_or(gemma),
             max_position_embeddings: self.max_position_embeddings,
             rms_norm_eps: self.rms_norm_eps,
             norm_offset: if gemma { 1.0 } else { 0.0 },

@@ -1,5 +1,7 @@
 //! The two halves of a decoder layer, as every family has them.
 
+use half::{bf16, f16};
+
 use super::batch::{KvCache, Workspace};
 use super::config::{Architecture, ModelConfig};
 use super::weights::Checkpoint;
@@ -34,9 +36,21 @@ impl<B: Backend> Loader<'_, B> {
         self.backend.load_matrix(parts, self.dtype)
     }
 
+    /// `value` as a checkpoint in the wanted type would hold it.
+    pub(super) fn round(&self, value: f32) -> f32 {
+        match self.dtype {
+            Some(DType::BF16) => bf16::from_f32(value).to_f32(),
+            Some(DType::F16) => f16::from_f32(value).to_f32(),
+            _ => value,
+        }
+    }
+
     pub(super) fn norm(&self, name: &str, len: usize) -> Result<RmsNorm<B>> {
         let tensor = self.checkpoint.vector(name, len)?;
-        let weight = self.backend.load_vector(&[tensor], self.checkpoint.norm_offset())?;
+        // Rounding is to what a checkpoint of that type would hold, and there Gemma's norms lack their constant.
+        let stored = self.checkpoint.stored_norm_offset();
+        let added = self.config().norm_offset;
+        let weight = self.backend.load_vector(&[tensor], &|value| self.round(value - stored) + added)?;
         Ok(RmsNorm { weight, epsilon: self.config().rms_norm_eps })
     }
 }
@@ -110,7 +124,7 @@ impl<B: Backend> Attention<B> {
             checkpoint.vector(&name("k_proj"), kv_size)?,
             checkpoint.vector(&name("v_proj"), kv_size)?,
         ];
-        loader.backend.load_vector(&parts, 0.0).map(Some)
+        loader.backend.load_vector(&parts, &|value| loader.round(value)).map(Some)
     }
 
     /// From `normed` to `delta`.

@@ -30,10 +30,10 @@ impl<B: Backend> Model<B> {
         let loader = Loader { backend, checkpoint, dtype };
         let config = checkpoint.config().clone();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = loader.matrix(&[checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?])?;
-        let lm_head = match checkpoint.find_tensor("lm_head.weight")? {
-            Some(_) => Some(loader.matrix(&[checkpoint.matrix("lm_head.weight", vocab, hidden)?])?),
-            None => None,
+        let embedding = loader.matrix(&[checkpoint.matrix(checkpoint.embedding_name(), vocab, hidden)?])?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.matrix(&[checkpoint.matrix("lm_head.weight", vocab, hidden)?])?),
         };
         let layers = match config.architecture {
             Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {

@@ -20,10 +20,13 @@ use crate::{Error, Result, malformed, unsupported};
 /// Larger JSON files beside a model are not read.
 const MAX_JSON_BYTES: u64 = 256 << 20;
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// An open checkpoint. Tensors are views into mapped files; nothing is read before it is used.
 pub struct Checkpoint {
     path: PathBuf,
     config: ModelConfig,
+    embedding_name: &'static str,
     files: Files,
 }
 
@@ -47,7 +50,7 @@ impl Checkpoint {
     fn open_gguf(path: &Path) -> Result<Self> {
         let gguf = Gguf::parse(map_file(path)?).map_err(|error| in_file(path, error))?;
         let config = ModelConfig::from_gguf(&gguf).map_err(|error| in_file(path, error))?;
-        Ok(Self { path: path.to_owned(), config, files: Files::Gguf(Box::new(gguf)) })
+        Ok(Self { path: path.to_owned(), config, embedding_name: EMBEDDING, files: Files::Gguf(Box::new(gguf)) })
     }
 
     fn open_directory(path: &Path) -> Result<Self> {
@@ -55,7 +58,7 @@ impl Checkpoint {
         let config =
             ModelConfig::from_hf_json(&read_text(&config_path)?).map_err(|error| in_file(&config_path, error))?;
         let shards = shard_names(path)?.iter().map(|name| open_shard(&path.join(name))).collect::<Result<_>>()?;
-        Ok(Self { path: path.to_owned(), config, files: Files::Safetensors(shards) })
+        Ok(Self { path: path.to_owned(), config, embedding_name: EMBEDDING, files: Files::Safetensors(shards) })
     }
 
     /// Where it is.
@@ -68,6 +71,20 @@ impl Checkpoint {
         &self.config
     }
 
+    /// Uses the output projection as embedding too. GGUF files of tied models may carry a second copy of the embedding
+    /// for the output, quantised less; without this each copy is used for its own purpose.
+    pub fn tie_embedding_to_output(&mut self) {
+        if !self.config.tie_word_embeddings {
+            self.config.tie_word_embeddings = true;
+            self.embedding_name = "lm_head.weight";
+        }
+    }
+
+    /// The tensor that holds the embedding.
+    pub fn embedding_name(&self) -> &'static str {
+        self.embedding_name
+    }
+
     /// The GGUF file, when it is one.
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.files {
@@ -76,9 +93,12 @@ impl Checkpoint {
         }
     }
 
-    /// The constant that stored norm weights lack: GGUF files carry Gemma's with it already added.
-    pub fn norm_offset(&self) -> f32 {
-        self.config.norm_offset
+    /// What stored norm weights already carry of the constant that is added to them: all of it in GGUF files.
+    pub fn stored_norm_offset(&self) -> f32 {
+        match self.files {
+            Files::Gguf(_) => self.config.norm_offset,
+            Files::Safetensors(_) => 0.0,
+        }
     }
 
     /// Tensor `name`, by its Hugging Face name; an error when the checkpoint lacks it.

@@ -18,6 +18,8 @@ pub struct Setup {
     /// What matrices are kept as; `None` keeps them as stored.
     pub dtype: Option<DType>,
     pub kv_dtype: DType,
+    /// Whether to use the output projection as embedding too.
+    pub tied: bool,
     pub eos_token_ids: Vec<u32>,
     pub isa: Isa,
     pub num_threads: usize,
@@ -29,6 +31,7 @@ impl Default for Setup {
             limits: limits(),
             dtype: None,
             kv_dtype: DType::BF16,
+            tied: false,
             eos_token_ids: vec![],
             isa: Isa::best(),
             num_threads: 2,
@@ -70,8 +73,11 @@ pub struct Output {
 impl TestEngine {
     /// Loads a checkpoint onto `backend`; the setup's instruction set and threads were the caller's to use.
     pub fn start<B: Backend>(backend: B, path: &Path, setup: Setup) -> Self {
-        let Setup { limits, dtype, kv_dtype, eos_token_ids, .. } = setup;
-        let checkpoint = Checkpoint::open(path).unwrap();
+        let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, .. } = setup;
+        let mut checkpoint = Checkpoint::open(path).unwrap();
+        if tied {
+            checkpoint.tie_embedding_to_output();
+        }
         let model = Model::load(&backend, &checkpoint, dtype, limits.max_model_len).unwrap();
         let config = EngineConfig { model_name: "test".into(), limits, kv_dtype, eos_token_ids, seed: 1 };
         let (engine, handle) = Engine::new(backend, model, config).unwrap();

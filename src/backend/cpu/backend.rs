@@ -155,14 +155,14 @@ impl Backend for CpuBackend {
         PackedMatrix::pack(parts, dtype, &mut self.workers().pool)
     }
 
-    fn load_vector(&self, parts: &[HostTensor], offset: f32) -> Result<CpuTensor> {
+    fn load_vector(&self, parts: &[HostTensor], convert: &dyn Fn(f32) -> f32) -> Result<CpuTensor> {
         let mut values = Vec::new();
         for part in parts {
             let start = values.len();
             values.resize(start + part.rows() * part.columns(), 0.0);
             dequantize_row(part.dtype(), part.bytes(), &mut values[start..]);
         }
-        values.iter_mut().for_each(|value| *value += offset);
+        values.iter_mut().for_each(|value| *value = convert(*value));
         vector(&values)
     }
 
