@@ -51,7 +51,7 @@ pub struct EngineMetrics {
     pub prefix_cache_hits: Counter,
     /// Sequences put back to be recomputed.
     pub num_preemptions: Counter,
-    /// Prompt tokens computed.
+    /// Prompt tokens of requests that got their first token, cached ones included.
     pub prompt_tokens: Counter,
     /// Output tokens sampled.
     pub generation_tokens: Counter,
@@ -99,7 +99,12 @@ impl EngineMetrics {
                 Counter::default(),
             ),
             num_preemptions: register(registry, "num_preemptions", "Sequences preempted", Counter::default()),
-            prompt_tokens: register(registry, "prompt_tokens", "Prompt tokens computed", Counter::default()),
+            prompt_tokens: register(
+                registry,
+                "prompt_tokens",
+                "Prompt tokens, cached ones included",
+                Counter::default(),
+            ),
             generation_tokens: register(registry, "generation_tokens", "Tokens generated", Counter::default()),
             request_success: register(registry, "request_success", "Requests ended, by reason", Family::default()),
             time_to_first_token: seconds(registry, "time_to_first_token", "Arrival to first token", &TTFT_BUCKETS),

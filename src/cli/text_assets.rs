@@ -7,9 +7,9 @@ use anyhow::Context;
 use mneme::engine::SamplingParams;
 use mneme::models::Checkpoint;
 use mneme::models::gguf::Gguf;
+use mneme::text::chat_template::template_in_folder;
 use mneme::text::{ChatTemplate, Tokenizer};
 use serde::Deserialize;
-use serde_json::Value;
 
 /// The text side of a model.
 pub(crate) struct TextAssets {
@@ -55,7 +55,7 @@ impl TextAssets {
 
     fn from_directory(directory: &Path) -> anyhow::Result<Self> {
         let tokenizer = Tokenizer::from_json_file(&directory.join("tokenizer.json"))?;
-        let template = read_template(directory)?;
+        let template = template_in_folder(directory)?;
         let generation = match read_optional(&directory.join("generation_config.json"))? {
             Some(text) => serde_json::from_str(&text).context("generation_config.json is malformed")?,
             None => GenerationConfig::default(),
@@ -93,23 +93,6 @@ impl GenerationConfig {
             ..plain
         }
     }
-}
-
-/// `chat_template.jinja`, or the text or the list of named texts in `tokenizer_config.json`.
-fn read_template(directory: &Path) -> anyhow::Result<Option<String>> {
-    if let Some(text) = read_optional(&directory.join("chat_template.jinja"))? {
-        return Ok(Some(text));
-    }
-    let Some(text) = read_optional(&directory.join("tokenizer_config.json"))? else { return Ok(None) };
-    let config: Value = serde_json::from_str(&text).context("tokenizer_config.json is malformed")?;
-    Ok(match &config["chat_template"] {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(named) => {
-            let default = named.iter().find(|entry| entry["name"] == "default").or(named.first());
-            default.and_then(|entry| entry["template"].as_str()).map(str::to_owned)
-        }
-        _ => None,
-    })
 }
 
 fn read_optional(path: &Path) -> anyhow::Result<Option<String>> {

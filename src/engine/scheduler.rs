@@ -116,8 +116,9 @@ impl Scheduler {
         &mut self.running[index]
     }
 
-    /// Ends sequences whose callers have gone.
-    pub(super) fn drop_cancelled(&mut self) {
+    /// Ends sequences whose callers have gone, and says how many.
+    pub(super) fn drop_cancelled(&mut self) -> usize {
+        let num_before = self.running.len() + self.waiting.len();
         for sequence in &mut self.running {
             if sequence.sink.is_cancelled() {
                 sequence.finish(FinishReason::Abort);
@@ -131,6 +132,7 @@ impl Scheduler {
             }
             !cancelled
         });
+        num_before - self.running.len() - self.waiting.len()
     }
 
     /// Releases the blocks of finished sequences and forgets them.

@@ -146,6 +146,7 @@ impl<B: Backend> Engine<B> {
 
     fn accept(&mut self, Submission { request, sink }: Submission) {
         if let Err(error) = self.check(&request) {
+            self.metrics.count_finished("error");
             sink.send(OutputEvent::Finished(FinishReason::Error(error.to_string())));
             return;
         }
@@ -205,7 +206,9 @@ impl<B: Backend> Engine<B> {
 
     /// One step: schedule, run, commit.
     fn step(&mut self) -> Result<()> {
-        self.scheduler.drop_cancelled();
+        for _ in 0..self.scheduler.drop_cancelled() {
+            self.metrics.count_finished("abort");
+        }
         self.scheduler.schedule();
         self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
         self.commit()?;

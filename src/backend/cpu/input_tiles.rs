@@ -5,6 +5,7 @@
 use half::bf16;
 
 use super::ThreadPool;
+use super::disjoint::DisjointSlice;
 
 /// Rows of f32 in memory: row `i` is `data[i * stride..][..num_columns]`.
 #[derive(Clone, Copy)]
@@ -53,31 +54,11 @@ impl TilePlan {
     }
 }
 
-/// Memory that parallel tasks write disjoint parts of.
-pub(super) struct Disjoint<T>(*mut T, usize);
-
-// SAFETY: only `part` gives access, and its caller promises disjoint parts.
-unsafe impl<T: Send> Sync for Disjoint<T> {}
-
-impl<T> Disjoint<T> {
-    pub(super) fn new(slice: &mut [T]) -> Self {
-        Self(slice.as_mut_ptr(), slice.len())
-    }
-
-    /// # Safety
-    /// The slice this was made from is still borrowed, and no other live part overlaps `[start, start + len)`.
-    pub(super) unsafe fn part<'a>(&self, start: usize, len: usize) -> &'a mut [T] {
-        assert!(start <= self.1 && len <= self.1 - start, "part [{start}, +{len}) of {}", self.1);
-        // SAFETY: in bounds by the assertion, disjoint by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
-    }
-}
-
 /// Lays x out tile by tile as `[2 * num_pairs][rows]`, zeros after the last column when their number is odd.
 /// Tile `t` begins at `plan.start(t) * 2 * num_pairs`.
 pub(super) fn pack_tiles(pool: &mut ThreadPool, x: Rows, num_columns: usize, plan: TilePlan, target: &mut [f32]) {
     let padded = num_columns.next_multiple_of(2);
-    let shared = Disjoint::new(target);
+    let shared = DisjointSlice::new(target);
     for_each_tile(pool, plan, |tile| {
         let (start, rows) = (plan.start(tile), plan.rows(tile));
         // SAFETY: tiles are disjoint ranges of rows.
@@ -144,7 +125,7 @@ fn transpose(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
 /// The same rounded to bf16, pairs of `k` in one word: `[num_pairs][rows]`, the even `k` in the low half.
 pub(super) fn pack_bf16_tiles(pool: &mut ThreadPool, x: Rows, num_columns: usize, plan: TilePlan, target: &mut [f32]) {
     let num_pairs = num_columns.div_ceil(2);
-    let shared = Disjoint::new(target);
+    let shared = DisjointSlice::new(target);
     for_each_tile(pool, plan, |tile| {
         let (start, rows) = (plan.start(tile), plan.rows(tile));
         // SAFETY: tiles are disjoint ranges of rows.

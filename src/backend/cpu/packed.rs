@@ -13,11 +13,12 @@
 #![allow(unsafe_code)]
 
 use half::{bf16, f16};
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 
 use super::super::{DType, HostTensor};
 use super::dequantize::{Block, Term, code_bias, dequantize_row};
-use super::input_tiles::Disjoint;
+use super::disjoint::DisjointSlice;
+use super::memory::map_memory;
 use super::{ThreadPool, pool};
 use crate::{Error, Result, invalid, unsupported};
 
@@ -106,7 +107,7 @@ impl PackedMatrix {
         let segments = plan_segments(tensors, target)?;
         let num_bytes = segments.last().map_or(0, |last| last.offset + last.num_panels() * last.panel_bytes);
         let num_rows = tensors.iter().map(HostTensor::rows).sum();
-        let mut storage = map_memory(num_bytes)?;
+        let mut storage = map_memory(num_bytes, "weights")?;
         for segment in &segments {
             let end = segment.offset + segment.num_panels() * segment.panel_bytes;
             fill_segment(segment, tensors, num_columns, &mut storage[segment.offset..end], pool);
@@ -197,15 +198,6 @@ fn packed_dtype(tensor: &HostTensor, target: Option<DType>) -> Result<DType> {
     }
 }
 
-/// Zeroed memory; the system gives it huge pages where it can, and joins neighbouring mappings for that.
-fn map_memory(num_bytes: usize) -> Result<MmapMut> {
-    let io = |source| Error::Io { context: format!("cannot get {num_bytes} bytes of memory for weights"), source };
-    let storage = MmapMut::map_anon(num_bytes).map_err(io)?;
-    // Only speed depends on it, and kernels without huge pages refuse.
-    let _ = storage.advise(Advice::HugePage);
-    Ok(storage)
-}
-
 fn fill_segment(
     segment: &Segment,
     tensors: &[HostTensor],
@@ -216,7 +208,7 @@ fn fill_segment(
     let panels_per_task = segment.num_panels().div_ceil(pool::MAX_TASKS);
     let task_bytes = panels_per_task * segment.panel_bytes;
     let num_bytes = target.len();
-    let shared = Disjoint::new(target);
+    let shared = DisjointSlice::new(target);
     pool.run(segment.num_panels().div_ceil(panels_per_task), |task, _| {
         // SAFETY: tasks get disjoint parts of `target`, which is borrowed for the whole region.
         let part = unsafe { shared.part(task * task_bytes, task_bytes.min(num_bytes - task * task_bytes)) };

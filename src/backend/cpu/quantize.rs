@@ -5,7 +5,8 @@
 
 #![allow(unsafe_code)]
 
-use super::input_tiles::{Disjoint, Rows, TilePlan, for_each_tile};
+use super::disjoint::DisjointSlice;
+use super::input_tiles::{Rows, TilePlan, for_each_tile};
 use super::{Isa, ThreadPool};
 
 /// Elements of one block.
@@ -63,7 +64,7 @@ pub(super) fn quantise_tiles(
     target: &mut [u32],
 ) {
     let row_words = num_columns / BLOCK * RECORD_WORDS;
-    let shared = Disjoint::new(target);
+    let shared = DisjointSlice::new(target);
     for_each_tile(pool, plan, |tile| {
         let (start, rows) = (plan.start(tile), plan.rows(tile));
         // SAFETY: tiles are disjoint ranges of rows.
