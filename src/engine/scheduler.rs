@@ -8,6 +8,7 @@
 #![allow(clippy::vec_box)] // sequences move between the queues, by pointer
 
 use std::collections::{HashSet, VecDeque};
+use std::time::Instant;
 
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus};
@@ -216,6 +217,7 @@ impl Scheduler {
             return Admission::NoRoom;
         }
         self.promise_blocks(&mut sequence);
+        sequence.scheduled_at.get_or_insert_with(Instant::now);
         sequence.status = SequenceStatus::Running;
         let index = self.running.partition_point(|other| other.rank() < sequence.rank());
         self.scheduled.iter_mut().filter(|scheduled| scheduled.index >= index).for_each(|scheduled| {

@@ -41,7 +41,8 @@ pub(super) struct Sequence {
     pub(super) work: Work,
     pub(super) sink: OutputSink,
     pub(super) arrived_at: Instant,
-    pub(super) first_token_at: Option<Instant>,
+    /// When it was first given a place in a step.
+    pub(super) scheduled_at: Option<Instant>,
     pub(super) last_token_at: Option<Instant>,
 }
 

@@ -199,7 +199,7 @@ impl<B: Backend> Engine<B> {
             work,
             sink,
             arrived_at: Instant::now(),
-            first_token_at: None,
+            scheduled_at: None,
             last_token_at: None,
         }
     }
@@ -371,7 +371,8 @@ fn observe_token(metrics: &EngineMetrics, sequence: &mut Sequence) {
     match sequence.last_token_at.replace(now) {
         Some(last) => metrics.inter_token_latency.observe(now.duration_since(last).as_secs_f64()),
         None => {
-            sequence.first_token_at = Some(now);
+            let scheduled_at = sequence.scheduled_at.unwrap_or(now);
+            metrics.request_queue_time.observe(scheduled_at.duration_since(sequence.arrived_at).as_secs_f64());
             metrics.time_to_first_token.observe(now.duration_since(sequence.arrived_at).as_secs_f64());
             let cached_tokens = sequence.num_cached_tokens.unwrap_or(0) as u64;
             metrics.prefix_cache_queries.inc_by(sequence.num_prompt_tokens as u64);

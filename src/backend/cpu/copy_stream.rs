@@ -146,3 +146,39 @@ impl Drop for CopyThread {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: usize = 4096;
+
+    /// Copies block 1 of one buffer over block 0 of another, and that over block 2 of the first.
+    fn copy_there_and_back(kind: StreamKind) {
+        let (device, host) = (CpuBuffer::allocate(3 * BLOCK).unwrap(), CpuBuffer::allocate(BLOCK).unwrap());
+        // SAFETY: nothing is queued yet.
+        unsafe { device.bytes_mut(BLOCK, BLOCK) }.fill(7);
+        let stream = CpuStream::new(kind).unwrap();
+        let copy = |source, source_offset, target, target_offset| BufferCopy {
+            source,
+            source_offset,
+            target,
+            target_offset,
+            bytes: BLOCK,
+        };
+        stream.copy(&copy(&device, BLOCK, &host, 0)).unwrap();
+        stream.copy(&copy(&host, 0, &device, 2 * BLOCK)).unwrap();
+        let done = stream.record();
+        done.synchronize();
+        assert!(done.is_complete());
+        // SAFETY: everything that was queued is done.
+        let bytes = unsafe { device.bytes(0, 3 * BLOCK) };
+        assert!(bytes[..BLOCK].iter().all(|&byte| byte == 0) && bytes[BLOCK..].iter().all(|&byte| byte == 7));
+    }
+
+    #[test]
+    fn copies_of_a_stream_run_in_order_and_are_done_at_its_event() {
+        copy_there_and_back(StreamKind::Compute);
+        copy_there_and_back(StreamKind::Copy);
+    }
+}
