@@ -49,7 +49,7 @@ pub(crate) struct EngineArgs {
     /// Threads that compute [default: one per physical core]
     #[arg(long, short = 't')]
     threads: Option<NonZeroUsize>,
-    /// Instruction set of the kernels: portable, avx2, avx512 or avx512-bf16 [default: the best one here]
+    /// Instruction set of the kernels: portable, avx2, avx512, avx512-bf16 or amx [default: the best one here]
     #[arg(long, env = "MNEME_ISA")]
     isa: Option<Isa>,
     /// Seeds requests that bring no seed

@@ -66,7 +66,7 @@ fn check_family(family: Family) {
     let written = model.write();
     let prompt = Random::new(3).tokens(PROMPT, VOCAB);
     for isa in Isa::available() {
-        let bf16 = if isa == Isa::Avx512Bf16 { BF16_DOT } else { BF16_KV };
+        let bf16 = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { BF16_KV };
         let kinds =
             [(Some(DType::F32), DType::F32, EXACT), (Some(DType::F32), DType::BF16, bf16), (None, DType::BF16, bf16)];
         for (dtype, kv_dtype, tolerance) in kinds {

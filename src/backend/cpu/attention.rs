@@ -8,11 +8,14 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::attention_amx::{self, AmxTileKernel};
 use super::attention_tile::{
-    Bf16, CHUNK, F32, KvElement, Line, MAX_ROWS, MAX_ROWS_WIDE, MergeKernel, Tile, TileKernel, TileScratch, TileTarget,
-    partial_stride,
+    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, MergeKernel, Tile, TileKernel, TileScratch,
+    TileTarget, partial_stride,
 };
 use super::disjoint::DisjointSlice;
+use super::line::Line;
 use super::pool::MAX_TASKS;
 use super::simd::{LANES, dispatch};
 use super::{Isa, KvArena, ThreadPool};
@@ -170,10 +173,10 @@ pub fn attention(
 ) {
     batch.check(cache.layout(), out.len());
     let head_dim = cache.layout().head_dim();
-    let max_rows = if isa >= Isa::Avx512 { MAX_ROWS_WIDE } else { MAX_ROWS };
+    let max_rows = max_rows(isa, cache.layout());
     scratch.plan(batch, cache.layout(), max_rows, pool.num_threads());
     scratch.threads.resize_with(pool.num_threads().max(scratch.threads.len()), TileScratch::default);
-    scratch.threads.iter_mut().for_each(|thread| thread.reserve(head_dim));
+    scratch.threads.iter_mut().for_each(|thread| thread.reserve(head_dim, scratch_lines(isa, cache.layout())));
     let AttentionScratch { threads, tasks, merges, partials } = scratch;
     let (out, partials) = (DisjointSlice::new(out), DisjointSlice::new(partials));
     let threads = DisjointSlice::new(threads);
@@ -301,16 +304,46 @@ impl TaskContext<'_> {
                     (task.chunks.clone(), TileTarget::Partials(lines))
                 }
             };
-            let (batch, cache, kv_head) = (self.batch, self.cache, task.kv_head);
-            let tile = Tile { batch, cache, sequence, kv_head, rows, chunks, scratch: &mut *scratch, target };
-            attend_tile::<E>(self.isa, tile);
+            let head = HeadRows { batch: self.batch, cache: self.cache, sequence, kv_head: task.kv_head, rows };
+            attend_tile::<E>(self.isa, Tile { head, chunks, scratch: &mut *scratch, target });
         }
+    }
+}
+
+/// Whether tiles are products of tile registers.
+fn uses_tile_registers(isa: Isa, layout: &KvLayout) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa == Isa::Amx && attention_amx::can_read(layout);
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Most rows of a tile.
+fn max_rows(isa: Isa, layout: &KvLayout) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        _ if uses_tile_registers(isa, layout) => attention_amx::MAX_ROWS,
+        _ if isa >= Isa::Avx512 => MAX_ROWS_WIDE,
+        _ => MAX_ROWS,
+    }
+}
+
+/// Scratch of a tile beyond what every instruction set needs.
+fn scratch_lines(isa: Isa, layout: &KvLayout) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        _ if uses_tile_registers(isa, layout) => attention_amx::scratch_lines(layout.head_dim()),
+        _ => 0,
     }
 }
 
 /// Picks the kernel for the number of rows. Its shape changes nothing but speed: what fits into registers.
 fn attend_tile<E: KvElement>(isa: Isa, tile: Tile) {
-    match tile.rows.len() {
+    #[cfg(target_arch = "x86_64")]
+    if uses_tile_registers(isa, tile.head.cache.layout()) {
+        return dispatch(isa, AmxTileKernel(tile));
+    }
+    match tile.head.rows.len() {
         1 => dispatch(isa, TileKernel::<E, 1, 8, 4, 4, 4>::new(tile)),
         2 => dispatch(isa, TileKernel::<E, 2, 8, 4, 2, 2>::new(tile)),
         3 => dispatch(isa, TileKernel::<E, 3, 4, 4, 2, 2>::new(tile)),

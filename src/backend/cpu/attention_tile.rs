@@ -16,6 +16,7 @@ use super::KvArena;
 use super::attention::{AttentionBatch, SequenceRows};
 use super::disjoint::DisjointSlice;
 use super::exp::exp;
+use super::line::Line;
 use super::simd::{Kernel, LANES, Simd};
 use crate::backend::KvLayout;
 
@@ -35,15 +36,6 @@ const SCORE_STRIDE: usize = CHUNK + MAX_GROUP_TILE * LANES;
 
 const LINE_BYTES: usize = 64;
 
-/// A cache line of numbers, aligned.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Line([f32; LANES]);
-
-impl Line {
-    pub(super) const ZERO: Line = Line([0.0; LANES]);
-}
-
 /// What one thread needs for a tile.
 #[derive(Default)]
 pub(super) struct TileScratch {
@@ -51,11 +43,16 @@ pub(super) struct TileScratch {
 }
 
 impl TileScratch {
-    pub(super) fn reserve(&mut self, head_dim: usize) {
-        let numbers = MAX_ROWS_WIDE * (3 * head_dim + SCORE_STRIDE);
-        if self.lines.len() < numbers / LANES {
-            self.lines.resize(numbers / LANES, Line::ZERO);
+    /// Makes room for the tiles of this file; `lines` are what other kernels need.
+    pub(super) fn reserve(&mut self, head_dim: usize, lines: usize) {
+        let lines = lines.max(MAX_ROWS_WIDE * (3 * head_dim + SCORE_STRIDE) / LANES);
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line::ZERO);
         }
+    }
+
+    pub(super) fn lines(&mut self) -> &mut [Line] {
+        &mut self.lines
     }
 
     fn parts(&mut self, head_dim: usize) -> TileParts {
@@ -94,13 +91,18 @@ pub(super) enum TileTarget<'a> {
     Partials(&'a mut [Line]),
 }
 
-/// Rows of one KV head of one sequence and the chunks of keys they look at.
-pub(super) struct Tile<'a> {
+/// Rows of one KV head of one sequence.
+pub(super) struct HeadRows<'a> {
     pub(super) batch: &'a AttentionBatch<'a>,
     pub(super) cache: &'a KvArena<'a>,
     pub(super) sequence: SequenceRows<'a>,
     pub(super) kv_head: usize,
     pub(super) rows: Range<usize>,
+}
+
+/// Some rows and the chunks of keys they look at.
+pub(super) struct Tile<'a> {
+    pub(super) head: HeadRows<'a>,
     pub(super) chunks: Range<usize>,
     pub(super) scratch: &'a mut TileScratch,
     pub(super) target: TileTarget<'a>,
@@ -165,55 +167,97 @@ impl<E: KvElement, const R: usize, const GW: usize, const VW: usize, const GN: u
 }
 
 #[inline(always)]
-fn attend<S: Simd, E: KvElement, const R: usize, const G: usize, const V: usize>(s: S, mut tile: Tile) {
-    let layout = tile.cache.layout();
+fn attend<S: Simd, E: KvElement, const R: usize, const G: usize, const V: usize>(s: S, tile: Tile) {
+    let Tile { head, chunks, scratch, mut target } = tile;
+    let layout = head.cache.layout();
     let head_dim = layout.head_dim();
-    let num_rows = tile.rows.len();
+    let num_rows = head.rows.len();
     assert!(num_rows <= R && R <= MAX_ROWS_WIDE && G <= MAX_GROUP_TILE);
-    let parts = tile.scratch.parts(head_dim);
-    pack_queries::<R>(&tile, parts.q);
+    let parts = scratch.parts(head_dim);
+    pack_queries::<R>(&head, parts.q);
     let mut folded = [RowState::EMPTY; R];
-    let mut upcoming = Groups::locate(&tile, tile.chunks.start);
-    for chunk in tile.chunks.clone() {
+    let mut upcoming = Groups::locate(&head, chunks.start);
+    for chunk in chunks.clone() {
         let groups = upcoming;
-        upcoming = if chunk + 1 < tile.chunks.end { Groups::locate(&tile, chunk + 1) } else { Groups::NONE };
-        let keys = tile.keys_of(chunk);
+        upcoming = if chunk + 1 < chunks.end { Groups::locate(&head, chunk + 1) } else { Groups::NONE };
+        let keys = head.keys_of(chunk);
+        let mut states = [RowState::EMPTY; R];
         // SAFETY: the parts have room for `R` rows; the groups lie in blocks of the arena.
-        let states = unsafe {
+        unsafe {
             score::<S, E, R, G>(s, &groups, layout, parts.q, parts.scores);
-            let states = normalise::<S, R>(s, &tile, &groups, chunk, parts.scores);
+            normalise(s, &head, &groups, chunk, parts.scores, SCORE_STRIDE, &mut states);
             weigh_values::<S, E, R, V>(s, &groups, &upcoming, layout, &keys, parts.scores, parts.values);
-            states
-        };
-        for (row, state) in states.iter().enumerate().take(num_rows) {
-            // SAFETY: both hold `R` rows of `head_dim` numbers.
-            let (values, folded_row) = unsafe { (parts.values.add(row * head_dim), parts.folded.add(row * head_dim)) };
-            match &mut tile.target {
-                TileTarget::Output(_) => {
-                    // SAFETY: as above; they are different parts of the scratch.
-                    unsafe { fold(s, &mut folded[row], folded_row, *state, values, head_dim) };
-                }
-                TileTarget::Partials(partials) => {
-                    let index = (chunk - tile.chunks.start) * num_rows + row;
-                    write_partial(partials, index, head_dim, *state, values);
+        }
+        // SAFETY: both hold `R` rows of `head_dim` numbers, and are different parts of the scratch.
+        unsafe {
+            let states = &states[..num_rows];
+            target.take_chunk(s, chunk - chunks.start, states, parts.values, &mut folded, parts.folded, head_dim);
+        }
+    }
+    // SAFETY: as above.
+    unsafe { target.finish(s, &head, &folded, parts.folded) };
+}
+
+impl TileTarget<'_> {
+    /// Takes the weighted values of a chunk, the `index`-th of the tile, and the states of its rows: folds them into
+    /// those of the chunks before, or writes them out.
+    ///
+    /// # Safety
+    /// `values` and `folded` are `[rows][head_dim]` and do not overlap.
+    #[inline(always)]
+    pub(super) unsafe fn take_chunk<S: Simd>(
+        &mut self,
+        s: S,
+        index: usize,
+        states: &[RowState],
+        values: *const f32,
+        folded_states: &mut [RowState],
+        folded: *mut f32,
+        head_dim: usize,
+    ) {
+        for (row, state) in states.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let values = values.add(row * head_dim);
+                match self {
+                    TileTarget::Output(_) => {
+                        fold(s, &mut folded_states[row], folded.add(row * head_dim), *state, values, head_dim);
+                    }
+                    TileTarget::Partials(partials) => {
+                        write_partial(partials, index * states.len() + row, head_dim, *state, values);
+                    }
                 }
             }
         }
     }
-    if let TileTarget::Output(out) = &tile.target {
-        for (row, state) in folded.iter().enumerate().take(num_rows) {
-            let start = tile.sequence.output_start(tile.batch, tile.kv_head, tile.rows.start + row, head_dim);
-            // SAFETY: each row of each head belongs to one tile.
-            let out = unsafe { out.part(start, head_dim) };
-            // SAFETY: the row was folded into `head_dim` numbers.
-            unsafe { finish(s, *state, parts.folded.add(row * head_dim), out) };
+
+    /// Writes the rows of the output, unless others have the other chunks.
+    ///
+    /// # Safety
+    /// `folded` is `[rows][head_dim]`.
+    #[inline(always)]
+    pub(super) unsafe fn finish<S: Simd>(&self, s: S, head: &HeadRows, states: &[RowState], folded: *const f32) {
+        let TileTarget::Output(out) = self else { return };
+        let head_dim = head.cache.layout().head_dim();
+        for (row, state) in states.iter().enumerate().take(head.rows.len()) {
+            let start = head.sequence.output_start(head.batch, head.kv_head, head.rows.start + row, head_dim);
+            // SAFETY: each row of each head belongs to one tile; the caller's promise.
+            unsafe { finish(s, *state, folded.add(row * head_dim), out.part(start, head_dim)) };
         }
     }
 }
 
-impl Tile<'_> {
+impl HeadRows<'_> {
+    /// The query of a row.
+    #[inline(always)]
+    pub(super) fn query(&self, row: usize) -> &[f32] {
+        let layout = self.cache.layout();
+        let start = self.sequence.query_start(self.batch, layout, self.kv_head, row);
+        &self.batch.qkv[start..start + layout.head_dim()]
+    }
+
     /// Positions of `chunk` that some row sees.
-    fn keys_of(&self, chunk: usize) -> Range<usize> {
+    pub(super) fn keys_of(&self, chunk: usize) -> Range<usize> {
         let first = self.sequence.key_range(self.batch, self.rows.start);
         let last = self.sequence.key_range(self.batch, self.rows.end - 1);
         first.start.max(chunk * CHUNK)..last.end.min((chunk + 1) * CHUNK)
@@ -222,15 +266,14 @@ impl Tile<'_> {
 
 /// Queries of the tile as `[head_dim][R]`, times the scale; missing rows are zero.
 #[inline(always)]
-fn pack_queries<const R: usize>(tile: &Tile, target: *mut f32) {
-    let head_dim = tile.cache.layout().head_dim();
+fn pack_queries<const R: usize>(head: &HeadRows, target: *mut f32) {
+    let head_dim = head.cache.layout().head_dim();
     for row in 0..R {
-        let query = tile.rows.start + row;
-        if query < tile.rows.end {
-            let start = tile.sequence.query_start(tile.batch, tile.cache.layout(), tile.kv_head, query);
-            for (dim, x) in tile.batch.qkv[start..start + head_dim].iter().enumerate() {
+        let query = head.rows.start + row;
+        if query < head.rows.end {
+            for (dim, x) in head.query(query).iter().enumerate() {
                 // SAFETY: the target holds `R` times `head_dim` numbers.
-                unsafe { *target.add(dim * R + row) = x * tile.batch.scale };
+                unsafe { *target.add(dim * R + row) = x * head.batch.scale };
             }
         } else {
             // SAFETY: as above.
@@ -240,18 +283,18 @@ fn pack_queries<const R: usize>(tile: &Tile, target: *mut f32) {
 }
 
 /// Where the keys and values of a chunk lie, by groups of 16 positions.
-struct Groups {
-    num_groups: usize,
+pub(super) struct Groups {
+    pub(super) num_groups: usize,
     /// Position of the first key of the first group.
-    first_position: usize,
+    pub(super) first_position: usize,
     /// The last one is repeated to fill a tile of groups, here and below.
-    keys: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
-    values: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
+    pub(super) keys: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
+    pub(super) values: [*const u8; MAX_GROUPS + MAX_GROUP_TILE],
 }
 
 impl Groups {
     /// Those of no chunk: nothing lies there.
-    const NONE: Groups = Groups {
+    pub(super) const NONE: Groups = Groups {
         num_groups: 0,
         first_position: 0,
         keys: [std::ptr::null(); MAX_GROUPS + MAX_GROUP_TILE],
@@ -259,18 +302,18 @@ impl Groups {
     };
 
     #[inline(always)]
-    fn locate(tile: &Tile, chunk: usize) -> Self {
-        let layout = tile.cache.layout();
-        let positions = tile.keys_of(chunk);
+    pub(super) fn locate(head: &HeadRows, chunk: usize) -> Self {
+        let layout = head.cache.layout();
+        let positions = head.keys_of(chunk);
         let first_group = positions.start / LANES;
         let num_groups = positions.end.div_ceil(LANES) - first_group;
-        let k_tile = layout.k_tile_offset(tile.batch.layer, tile.kv_head);
-        let v_tile = layout.v_tile_offset(tile.batch.layer, tile.kv_head);
+        let k_tile = layout.k_tile_offset(head.batch.layer, head.kv_head);
+        let v_tile = layout.v_tile_offset(head.batch.layer, head.kv_head);
         let mut groups = Groups { num_groups, first_position: first_group * LANES, ..Groups::NONE };
         for group in 0..num_groups {
             let position = groups.first_position + group * LANES;
             let token = position % layout.block_size();
-            let block: *const u8 = tile.cache.block(tile.sequence.block(position / layout.block_size()));
+            let block: *const u8 = head.cache.block(head.sequence.block(position / layout.block_size()));
             // SAFETY: a group of positions of a block; its numbers lie in the tiles of the block.
             unsafe {
                 groups.keys[group] = block.add(k_tile + layout.k_offset(token, 0));
@@ -362,27 +405,27 @@ impl RowState {
     pub(super) const EMPTY: RowState = RowState { max: f32::NEG_INFINITY, sum: 0.0, is_empty: true };
 }
 
-/// Turns the scores of every row into weights `e^(score - max)`, zero where masked.
+/// Turns the scores of every row, `stride` numbers apart, into weights `e^(score - max)`, zero where masked.
 ///
 /// # Safety
-/// `scores` holds `R` rows.
+/// `scores` holds the rows of `head`.
 #[inline(always)]
-unsafe fn normalise<S: Simd, const R: usize>(
+pub(super) unsafe fn normalise<S: Simd>(
     s: S,
-    tile: &Tile,
+    head: &HeadRows,
     groups: &Groups,
     chunk: usize,
     scores: *mut f32,
-) -> [RowState; R] {
-    let mut states = [RowState::EMPTY; R];
-    for (row, state) in states.iter_mut().enumerate().take(tile.rows.len()) {
-        let keys = tile.sequence.key_range(tile.batch, tile.rows.start + row);
+    stride: usize,
+    states: &mut [RowState],
+) {
+    for (row, state) in states.iter_mut().enumerate().take(head.rows.len()) {
+        let keys = head.sequence.key_range(head.batch, head.rows.start + row);
         let start = keys.start.max(chunk * CHUNK).max(groups.first_position) - groups.first_position;
         let end = keys.end.min((chunk + 1) * CHUNK).max(groups.first_position) - groups.first_position;
         // SAFETY: the caller's promise.
-        *state = unsafe { normalise_row(s, scores.add(row * SCORE_STRIDE), groups.num_groups, start..end) };
+        *state = unsafe { normalise_row(s, scores.add(row * stride), groups.num_groups, start..end) };
     }
-    states
 }
 
 /// One row; `seen` are the columns that are not masked.

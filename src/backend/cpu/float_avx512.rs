@@ -32,6 +32,7 @@ macro_rules! unroll {
         })*
     };
 }
+pub(super) use unroll;
 
 macro_rules! kernels {
     ($tile:ident, $rows:expr, $panels:expr, [$($format:expr),*]) => {

@@ -10,7 +10,7 @@ use super::float_avx2;
 #[cfg(target_arch = "x86_64")]
 use super::float_avx512;
 use super::float_tile::{self, FloatKernel, FloatTile};
-use super::gemm::{BLOCK_BYTES, Grouping, Target, grown, panels_of_segments, segments};
+use super::gemm::{BLOCK_BYTES, Family, Grouping, Target, grown, panels_of_segments, segments};
 use super::input_tiles::{Rows, TilePlan, pack_bf16_tiles, pack_tiles};
 use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
 use super::{Isa, ThreadPool};
@@ -47,7 +47,7 @@ pub(super) fn float_gemm(
     target: &Target,
     scratch: &mut Scratch,
 ) {
-    let num_panels: usize = segments(weights, false).map(Segment::num_panels).sum();
+    let num_panels: usize = segments(weights, isa, Family::Plain).map(Segment::num_panels).sum();
     if num_panels == 0 {
         return;
     }
@@ -68,7 +68,7 @@ pub(super) fn float_gemm(
         num_pairs,
         block_pairs,
     };
-    let panel_bytes = segments(weights, false).map(|segment| segment.panel_bytes).max().unwrap_or(1);
+    let panel_bytes = segments(weights, isa, Family::Plain).map(|segment| segment.panel_bytes).max().unwrap_or(1);
     let streams = streams(isa, x.num_rows);
     let grouping = Grouping::new(num_panels, panel_bytes, streams, blocks.num_tiles, pool.num_threads());
     let tasks_per_block = grouping.num_tasks();
@@ -81,7 +81,7 @@ impl Scratch {
     /// Lays out x as the kernels for these weights read it.
     fn prepare(&mut self, pool: &mut ThreadPool, isa: Isa, x: Rows, weights: &PackedMatrix, plan: TilePlan) {
         let num_columns = weights.num_columns();
-        let plain = || segments(weights, false);
+        let plain = || segments(weights, isa, Family::Plain);
         if plain().any(|segment| !uses_bf16_dot(isa, segment.dtype))
             && (plan.num_rows > 1 || !num_columns.is_multiple_of(2))
         {
@@ -99,7 +99,7 @@ impl FloatGemm<'_> {
     /// Multiplies one block of rows by some panels, counted over the plain segments.
     fn run(&self, block: usize, panels: Range<usize>) {
         let tiles = self.blocks.start(block)..self.blocks.start(block + 1);
-        for (segment, panels) in panels_of_segments(self.weights, false, panels) {
+        for (segment, panels) in panels_of_segments(self.weights, self.isa, Family::Plain, panels) {
             self.run_segment(segment, panels, tiles.clone());
         }
     }
@@ -168,7 +168,7 @@ fn uses_bf16_dot(isa: Isa, dtype: DType) -> bool {
 fn max_rows(isa: Isa) -> usize {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => float_avx512::MAX_ROWS,
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => float_avx512::MAX_ROWS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => float_avx2::MAX_ROWS,
         _ => float_tile::PORTABLE_ROWS,
@@ -179,7 +179,7 @@ fn max_rows(isa: Isa) -> usize {
 fn streams(isa: Isa, num_rows: usize) -> usize {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 if num_rows == 1 => float_avx512::STREAMS,
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx if num_rows == 1 => float_avx512::STREAMS,
         _ => 1,
     }
 }
@@ -189,7 +189,7 @@ fn float_kernel(isa: Isa, dtype: DType, num_rows: usize, num_panels: usize) -> F
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Bf16 if dtype == DType::BF16 => float_avx512::bf16_dot_kernel(num_rows, num_panels),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => float_avx512::float_kernel(dtype, num_rows, num_panels),
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => float_avx512::float_kernel(dtype, num_rows, num_panels),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => float_avx2::float_kernel(dtype, num_rows),
         _ => float_tile::portable_kernel(dtype, num_rows),

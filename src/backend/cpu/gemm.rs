@@ -9,11 +9,15 @@
 
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx_gemm::amx_gemm;
 use super::float_gemm::{self, float_gemm};
 use super::input_tiles::{Rows, RowsMut};
+use super::line::Line;
 use super::packed::{PackedMatrix, Segment};
 use super::quant_gemm::quant_gemm;
 use super::{Isa, ThreadPool, pool};
+use crate::backend::DType;
 
 /// Bytes of x that stay in the second-level cache beside a panel.
 pub(super) const BLOCK_BYTES: usize = 128 << 10;
@@ -25,6 +29,7 @@ const TASK_BYTES: usize = 64 << 10;
 pub struct GemmScratch {
     pub(super) float: float_gemm::Scratch,
     pub(super) quantised: Vec<u32>,
+    pub(super) rounded: Vec<Line>,
 }
 
 /// The first `len` elements, after making the buffer that long.
@@ -58,6 +63,8 @@ pub fn gemm(
     assert!(bias.is_none_or(|bias| bias.len() == weights.num_rows()), "one bias for each of {}", weights.num_rows());
     let target =
         Target { out: out.data.as_mut_ptr(), stride: out.stride, bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr) };
+    #[cfg(target_arch = "x86_64")]
+    amx_gemm(pool, isa, x, weights, &target, &mut scratch.rounded);
     float_gemm(pool, isa, x, weights, &target, &mut scratch.float);
     quant_gemm(pool, isa, x, weights, &target, &mut scratch.quantised);
 }
@@ -79,25 +86,65 @@ pub(super) struct Target {
 unsafe impl Sync for Target {}
 
 impl Target {
+    /// Adds the bias from `column` on to rows of `num_columns` results.
+    ///
+    /// # Safety
+    /// `out` has these rows, a stride apart.
+    pub(super) unsafe fn add_bias(&self, column: usize, out: *mut f32, num_rows: usize, num_columns: usize) {
+        if self.bias.is_null() {
+            return;
+        }
+        for row in 0..num_rows {
+            // SAFETY: the caller's promise; the bias has every column of the weights.
+            let (out, bias) = unsafe {
+                let out = std::slice::from_raw_parts_mut(out.add(row * self.stride), num_columns);
+                (out, std::slice::from_raw_parts(self.bias.add(column), num_columns))
+            };
+            out.iter_mut().zip(bias).for_each(|(out, bias)| *out += bias);
+        }
+    }
+
     /// The bias from `column` on; null when there is none.
     pub(super) fn bias(&self, column: usize) -> *const f32 {
         if self.bias.is_null() { self.bias } else { self.bias.wrapping_add(column) }
     }
 }
 
-/// The segments whose types are, or are not, quantised.
-pub(super) fn segments(weights: &PackedMatrix, quantised: bool) -> impl Iterator<Item = &Segment> {
-    weights.segments().iter().filter(move |segment| segment.dtype.is_quantised() == quantised)
+/// Which kernels multiply a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    /// Lanes of f32, or pairs of bf16.
+    Plain,
+    /// Tiles of bf16.
+    Tiles,
+    /// Codes and scales.
+    Quantised,
+}
+
+impl Family {
+    fn of(isa: Isa, dtype: DType) -> Self {
+        match dtype {
+            dtype if dtype.is_quantised() => Family::Quantised,
+            DType::BF16 if isa == Isa::Amx => Family::Tiles,
+            _ => Family::Plain,
+        }
+    }
+}
+
+/// The segments that a family multiplies.
+pub(super) fn segments(weights: &PackedMatrix, isa: Isa, family: Family) -> impl Iterator<Item = &Segment> {
+    weights.segments().iter().filter(move |segment| Family::of(isa, segment.dtype) == family)
 }
 
 /// Cuts `panels`, counted over such segments, at the segments' borders.
 pub(super) fn panels_of_segments(
     weights: &PackedMatrix,
-    quantised: bool,
+    isa: Isa,
+    family: Family,
     panels: Range<usize>,
 ) -> impl Iterator<Item = (&Segment, Range<usize>)> {
     let mut first = 0;
-    segments(weights, quantised).filter_map(move |segment| {
+    segments(weights, isa, family).filter_map(move |segment| {
         let before = first;
         first += segment.num_panels();
         let (start, end) = (panels.start.max(before), panels.end.min(first));

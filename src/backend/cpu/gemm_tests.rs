@@ -91,7 +91,7 @@ fn check_against_loops(isa: Isa, w: &PackedMatrix, num_rows: usize, tolerance: f
 }
 
 fn float_tolerance(isa: Isa, dtype: DType) -> f64 {
-    if isa == Isa::Avx512Bf16 && dtype == DType::BF16 { 4e-3 } else { 2e-6 }
+    if isa >= Isa::Avx512Bf16 && dtype == DType::BF16 { 4e-3 } else { 2e-6 }
 }
 
 const PLAIN: [DType; 3] = [DType::F32, DType::F16, DType::BF16];

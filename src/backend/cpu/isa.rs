@@ -16,11 +16,13 @@ pub enum Isa {
     Avx512,
     /// The same with AVX-512 BF16 dot products.
     Avx512Bf16,
+    /// The same with bf16 tile registers (AMX).
+    Amx,
 }
 
 impl Isa {
     /// All, from least to most.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// Whether this machine can run it.
     pub fn is_available(self) -> bool {
@@ -39,6 +41,7 @@ impl Isa {
                 Isa::Avx2 => avx2,
                 Isa::Avx512 => avx512,
                 Isa::Avx512Bf16 => avx512 && is_x86_feature_detected!("avx512bf16"),
+                Isa::Amx => Isa::Avx512Bf16.is_available() && super::amx::is_available(),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -65,6 +68,7 @@ impl fmt::Display for Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512-bf16",
+            Isa::Amx => "amx",
         })
     }
 }
@@ -74,7 +78,7 @@ impl FromStr for Isa {
 
     fn from_str(name: &str) -> Result<Self> {
         Isa::ALL.into_iter().find(|isa| isa.to_string() == name).ok_or_else(|| {
-            invalid!("no instruction set is called {name:?}; one of portable, avx2, avx512, avx512-bf16")
+            invalid!("no instruction set is called {name:?}; one of portable, avx2, avx512, avx512-bf16, amx")
         })
     }
 }

@@ -3,8 +3,16 @@
 //! Kernels are plain functions over slices; [`CpuBackend`] ties them to the [`Backend`](super::Backend) trait.
 
 mod activation;
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod amx_gemm;
+#[cfg(target_arch = "x86_64")]
+mod amx_vector;
 mod argmax;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod attention_amx;
 mod attention_tile;
 mod backend;
 mod copy_stream;
@@ -24,6 +32,7 @@ mod input_tiles;
 mod isa;
 mod kv_arena;
 mod kv_store;
+mod line;
 mod memory;
 mod norm;
 mod packed;

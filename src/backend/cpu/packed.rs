@@ -3,7 +3,7 @@
 //! A panel keeps its 32 rows side by side, so that vector lanes are output rows and a product needs no horizontal sum.
 //! `h` below is the half of the panel (16 rows each), `r` the row within it.
 //!
-//! - Plain types, K padded to even, by pairs of `k`: bf16 `[K/2][h][r][k % 2]`, f16 and f32 `[K/2][h][k % 2][r]`.
+//! - Plain types, K padded to even (bf16 to 32s), by pairs of `k`: bf16 `[K/2][h][r][k % 2]`, f16 and f32 `[K/2][h][k % 2][r]`.
 //! - Quantised types, by blocks as in the file. A block of 32 (256 for K-quants) begins with the 32 rows' f16 scales,
 //!   then their f16 offsets where the format has them. K-quants follow with 8 sub-blocks of 32, each opening with
 //!   `[2][32 rows]` bytes of sub-scales. Codes of 32 elements: `[h][k / 4][r][k % 4]`, one byte a weight for Q5, Q6 and
@@ -24,6 +24,8 @@ use crate::{Error, Result, invalid, unsupported};
 
 /// Output rows of one panel.
 pub(super) const PANEL_ROWS: usize = 32;
+/// K of a bf16 panel is a multiple of this, zeros at its end: what a tile of AMX takes at once.
+const TILE_COLUMNS: usize = 32;
 /// Rows of half a panel: the lanes of a 512-bit vector.
 pub(super) const HALF_ROWS: usize = 16;
 
@@ -96,7 +98,8 @@ fn panel_bytes(dtype: DType, columns: usize) -> Option<usize> {
         let layout = QuantLayout::new(dtype);
         return (columns / layout.block_elements).checked_mul(layout.block_bytes());
     }
-    columns.checked_next_multiple_of(2)?.checked_mul(dtype.block_bytes() * PANEL_ROWS)
+    let multiple = if dtype == DType::BF16 { TILE_COLUMNS } else { 2 };
+    columns.checked_next_multiple_of(multiple)?.checked_mul(dtype.block_bytes() * PANEL_ROWS)
 }
 
 impl PackedMatrix {

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::super::DType;
-use super::gemm::{BLOCK_BYTES, Grouping, Target, grown, panels_of_segments, segments};
+use super::gemm::{BLOCK_BYTES, Family, Grouping, Target, grown, panels_of_segments, segments};
 use super::input_tiles::{Rows, TilePlan};
 use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
 #[cfg(target_arch = "x86_64")]
@@ -36,8 +36,8 @@ pub(super) fn quant_gemm(
     target: &Target,
     scratch: &mut Vec<u32>,
 ) {
-    let num_panels: usize = segments(weights, true).map(Segment::num_panels).sum();
-    let Some(panel_bytes) = segments(weights, true).map(|segment| segment.panel_bytes).max() else {
+    let num_panels: usize = segments(weights, isa, Family::Quantised).map(Segment::num_panels).sum();
+    let Some(panel_bytes) = segments(weights, isa, Family::Quantised).map(|segment| segment.panel_bytes).max() else {
         return;
     };
     let row_words = weights.num_columns() / BLOCK * RECORD_WORDS;
@@ -56,7 +56,7 @@ pub(super) fn quant_gemm(
 impl QuantGemm<'_> {
     /// Multiplies one block of rows by some panels, counted over the quantised segments.
     fn run(&self, block: usize, panels: Range<usize>) {
-        for (segment, panels) in panels_of_segments(self.weights, true, panels) {
+        for (segment, panels) in panels_of_segments(self.weights, self.isa, Family::Quantised, panels) {
             for panel in panels {
                 for tile in self.blocks.start(block)..self.blocks.start(block + 1) {
                     self.run_tile(segment, panel, tile);
@@ -92,7 +92,7 @@ impl QuantGemm<'_> {
 fn max_rows(isa: Isa) -> usize {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => quant_avx512::MAX_ROWS,
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => quant_avx512::MAX_ROWS,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => quant_avx2::MAX_ROWS,
         _ => quant_tile::PORTABLE_ROWS,
@@ -102,7 +102,7 @@ fn max_rows(isa: Isa) -> usize {
 fn quant_kernel(isa: Isa, dtype: DType, num_rows: usize) -> QuantKernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => quant_avx512::quant_kernel(dtype, num_rows),
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => quant_avx512::quant_kernel(dtype, num_rows),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => quant_avx2::quant_kernel(dtype, num_rows),
         _ => quant_tile::portable_kernel(num_rows),

@@ -126,7 +126,7 @@ pub(super) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx2 => unsafe { super::simd_avx2::run(kernel) },
         // SAFETY: the instructions are available.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { super::simd_avx512::run(kernel) },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { super::simd_avx512::run(kernel) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("only x86-64 has {isa}"),
     }

@@ -167,7 +167,12 @@ fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-/// All sequences in one call: close to f64 (the last query of each), the same bits with every instruction set.
+/// What rounding may cost: to f32, or of queries and weights to bf16.
+fn tolerance(isa: Isa, layout: &KvLayout) -> f64 {
+    if uses_tile_registers(isa, layout) { 1e-2 } else { 2e-6 }
+}
+
+/// All sequences in one call: close to f64 (the last query of each), the same bits with every set of vector instructions.
 fn check_against_reference(shape: Shape, lengths: &[Lengths]) {
     let context_lens: Vec<usize> = lengths.iter().map(|lengths| lengths.context_len).collect();
     let mut world = World::new(shape, &context_lens);
@@ -176,19 +181,21 @@ fn check_against_reference(shape: Shape, lengths: &[Lengths]) {
     let mut first: Option<Vec<u32>> = None;
     for isa in Isa::available() {
         let out = world.attend(&mut pool, isa, &parts);
+        let is_tiled = uses_tile_registers(isa, &world.layout);
         let mut rows = out.chunks_exact(world.row_len());
         for (sequence, lengths) in &parts {
             for position in lengths.context_len - lengths.num_queries..lengths.context_len {
                 let found = rows.next().unwrap();
-                if first.is_some() || position % 7 != 0 && position + 1 != lengths.context_len {
+                if first.is_some() && !is_tiled || position % 7 != 0 && position + 1 != lengths.context_len {
                     continue;
                 }
                 for (wanted, found) in world.reference(*sequence, position).into_iter().zip(found) {
-                    assert!((wanted - f64::from(*found)).abs() < 2e-6, "{isa} {position}: {wanted} {found}");
+                    let error = (wanted - f64::from(*found)).abs();
+                    assert!(error < tolerance(isa, &world.layout), "{isa} {position}: {wanted} {found}");
                 }
             }
         }
-        assert_eq!(first.get_or_insert_with(|| bits(&out)), &bits(&out), "{isa}");
+        assert!(is_tiled || *first.get_or_insert_with(|| bits(&out)) == bits(&out), "{isa}: other bits");
     }
 }
 
