@@ -117,6 +117,7 @@ fn check_prefill(engine: &TestEngine, what: &str) {
     let random = &mut Random::new(2);
     let (prompt_len, chunk) = (1500, engine_limits().max_num_batched_tokens);
     drop(collect(engine.submit(&random.tokens(prompt_len, VOCAB), greedy(2))));
+    let mut fewest = None;
     for _ in 0..50 {
         let before = num_steps(engine);
         let mut stream = engine.submit(&random.tokens(prompt_len, VOCAB), greedy(1000));
@@ -126,10 +127,18 @@ fn check_prefill(engine: &TestEngine, what: &str) {
         }
         let first = num_steps(engine) - before;
         let num_allocations = allocations_during(|| drop(stream.blocking_next()));
-        assert_eq!(num_allocations, 0, "{what}: prefill steps allocate");
-        if first + 10 < (prompt_len / chunk) as u64 {
+        if first + 10 >= (prompt_len / chunk) as u64 {
+            continue;
+        }
+        // A thread that is put to sleep for the first time may allocate, whichever it is; a step that allocates does so
+        // every time.
+        if num_allocations == 0 {
             return;
         }
+        fewest = fewest.min(Some(num_allocations)).or(Some(num_allocations));
+    }
+    if let Some(fewest) = fewest {
+        panic!("{what}: prefill steps allocate, {fewest} times at least");
     }
     panic!("{what}: the test thread never saw ten steps of a prefill");
 }

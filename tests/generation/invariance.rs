@@ -140,10 +140,15 @@ fn check(family: Family, isa: Isa, dtype: Option<DType>, kv_dtype: DType) {
         }
     }
     assert!(num_cached > 0, "nothing ever came from the prefix cache");
+    // Which of the small pools runs short depends on how fast the machine is.
+    let mut num_preempted = 0;
     for (variant, engine) in variants.iter().zip(engines) {
         let num_preemptions = engine.stop().metrics().num_preemptions.get();
-        assert_eq!(num_preemptions > 0, variant.limits.num_blocks == 11, "{}: {num_preemptions}", variant.name);
+        let is_small = variant.limits.num_blocks == 11;
+        assert!(is_small || num_preemptions == 0, "{}: {num_preemptions}", variant.name);
+        num_preempted += num_preemptions;
     }
+    assert!(num_preempted > 0, "nothing was ever preempted");
 }
 
 fn check_family(family: Family) {
