@@ -1,0 +1,45 @@
+//! The software GPU in place of the driver, for the test programs that compute on it.
+//!
+//! Cargo builds its library beside the test programs. Loading it by its path before anything asks for the driver is
+//! enough: the system's loader then finds it under the driver's name.
+
+#![allow(unsafe_code)]
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use mneme::backend::cuda::CudaBackend;
+use mneme::backend::{DType, find_gpus};
+
+/// Names another library than the one Cargo built: a build with other options, or the driver of a real GPU.
+const LIBRARY_VARIABLE: &str = "MNEME_TEST_LIBCUDA";
+
+/// The library that stands for the driver.
+pub fn library() -> PathBuf {
+    if let Some(path) = std::env::var_os(LIBRARY_VARIABLE) {
+        return path.into();
+    }
+    let program = std::env::current_exe().unwrap();
+    program.parent().unwrap().join("libsoftgpu.so")
+}
+
+/// A new backend on the software GPU, or on the GPU whose driver was named.
+pub fn backend(dtype: DType) -> CudaBackend {
+    load();
+    CudaBackend::new(0, dtype).unwrap()
+}
+
+/// Loads the library, once.
+fn load() {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let path = library();
+        // SAFETY: the library has no initialisers that depend on anything, and it stays for good.
+        let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
+        std::mem::forget(library.unwrap_or_else(|error| panic!("cannot load {}: {error}", path.display())));
+        let gpus = find_gpus().unwrap();
+        let is_expected = gpus[0].is_software() || std::env::var_os(LIBRARY_VARIABLE).is_some();
+        assert!(is_expected, "the driver of {} was found before the software GPU", gpus[0]);
+    });
+}
