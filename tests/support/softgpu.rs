@@ -2,18 +2,24 @@
 //!
 //! Cargo builds its library beside the test programs. Loading it by its path before anything asks for the driver is
 //! enough: the system's loader then finds it under the driver's name.
+//!
+//! A program built without compiled kernels, on a machine without NVRTC, has nothing to test: it says so and ends.
 
 #![allow(unsafe_code)]
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use mneme::backend::cuda::CudaBackend;
-use mneme::backend::{DType, find_gpus};
+use mneme::backend::{DType, find_gpus, kernel_source};
 
 /// Names another library than the one Cargo built: a build with other options, or the driver of a real GPU.
 const LIBRARY_VARIABLE: &str = "MNEME_TEST_LIBCUDA";
+
+/// Set where the kernels must be there: a run without them then fails.
+const REQUIRE_VARIABLE: &str = "MNEME_REQUIRE_CUDA_TESTS";
 
 /// The library that stands for the driver.
 pub fn library() -> PathBuf {
@@ -34,6 +40,7 @@ pub fn backend(dtype: DType) -> CudaBackend {
 fn load() {
     static LOADED: OnceLock<()> = OnceLock::new();
     LOADED.get_or_init(|| {
+        end_without_kernels();
         let path = library();
         // SAFETY: the library has no initialisers that depend on anything, and it stays for good.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
@@ -42,4 +49,14 @@ fn load() {
         let is_expected = gpus[0].is_software() || std::env::var_os(LIBRARY_VARIABLE).is_some();
         assert!(is_expected, "the driver of {} was found before the software GPU", gpus[0]);
     });
+}
+
+/// Ends the program when there are no kernels. The message goes past the capture of test output.
+pub fn end_without_kernels() {
+    let Err(error) = kernel_source() else { return };
+    assert!(std::env::var_os(REQUIRE_VARIABLE).is_none(), "{REQUIRE_VARIABLE} is set, but {error}");
+    let program = std::env::args().next().unwrap_or_default();
+    let message = format!("\nskipped: every test of {program}, because {error}\n");
+    std::io::stderr().write_all(message.as_bytes()).unwrap();
+    std::process::exit(0);
 }

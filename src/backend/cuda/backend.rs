@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use cudarc::driver::CudaContext;
+use cudarc::driver::{CudaContext, CudaFunction};
 
 use super::attention::{self, Partials};
 use super::driver::{driver_error, open};
@@ -68,6 +68,11 @@ impl CudaBackend {
     /// The device.
     pub fn info(&self) -> &GpuInfo {
         &self.info
+    }
+
+    /// Kernel `name` of `kernels/{file}.cu`, for programs that launch kernels themselves.
+    pub fn function(&self, file: &str, name: &str) -> Result<CudaFunction> {
+        self.kernels.modules.function(file, name)
     }
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {

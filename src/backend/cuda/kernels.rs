@@ -58,6 +58,7 @@ pub(super) struct AttentionKernels {
 
 /// All that the backend launches.
 pub(super) struct Kernels {
+    pub(super) modules: Modules,
     pub(super) embed: Kernel,
     pub(super) rms_norm: Kernel,
     pub(super) rms_norm_rows: Kernel,
@@ -100,6 +101,7 @@ impl Kernels {
             gelu_tanh: plain("activation", format!("gelu_tanh_{dtype}"))?,
             gather_rows: plain("rows", "gather_rows".into())?,
             argmax: plain("sampling", "argmax".into())?,
+            modules,
         })
     }
 

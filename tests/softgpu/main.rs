@@ -1,0 +1,39 @@
+//! The whole engine on the software GPU: the tests that the CPU backend passes, every family against it, and a real
+//! model.
+
+#![cfg(feature = "cuda")]
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod command;
+mod families;
+mod golden;
+#[path = "../generation/invariance.rs"]
+mod invariance;
+#[path = "../generation/lifecycle.rs"]
+mod lifecycle;
+#[path = "../generation/parameters.rs"]
+mod parameters;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::path::Path;
+
+use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
+use support::engine::{Setup, TestEngine};
+
+/// Random workloads for every family and kind of numbers: a step takes thousands of times longer than on a GPU.
+const NUM_WORKLOADS: u64 = 2;
+
+/// Requests in the test that cancels them.
+const NUM_CANCELLED: usize = 100;
+
+/// Starts an engine on the device that these tests are about.
+fn start(path: &Path, setup: Setup) -> TestEngine {
+    TestEngine::start_on_softgpu(path, setup)
+}
+
+/// What the tests of invariance go through: types of weights and of the KV cache.
+fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
+    vec![(Isa::best(), None, DType::BF16), (Isa::best(), Some(DType::F16), DType::F16)]
+}
