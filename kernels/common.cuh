@@ -4,8 +4,6 @@
 // Where the bits of a result must not depend on which kernel computed it, products and sums are spelled with the
 // intrinsics __fmul_rn, __fadd_rn and __fmaf_rn, which the compiler neither fuses nor splits.
 
-#pragma once
-
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -18,7 +16,8 @@ struct f16 {
     u16 bits;
 };
 
-constexpr float MINUS_INFINITY = -__builtin_inff();
+// NVRTC has no constant for it.
+#define MINUS_INFINITY __int_as_float(0xff800000)
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
