@@ -175,7 +175,6 @@ template <bool BY_WEIGHT>
 __device__ __forceinline__ Cut narrow(Histogram& histogram, const Weights& weights, Cut cut, int top_k, float top_p) {
     u32 found = 0;
     u64 wanted = 0;
-#pragma unroll
     for (int level = 0; level < 3; level++) {
         const int shift = level == 0 ? 20 : level == 1 ? 10 : 0, num_bits = level == 0 ? 11 : 10;
         fill<BY_WEIGHT>(histogram, weights, cut, found, shift, num_bits);
