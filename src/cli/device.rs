@@ -170,13 +170,13 @@ mod tests {
 
     #[test]
     fn the_software_gpu_is_used_only_when_asked_for() {
-        let soft = gpu(0, "mneme software GPU", 8);
-        assert_eq!(choose(DeviceArg::SoftGpu, &[soft.clone()]), Ok(Chosen::Gpu(soft.clone())));
-        assert!(choose(DeviceArg::Cuda(0), &[soft.clone()]).unwrap_err().contains("--device softgpu"));
-        let Ok(Chosen::Cpu { reason: Some(reason) }) = choose(DeviceArg::Auto, &[soft]) else { panic!() };
+        let soft = [gpu(0, "mneme software GPU", 8)];
+        assert_eq!(choose(DeviceArg::SoftGpu, &soft), Ok(Chosen::Gpu(soft[0].clone())));
+        assert!(choose(DeviceArg::Cuda(0), &soft).unwrap_err().contains("--device softgpu"));
+        let Ok(Chosen::Cpu { reason: Some(reason) }) = choose(DeviceArg::Auto, &soft) else { panic!() };
         assert!(reason.contains("software GPU"), "{reason}");
-        let real = gpu(0, "NVIDIA H100", 9);
-        assert!(choose(DeviceArg::SoftGpu, &[real.clone()]).unwrap_err().contains("LD_LIBRARY_PATH"));
-        assert!(choose(DeviceArg::Cuda(1), &[real]).unwrap_err().contains("NVIDIA H100"));
+        let real = [gpu(0, "NVIDIA H100", 9)];
+        assert!(choose(DeviceArg::SoftGpu, &real).unwrap_err().contains("LD_LIBRARY_PATH"));
+        assert!(choose(DeviceArg::Cuda(1), &real).unwrap_err().contains("NVIDIA H100"));
     }
 }

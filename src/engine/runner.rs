@@ -43,8 +43,9 @@ pub(super) struct HostRows {
     pub(super) num_rows: usize,
 }
 
-/// Arrays of a step, and the numbers that lie between two beginnings at least: devices read vectors of 16 bytes.
+/// Arrays of a step.
 const NUM_INPUTS: usize = 7;
+/// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 const ALIGNED_NUMBERS: usize = 4;
 
 /// The arrays of a step, written on the host and uploaded in one copy.

@@ -28,6 +28,6 @@ fn start(path: &Path, setup: Setup) -> TestEngine {
 
 /// What the tests of invariance go through: instruction sets, types of weights and of the KV cache.
 fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
-    let stored = Isa::available().into_iter().map(|isa| (isa, None, DType::BF16));
+    let stored = Isa::available().map(|isa| (isa, None, DType::BF16));
     stored.chain([(Isa::best(), Some(DType::F32), DType::F32)]).collect()
 }
