@@ -7,8 +7,8 @@ use crate::Result;
 /// The oldest devices that have the instructions the kernels are written in (Ampere: `mma.sync` on bf16, `cp.async`).
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
-/// What the device name of the software GPU contains.
-const SOFTWARE_GPU: &str = "software gpu";
+/// What the device name of a software GPU contains, in small letters.
+const SOFTWARE_GPU: [&str; 2] = ["softgpu", "software gpu"];
 
 /// A device that the driver shows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,7 +26,8 @@ pub struct GpuInfo {
 impl GpuInfo {
     /// Whether it is the device that tests compute on: a program, not a GPU.
     pub fn is_software(&self) -> bool {
-        self.name.to_ascii_lowercase().contains(SOFTWARE_GPU)
+        let name = self.name.to_ascii_lowercase();
+        SOFTWARE_GPU.iter().any(|known| name.contains(known))
     }
 
     /// Why the kernels cannot run on it, if they cannot.
@@ -80,6 +81,7 @@ mod tests {
     #[test]
     fn the_software_gpu_is_known_by_its_name() {
         assert!(gpu("mneme software GPU", (8, 0)).is_software());
+        assert!(gpu("softgpu (software device for tests)", (8, 0)).is_software());
         assert!(!gpu("NVIDIA H100", (9, 0)).is_software());
     }
 }

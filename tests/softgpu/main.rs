@@ -22,8 +22,8 @@ use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
 use support::engine::{Setup, TestEngine};
 
-/// Random workloads for every family and kind of numbers: a step takes thousands of times longer than on a GPU.
-const NUM_WORKLOADS: u64 = 2;
+/// Random workloads for every family: a step takes thousands of times longer than on a GPU.
+const NUM_WORKLOADS: u64 = 1;
 
 /// Requests in the test that cancels them.
 const NUM_CANCELLED: usize = 100;
@@ -33,7 +33,8 @@ fn start(path: &Path, setup: Setup) -> TestEngine {
     TestEngine::start_on_softgpu(path, setup)
 }
 
-/// What the tests of invariance go through: types of weights and of the KV cache.
+/// What the tests of invariance go through: f16 runs through the same kernels with other conversions, which
+/// `tests/kernels` and `families` cover.
 fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
-    vec![(Isa::best(), None, DType::BF16), (Isa::best(), Some(DType::F16), DType::F16)]
+    vec![(Isa::best(), None, DType::BF16)]
 }
