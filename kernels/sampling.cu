@@ -186,7 +186,6 @@ __device__ __forceinline__ Cut narrow(Histogram& histogram, const Weights& weigh
         find_bin(histogram, wanted);
         found = found << num_bits | histogram.bin;
         wanted = histogram.rest;
-        __syncthreads();
     }
     const u64 each = BY_WEIGHT ? Weights::units(found) : 1;
     return {found, (wanted + each - 1) / each};
