@@ -67,12 +67,26 @@ struct Rows {
     __device__ __forceinline__ int end_chunk() const { return ceil_div(context_len, CHUNK); }
 };
 
-// Queues the copy of keys (or values) [first, first + TILE) of a head; zeros past the context. Blocks hold a multiple of
-// 16 positions, so 16 have one entry of the block table.
+// Where the next RUN positions of a sequence lie: an entry of the block table, and positions into that block. Blocks hold
+// a multiple of RUN, so a run never crosses into another. Kept from tile to tile, because divisions are slow.
+constexpr int RUN = 16;
+
+struct Cursor {
+    int index, offset;
+
+    __device__ __forceinline__ Cursor(int position, int block_size)
+        : index(position / block_size), offset(position % block_size) {}
+    __device__ __forceinline__ void advance(int block_size) {
+        offset += RUN;
+        if (offset == block_size) index++, offset = 0;
+    }
+};
+
+// Queues the copy of keys (or values) [first, first + TILE) of a head, which are at the cursor; zeros past the context.
 template <int D, int THREADS, class T>
 __device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, const Rows& rows, int first,
-                                          bool is_value) {
-    constexpr int RUN = 16, CHUNKS = D / 8, VECTORS = RUN * CHUNKS;
+                                          bool is_value, Cursor& cursor) {
+    constexpr int CHUNKS = D / 8, VECTORS = RUN * CHUNKS;
     const u64 tile_numbers = static_cast<u64>(args.block_size) * D;
     const T* head = args.blocks + args.layer_offset + (2 * rows.kv_head + is_value) * tile_numbers;
     const int* table = args.block_tables + static_cast<u64>(rows.sequence) * args.max_blocks;
@@ -81,9 +95,9 @@ __device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, 
         const int position = first + run * RUN;
         const T* source = head;
         if (position < rows.context_len) {
-            const int index = position / args.block_size;
-            source += table[index] * args.block_stride + static_cast<u64>(position - index * args.block_size) * D;
+            source += table[cursor.index] * args.block_stride + static_cast<u64>(cursor.offset) * D;
         }
+        cursor.advance(args.block_size);
 #pragma unroll
         for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
             const int vector = i * THREADS + threadIdx.x;
@@ -148,9 +162,8 @@ __device__ __forceinline__ void fold(Softmax& total, const Softmax& chunk) {
     const float2 factors = fold_factors(total.max, chunk.max);
     total = {fmaxf(total.max, chunk.max), fold(total.sum, chunk.sum, factors)};
 }
-__device__ __forceinline__ float normalise(float x, float sum) {
-    return sum == 0.0f ? 0.0f : __fmul_rn(x, __frcp_rn(sum));
-}
+// What a weighted sum is multiplied with in the end; 0 for a row that has seen nothing.
+__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
 
 // What a warp knows of its 16 rows: a lane has rows lane / 4 and lane / 4 + 8, and of `N` mma tiles of 8 dimensions the
 // columns lane % 4 * 2 and the next.
@@ -264,9 +277,20 @@ template <int N> struct RowSums {
         begin_chunk();
     }
 
+    __device__ __forceinline__ void normalise() {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float factor = inverse(total_softmax[i].sum);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                total[n][2 * i] = __fmul_rn(total[n][2 * i], factor);
+                total[n][2 * i + 1] = __fmul_rn(total[n][2 * i + 1], factor);
+            }
+        }
+    }
+
     template <class T> __device__ __forceinline__ u32 result(int n, int i) const {
-        const float sum = total_softmax[i].sum;
-        return pack<T>(normalise(total[n][2 * i], sum), normalise(total[n][2 * i + 1], sum));
+        return pack<T>(total[n][2 * i], total[n][2 * i + 1]);
     }
 };
 
@@ -345,18 +369,19 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     const float scale = __fmul_rn(args.scale, LOG2_E);
 
     load_queries<D, THREADS, 16>(queries, args, rows, 0);
-    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false);
+    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
+    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
     commit_copies();
     RowSums<N> sums(rows, 0);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
-        load_tile<D, THREADS>(values, args, rows, tile * TILE, true);
+        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
         commit_copies();
         float own[2][4], scores[TILE / 8][4];
         score<T, D, 1>(own, queries, 0, keys, warp * 16);
         exchange_scores(scores, own, shared_scores);  // Its barrier: nobody reads the keys any more.
-        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false);
+        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
@@ -370,6 +395,7 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     if (is_split) {
         store_partial<D>(args, rows, sums, chunk);
     } else {
+        sums.normalise();
         store_rows<D>(args, rows, sums);
     }
 }
@@ -392,7 +418,7 @@ __device__ __forceinline__ void combine(T* out, const float* partials, const Row
         fold(softmax, {state.x, state.y});
     }
     const u64 target = (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
-    out[target].bits = static_cast<u16>(pack<T>(normalise(total, softmax.sum), 0.0f));
+    out[target].bits = static_cast<u16>(pack<T>(__fmul_rn(total, inverse(softmax.sum)), 0.0f));
 }
 
 // ---- prefill
@@ -439,18 +465,19 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
     int tile = rows.begin(first_row) / TILE;
 
     load_queries<D, THREADS, TILE>(queries, args, rows, first_row);
-    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false);
+    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
+    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
     commit_copies();
     RowSums<N> sums(rows, first_row + warp_row);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
-        load_tile<D, THREADS>(values, args, rows, tile * TILE, true);
+        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
         commit_copies();
         float scores[TILE / 8][4];
         score<T, D, TILE / 16>(scores, queries, warp_row, keys, 0);
         __syncthreads();  // Nobody reads the keys any more.
-        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false);
+        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
@@ -460,6 +487,7 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
         if ((tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile) sums.fold_chunk();
     }
     wait_for_copies<0>();
+    sums.normalise();
     store_query_tile<D, THREADS>(args, rows, sums, first_row, warp_row, first_tile);
 }
 
