@@ -67,8 +67,8 @@ struct Rows {
     __device__ __forceinline__ int end_chunk() const { return ceil_div(context_len, CHUNK); }
 };
 
-// Where the next RUN positions of a sequence lie: an entry of the block table, and positions into that block. Blocks hold
-// a multiple of RUN, so a run never crosses into another. Kept from tile to tile, because divisions are slow.
+// Where the next RUN positions of a sequence lie: an entry of the block table, and positions into that block. Blocks
+// hold a multiple of RUN, so a run never crosses into another. Kept from tile to tile, because divisions are slow.
 constexpr int RUN = 16;
 
 struct Cursor {
@@ -104,7 +104,8 @@ __device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, 
             if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
             const int row = vector / CHUNKS, chunk = vector % CHUNKS;
             const bool exists = position + row < rows.context_len;
-            copy16_async(target + swizzled<CHUNKS>(run * RUN + row, chunk), exists ? source + vector * 8 : head, exists);
+            const T* from = exists ? source + vector * 8 : head;
+            copy16_async(target + swizzled<CHUNKS>(run * RUN + row, chunk), from, exists);
         }
     }
 }
@@ -126,7 +127,8 @@ __device__ __forceinline__ void load_queries(u32 target, const Arguments<T>& arg
 
 // Scores of 16 rows and 16 * RUNS keys, as mma tiles of 8 keys.
 template <class T, int D, int RUNS>
-__device__ __forceinline__ void score(float (&scores)[2 * RUNS][4], u32 queries, int first_row, u32 keys, int first_key) {
+__device__ __forceinline__ void score(float (&scores)[2 * RUNS][4], u32 queries, int first_row, u32 keys,
+                                      int first_key) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * RUNS; i++) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = 0.0f;
@@ -240,7 +242,8 @@ template <int N> struct RowSums {
 
     // Adds the weighted values of a tile; mma tile n has dimensions [8 (first_tile + n * step), + 8).
     template <class T, int D>
-    __device__ __forceinline__ void add_values(const u32 (&weights)[TILE / 16][4], u32 values, int first_tile, int step) {
+    __device__ __forceinline__ void add_values(const u32 (&weights)[TILE / 16][4], u32 values, int first_tile,
+                                               int step) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -293,8 +296,6 @@ template <int N> struct RowSums {
         return pack<T>(total[n][2 * i], total[n][2 * i + 1]);
     }
 };
-
-// ---- decode
 
 // The warps' scores, brought together so that every warp has those of the whole tile.
 __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], const float (&own)[2][4], float* shared) {
@@ -400,8 +401,7 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     }
 }
 
-// ---- folding what decode left
-
+// Folds what `decode` left, chunk after chunk.
 template <class T>
 __device__ __forceinline__ void combine(T* out, const float* partials, const Rows& rows, int num_chunks, int num_heads,
                                         int num_kv_heads, int head_dim, int decode_rows) {
@@ -420,8 +420,6 @@ __device__ __forceinline__ void combine(T* out, const float* partials, const Row
     const u64 target = (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
     out[target].bits = static_cast<u16>(pack<T>(__fmul_rn(total, inverse(softmax.sum)), 0.0f));
 }
-
-// ---- prefill
 
 // Brings the warps' rows together in shared memory, where the queries were, and stores them in vectors of 16 bytes.
 template <int D, int THREADS, int N, class T>
@@ -490,8 +488,6 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
     sums.normalise();
     store_query_tile<D, THREADS>(args, rows, sums, first_row, warp_row, first_tile);
 }
-
-// ---- kernels
 
 #define ATTENTION_PARAMETERS(T)                                                                                        \
     T *out, float *partials, const T *qkv, const T *blocks, const int *block_tables, const int *context_lens,          \

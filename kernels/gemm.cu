@@ -36,7 +36,8 @@ __device__ __forceinline__ int permuted(int row) { return (row & ~15) | (row & 2
 
 // Queues the copies of `ROWS` rows of the tile that begins at (first_row, first_k).
 template <class C, int ROWS, bool IS_WEIGHT, class T>
-__device__ __forceinline__ void load_rows(u32 target, const T* source, int first_row, int num_rows, int first_k, int k) {
+__device__ __forceinline__ void load_rows(u32 target, const T* source, int first_row, int num_rows, int first_k,
+                                          int k) {
     constexpr int VECTORS = ROWS * C::chunks;
 #pragma unroll
     for (int i = 0; i < ceil_div(VECTORS, C::threads); i++) {
