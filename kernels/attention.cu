@@ -316,16 +316,43 @@ __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], co
     }
 }
 
+// Where decode leaves what chunks give: [num_seqs][num_kv_heads][num_chunks][decode_rows] times D weighted values, and
+// behind all of them as many pairs of maximum and sum. Called in grids of (any, num_kv_heads, num_seqs).
+template <class Number> struct Partials {
+    Number *first_values, *first_states;
+    int decode_rows, head_dim;
+
+    __device__ __forceinline__ Partials(Number* partials, const Rows& rows, int num_chunks, int num_rows, int dims)
+        : decode_rows(num_rows), head_dim(dims) {
+        const u64 per_head = static_cast<u64>(num_chunks) * decode_rows;
+        const u64 before = (static_cast<u64>(rows.sequence) * gridDim.y + rows.kv_head) * per_head;
+        first_values = partials + before * head_dim;
+        first_states = partials + gridDim.z * gridDim.y * per_head * head_dim + before * 2;
+    }
+    __device__ __forceinline__ Number* values(int chunk, int row) const {
+        return first_values + (static_cast<u64>(chunk) * decode_rows + row) * head_dim;
+    }
+    __device__ __forceinline__ auto state(int chunk, int row) const {
+        return as_pair(first_states + (static_cast<u64>(chunk) * decode_rows + row) * 2);
+    }
+
+  private:
+    static __device__ __forceinline__ float2* as_pair(float* at) { return reinterpret_cast<float2*>(at); }
+    static __device__ __forceinline__ const float2* as_pair(const float* at) {
+        return reinterpret_cast<const float2*>(at);
+    }
+};
+
 template <int D, int N, class T>
 __device__ __forceinline__ void store_partial(const Arguments<T>& args, const Rows& rows, RowSums<N>& sums, int chunk) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     sums.end_chunk();
-    const u64 slot = (static_cast<u64>(rows.sequence) * args.num_kv_heads + rows.kv_head) * gridDim.x + chunk;
+    const Partials<float> partials(args.partials, rows, gridDim.x, args.decode_rows, D);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = lane / 4 + i * 8;
         if (row >= rows.count()) continue;
-        float* target = args.partials + (slot * args.decode_rows + row) * (D + 2);
+        float* target = partials.values(chunk, row);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const int tile = warp + n * 4;
@@ -334,7 +361,7 @@ __device__ __forceinline__ void store_partial(const Arguments<T>& args, const Ro
             *pair = {sums.chunk[n][2 * i], sums.chunk[n][2 * i + 1]};
         }
         if (warp == 0 && lane % 4 == 0) {
-            *reinterpret_cast<float2*>(target + D) = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
+            *partials.state(chunk, row) = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
         }
     }
 }
@@ -404,17 +431,16 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
 // Folds what `decode` left, chunk after chunk.
 template <class T>
 __device__ __forceinline__ void combine(T* out, const float* partials, const Rows& rows, int num_chunks, int num_heads,
-                                        int num_kv_heads, int head_dim, int decode_rows) {
-    const int row = blockIdx.x, dim = threadIdx.x, stride = head_dim + 2;
+                                        int head_dim, int decode_rows) {
+    const int row = blockIdx.x, dim = threadIdx.x;
     if (rows.count() > decode_rows || row >= rows.count() || dim >= head_dim) return;
-    const u64 first_slot = (static_cast<u64>(rows.sequence) * num_kv_heads + rows.kv_head) * num_chunks;
+    const Partials<const float> left(partials, rows, num_chunks, decode_rows, head_dim);
     float total = 0.0f;
     Softmax softmax = {MINUS_INFINITY, 0.0f};
 #pragma unroll 4
     for (int chunk = rows.first_chunk(); chunk < rows.end_chunk(); chunk++) {
-        const float* source = partials + ((first_slot + chunk) * decode_rows + row) * stride;
-        const float2 state = *reinterpret_cast<const float2*>(source + head_dim);
-        total = fold(total, source[dim], fold_factors(softmax.max, state.x));
+        const float2 state = *left.state(chunk, row);
+        total = fold(total, left.values(chunk, row)[dim], fold_factors(softmax.max, state.x));
         fold(softmax, {state.x, state.y});
     }
     const u64 target = (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
@@ -512,7 +538,7 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
                           int num_chunks, int num_heads, int num_kv_heads, int head_dim, int decode_rows,              \
                           int window) {                                                                                \
         const Rows rows(context_lens, cu_seqlens_q, num_heads, num_kv_heads, window);                                  \
-        combine(out, partials, rows, num_chunks, num_heads, num_kv_heads, head_dim, decode_rows);                      \
+        combine(out, partials, rows, num_chunks, num_heads, head_dim, decode_rows);                                    \
     }                                                                                                                  \
     ATTENTION_KERNELS(T, 16)                                                                                           \
     ATTENTION_KERNELS(T, 32)                                                                                           \
