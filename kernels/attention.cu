@@ -67,12 +67,26 @@ struct Rows {
     __device__ __forceinline__ int end_chunk() const { return ceil_div(context_len, CHUNK); }
 };
 
-// Queues the copy of keys (or values) [first, first + TILE) of a head; zeros past the context. Blocks hold a multiple of
-// 16 positions, so 16 have one entry of the block table.
+// Where the next RUN positions of a sequence lie: an entry of the block table, and positions into that block. Blocks
+// hold a multiple of RUN, so a run never crosses into another. Kept from tile to tile, because divisions are slow.
+constexpr int RUN = 16;
+
+struct Cursor {
+    int index, offset;
+
+    __device__ __forceinline__ Cursor(int position, int block_size)
+        : index(position / block_size), offset(position % block_size) {}
+    __device__ __forceinline__ void advance(int block_size) {
+        offset += RUN;
+        if (offset == block_size) index++, offset = 0;
+    }
+};
+
+// Queues the copy of keys (or values) [first, first + TILE) of a head, which are at the cursor; zeros past the context.
 template <int D, int THREADS, class T>
 __device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, const Rows& rows, int first,
-                                          bool is_value) {
-    constexpr int RUN = 16, CHUNKS = D / 8, VECTORS = RUN * CHUNKS;
+                                          bool is_value, Cursor& cursor) {
+    constexpr int CHUNKS = D / 8, VECTORS = RUN * CHUNKS;
     const u64 tile_numbers = static_cast<u64>(args.block_size) * D;
     const T* head = args.blocks + args.layer_offset + (2 * rows.kv_head + is_value) * tile_numbers;
     const int* table = args.block_tables + static_cast<u64>(rows.sequence) * args.max_blocks;
@@ -81,16 +95,17 @@ __device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, 
         const int position = first + run * RUN;
         const T* source = head;
         if (position < rows.context_len) {
-            const int index = position / args.block_size;
-            source += table[index] * args.block_stride + static_cast<u64>(position - index * args.block_size) * D;
+            source += table[cursor.index] * args.block_stride + static_cast<u64>(cursor.offset) * D;
         }
+        cursor.advance(args.block_size);
 #pragma unroll
         for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
             const int vector = i * THREADS + threadIdx.x;
             if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
             const int row = vector / CHUNKS, chunk = vector % CHUNKS;
             const bool exists = position + row < rows.context_len;
-            copy16_async(target + swizzled<CHUNKS>(run * RUN + row, chunk), exists ? source + vector * 8 : head, exists);
+            const T* from = exists ? source + vector * 8 : head;
+            copy16_async(target + swizzled<CHUNKS>(run * RUN + row, chunk), from, exists);
         }
     }
 }
@@ -112,7 +127,8 @@ __device__ __forceinline__ void load_queries(u32 target, const Arguments<T>& arg
 
 // Scores of 16 rows and 16 * RUNS keys, as mma tiles of 8 keys.
 template <class T, int D, int RUNS>
-__device__ __forceinline__ void score(float (&scores)[2 * RUNS][4], u32 queries, int first_row, u32 keys, int first_key) {
+__device__ __forceinline__ void score(float (&scores)[2 * RUNS][4], u32 queries, int first_row, u32 keys,
+                                      int first_key) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * RUNS; i++) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = 0.0f;
@@ -148,9 +164,8 @@ __device__ __forceinline__ void fold(Softmax& total, const Softmax& chunk) {
     const float2 factors = fold_factors(total.max, chunk.max);
     total = {fmaxf(total.max, chunk.max), fold(total.sum, chunk.sum, factors)};
 }
-__device__ __forceinline__ float normalise(float x, float sum) {
-    return sum == 0.0f ? 0.0f : __fmul_rn(x, __frcp_rn(sum));
-}
+// What a weighted sum is multiplied with in the end; 0 for a row that has seen nothing.
+__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
 
 // What a warp knows of its 16 rows: a lane has rows lane / 4 and lane / 4 + 8, and of `N` mma tiles of 8 dimensions the
 // columns lane % 4 * 2 and the next.
@@ -227,7 +242,8 @@ template <int N> struct RowSums {
 
     // Adds the weighted values of a tile; mma tile n has dimensions [8 (first_tile + n * step), + 8).
     template <class T, int D>
-    __device__ __forceinline__ void add_values(const u32 (&weights)[TILE / 16][4], u32 values, int first_tile, int step) {
+    __device__ __forceinline__ void add_values(const u32 (&weights)[TILE / 16][4], u32 values, int first_tile,
+                                               int step) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -264,13 +280,22 @@ template <int N> struct RowSums {
         begin_chunk();
     }
 
+    __device__ __forceinline__ void normalise() {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float factor = inverse(total_softmax[i].sum);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                total[n][2 * i] = __fmul_rn(total[n][2 * i], factor);
+                total[n][2 * i + 1] = __fmul_rn(total[n][2 * i + 1], factor);
+            }
+        }
+    }
+
     template <class T> __device__ __forceinline__ u32 result(int n, int i) const {
-        const float sum = total_softmax[i].sum;
-        return pack<T>(normalise(total[n][2 * i], sum), normalise(total[n][2 * i + 1], sum));
+        return pack<T>(total[n][2 * i], total[n][2 * i + 1]);
     }
 };
-
-// ---- decode
 
 // The warps' scores, brought together so that every warp has those of the whole tile.
 __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], const float (&own)[2][4], float* shared) {
@@ -291,16 +316,43 @@ __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], co
     }
 }
 
+// Where decode leaves what chunks give: [num_seqs][num_kv_heads][num_chunks][decode_rows] times D weighted values, and
+// behind all of them as many pairs of maximum and sum. Called in grids of (any, num_kv_heads, num_seqs).
+template <class Number> struct Partials {
+    Number *first_values, *first_states;
+    int decode_rows, head_dim;
+
+    __device__ __forceinline__ Partials(Number* partials, const Rows& rows, int num_chunks, int num_rows, int dims)
+        : decode_rows(num_rows), head_dim(dims) {
+        const u64 per_head = static_cast<u64>(num_chunks) * decode_rows;
+        const u64 before = (static_cast<u64>(rows.sequence) * gridDim.y + rows.kv_head) * per_head;
+        first_values = partials + before * head_dim;
+        first_states = partials + gridDim.z * gridDim.y * per_head * head_dim + before * 2;
+    }
+    __device__ __forceinline__ Number* values(int chunk, int row) const {
+        return first_values + (static_cast<u64>(chunk) * decode_rows + row) * head_dim;
+    }
+    __device__ __forceinline__ auto state(int chunk, int row) const {
+        return as_pair(first_states + (static_cast<u64>(chunk) * decode_rows + row) * 2);
+    }
+
+  private:
+    static __device__ __forceinline__ float2* as_pair(float* at) { return reinterpret_cast<float2*>(at); }
+    static __device__ __forceinline__ const float2* as_pair(const float* at) {
+        return reinterpret_cast<const float2*>(at);
+    }
+};
+
 template <int D, int N, class T>
 __device__ __forceinline__ void store_partial(const Arguments<T>& args, const Rows& rows, RowSums<N>& sums, int chunk) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     sums.end_chunk();
-    const u64 slot = (static_cast<u64>(rows.sequence) * args.num_kv_heads + rows.kv_head) * gridDim.x + chunk;
+    const Partials<float> partials(args.partials, rows, gridDim.x, args.decode_rows, D);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int row = lane / 4 + i * 8;
         if (row >= rows.count()) continue;
-        float* target = args.partials + (slot * args.decode_rows + row) * (D + 2);
+        float* target = partials.values(chunk, row);
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const int tile = warp + n * 4;
@@ -309,7 +361,7 @@ __device__ __forceinline__ void store_partial(const Arguments<T>& args, const Ro
             *pair = {sums.chunk[n][2 * i], sums.chunk[n][2 * i + 1]};
         }
         if (warp == 0 && lane % 4 == 0) {
-            *reinterpret_cast<float2*>(target + D) = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
+            *partials.state(chunk, row) = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
         }
     }
 }
@@ -345,18 +397,19 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     const float scale = __fmul_rn(args.scale, LOG2_E);
 
     load_queries<D, THREADS, 16>(queries, args, rows, 0);
-    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false);
+    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
+    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
     commit_copies();
     RowSums<N> sums(rows, 0);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
-        load_tile<D, THREADS>(values, args, rows, tile * TILE, true);
+        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
         commit_copies();
         float own[2][4], scores[TILE / 8][4];
         score<T, D, 1>(own, queries, 0, keys, warp * 16);
         exchange_scores(scores, own, shared_scores);  // Its barrier: nobody reads the keys any more.
-        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false);
+        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
@@ -370,32 +423,29 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     if (is_split) {
         store_partial<D>(args, rows, sums, chunk);
     } else {
+        sums.normalise();
         store_rows<D>(args, rows, sums);
     }
 }
 
-// ---- folding what decode left
-
+// Folds what `decode` left, chunk after chunk.
 template <class T>
 __device__ __forceinline__ void combine(T* out, const float* partials, const Rows& rows, int num_chunks, int num_heads,
-                                        int num_kv_heads, int head_dim, int decode_rows) {
-    const int row = blockIdx.x, dim = threadIdx.x, stride = head_dim + 2;
+                                        int head_dim, int decode_rows) {
+    const int row = blockIdx.x, dim = threadIdx.x;
     if (rows.count() > decode_rows || row >= rows.count() || dim >= head_dim) return;
-    const u64 first_slot = (static_cast<u64>(rows.sequence) * num_kv_heads + rows.kv_head) * num_chunks;
+    const Partials<const float> left(partials, rows, num_chunks, decode_rows, head_dim);
     float total = 0.0f;
     Softmax softmax = {MINUS_INFINITY, 0.0f};
 #pragma unroll 4
     for (int chunk = rows.first_chunk(); chunk < rows.end_chunk(); chunk++) {
-        const float* source = partials + ((first_slot + chunk) * decode_rows + row) * stride;
-        const float2 state = *reinterpret_cast<const float2*>(source + head_dim);
-        total = fold(total, source[dim], fold_factors(softmax.max, state.x));
+        const float2 state = *left.state(chunk, row);
+        total = fold(total, left.values(chunk, row)[dim], fold_factors(softmax.max, state.x));
         fold(softmax, {state.x, state.y});
     }
     const u64 target = (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
-    out[target].bits = static_cast<u16>(pack<T>(normalise(total, softmax.sum), 0.0f));
+    out[target].bits = static_cast<u16>(pack<T>(__fmul_rn(total, inverse(softmax.sum)), 0.0f));
 }
-
-// ---- prefill
 
 // Brings the warps' rows together in shared memory, where the queries were, and stores them in vectors of 16 bytes.
 template <int D, int THREADS, int N, class T>
@@ -439,18 +489,19 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
     int tile = rows.begin(first_row) / TILE;
 
     load_queries<D, THREADS, TILE>(queries, args, rows, first_row);
-    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false);
+    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
+    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
     commit_copies();
     RowSums<N> sums(rows, first_row + warp_row);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
-        load_tile<D, THREADS>(values, args, rows, tile * TILE, true);
+        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
         commit_copies();
         float scores[TILE / 8][4];
         score<T, D, TILE / 16>(scores, queries, warp_row, keys, 0);
         __syncthreads();  // Nobody reads the keys any more.
-        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false);
+        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
@@ -460,10 +511,9 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
         if ((tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile) sums.fold_chunk();
     }
     wait_for_copies<0>();
+    sums.normalise();
     store_query_tile<D, THREADS>(args, rows, sums, first_row, warp_row, first_tile);
 }
-
-// ---- kernels
 
 #define ATTENTION_PARAMETERS(T)                                                                                        \
     T *out, float *partials, const T *qkv, const T *blocks, const int *block_tables, const int *context_lens,          \
@@ -488,7 +538,7 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
                           int num_chunks, int num_heads, int num_kv_heads, int head_dim, int decode_rows,              \
                           int window) {                                                                                \
         const Rows rows(context_lens, cu_seqlens_q, num_heads, num_kv_heads, window);                                  \
-        combine(out, partials, rows, num_chunks, num_heads, num_kv_heads, head_dim, decode_rows);                      \
+        combine(out, partials, rows, num_chunks, num_heads, head_dim, decode_rows);                                    \
     }                                                                                                                  \
     ATTENTION_KERNELS(T, 16)                                                                                           \
     ATTENTION_KERNELS(T, 32)                                                                                           \

@@ -22,8 +22,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// ---- two numbers in a word, the one of lower address in the low half
-
+// Two numbers in a word, the one of lower address in the low half.
 template <class T> __device__ __forceinline__ u32 pack(float low, float high);
 template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
     u32 word;
@@ -79,8 +78,6 @@ template <> __device__ __forceinline__ void store4<float>(float* target, float4 
     *reinterpret_cast<float4*>(target) = x;
 }
 
-// ---- arithmetic
-
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -93,10 +90,8 @@ __device__ __forceinline__ float sum_lanes(float x, int width) {
     return x;
 }
 
-// ---- tensor cores: c[16][8] += a[16][16] b[16][8]
-
-// A lane holds of c: rows lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next, as {low row, low row, high row,
-// high row}.
+// One step of the tensor cores: c[16][8] += a[16][16] b[16][8]. A lane holds of c: rows lane / 4 and lane / 4 + 8,
+// columns lane % 4 * 2 and the next, as {low row, low row, high row, high row}.
 template <class T> __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
 template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -110,8 +105,6 @@ template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const u32 (&
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// ---- shared memory
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
@@ -139,9 +132,8 @@ template <int CHUNKS> __device__ __forceinline__ u32 swizzled(int row, int chunk
     return (row * CHUNKS + (chunk ^ ((row >> SHIFT) & (EXCHANGED - 1)))) * 16;
 }
 
-// ---- asynchronous copies from global to shared memory
-
-// 16 bytes, or zeros where there is no source; `source` must be an address in the tensor either way.
+// Queues a copy from global to shared memory: 16 bytes, or zeros where there is no source; `source` must be an address
+// in the tensor either way.
 __device__ __forceinline__ void copy16_async(u32 target, const void* source, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(exists ? 16 : 0)
                  : "memory");

@@ -6,9 +6,9 @@
 //   out    [num_tokens, n] T or f32
 //
 // k is a multiple of 8 (rows are read in vectors of 16 bytes), n and num_tokens are any. Tiles are tokens x outputs:
-// gemm_t16 16 x 32 with 64 threads, gemm_t64 64 x 64 with 128, gemm_t128 128 x 128 with 256. Grid
-// (ceil(num_tokens / tile tokens), ceil(n / tile outputs)): blocks that run together share weights, which are then read
-// from memory once, while x stays in L2. Dynamic shared memory: 48, 48 and 64 KiB.
+// gemm_t16 16 x 32 with 64 threads, gemm_t32 32 x 32 with 128, gemm_t64 64 x 64 with 128, gemm_t128 128 x 128 with
+// 256. Grid (ceil(num_tokens / tile tokens), ceil(n / tile outputs)): blocks that run together share weights, which are
+// then read from memory once, while x stays in L2. Dynamic shared memory: 48 KiB, for gemm_t128 64 KiB.
 //
 // Every output is one chain of mma.m16n8k16 steps in order of k, begun at zero; steps past k add products of zeros,
 // which change nothing; the bias is added last. No tile splits k. So a row has the same bits in every tile size and
@@ -36,7 +36,8 @@ __device__ __forceinline__ int permuted(int row) { return (row & ~15) | (row & 2
 
 // Queues the copies of `ROWS` rows of the tile that begins at (first_row, first_k).
 template <class C, int ROWS, bool IS_WEIGHT, class T>
-__device__ __forceinline__ void load_rows(u32 target, const T* source, int first_row, int num_rows, int first_k, int k) {
+__device__ __forceinline__ void load_rows(u32 target, const T* source, int first_row, int num_rows, int first_k,
+                                          int k) {
     constexpr int VECTORS = ROWS * C::chunks;
 #pragma unroll
     for (int i = 0; i < ceil_div(VECTORS, C::threads); i++) {
@@ -162,6 +163,7 @@ __device__ __forceinline__ void gemm(O* out, const T* x, const T* weight, const 
 }
 
 using Tile16 = Tile<16, 32, 128, 1, 2, 4>;
+using Tile32 = Tile<32, 32, 128, 2, 2, 3>;
 using Tile64 = Tile<64, 64, 64, 2, 2, 3>;
 using Tile128 = Tile<128, 128, 32, 2, 4, 4>;
 
@@ -174,6 +176,7 @@ using Tile128 = Tile<128, 128, 32, 2, 4, 4>;
 typedef float f32;
 #define GEMM_KERNELS(T, O)                                                                                             \
     GEMM_KERNEL(T, O, 16, 3)                                                                                           \
+    GEMM_KERNEL(T, O, 32, 3)                                                                                           \
     GEMM_KERNEL(T, O, 64, 3)                                                                                           \
     GEMM_KERNEL(T, O, 128, 2)
 

@@ -9,8 +9,8 @@
 //   weight   [hidden] f32
 //   out      [num_tokens, hidden] T
 //
-// hidden is a multiple of 8, at most 32768. Grid (num_tokens); a block has one row and keeps it in registers between the
-// sum and the product: block 256 when hidden <= 8192, else 1024. The order of a sum depends on that alone.
+// hidden is a multiple of 8, at most 32768. Grid (num_tokens); a block has one row and keeps it in registers between
+// the sum and the product: block 256 when hidden <= 8192, else 1024. The order of a sum depends on that alone.
 // Equals `cpu::rms_norm` and `cpu::add_rms_norm`, with `out` rounded to T.
 
 #include "common.cuh"
@@ -47,7 +47,8 @@ __device__ __forceinline__ void norm_row(T* out, const float* weight, int hidden
         const int i = (v * blockDim.x + threadIdx.x) * 4;
         if (i >= hidden) break;
         const float4 x = kept[v], w = load4(weight + i);
-        store4(out + i, make_float4(x.x * inverse * w.x, x.y * inverse * w.y, x.z * inverse * w.z, x.w * inverse * w.w));
+        const float4 unit = make_float4(x.x * inverse, x.y * inverse, x.z * inverse, x.w * inverse);
+        store4(out + i, make_float4(unit.x * w.x, unit.y * w.y, unit.z * w.z, unit.w * w.w));
     }
 }
 

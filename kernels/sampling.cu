@@ -8,8 +8,8 @@
 // sample: temperature, then top-k, then top-p and min-p on what is left, then one draw; temperature <= 0 is argmax, and
 //   top_k 0, top_p 1, min_p 0 cut nothing. All parameters are [num_rows]. A draw is a function of (seed, index), the
 //   host sampler's own. Equals `engine::sampling::Sampler::choose` in the tokens that are kept; the draw walks them in
-//   order of id, which is the host's order, too, where neither top-p nor min-p is asked for. Weights may differ in their
-//   last bits, and one below 2^-40 of the largest counts as none.
+//   order of id, which is the host's order, too, where neither top-p nor min-p is asked for. Weights may differ in
+//   their last bits, and one below 2^-40 of the largest counts as none.
 //
 // Grid (num_rows), block 1024. Probabilities are summed as whole numbers in units of 2^-40 of the largest, so that sums
 // do not depend on the order in which threads add. A cut is found digit by digit from a histogram of the weights' bits,
@@ -154,8 +154,8 @@ __device__ __forceinline__ u64 sum_bins(Histogram& histogram) {
     return sum_warp(histogram.warp_sums[lane]);
 }
 
-// Finds the bin in which the sum from the highest bin down reaches `wanted`, which is not above the sum of all, and what
-// is wanted of that bin. Needs the warp sums.
+// Finds the bin in which the sum from the highest bin down reaches `wanted`, which is not above the sum of all, and
+// what is wanted of that bin. Needs the warp sums.
 __device__ __forceinline__ void find_bin(Histogram& histogram, u64 wanted) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp * 64 + lane * 2;
     const u64 higher_warps = sum_warp(lane > warp ? histogram.warp_sums[lane] : 0);
@@ -186,7 +186,6 @@ __device__ __forceinline__ Cut narrow(Histogram& histogram, const Weights& weigh
         find_bin(histogram, wanted);
         found = found << num_bits | histogram.bin;
         wanted = histogram.rest;
-        __syncthreads();
     }
     const u64 each = BY_WEIGHT ? Weights::units(found) : 1;
     return {found, (wanted + each - 1) / each};
@@ -201,7 +200,8 @@ __device__ __forceinline__ u64 scramble(u64 state) {
 }
 __device__ __forceinline__ u64 draw(u64 seed, u64 index) { return scramble(scramble(seed) ^ index) >> 11; }
 
-// Weight of the tokens that are kept of 32 neighbours, one a lane; `ties` says how many equal weights may still be kept.
+// Weight of the tokens that are kept of 32 neighbours, one a lane; `ties` says how many equal weights may still be
+// kept.
 __device__ __forceinline__ u64 kept_units(const Weights& weights, Cut cut, int id, int end, u64& ties) {
     const u32 bits = id < end ? weights.bits(id) : 0;
     const bool is_tie = cut.ties > 0 && id < end && bits == cut.bits;
