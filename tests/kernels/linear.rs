@@ -6,15 +6,17 @@ use crate::gpu::{self, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
 use crate::support::tiny_gguf::Storage;
 
-/// Tokens, outputs, inputs: around the edges of every tile (16, 64 and 128 tokens; 32, 64 and 128 outputs), and inputs
+/// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64 and 128 outputs), and inputs
 /// that end inside a step.
-const SHAPES: [(usize, usize, usize); 12] = [
+const SHAPES: [(usize, usize, usize); 14] = [
     (1, 1, 8),
     (1, 33, 72),
     (2, 31, 64),
     (15, 7, 40),
     (16, 32, 136),
     (17, 65, 96),
+    (32, 31, 80),
+    (33, 34, 56),
     (63, 64, 64),
     (64, 130, 200),
     (65, 127, 48),
@@ -73,7 +75,7 @@ fn a_row_has_the_same_bits_in_any_batch() {
             out.bytes(gpu)
         };
         let whole = run(0, most);
-        for (first, num_tokens) in [(0, 1), (149, 1), (3, 16), (20, 17), (80, 64), (40, 65), (0, 128)] {
+        for (first, num_tokens) in [(0, 1), (149, 1), (3, 16), (20, 17), (7, 33), (80, 64), (40, 65), (0, 128)] {
             let part = &whole[first * outputs * 4..(first + num_tokens) * outputs * 4];
             assert_eq!(run(first, num_tokens), part, "{} rows from {first} on", num_tokens);
         }

@@ -41,8 +41,9 @@ pub(super) struct GemmTile {
 }
 
 /// By number of tokens: the first whose tile holds them all, else the last.
-const GEMM_TILES: [GemmTile; 3] = [
+const GEMM_TILES: [GemmTile; 4] = [
     GemmTile { tokens: 16, outputs: 32, threads: 64, shared_bytes: 49152 },
+    GemmTile { tokens: 32, outputs: 32, threads: 128, shared_bytes: 49152 },
     GemmTile { tokens: 64, outputs: 64, threads: 128, shared_bytes: 49152 },
     GemmTile { tokens: 128, outputs: 128, threads: 256, shared_bytes: 65536 },
 ];
