@@ -26,6 +26,11 @@ fn start(path: &Path, setup: Setup) -> TestEngine {
     TestEngine::start_on_cpu(path, setup)
 }
 
+/// Whether requests are served in this way, too.
+fn is_wanted(_variant: &str) -> bool {
+    true
+}
+
 /// What the tests of invariance go through: instruction sets, types of weights and of the KV cache.
 fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
     let stored = Isa::available().map(|isa| (isa, None, DType::BF16));

@@ -33,8 +33,19 @@ fn start(path: &Path, setup: Setup) -> TestEngine {
     TestEngine::start_on_softgpu(path, setup)
 }
 
+/// Whether requests are served in this way, too: one of each kind.
+fn is_wanted(variant: &str) -> bool {
+    ["in chunks of 33, cached", "few prompt logits", "preempted", "blocks of 32"].contains(&variant)
+}
+
 /// What the tests of invariance go through: f16 runs through the same kernels with other conversions, which
 /// `tests/kernels` and `families` cover.
 fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
     vec![(Isa::best(), None, DType::BF16)]
+}
+
+/// The kernels have tests of their own; here it is about the order of copies, events and steps.
+#[test]
+fn families_are_the_cpus_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("families::", "other_schedules");
 }

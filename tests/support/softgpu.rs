@@ -9,6 +9,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
@@ -20,6 +21,10 @@ const LIBRARY_VARIABLE: &str = "MNEME_TEST_LIBCUDA";
 
 /// Set where the kernels must be there: a run without them then fails.
 const REQUIRE_VARIABLE: &str = "MNEME_REQUIRE_CUDA_TESTS";
+
+/// Orders blocks and warps.
+const SEED_VARIABLE: &str = "SOFTGPU_SEED";
+const SCHEDULES: [(&str, &str); 2] = [("lazy", "1"), ("eager", "2")];
 
 /// The library that stands for the driver.
 pub fn library() -> PathBuf {
@@ -49,6 +54,22 @@ fn load() {
         let is_expected = gpus[0].is_software() || std::env::var_os(LIBRARY_VARIABLE).is_some();
         assert!(is_expected, "the driver of {} was found before the software GPU", gpus[0]);
     });
+}
+
+/// Runs the tests of this program whose names contain `wanted` but not `skipped` again, in other schedules of the software
+/// GPU: how it orders what may run in any order is decided when it is loaded.
+pub fn pass_in_other_schedules(wanted: &str, skipped: &str) {
+    if std::env::var_os(SEED_VARIABLE).is_some() || std::env::var_os(LIBRARY_VARIABLE).is_some() {
+        return;
+    }
+    for (streams, seed) in SCHEDULES {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([wanted, "--skip", skipped]).env("SOFTGPU_STREAMS", streams).env(SEED_VARIABLE, seed);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}");
+        assert!(!text.contains("running 0 tests"), "no test is called {wanted:?}");
+    }
 }
 
 /// Ends the program when there are no kernels. The message goes past the capture of test output.

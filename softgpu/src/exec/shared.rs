@@ -65,7 +65,8 @@ impl Shared {
 
     fn range(&self, address: u64, bytes: u64) -> Checked<std::ops::Range<usize>> {
         if address + bytes > self.data.len() as u64 {
-            let what = format!("{bytes} bytes at shared address {address:#x} of {} bytes of shared memory", self.data.len());
+            let what =
+                format!("{bytes} bytes at shared address {address:#x} of {} bytes of shared memory", self.data.len());
             return Err(Fault::new(FaultKind::OutOfBounds, what));
         }
         Ok(address as usize..(address + bytes) as usize)
@@ -182,7 +183,8 @@ fn explain_write(cell: u64, epoch: u32, address: u64, warp: u32) -> Fault {
     }
     if writer >> EPOCH_SHIFT == PENDING {
         let by = name(writer & MANY);
-        let what = format!("warp {warp} writes shared address {address:#x} while a cp.async of {by} to it is in flight");
+        let what =
+            format!("warp {warp} writes shared address {address:#x} while a cp.async of {by} to it is in flight");
         return Fault::new(FaultKind::AsyncCopy, what);
     }
     let wrote = writer >> EPOCH_SHIFT == epoch && writer & MANY != warp;

@@ -1,8 +1,8 @@
 //! Tokens to syntax tree.
 
+use super::PtxError;
 use super::lexer::{Token, tokens};
 use super::syntax::{Entry, Init, Loc, Module, Operand, Param, Space, Stmt, Var};
-use super::PtxError;
 use std::collections::HashMap;
 
 type Result<T> = std::result::Result<T, PtxError>;

@@ -130,22 +130,22 @@ impl CudaBackend {
         // SAFETY: the caller's promise.
         unsafe { arguments.launch(&kernel.name, stream, &kernel.function, grid) }
     }
+}
 
-    /// Norms and activations read rows in vectors of eight.
-    fn expect_vectors(&self, what: &str, columns: usize) -> Result<()> {
-        match columns > 0 && columns.is_multiple_of(8) {
-            true => Ok(()),
-            false => Err(unsupported!("{what} has {columns} columns; CUDA kernels need a multiple of 8")),
-        }
+/// Kernels read rows in vectors of eight.
+fn expect_vectors(what: &str, columns: usize) -> Result<()> {
+    match columns > 0 && columns.is_multiple_of(8) {
+        true => Ok(()),
+        false => Err(unsupported!("{what} has {columns} columns; CUDA kernels need a multiple of 8")),
     }
+}
 
-    fn expect_norm(&self, columns: usize, norm: &Norm<'_, CudaBuffer>) -> Result<()> {
-        norm.weight.expect("norm weight", 1, columns, DType::F32)?;
-        self.expect_vectors("a norm", columns)?;
-        match columns <= MAX_NORM_COLUMNS {
-            true => Ok(()),
-            false => Err(unsupported!("a norm over {columns} columns; CUDA kernels take {MAX_NORM_COLUMNS} at most")),
-        }
+fn expect_norm(columns: usize, norm: &Norm<'_, CudaBuffer>) -> Result<()> {
+    norm.weight.expect("norm weight", 1, columns, DType::F32)?;
+    expect_vectors("a norm", columns)?;
+    match columns <= MAX_NORM_COLUMNS {
+        true => Ok(()),
+        false => Err(unsupported!("a norm over {columns} columns; CUDA kernels take {MAX_NORM_COLUMNS} at most")),
     }
 }
 
@@ -244,7 +244,7 @@ impl Backend for CudaBackend {
         out: &CudaTensor,
     ) -> Result<()> {
         let (rows, columns) = (x.rows(), x.columns());
-        self.expect_norm(columns, norm)?;
+        expect_norm(columns, norm)?;
         out.expect("norm output", rows, columns, self.dtype)?;
         let kernel = match x.dtype() {
             DType::F32 => &self.kernels.rms_norm,
@@ -266,7 +266,7 @@ impl Backend for CudaBackend {
         out: &CudaTensor,
     ) -> Result<()> {
         let (rows, columns) = (residual.rows(), residual.columns());
-        self.expect_norm(columns, norm)?;
+        expect_norm(columns, norm)?;
         residual.expect("residual", rows, columns, DType::F32)?;
         delta.expect("residual update", rows, columns, self.dtype)?;
         out.expect("norm output", rows, columns, self.dtype)?;
@@ -309,7 +309,7 @@ impl Backend for CudaBackend {
         let (rows, features) = (gate_up.rows(), gate_up.columns() / 2);
         gate_up.expect("gate and up", rows, 2 * features, self.dtype)?;
         out.expect("gated activation", rows, features, self.dtype)?;
-        self.expect_vectors("a gated activation", features)?;
+        expect_vectors("a gated activation", features)?;
         let kernel = match activation {
             Activation::Silu => &self.kernels.silu,
             Activation::GeluTanh => &self.kernels.gelu_tanh,
