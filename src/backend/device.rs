@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use super::DType;
-use crate::Result;
+use crate::{Result, invalid};
 
 /// What a stream is for. Devices may run copies beside compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,6 +146,15 @@ impl<B: Clone> Tensor<B> {
     /// Bytes of all rows.
     pub fn num_bytes(&self) -> usize {
         self.rows * self.row_bytes()
+    }
+
+    /// An error that names it `what` unless it has this shape and type.
+    pub(super) fn expect(&self, what: &str, rows: usize, columns: usize, dtype: DType) -> Result<()> {
+        if (self.rows, self.columns, self.dtype) == (rows, columns, dtype) {
+            return Ok(());
+        }
+        let Self { rows: found_rows, columns: found_columns, dtype: found, .. } = *self;
+        Err(invalid!("{what} is [{found_rows}, {found_columns}] {found}, wanted [{rows}, {columns}] {dtype}"))
     }
 
     fn row_bytes(&self) -> usize {

@@ -3,14 +3,16 @@
 //! A block is `[layer][kv_head][K tile | V tile]`, so one head of one layer reads one run of bytes. With `B` tokens in
 //! a block and `D` numbers in a head, a tile is
 //!
-//! | type | K tile | V tile |
+//! | order, type | K tile | V tile |
 //! | --- | --- | --- |
-//! | bf16 | `[D/2][B][2]`, innermost dimensions `2i, 2i + 1` | `[B/2][D][2]`, innermost tokens `2i, 2i + 1` |
-//! | f32 | `[D][B]` | `[B][D]` |
+//! | pairs, bf16 | `[D/2][B][2]`, innermost dimensions `2i, 2i + 1` | `[B/2][D][2]`, innermost tokens `2i, 2i + 1` |
+//! | pairs, f32 | `[D][B]` | `[B][D]` |
+//! | rows, bf16 or f16 | `[B][D]` | `[B][D]` |
 //!
-//! A vector of K thus holds consecutive tokens and a vector of V consecutive dimensions, so that neither scores nor
-//! weighted sums need a sum across lanes. In bf16 a 32-bit word is a pair: its low half becomes an f32 by a shift, its
-//! high half by a mask, and dot-product instructions take the word as it is. The f32 tiles are the same pairs, apart.
+//! Rows are for GPUs, whose `ldmatrix` transposes on the way into registers. Pairs are for the CPU: a vector of K holds
+//! consecutive tokens and a vector of V consecutive dimensions, so that neither scores nor weighted sums need a sum
+//! across lanes. In bf16 a 32-bit word is a pair: its low half becomes an f32 by a shift, its high half by a mask, and
+//! dot-product instructions take the word as it is. The f32 tiles are the same pairs, apart.
 
 use super::DType;
 use crate::{Result, invalid};
@@ -21,9 +23,19 @@ pub(super) const BLOCK_ALIGNMENT: usize = 4096;
 /// Tokens that one vector of K spans; a block holds a multiple of it.
 pub(super) const LANE_TOKENS: usize = 16;
 
+/// How the numbers of a tile follow each other (the table above).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvOrder {
+    /// Consecutive numbers of K are tokens, in bf16 two dimensions of each; those of V dimensions.
+    Pairs,
+    /// A token's numbers are one run.
+    Rows,
+}
+
 /// Shape of the KV cache of one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
+    order: KvOrder,
     num_layers: usize,
     num_kv_heads: usize,
     head_dim: usize,
@@ -33,8 +45,20 @@ pub struct KvLayout {
 
 impl KvLayout {
     /// A cache of `num_layers` layers with `num_kv_heads` heads of `head_dim` numbers (a multiple of 16) in blocks of
-    /// `block_size` tokens (a multiple of 16), as bf16 or f32.
+    /// `block_size` tokens (a multiple of 16), in pairs, as bf16 or f32.
     pub fn new(
+        num_layers: usize,
+        num_kv_heads: usize,
+        head_dim: usize,
+        block_size: usize,
+        dtype: DType,
+    ) -> Result<Self> {
+        Self::with_order(KvOrder::Pairs, num_layers, num_kv_heads, head_dim, block_size, dtype)
+    }
+
+    /// The same in any order; pairs are bf16 or f32, rows bf16 or f16.
+    pub fn with_order(
+        order: KvOrder,
         num_layers: usize,
         num_kv_heads: usize,
         head_dim: usize,
@@ -47,8 +71,10 @@ impl KvLayout {
         if block_size == 0 || !block_size.is_multiple_of(LANE_TOKENS) {
             return Err(invalid!("a KV block holds a multiple of {LANE_TOKENS} tokens, not {block_size}"));
         }
-        if !matches!(dtype, DType::BF16 | DType::F32) {
-            return Err(invalid!("the KV cache is kept as bf16 or f32, not {dtype}"));
+        match (order, dtype) {
+            (KvOrder::Pairs, DType::BF16 | DType::F32) | (KvOrder::Rows, DType::BF16 | DType::F16) => {}
+            (KvOrder::Pairs, _) => return Err(invalid!("the CPU keeps the KV cache as bf16 or f32, not {dtype}")),
+            (KvOrder::Rows, _) => return Err(invalid!("a GPU keeps the KV cache as bf16 or f16, not {dtype}")),
         }
         let bytes = [num_layers, num_kv_heads, head_dim, block_size, 2, dtype.block_bytes()];
         let bytes = bytes.into_iter().try_fold(1usize, usize::checked_mul);
@@ -57,7 +83,12 @@ impl KvLayout {
                 "a KV block of {num_layers} layers, {num_kv_heads} heads of {head_dim} and {block_size} tokens cannot exist"
             ));
         }
-        Ok(Self { num_layers, num_kv_heads, head_dim, block_size, dtype })
+        Ok(Self { order, num_layers, num_kv_heads, head_dim, block_size, dtype })
+    }
+
+    /// How the numbers of a tile follow each other.
+    pub fn order(&self) -> KvOrder {
+        self.order
     }
 
     /// Layers that keep keys and values.
@@ -108,20 +139,26 @@ impl KvLayout {
 
     /// Byte offset in a K tile of one number.
     pub fn k_offset(&self, token: usize, dim: usize) -> usize {
-        self.offset(dim, token, self.block_size)
+        match self.order {
+            KvOrder::Pairs => self.offset(dim, token, self.block_size),
+            KvOrder::Rows => (token * self.head_dim + dim) * self.dtype.block_bytes(),
+        }
     }
 
     /// Byte offset in a V tile of one number.
     pub fn v_offset(&self, token: usize, dim: usize) -> usize {
-        self.offset(token, dim, self.head_dim)
+        match self.order {
+            KvOrder::Pairs => self.offset(token, dim, self.head_dim),
+            KvOrder::Rows => (token * self.head_dim + dim) * self.dtype.block_bytes(),
+        }
     }
 
-    /// Bytes from one pair of dimensions to the next in a K tile.
+    /// Bytes from one pair of dimensions to the next in a K tile in pairs.
     pub fn k_pair_bytes(&self) -> usize {
         2 * self.block_size * self.dtype.block_bytes()
     }
 
-    /// Bytes from one pair of tokens to the next in a V tile.
+    /// Bytes from one pair of tokens to the next in a V tile in pairs.
     pub fn v_pair_bytes(&self) -> usize {
         2 * self.head_dim * self.dtype.block_bytes()
     }
@@ -140,8 +177,13 @@ mod tests {
 
     #[test]
     fn every_number_has_its_own_place() {
-        for dtype in [DType::BF16, DType::F32] {
-            let layout = KvLayout::new(2, 3, 48, 32, dtype).unwrap();
+        for (order, dtype) in [
+            (KvOrder::Pairs, DType::BF16),
+            (KvOrder::Pairs, DType::F32),
+            (KvOrder::Rows, DType::BF16),
+            (KvOrder::Rows, DType::F16),
+        ] {
+            let layout = KvLayout::with_order(order, 2, 3, 48, 32, dtype).unwrap();
             let element_bytes = dtype.block_bytes();
             let mut taken = vec![false; layout.block_bytes() / element_bytes];
             let mut take = |offset: usize| {
@@ -176,6 +218,9 @@ mod tests {
             (usize::MAX / 64, 64, 16, DType::F32),
         ] {
             assert!(KvLayout::new(layers, 1, head_dim, block_size, dtype).is_err());
+        }
+        for (order, dtype) in [(KvOrder::Pairs, DType::F16), (KvOrder::Rows, DType::F32)] {
+            assert!(KvLayout::with_order(order, 1, 1, 64, 16, dtype).is_err());
         }
     }
 }

@@ -1,11 +1,14 @@
 //! The seam between the engine and a device: everything a device does for a model.
 //!
-//! Models are written once over [`Backend`]. Its implementations are the CPU ([`cpu`]) and a test double ([`sim`]) that
-//! checks block bookkeeping instead of computing. ARCHITECTURE.md shows the CUDA call behind each method.
+//! Models are written once over [`Backend`]. Its implementations are the CPU ([`cpu`]), CUDA (`cuda`) and a test double
+//! ([`sim`]) that checks block bookkeeping instead of computing. ARCHITECTURE.md shows the CUDA call behind each method.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 mod dtype;
+mod gpu;
 mod host_tensor;
 mod layout;
 mod rope;
@@ -14,11 +17,12 @@ pub mod sim;
 pub use cpu::dequantize::dequantize_row;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
+pub use gpu::{GpuInfo, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
-pub use layout::KvLayout;
+pub use layout::{KvLayout, KvOrder};
 pub use rope::{RopeConfig, RopeScaling};
 
-use crate::Result;
+use crate::{Result, invalid};
 
 /// A device that can run the layers of a transformer. All methods queue work on `stream` and may return before it is
 /// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step.
@@ -31,8 +35,14 @@ pub trait Backend: Device {
     /// A short name for logs and block identity, such as `cpu-avx512`.
     fn name(&self) -> String;
 
-    /// Element type of activations.
+    /// Element type of activations. The residual stream and logits are f32 everywhere.
     fn activation_dtype(&self) -> DType;
+
+    /// How the kernels keep the numbers of a KV block.
+    fn kv_order(&self) -> KvOrder;
+
+    /// Element type of the KV cache unless another one is asked for.
+    fn kv_dtype(&self) -> DType;
 
     /// Stacks `parts` along their rows into one matrix `[N, K]`. `dtype` is what the numbers are kept as; `None` keeps
     /// them as stored, quantised formats quantised.
@@ -44,7 +54,7 @@ pub trait Backend: Device {
     /// Angles for positions `[0, max_positions)`.
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;
 
-    /// `out[t] = scale * table[ids[t]]`; `ids` is `[1, T]` i32, `out` `[T, K]`.
+    /// `out[t] = scale * table[ids[t]]`; `ids` is `[1, T]` i32, `out` `[T, K]` f32.
     fn embed(
         &self,
         stream: &Self::Stream,
@@ -54,7 +64,8 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
-    /// `out = x W^T + bias`; `x` `[T, K]`, `out` `[T, N]`. A row's result does not depend on the other rows.
+    /// `out = x W^T + bias`; `x` `[T, K]` activations, `out` `[T, N]` activations or f32. A row's result does not depend
+    /// on the other rows.
     fn linear(
         &self,
         stream: &Self::Stream,
@@ -64,7 +75,8 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
-    /// Root-mean-square norm (arXiv 1910.07467) of each row; `out` is another buffer than `x`.
+    /// Root-mean-square norm (arXiv 1910.07467) of each row of activations or f32; `out`, activations, is another buffer
+    /// than `x`.
     fn rms_norm(
         &self,
         stream: &Self::Stream,
@@ -73,7 +85,7 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
-    /// `residual += delta`, then `out = norm(residual)`.
+    /// `residual += delta`, then `out = norm(residual)`; the residual is f32, the others activations.
     fn add_rms_norm(
         &self,
         stream: &Self::Stream,
@@ -126,7 +138,7 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
-    /// The index of the largest number of each row, the lowest of equals; `out` is `[1, rows]` i32.
+    /// The index of the largest number of each row of f32, the lowest of equals; `out` is `[1, rows]` i32.
     fn argmax(&self, stream: &Self::Stream, x: &Tensor<Self::Buffer>, out: &Tensor<Self::Buffer>) -> Result<()>;
 }
 
@@ -161,6 +173,21 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Only the last so many positions are seen, the token's own included.
     pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// An error unless `qkv` has such heads for `num_tokens` tokens in `dtype`, and the KV cache keeps such heads.
+    fn check<B: Clone>(&self, qkv: &Tensor<B>, layout: &KvLayout, num_tokens: usize, dtype: DType) -> Result<()> {
+        let (kept_heads, kept_dim) = (layout.num_kv_heads(), layout.head_dim());
+        if (self.num_kv_heads, self.head_dim) != (kept_heads, kept_dim) {
+            return Err(invalid!("the KV cache has {kept_heads} heads of {kept_dim}, the layer wants {self:?}"));
+        }
+        if self.num_heads == 0 || !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            return Err(invalid!("every KV head serves as many q heads as any other, which cannot be with {self:?}"));
+        }
+        let columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim;
+        qkv.expect("qkv", num_tokens, columns, dtype)
+    }
 }
 
 /// What happens to q and k heads before they meet.
@@ -207,4 +234,16 @@ pub struct AttentionMetadata<B> {
     pub positions: Tensor<B>,
     /// `[1, T]`: `block * block_size + offset` of each token.
     pub slot_mapping: Tensor<B>,
+}
+
+impl<B: Clone> AttentionMetadata<B> {
+    /// An error unless the arrays are as long as the counts say.
+    fn check(&self) -> Result<()> {
+        let Self { num_seqs, num_tokens, ref block_tables, .. } = *self;
+        self.cu_seqlens_q.expect("cu_seqlens_q", 1, num_seqs + 1, DType::I32)?;
+        self.context_lens.expect("context_lens", 1, num_seqs, DType::I32)?;
+        block_tables.expect("block_tables", num_seqs, block_tables.columns(), DType::I32)?;
+        self.positions.expect("positions", 1, num_tokens, DType::I32)?;
+        self.slot_mapping.expect("slot_mapping", 1, num_tokens, DType::I32)
+    }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, Norm, RopeConfig, StreamKind, Tensor,
+    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor,
 };
 use crate::{Error, Result, invalid};
 
@@ -211,6 +211,14 @@ impl Backend for SimBackend {
 
     fn activation_dtype(&self) -> DType {
         DType::F32
+    }
+
+    fn kv_order(&self) -> KvOrder {
+        KvOrder::Pairs
+    }
+
+    fn kv_dtype(&self) -> DType {
+        DType::BF16
     }
 
     fn load_matrix(&self, parts: &[HostTensor], _dtype: Option<DType>) -> Result<SimMatrix> {

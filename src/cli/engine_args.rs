@@ -5,10 +5,12 @@ use std::thread;
 
 use clap::{Args, ValueEnum};
 use mneme::backend::cpu::Isa;
-use mneme::backend::{DType, KvLayout};
+use mneme::backend::{DType, KvLayout, KvOrder};
 use mneme::engine::SchedulerLimits;
 use mneme::hub::catalog;
 use mneme::models::ModelConfig;
+
+use super::device::DeviceArg;
 
 /// What to run, and within which bounds.
 #[derive(Debug, Clone, Args)]
@@ -19,10 +21,13 @@ pub(crate) struct EngineArgs {
     /// The same as the positional MODEL
     #[arg(long, value_name = "MODEL", conflicts_with = "positional_model", env = "MNEME_MODEL")]
     model: Option<String>,
-    /// What weights are kept as; auto keeps them as stored, quantised ones quantised
+    /// What computes: auto, cpu, cuda, cuda:N or softgpu; auto is the first usable GPU, else the CPU
+    #[arg(long, env = "MNEME_DEVICE", default_value_t = DeviceArg::Auto)]
+    pub(crate) device: DeviceArg,
+    /// What weights are kept as; auto keeps them as stored, quantised ones quantised (bf16 on a GPU)
     #[arg(long, value_enum, default_value_t = WeightDtype::Auto)]
     pub(crate) dtype: WeightDtype,
-    /// What the KV cache is kept as
+    /// What the KV cache is kept as; auto is bf16, on a GPU the type of its weights
     #[arg(long, value_enum, default_value_t = KvDtype::Auto)]
     pub(crate) kv_cache_dtype: KvDtype,
     /// Longest prompt plus output in tokens [default: what the model and the KV memory allow]
@@ -72,8 +77,11 @@ pub(crate) enum WeightDtype {
 /// What keys and values are kept as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvDtype {
-    #[value(alias = "bf16", alias = "bfloat16")]
     Auto,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    #[value(alias = "float16", alias = "half")]
+    F16,
     #[value(alias = "float32")]
     F32,
 }
@@ -88,13 +96,22 @@ impl WeightDtype {
             WeightDtype::F32 => Some(DType::F32),
         }
     }
+
+    /// What a GPU computes in.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(self) -> DType {
+        self.target().unwrap_or(DType::BF16)
+    }
 }
 
 impl KvDtype {
-    pub(crate) fn dtype(self) -> DType {
+    /// `None` leaves it to the device.
+    pub(crate) fn dtype(self) -> Option<DType> {
         match self {
-            KvDtype::Auto => DType::BF16,
-            KvDtype::F32 => DType::F32,
+            KvDtype::Auto => None,
+            KvDtype::Bf16 => Some(DType::BF16),
+            KvDtype::F16 => Some(DType::F16),
+            KvDtype::F32 => Some(DType::F32),
         }
     }
 }
@@ -115,9 +132,16 @@ impl EngineArgs {
         self.isa.unwrap_or_else(Isa::best)
     }
 
-    /// The bounds of an engine for this model. The length is cut to what the KV memory holds unless it was asked for.
-    pub(crate) fn limits(&self, config: &ModelConfig) -> anyhow::Result<SchedulerLimits> {
-        let layout = self.kv_layout(config)?;
+    /// The bounds of an engine for this model, whose KV cache is kept in `kv_order` as `kv_dtype`. The length is cut to
+    /// what the KV memory holds unless it was asked for.
+    pub(crate) fn limits(
+        &self,
+        config: &ModelConfig,
+        kv_order: KvOrder,
+        kv_dtype: DType,
+    ) -> anyhow::Result<SchedulerLimits> {
+        let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = *config;
+        let layout = KvLayout::with_order(kv_order, num_layers, num_kv_heads, head_dim, self.block_size, kv_dtype)?;
         let num_blocks = self.kv_cache_memory_bytes / layout.block_bytes();
         let capacity = num_blocks * self.block_size;
         let max_model_len = self.max_model_len.unwrap_or(config.max_position_embeddings.min(capacity));
@@ -141,11 +165,6 @@ impl EngineArgs {
             num_blocks,
             prefix_caching: !self.no_enable_prefix_caching,
         })
-    }
-
-    fn kv_layout(&self, config: &ModelConfig) -> anyhow::Result<KvLayout> {
-        let dtype = self.kv_cache_dtype.dtype();
-        Ok(KvLayout::new(config.num_layers, config.num_kv_heads, config.head_dim, self.block_size, dtype)?)
     }
 }
 

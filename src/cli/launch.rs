@@ -5,10 +5,14 @@ use std::time::Instant;
 
 use anyhow::Context;
 use mneme::backend::cpu::CpuBackend;
+#[cfg(feature = "cuda")]
+use mneme::backend::cuda::CudaBackend;
+use mneme::backend::{Backend, GpuInfo};
 use mneme::engine::{Engine, EngineConfig, EngineHandle};
 use mneme::hub::{Cache, ModelRef, ResolvedModel, Resolver, stderr_progress};
 use mneme::models::{Checkpoint, Model};
 
+use super::device::Chosen;
 use super::engine_args::EngineArgs;
 use super::text_assets::TextAssets;
 
@@ -34,39 +38,64 @@ impl Launched {
 
 /// Finds or fetches the model, loads it and starts its engine.
 pub(crate) fn launch(args: &EngineArgs) -> anyhow::Result<Launched> {
+    let device = args.device.choose()?;
     let reference = ModelRef::parse(args.model())?;
     let model = Resolver::new(Cache::from_env()?).resolve(&reference, stderr_progress().as_mut())?;
+    match device {
+        Chosen::Cpu { reason } => {
+            if let Some(reason) = reason {
+                tracing::info!("computing on the CPU: {reason}");
+            }
+            let make = || CpuBackend::new(args.isa(), args.num_threads());
+            launch_on(args, model, make)
+        }
+        Chosen::Gpu(gpu) => launch_on_gpu(args, model, &gpu),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn launch_on_gpu(args: &EngineArgs, model: ResolvedModel, gpu: &GpuInfo) -> anyhow::Result<Launched> {
+    tracing::info!("computing on CUDA {gpu}");
+    launch_on(args, model, || CudaBackend::new(gpu.ordinal, args.dtype.on_gpu()))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn launch_on_gpu(_: &EngineArgs, _: ResolvedModel, gpu: &GpuInfo) -> anyhow::Result<Launched> {
+    anyhow::bail!("{gpu} cannot be used: this build has no CUDA")
+}
+
+/// Loads the model onto the device that `make_backend` opens.
+fn launch_on<B: Backend>(
+    args: &EngineArgs,
+    model: ResolvedModel,
+    make_backend: impl FnOnce() -> mneme::Result<B>,
+) -> anyhow::Result<Launched> {
     let started_at = Instant::now();
     let checkpoint = Checkpoint::open(&model.path)?;
+    let backend = make_backend()?;
+    let kv_dtype = args.kv_cache_dtype.dtype().unwrap_or_else(|| backend.kv_dtype());
+    let limits = args.limits(checkpoint.config(), backend.kv_order(), kv_dtype)?;
     // The vocabulary and the weights take about equally long, and neither needs the other.
-    let (assets, backend) = thread::scope(|scope| {
+    let (assets, weights) = thread::scope(|scope| {
         let assets = scope.spawn(|| TextAssets::load(&checkpoint));
-        let backend = load_backend(args, &checkpoint);
-        (assets.join(), backend)
+        let weights = Model::load(&backend, &checkpoint, args.dtype.target(), limits.max_model_len);
+        (assets.join(), weights)
     });
     let assets = assets.map_err(|_| anyhow::anyhow!("the tokenizer's thread panicked"))??;
-    let (backend, weights) = backend?;
     let config = EngineConfig {
         model_name: model.name.clone(),
-        limits: args.limits(checkpoint.config())?,
-        kv_dtype: args.kv_cache_dtype.dtype(),
+        limits,
+        kv_dtype,
         eos_token_ids: assets.eos_token_ids.clone(),
         seed: args.seed,
     };
     tracing::info!(
-        model = %model.name, isa = %args.isa(), threads = args.num_threads(),
+        model = %model.name, backend = %backend.name(), threads = args.num_threads(),
         max_model_len = config.limits.max_model_len, num_blocks = config.limits.num_blocks,
         load_ms = started_at.elapsed().as_millis() as u64, "model loaded"
     );
-    let (engine, handle) = Engine::new(backend, weights, config)?;
+    let (engine, handle) = Engine::new(backend, weights?, config)?;
     let thread =
         thread::Builder::new().name("engine".into()).spawn(|| engine.run()).context("cannot start the engine")?;
     Ok(Launched { model, handle, assets, thread })
-}
-
-fn load_backend(args: &EngineArgs, checkpoint: &Checkpoint) -> anyhow::Result<(CpuBackend, Model<CpuBackend>)> {
-    let limits = args.limits(checkpoint.config())?;
-    let backend = CpuBackend::new(args.isa(), args.num_threads())?;
-    let weights = Model::load(&backend, checkpoint, args.dtype.target(), limits.max_model_len)?;
-    Ok((backend, weights))
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod chat;
+mod device;
 pub(crate) mod doctor;
 mod engine_args;
 mod launch;

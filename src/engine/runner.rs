@@ -1,5 +1,7 @@
 //! Turns scheduled sequences into one forward pass and brings back what the host needs of it.
 
+use half::{bf16, f16};
+
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
 use crate::Result;
@@ -17,7 +19,7 @@ pub(super) struct ModelRunner<B: Backend> {
     argmax: Tensor<B::Buffer>,
     /// Argmax of each logits row, i32.
     host_argmax: B::HostBuffer,
-    /// Rows of logits or hidden states that the host asked for, f32.
+    /// Rows of logits (f32) or hidden states (activations) that the host asked for.
     host_rows: B::HostBuffer,
     /// Bytes of `host_rows` in use.
     num_row_bytes: usize,
@@ -41,6 +43,11 @@ pub(super) struct HostRows {
     pub(super) num_rows: usize,
 }
 
+/// Arrays of a step.
+const NUM_INPUTS: usize = 7;
+/// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
+const ALIGNED_NUMBERS: usize = 4;
+
 /// The arrays of a step, written on the host and uploaded in one copy.
 struct StepInputs<B: Backend> {
     host: B::HostBuffer,
@@ -54,10 +61,10 @@ impl<B: Backend> StepInputs<B> {
         Ok(Self { host: backend.allocate_host(bytes)?, device: backend.allocate(bytes)?, len: 0 })
     }
 
-    /// Reserves the next `rows * columns` numbers; the host side is filled by the caller.
+    /// Reserves the next `rows * columns` numbers, aligned for vectors; the host side is filled by the caller.
     fn reserve(&mut self, rows: usize, columns: usize) -> (Tensor<B::Buffer>, std::ops::Range<usize>) {
         let range = self.len..self.len + rows * columns;
-        self.len = range.end;
+        self.len = range.end.next_multiple_of(ALIGNED_NUMBERS);
         let offset_bytes = range.start * size_of::<i32>();
         (Tensor::new(self.device.clone(), offset_bytes, rows, columns, DType::I32), range)
     }
@@ -69,7 +76,7 @@ impl<B: Backend> StepInputs<B> {
 
 impl<B: Backend> ModelRunner<B> {
     pub(super) fn new(backend: B, model: Model<B>, kv_dtype: DType, limits: &SchedulerLimits) -> Result<Self> {
-        let layout = model.kv_layout(limits.block_size, kv_dtype)?;
+        let layout = model.kv_layout(&backend, limits.block_size, kv_dtype)?;
         let max_logits = limits.max_num_seqs + limits.max_prompt_logits;
         let step = StepLimits { max_tokens: limits.max_num_batched_tokens, max_logits };
         let workspace = Workspace::new(&backend, model.config(), step)?;
@@ -79,7 +86,8 @@ impl<B: Backend> ModelRunner<B> {
             + 3 * limits.max_num_seqs
             + max_logits
             + 1
-            + limits.max_num_seqs * max_blocks;
+            + limits.max_num_seqs * max_blocks
+            + NUM_INPUTS * (ALIGNED_NUMBERS - 1);
         let config = model.config();
         // A step can bring logits of some sequences and hidden states of others to the host.
         let row_bytes = (max_logits * config.vocab_size + limits.max_num_batched_tokens * config.hidden_size) * 4;
@@ -111,10 +119,23 @@ impl<B: Backend> ModelRunner<B> {
         bytemuck::cast_slice::<u8, u32>(self.host_argmax.as_ref())[logits_row]
     }
 
-    /// Row `row` of what was brought to the host for a sequence, with `columns` numbers.
-    pub(super) fn host_row(&mut self, rows: HostRows, row: usize, columns: usize) -> &mut [f32] {
+    /// Row `row` of the logits that were brought to the host for a sequence.
+    pub(super) fn host_logits(&mut self, rows: HostRows, row: usize) -> &mut [f32] {
+        let columns = self.model.config().vocab_size;
         let start = rows.start / 4 + row * columns;
         &mut bytemuck::cast_slice_mut(self.host_rows.as_mut())[start..start + columns]
+    }
+
+    /// Adds row `row` of the hidden states that were brought to the host for a sequence to `sum`.
+    pub(super) fn add_host_hidden(&self, rows: HostRows, row: usize, sum: &mut [f32]) {
+        let dtype = self.backend.activation_dtype();
+        let row_bytes = sum.len() * dtype.block_bytes();
+        let bytes = &self.host_rows.as_ref()[rows.start + row * row_bytes..][..row_bytes];
+        match dtype {
+            DType::BF16 => add(sum, bytemuck::cast_slice::<u8, bf16>(bytes)),
+            DType::F16 => add(sum, bytemuck::cast_slice::<u8, f16>(bytes)),
+            _ => add(sum, bytemuck::cast_slice::<u8, f32>(bytes)),
+        }
     }
 
     /// Computes the scheduled tokens and waits for the results.
@@ -274,6 +295,10 @@ impl<B: Backend> ModelRunner<B> {
         }
         Ok(())
     }
+}
+
+fn add<T: Copy + Into<f32>>(sum: &mut [f32], row: &[T]) {
+    sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += (*value).into());
 }
 
 fn is_embedding(sequence: &Sequence) -> bool {

@@ -262,8 +262,7 @@ impl<B: Backend> Engine<B> {
             return Ok(());
         }
         let (token, logprobs) = if output.host_rows.num_rows > 0 {
-            let vocab_size = self.runner.model().config().vocab_size;
-            let logits = self.runner.host_row(output.host_rows, output.host_rows.num_rows - 1, vocab_size);
+            let logits = self.runner.host_logits(output.host_rows, output.host_rows.num_rows - 1);
             let sample = self.sampler.sample(generation, &sequence.tokens, sequence.num_prompt_tokens, logits)?;
             (sample.token, sample.logprobs)
         } else {
@@ -289,15 +288,12 @@ impl<B: Backend> Engine<B> {
 
     /// Takes prompt logits and hidden states while the step's buffers hold them.
     fn collect_rows(&mut self, index: usize, num_tokens: usize, output: &SequenceOutput) {
-        let config = self.runner.model().config();
-        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
         let sequence = self.scheduler.sequence_mut(index);
         let first = sequence.num_computed_tokens;
         match &mut sequence.work {
             Work::Embed { sum } => {
                 for row in 0..output.host_rows.num_rows {
-                    let hidden = self.runner.host_row(output.host_rows, row, hidden_size);
-                    sum.iter_mut().zip(hidden).for_each(|(sum, value)| *sum += *value);
+                    self.runner.add_host_hidden(output.host_rows, row, sum);
                 }
             }
             Work::Generate(generation) if generation.wants_prompt_logits() => {
@@ -308,7 +304,7 @@ impl<B: Backend> Engine<B> {
                 // The logits at one position are about the next token; those at the last are sampled from.
                 for row in 0..num_tokens {
                     if let Some(&next) = sequence.tokens[..sequence.num_prompt_tokens].get(first + row + 1) {
-                        let logits = self.runner.host_row(output.host_rows, row, vocab_size);
+                        let logits = self.runner.host_logits(output.host_rows, row);
                         generation.prompt_logprobs.push(Some(self.sampler.logprobs_of(logits, next, num_top)));
                     }
                 }

@@ -29,7 +29,7 @@ pub struct StepLimits {
 
 /// Buffers between layers, allocated once.
 pub struct Workspace<B> {
-    /// `[T, hidden]`: the residual stream.
+    /// `[T, hidden]` f32: the residual stream.
     pub(super) residual: Tensor<B>,
     /// `[T, hidden]`: normalised input of a half layer.
     pub(super) normed: Tensor<B>,
@@ -61,7 +61,7 @@ impl<B: Clone> Workspace<B> {
         let q_size = config.num_heads * config.head_dim;
         let kv_size = config.num_kv_heads * config.head_dim;
         Ok(Self {
-            residual: allocate(tokens, config.hidden_size, dtype)?,
+            residual: allocate(tokens, config.hidden_size, DType::F32)?,
             normed: allocate(tokens, config.hidden_size, dtype)?,
             delta: allocate(tokens, config.hidden_size, dtype)?,
             post_normed: allocate(tokens, config.hidden_size, dtype)?,

@@ -49,10 +49,10 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
-    /// The KV cache this model needs.
-    pub fn kv_layout(&self, block_size: usize, dtype: DType) -> Result<KvLayout> {
-        let config = &self.config;
-        KvLayout::new(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
+    /// The KV cache this model needs, as `backend` keeps it.
+    pub fn kv_layout(&self, backend: &B, block_size: usize, dtype: DType) -> Result<KvLayout> {
+        let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = self.config;
+        KvLayout::with_order(backend.kv_order(), num_layers, num_kv_heads, head_dim, block_size, dtype)
     }
 
     /// Queues one step. Afterwards `workspace` has the final hidden states of the output rows, and the logits of the

@@ -14,7 +14,7 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 
 fn start(limits: SchedulerLimits) -> TestEngine {
     let model = TinyModel::new(Family::Llama, 4).write();
-    TestEngine::start_on_cpu(model.path(), Setup { limits, ..Setup::default() })
+    crate::start(model.path(), Setup { limits, ..Setup::default() })
 }
 
 /// Long enough a context that a request without a limit is still running when others have arrived.
@@ -114,7 +114,7 @@ fn cancelled_requests_leave_nothing_behind() {
     let wanted = engine.greedy(&prompt(50), 20);
     let random = &mut Random::new(1);
     let mut open: Vec<OutputStream> = Vec::new();
-    for _ in 0..1000 {
+    for _ in 0..crate::NUM_CANCELLED {
         let len = random.within(1, 80);
         let task = match random.below(4) {
             0 => Task::Embed,

@@ -26,7 +26,7 @@ fn fresh_token(tokens: &[u32]) -> (usize, u32) {
 
 #[test]
 fn a_seed_decides_what_is_drawn() {
-    let engine = TestEngine::start_on_cpu(model().path(), Setup::default());
+    let engine = crate::start(model().path(), Setup::default());
     let sampled = |seed: u64| SamplingParams { seed: Some(seed), max_tokens: 20, ..Default::default() };
     let first = run(&engine, sampled(7)).tokens;
     let others: Vec<_> = (0..6).map(|seed| engine.submit(&prompt(30), sampled(seed))).collect();
@@ -39,7 +39,7 @@ fn a_seed_decides_what_is_drawn() {
 
 #[test]
 fn logprobs_describe_the_sampled_token() {
-    let engine = TestEngine::start_on_cpu(model().path(), Setup::default());
+    let engine = crate::start(model().path(), Setup::default());
     let sampling = SamplingParams {
         seed: Some(3),
         temperature: 1.5,
@@ -67,7 +67,7 @@ fn logprobs_describe_the_sampled_token() {
 
 #[test]
 fn prompt_logprobs_are_the_logprobs_of_feeding_the_prompt() {
-    let engine = TestEngine::start_on_cpu(model().path(), Setup::default());
+    let engine = crate::start(model().path(), Setup::default());
     let generated = run(&engine, SamplingParams { logprobs: Some(2), ..greedy(10) });
     let longer = [prompt(20), generated.tokens.clone()].concat();
     let fed = collect(engine.submit(&longer, SamplingParams { prompt_logprobs: Some(2), ..greedy(1) }));
@@ -79,7 +79,7 @@ fn prompt_logprobs_are_the_logprobs_of_feeding_the_prompt() {
 
 #[test]
 fn stop_tokens_end_the_output_and_are_not_part_of_it() {
-    let engine = TestEngine::start_on_cpu(model().path(), Setup::default());
+    let engine = crate::start(model().path(), Setup::default());
     let free = run(&engine, greedy(40));
     assert_eq!((free.tokens.len(), free.reason), (40, Some(FinishReason::Length)));
     let (at, stop) = fresh_token(&free.tokens);
@@ -95,10 +95,10 @@ fn stop_tokens_end_the_output_and_are_not_part_of_it() {
 #[test]
 fn eos_ends_the_output_unless_ignored() {
     let model = model();
-    let engine = TestEngine::start_on_cpu(model.path(), Setup::default());
+    let engine = crate::start(model.path(), Setup::default());
     let free = run(&engine, greedy(40)).tokens;
     let (at, eos) = fresh_token(&free);
-    let engine = TestEngine::start_on_cpu(model.path(), Setup { eos_token_ids: vec![298, eos], ..Setup::default() });
+    let engine = crate::start(model.path(), Setup { eos_token_ids: vec![298, eos], ..Setup::default() });
     let ended = run(&engine, greedy(40));
     assert_eq!((ended.tokens, ended.reason), (free[..at].to_vec(), Some(FinishReason::Stop { token: None })));
     let ignored = run(&engine, SamplingParams { ignore_eos: true, ..greedy(40) });
@@ -109,7 +109,7 @@ fn eos_ends_the_output_unless_ignored() {
 
 #[test]
 fn outputs_stay_within_the_context() {
-    let engine = TestEngine::start_on_cpu(model().path(), Setup::default());
+    let engine = crate::start(model().path(), Setup::default());
     let room = 24;
     let long = prompt(limits().max_model_len - room);
     let output = collect(engine.submit(&long, greedy(usize::MAX)));
@@ -120,7 +120,7 @@ fn outputs_stay_within_the_context() {
 
 #[test]
 fn biases_and_bounds_on_tokens_are_kept() {
-    let engine = TestEngine::start_on_cpu(model().path(), Setup::default());
+    let engine = crate::start(model().path(), Setup::default());
     let free = run(&engine, greedy(12)).tokens;
     let biased = run(&engine, SamplingParams { logit_bias: vec![(7, 1000.0)], ..greedy(6) });
     assert_eq!(biased.tokens, [7; 6]);

@@ -90,6 +90,12 @@ impl TestEngine {
         Self::start(CpuBackend::new(setup.isa, setup.num_threads).unwrap(), path, setup)
     }
 
+    /// The same on the software GPU, which computes in the type of the KV cache.
+    #[cfg(feature = "cuda")]
+    pub fn start_on_softgpu(path: &Path, setup: Setup) -> Self {
+        Self::start(super::softgpu::backend(setup.kv_dtype), path, setup)
+    }
+
     /// The same with the best instruction set.
     pub fn start_cpu(path: &Path, dtype: Option<DType>, limits: SchedulerLimits) -> Self {
         Self::start_on_cpu(path, Setup { limits, dtype, ..Setup::default() })

@@ -7,5 +7,7 @@ pub mod golden;
 pub mod models;
 pub mod random;
 pub mod reference;
+#[cfg(feature = "cuda")]
+pub mod softgpu;
 pub mod tiny_gguf;
 pub mod tiny_model;

@@ -28,7 +28,7 @@ impl Storage {
         }
     }
 
-    fn encode(self, values: &[f32]) -> Vec<u8> {
+    pub fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
             Storage::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             Storage::Q8_0 => values.chunks(32).flat_map(|block| q8_0(block).0).collect(),

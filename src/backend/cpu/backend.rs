@@ -16,7 +16,7 @@ use super::{
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, Norm, RopeConfig, StreamKind, Tensor, dequantize_row,
+    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -48,14 +48,6 @@ impl CpuBackend {
     fn workers(&self) -> MutexGuard<'_, Workers> {
         self.workers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
-}
-
-fn expect_shape(what: &str, tensor: &CpuTensor, rows: usize, columns: usize, dtype: DType) -> Result<()> {
-    if (tensor.rows(), tensor.columns(), tensor.dtype()) == (rows, columns, dtype) {
-        return Ok(());
-    }
-    let (found_rows, found_columns, found) = (tensor.rows(), tensor.columns(), tensor.dtype());
-    Err(invalid!("{what} is [{found_rows}, {found_columns}] {found}, wanted [{rows}, {columns}] {dtype}"))
 }
 
 fn expect_indices(what: &str, indices: &[i32], below: usize) -> Result<()> {
@@ -151,6 +143,14 @@ impl Backend for CpuBackend {
         DType::F32
     }
 
+    fn kv_order(&self) -> KvOrder {
+        KvOrder::Pairs
+    }
+
+    fn kv_dtype(&self) -> DType {
+        DType::BF16
+    }
+
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<PackedMatrix> {
         PackedMatrix::pack(parts, dtype, &mut self.workers().pool)
     }
@@ -178,7 +178,7 @@ impl Backend for CpuBackend {
         scale: f32,
         out: &CpuTensor,
     ) -> Result<()> {
-        expect_shape("embedding output", out, ids.columns(), table.num_columns(), DType::F32)?;
+        out.expect("embedding output", ids.columns(), table.num_columns(), DType::F32)?;
         // SAFETY: the tensors are different buffers, and work before this call is done.
         let (ids, out) = unsafe { (numbers::<i32>(ids), numbers_mut::<f32>(out)) };
         expect_indices("token id", ids, table.num_rows())?;
@@ -200,10 +200,10 @@ impl Backend for CpuBackend {
         out: &CpuTensor,
     ) -> Result<()> {
         let (inputs, outputs) = (weight.num_columns(), weight.num_rows());
-        expect_shape("projection input", x, x.rows(), inputs, DType::F32)?;
-        expect_shape("projection output", out, x.rows(), outputs, DType::F32)?;
+        x.expect("projection input", x.rows(), inputs, DType::F32)?;
+        out.expect("projection output", x.rows(), outputs, DType::F32)?;
         if let Some(bias) = bias {
-            expect_shape("projection bias", bias, 1, outputs, DType::F32)?;
+            bias.expect("projection bias", 1, outputs, DType::F32)?;
         }
         let Workers { pool, gemm, .. } = &mut *self.workers();
         // SAFETY: the tensors are different buffers, and work before this call is done.
@@ -215,8 +215,8 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&self, _stream: &CpuStream, x: &CpuTensor, norm: &Norm<'_, CpuBuffer>, out: &CpuTensor) -> Result<()> {
-        expect_shape("norm weight", norm.weight, 1, x.columns(), DType::F32)?;
-        expect_shape("norm output", out, x.rows(), x.columns(), DType::F32)?;
+        norm.weight.expect("norm weight", 1, x.columns(), DType::F32)?;
+        out.expect("norm output", x.rows(), x.columns(), DType::F32)?;
         // SAFETY: three different buffers, and work before this call is done.
         let (rows, weight, out) = unsafe { (numbers(x), numbers(norm.weight), numbers_mut(out)) };
         super::rms_norm(&mut self.workers().pool, self.isa, rows, weight, norm.epsilon, out);
@@ -232,9 +232,9 @@ impl Backend for CpuBackend {
         out: &CpuTensor,
     ) -> Result<()> {
         let (rows, columns) = (residual.rows(), residual.columns());
-        expect_shape("residual update", delta, rows, columns, DType::F32)?;
-        expect_shape("norm weight", norm.weight, 1, columns, DType::F32)?;
-        expect_shape("norm output", out, rows, columns, DType::F32)?;
+        delta.expect("residual update", rows, columns, DType::F32)?;
+        norm.weight.expect("norm weight", 1, columns, DType::F32)?;
+        out.expect("norm output", rows, columns, DType::F32)?;
         let pool = &mut self.workers().pool;
         // SAFETY: four different buffers, and work before this call is done.
         let (residual, delta, weight, out) =
@@ -283,7 +283,7 @@ impl Backend for CpuBackend {
         out: &CpuTensor,
     ) -> Result<()> {
         check_heads(qkv, shape, kv, metadata)?;
-        expect_shape("attention output", out, qkv.rows(), shape.num_heads * shape.head_dim, DType::F32)?;
+        out.expect("attention output", qkv.rows(), shape.num_heads * shape.head_dim, DType::F32)?;
         // SAFETY: metadata, activations and KV blocks are different buffers, and work before is done.
         let batch = unsafe {
             AttentionBatch {
@@ -313,7 +313,7 @@ impl Backend for CpuBackend {
         out: &CpuTensor,
     ) -> Result<()> {
         let features = gate_up.columns() / 2;
-        expect_shape("gated activation", out, gate_up.rows(), features, DType::F32)?;
+        out.expect("gated activation", gate_up.rows(), features, DType::F32)?;
         let kind = match activation {
             Activation::Silu => GateKind::SiLu,
             Activation::GeluTanh => GateKind::GeluTanh,
@@ -326,7 +326,7 @@ impl Backend for CpuBackend {
 
     fn gather_rows(&self, _stream: &CpuStream, x: &CpuTensor, indices: &CpuTensor, out: &CpuTensor) -> Result<()> {
         let columns = x.columns();
-        expect_shape("gathered rows", out, indices.columns(), columns, DType::F32)?;
+        out.expect("gathered rows", indices.columns(), columns, DType::F32)?;
         // SAFETY: three different buffers, and work before this call is done.
         let (rows, indices, out) = unsafe { (numbers::<f32>(x), numbers::<i32>(indices), numbers_mut::<f32>(out)) };
         expect_indices("row", indices, x.rows())?;
@@ -337,7 +337,7 @@ impl Backend for CpuBackend {
     }
 
     fn argmax(&self, _stream: &CpuStream, x: &CpuTensor, out: &CpuTensor) -> Result<()> {
-        expect_shape("argmax output", out, 1, x.rows(), DType::I32)?;
+        out.expect("argmax output", 1, x.rows(), DType::I32)?;
         // SAFETY: two different buffers, and work before this call is done.
         let (rows, indices) = unsafe { (numbers(x), numbers_mut(out)) };
         super::argmax(&mut self.workers().pool, self.isa, rows, x.columns(), indices);
@@ -351,13 +351,12 @@ fn check_heads(
     kv: &KvLayer<'_, CpuBuffer>,
     metadata: &AttentionMetadata<CpuBuffer>,
 ) -> Result<()> {
-    let layout = kv.layout;
-    if (shape.num_kv_heads, shape.head_dim) != (layout.num_kv_heads(), layout.head_dim()) {
-        let (heads, size) = (layout.num_kv_heads(), layout.head_dim());
-        return Err(invalid!("the KV cache has {heads} heads of {size}, the layer wants {shape:?}"));
+    metadata.check()?;
+    shape.check(qkv, kv.layout, metadata.num_tokens, DType::F32)?;
+    match kv.layout.order() {
+        KvOrder::Pairs => Ok(()),
+        order => Err(invalid!("the CPU keeps the KV cache in pairs, not {order:?}")),
     }
-    let columns = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim;
-    expect_shape("qkv", qkv, metadata.num_tokens, columns, DType::F32)
 }
 
 /// # Safety

@@ -1,10 +1,13 @@
-//! Whether an NVIDIA driver is installed, by the name of its library. Nothing is loaded.
+//! What there is of CUDA: the driver's library, the devices it shows, the kernels of this build, and what follows.
 
 use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use mneme::backend::{GpuInfo, find_gpus, kernel_source};
 use serde::Serialize;
+
+use crate::cli::device::{Chosen, DeviceArg};
 
 /// The driver's library.
 pub(super) const LIBRARY: &str = "libcuda.so.1";
@@ -29,15 +32,32 @@ const FOLDERS: [&str; 12] = [
 #[derive(Debug, Serialize)]
 pub(super) struct Cuda {
     pub(super) driver_library: Option<PathBuf>,
-    /// Whether this program can compute on it.
-    pub(super) is_used: bool,
+    /// What the driver shows.
+    pub(super) devices: Vec<String>,
+    /// Where the kernels come from, or what they lack.
+    pub(super) kernels: String,
+    /// The device that `--device auto` takes; `None` is the CPU.
+    pub(super) chosen: Option<String>,
+    /// Why it is the CPU.
+    pub(super) problem: Option<String>,
 }
 
 impl Cuda {
-    /// Looks for the library.
+    /// Looks for the library, and asks it.
     pub(super) fn detect() -> Self {
         let search_path = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-        Self { driver_library: find(&search_path, &FOLDERS), is_used: false }
+        let (chosen, problem) = match DeviceArg::Auto.choose() {
+            Ok(Chosen::Gpu(gpu)) => (Some(gpu.to_string()), None),
+            Ok(Chosen::Cpu { reason }) => (None, reason),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        Self {
+            driver_library: find(&search_path, &FOLDERS),
+            devices: find_gpus().unwrap_or_default().iter().map(GpuInfo::to_string).collect(),
+            kernels: kernel_source().map_or_else(|error| error.to_string(), str::to_owned),
+            chosen,
+            problem,
+        }
     }
 }
 

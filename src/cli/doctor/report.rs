@@ -12,9 +12,9 @@ use super::cuda::{self, Cuda};
 use super::host::Host;
 use super::python::Python;
 
-/// Variables that change where models come from.
-const VARIABLES: [&str; 6] =
-    ["MNEME_MODEL", "MNEME_CACHE_DIR", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE"];
+/// Variables that change where models come from and where they run.
+const VARIABLES: [&str; 7] =
+    ["MNEME_MODEL", "MNEME_DEVICE", "MNEME_CACHE_DIR", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE"];
 
 /// All that was found.
 #[derive(Debug, Serialize)]
@@ -141,11 +141,28 @@ impl Report {
             }
             (None, None) => {}
         }
-        let driver = match &self.cuda.driver_library {
+        self.write_cuda(f)
+    }
+
+    fn write_cuda(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cuda = &self.cuda;
+        let driver = match &cuda.driver_library {
             Some(path) => format!("driver library {} found: {}", cuda::LIBRARY, path.display()),
             None => format!("driver library {} not found", cuda::LIBRARY),
         };
-        line(f, "CUDA", &format!("{driver}; this build computes on the CPU"))
+        line(f, "CUDA", &driver)?;
+        for device in &cuda.devices {
+            line(f, "GPU", device)?;
+        }
+        line(f, "GPU kernels", &cuda.kernels)?;
+        match (&cuda.chosen, &cuda.problem) {
+            (Some(gpu), _) => {
+                line(f, "computes on", &format!("CUDA {gpu}; --device cpu overrides"))?;
+                line(f, "GPU weights", "bf16; quantised checkpoints are unpacked to bf16 when they are loaded")
+            }
+            (None, Some(problem)) => line(f, "computes on", &format!("the CPU: {problem}")),
+            (None, None) => line(f, "computes on", "the CPU"),
+        }
     }
 
     fn write_models(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -215,7 +232,7 @@ mod tests {
         for isa in Isa::available() {
             assert!(text.contains(&isa.to_string()), "{text}");
         }
-        assert!(text.contains("computes on the CPU"));
+        assert!(text.lines().any(|line| line.starts_with("computes on")), "{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["isa"]["chosen"], Isa::best().to_string());
     }

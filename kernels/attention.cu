@@ -1,0 +1,552 @@
+// Causal attention over the paged KV cache: decode and prefill kernels that give a row the same bits.
+//
+//   qkv          [num_tokens, (num_heads + 2 num_kv_heads) D] T, q normalised and rotated (kv_store.cu)
+//   blocks       KV blocks; kv_store.cu says how they lie, block_stride and layer_offset count numbers of T
+//   block_tables [num_seqs, max_blocks] i32; entries past the context are not read
+//   context_lens [num_seqs] i32, this step's tokens included
+//   cu_seqlens_q [num_seqs + 1] i32
+//   out          [num_tokens, num_heads D] T
+//
+// A row is one query token and one of the `group` q heads of a KV head: row r of a sequence is token r / group, head
+// r % group. So a key or value, once in shared memory, serves the whole group and, in prefill, all tokens of a tile.
+//
+// attention_decode:  sequences with at most decode_rows (<= 16) rows. Grid (num_chunks, num_kv_heads, num_seqs), block
+//                    128. With `partials`, a block does one chunk of 256 positions, and attention_combine folds them;
+//                    without, num_chunks is 1 and a block does all. Four warps divide the keys of a tile for the
+//                    scores, and the dimensions for the weighted sum.
+// attention_combine: grid (decode_rows, num_kv_heads, num_seqs), block D rounded up to 32: a thread has a dimension.
+// attention_prefill: the other sequences. Grid (ceil(max rows / 64), num_kv_heads, num_seqs), block 128: 64 rows, 16 a
+//                    warp. For D = 256 block 256: two warps share rows, and have half of the dimensions each.
+// Dynamic shared memory: queries, a tile of 64 keys, one of 64 values; decode has 16 query rows and 4608 bytes more.
+// Keys and values arrive by cp.async: values while scores are computed, the next keys while values are weighed.
+//
+// Arithmetic of a row, the same in all kernels: scores are chains of mma steps in order of dimensions; tiles of 64
+// positions are weighed in order, with a running maximum that begins anew at every multiple of 256; weights are rounded
+// to T for the mma, their sum is not; chunks are folded in order. A masked position has a weight of zero, and a tile or
+// chunk without a visible position changes nothing, so it does not matter which of them a kernel skips.
+// Equals `cpu::attention` on numbers rounded to T.
+
+#include "common.cuh"
+
+constexpr int TILE = 64;
+constexpr int CHUNK = 256;
+constexpr int SCORE_STRIDE = 72;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+template <class T> struct Arguments {
+    T* out;
+    float* partials;
+    const T *qkv, *blocks;
+    const int *block_tables, *context_lens, *cu_seqlens_q;
+    u64 block_stride, layer_offset;
+    int max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window;
+    float scale;
+};
+
+// The rows of one sequence and KV head, and what they see.
+struct Rows {
+    int sequence, kv_head, group, first_token, num_queries, context_len, window;
+
+    __device__ __forceinline__ Rows(const int* context_lens, const int* cu_seqlens_q, int num_heads, int num_kv_heads,
+                                    int window_or_none)
+        : sequence(blockIdx.z), kv_head(blockIdx.y), group(num_heads / num_kv_heads), window(window_or_none) {
+        first_token = cu_seqlens_q[sequence];
+        num_queries = cu_seqlens_q[sequence + 1] - first_token;
+        context_len = context_lens[sequence];
+    }
+    __device__ __forceinline__ int count() const { return num_queries * group; }
+    __device__ __forceinline__ int token(int row) const { return first_token + row / group; }
+    __device__ __forceinline__ int head(int row) const { return kv_head * group + row % group; }
+    // Positions [begin, end) that a row sees; none when there is no such row.
+    __device__ __forceinline__ int end(int row) const {
+        return row < count() ? context_len - num_queries + row / group + 1 : 0;
+    }
+    __device__ __forceinline__ int begin(int row) const { return window > 0 ? max(end(row) - window, 0) : 0; }
+    // Chunks that some row sees.
+    __device__ __forceinline__ int first_chunk() const { return begin(0) / CHUNK; }
+    __device__ __forceinline__ int end_chunk() const { return ceil_div(context_len, CHUNK); }
+};
+
+// Where the next RUN positions of a sequence lie: an entry of the block table, and positions into that block. Blocks
+// hold a multiple of RUN, so a run never crosses into another. Kept from tile to tile, because divisions are slow.
+constexpr int RUN = 16;
+
+struct Cursor {
+    int index, offset;
+
+    __device__ __forceinline__ Cursor(int position, int block_size)
+        : index(position / block_size), offset(position % block_size) {}
+    __device__ __forceinline__ void advance(int block_size) {
+        offset += RUN;
+        if (offset == block_size) index++, offset = 0;
+    }
+};
+
+// Queues the copy of keys (or values) [first, first + TILE) of a head, which are at the cursor; zeros past the context.
+template <int D, int THREADS, class T>
+__device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, const Rows& rows, int first,
+                                          bool is_value, Cursor& cursor) {
+    constexpr int CHUNKS = D / 8, VECTORS = RUN * CHUNKS;
+    const u64 tile_numbers = static_cast<u64>(args.block_size) * D;
+    const T* head = args.blocks + args.layer_offset + (2 * rows.kv_head + is_value) * tile_numbers;
+    const int* table = args.block_tables + static_cast<u64>(rows.sequence) * args.max_blocks;
+#pragma unroll
+    for (int run = 0; run < TILE / RUN; run++) {
+        const int position = first + run * RUN;
+        const T* source = head;
+        if (position < rows.context_len) {
+            source += table[cursor.index] * args.block_stride + static_cast<u64>(cursor.offset) * D;
+        }
+        cursor.advance(args.block_size);
+#pragma unroll
+        for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
+            const int vector = i * THREADS + threadIdx.x;
+            if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
+            const int row = vector / CHUNKS, chunk = vector % CHUNKS;
+            const bool exists = position + row < rows.context_len;
+            const T* from = exists ? source + vector * 8 : head;
+            copy16_async(target + swizzled<CHUNKS>(run * RUN + row, chunk), from, exists);
+        }
+    }
+}
+
+template <int D, int THREADS, int ROWS, class T>
+__device__ __forceinline__ void load_queries(u32 target, const Arguments<T>& args, const Rows& rows, int first_row) {
+    constexpr int CHUNKS = D / 8, VECTORS = ROWS * CHUNKS;
+    const int heads = args.num_heads + 2 * args.num_kv_heads;
+#pragma unroll
+    for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
+        const int vector = i * THREADS + threadIdx.x;
+        if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
+        const int row = vector / CHUNKS, chunk = vector % CHUNKS, wanted = first_row + row;
+        const bool exists = wanted < rows.count();
+        const u64 head = exists ? static_cast<u64>(rows.token(wanted)) * heads + rows.head(wanted) : 0;
+        copy16_async(target + swizzled<CHUNKS>(row, chunk), args.qkv + head * D + chunk * 8, exists);
+    }
+}
+
+// Scores of 16 rows and 16 * RUNS keys, as mma tiles of 8 keys.
+template <class T, int D, int RUNS>
+__device__ __forceinline__ void score(float (&scores)[2 * RUNS][4], u32 queries, int first_row, u32 keys,
+                                      int first_key) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * RUNS; i++) scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+        u32 q[4];
+        load_matrices(q, queries + swizzled<D / 8>(first_row + lane % 16, step * 2 + lane / 16));
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) {
+            u32 k[4];
+            const int key = first_key + run * 16 + lane / 16 * 8 + lane % 8;
+            load_matrices(k, keys + swizzled<D / 8>(key, step * 2 + lane / 8 % 2));
+            mma<T>(scores[2 * run], q, k[0], k[1]);
+            mma<T>(scores[2 * run + 1], q, k[2], k[3]);
+        }
+    }
+}
+
+// Maximum of the scaled scores, in units of log2, and sum of the weights relative to it.
+struct Softmax {
+    float max, sum;
+};
+
+// What each side of a fold is multiplied with; 1 and 0 when only the first has seen a position.
+__device__ __forceinline__ float2 fold_factors(float max, float other_max) {
+    const float largest = fmaxf(max, other_max), base = largest == MINUS_INFINITY ? 0.0f : largest;
+    return {exp2_fast(__fadd_rn(max, -base)), exp2_fast(__fadd_rn(other_max, -base))};
+}
+__device__ __forceinline__ float fold(float x, float y, float2 factors) {
+    return __fmaf_rn(y, factors.y, __fmul_rn(x, factors.x));
+}
+__device__ __forceinline__ void fold(Softmax& total, const Softmax& chunk) {
+    const float2 factors = fold_factors(total.max, chunk.max);
+    total = {fmaxf(total.max, chunk.max), fold(total.sum, chunk.sum, factors)};
+}
+// What a weighted sum is multiplied with in the end; 0 for a row that has seen nothing.
+__device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : __frcp_rn(sum); }
+
+// What a warp knows of its 16 rows: a lane has rows lane / 4 and lane / 4 + 8, and of `N` mma tiles of 8 dimensions the
+// columns lane % 4 * 2 and the next.
+template <int N> struct RowSums {
+    float chunk[N][4], total[N][4];
+    Softmax chunk_softmax[2], total_softmax[2];
+    int begin[2], end[2];
+
+    __device__ __forceinline__ RowSums(const Rows& rows, int first_row) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = first_row + threadIdx.x % 32 / 4 + i * 8;
+            begin[i] = rows.begin(row), end[i] = rows.end(row);
+            total_softmax[i] = {MINUS_INFINITY, 0.0f};
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++) total[n][0] = total[n][1] = total[n][2] = total[n][3] = 0.0f;
+        begin_chunk();
+    }
+
+    __device__ __forceinline__ void begin_chunk() {
+        chunk_softmax[0] = chunk_softmax[1] = {MINUS_INFINITY, 0.0f};
+#pragma unroll
+        for (int n = 0; n < N; n++) chunk[n][0] = chunk[n][1] = chunk[n][2] = chunk[n][3] = 0.0f;
+    }
+
+    // Turns the scores of positions [first, first + TILE) into weights, the left operand of an mma, and scales what was
+    // summed before to the new maximum.
+    template <class T>
+    __device__ __forceinline__ void weigh(float (&scores)[TILE / 8][4], u32 (&weights)[TILE / 16][4], int first,
+                                          float scale) {
+        mask(scores, first);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            Softmax& state = chunk_softmax[i];
+            float largest = MINUS_INFINITY;
+#pragma unroll
+            for (int n = 0; n < TILE / 8; n++) largest = fmaxf(largest, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+            const float max = fmaxf(state.max, __fmul_rn(largest, scale));
+            const float base = max == MINUS_INFINITY ? 0.0f : max;
+            const float rescale = exp2_fast(__fadd_rn(state.max, -base));
+            float sum = __fmul_rn(state.sum, rescale);
+#pragma unroll
+            for (int n = 0; n < TILE / 8; n++) {
+                float &left = scores[n][2 * i], &right = scores[n][2 * i + 1];
+                left = exp2_fast(__fmaf_rn(left, scale, -base)), right = exp2_fast(__fmaf_rn(right, scale, -base));
+                sum = __fadd_rn(sum, __fadd_rn(left, right));
+                weights[n / 2][n % 2 * 2 + i] = pack<T>(left, right);
+            }
+            state = {max, sum};
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                chunk[n][2 * i] = __fmul_rn(chunk[n][2 * i], rescale);
+                chunk[n][2 * i + 1] = __fmul_rn(chunk[n][2 * i + 1], rescale);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void mask(float (&scores)[TILE / 8][4], int first) const {
+        const bool sees_all = begin[0] <= first && begin[1] <= first && first + TILE <= min(end[0], end[1]);
+        if (__all_sync(ALL_LANES, sees_all)) return;
+        const int lane_first = first + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int position = lane_first + n * 8 + j % 2;
+                if (position < begin[j / 2] || position >= end[j / 2]) scores[n][j] = MINUS_INFINITY;
+            }
+        }
+    }
+
+    // Adds the weighted values of a tile; mma tile n has dimensions [8 (first_tile + n * step), + 8).
+    template <class T, int D>
+    __device__ __forceinline__ void add_values(const u32 (&weights)[TILE / 16][4], u32 values, int first_tile,
+                                               int step) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int tile = first_tile + n * step;
+            if (tile >= D / 8) break;
+#pragma unroll
+            for (int half = 0; half < TILE / 32; half++) {
+                u32 v[4];
+                load_matrices_transposed(v, values + swizzled<D / 8>(half * 32 + lane, tile));
+                mma<T>(chunk[n], weights[2 * half], v[0], v[1]);
+                mma<T>(chunk[n], weights[2 * half + 1], v[2], v[3]);
+            }
+        }
+    }
+
+    // The four lanes of a row have summed weights apart.
+    __device__ __forceinline__ void end_chunk() {
+#pragma unroll
+        for (int i = 0; i < 2; i++) chunk_softmax[i].sum = sum_lanes(chunk_softmax[i].sum, 4);
+    }
+
+    __device__ __forceinline__ void fold_chunk() {
+        end_chunk();
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float2 factors = fold_factors(total_softmax[i].max, chunk_softmax[i].max);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                total[n][2 * i] = fold(total[n][2 * i], chunk[n][2 * i], factors);
+                total[n][2 * i + 1] = fold(total[n][2 * i + 1], chunk[n][2 * i + 1], factors);
+            }
+            fold(total_softmax[i], chunk_softmax[i]);
+        }
+        begin_chunk();
+    }
+
+    __device__ __forceinline__ void normalise() {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float factor = inverse(total_softmax[i].sum);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                total[n][2 * i] = __fmul_rn(total[n][2 * i], factor);
+                total[n][2 * i + 1] = __fmul_rn(total[n][2 * i + 1], factor);
+            }
+        }
+    }
+
+    template <class T> __device__ __forceinline__ u32 result(int n, int i) const {
+        return pack<T>(total[n][2 * i], total[n][2 * i + 1]);
+    }
+};
+
+// The warps' scores, brought together so that every warp has those of the whole tile.
+__device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], const float (&own)[2][4], float* shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float* corner = shared + lane / 4 * SCORE_STRIDE + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        float2* low = reinterpret_cast<float2*>(corner + (warp * 2 + n) * 8);
+        low[0] = {own[n][0], own[n][1]};
+        low[4 * SCORE_STRIDE] = {own[n][2], own[n][3]};
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < TILE / 8; n++) {
+        const float2* low = reinterpret_cast<const float2*>(corner + n * 8);
+        const float2 a = low[0], b = low[4 * SCORE_STRIDE];
+        scores[n][0] = a.x, scores[n][1] = a.y, scores[n][2] = b.x, scores[n][3] = b.y;
+    }
+}
+
+// Where decode leaves what chunks give: [num_seqs][num_kv_heads][num_chunks][decode_rows] times D weighted values, and
+// behind all of them as many pairs of maximum and sum. Called in grids of (any, num_kv_heads, num_seqs).
+template <class Number> struct Partials {
+    Number *first_values, *first_states;
+    int decode_rows, head_dim;
+
+    __device__ __forceinline__ Partials(Number* partials, const Rows& rows, int num_chunks, int num_rows, int dims)
+        : decode_rows(num_rows), head_dim(dims) {
+        const u64 per_head = static_cast<u64>(num_chunks) * decode_rows;
+        const u64 before = (static_cast<u64>(rows.sequence) * gridDim.y + rows.kv_head) * per_head;
+        first_values = partials + before * head_dim;
+        first_states = partials + gridDim.z * gridDim.y * per_head * head_dim + before * 2;
+    }
+    __device__ __forceinline__ Number* values(int chunk, int row) const {
+        return first_values + (static_cast<u64>(chunk) * decode_rows + row) * head_dim;
+    }
+    __device__ __forceinline__ auto state(int chunk, int row) const {
+        return as_pair(first_states + (static_cast<u64>(chunk) * decode_rows + row) * 2);
+    }
+
+  private:
+    static __device__ __forceinline__ float2* as_pair(float* at) { return reinterpret_cast<float2*>(at); }
+    static __device__ __forceinline__ const float2* as_pair(const float* at) {
+        return reinterpret_cast<const float2*>(at);
+    }
+};
+
+template <int D, int N, class T>
+__device__ __forceinline__ void store_partial(const Arguments<T>& args, const Rows& rows, RowSums<N>& sums, int chunk) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    sums.end_chunk();
+    const Partials<float> partials(args.partials, rows, gridDim.x, args.decode_rows, D);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = lane / 4 + i * 8;
+        if (row >= rows.count()) continue;
+        float* target = partials.values(chunk, row);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int tile = warp + n * 4;
+            if (tile >= D / 8) break;
+            float2* pair = reinterpret_cast<float2*>(target + tile * 8 + lane % 4 * 2);
+            *pair = {sums.chunk[n][2 * i], sums.chunk[n][2 * i + 1]};
+        }
+        if (warp == 0 && lane % 4 == 0) {
+            *partials.state(chunk, row) = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
+        }
+    }
+}
+
+template <int D, int N, class T>
+__device__ __forceinline__ void store_rows(const Arguments<T>& args, const Rows& rows, const RowSums<N>& sums) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int row = lane / 4 + i * 8;
+        if (row >= rows.count()) continue;
+        T* target = args.out + (static_cast<u64>(rows.token(row)) * args.num_heads + rows.head(row)) * D;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const int tile = warp + n * 4;
+            if (tile < D / 8) *reinterpret_cast<u32*>(target + tile * 8 + lane % 4 * 2) = sums.template result<T>(n, i);
+        }
+    }
+}
+
+template <int D, class T> __device__ __forceinline__ void decode(const Arguments<T>& args) {
+    constexpr int THREADS = 128, WARPS = 4, N = (D / 8 + WARPS - 1) / WARPS;
+    const Rows rows(args.context_lens, args.cu_seqlens_q, args.num_heads, args.num_kv_heads, args.window);
+    const bool is_split = args.partials != nullptr;
+    const int chunk = blockIdx.x, warp = threadIdx.x / 32;
+    if (rows.count() == 0 || rows.count() > args.decode_rows) return;
+    if (is_split && (chunk < rows.first_chunk() || chunk >= rows.end_chunk())) return;
+
+    const u32 queries = shared_address(shared_bytes), keys = queries + 16 * D * 2, values = keys + TILE * D * 2;
+    float* shared_scores = reinterpret_cast<float*>(shared_bytes + (16 + 2 * TILE) * D * 2);
+    int tile = rows.begin(0) / TILE, end_tile = ceil_div(rows.context_len, TILE);
+    if (is_split) tile = max(tile, chunk * (CHUNK / TILE)), end_tile = min(end_tile, (chunk + 1) * (CHUNK / TILE));
+    const float scale = __fmul_rn(args.scale, LOG2_E);
+
+    load_queries<D, THREADS, 16>(queries, args, rows, 0);
+    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
+    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
+    commit_copies();
+    RowSums<N> sums(rows, 0);
+    for (; tile < end_tile; tile++) {
+        wait_for_copies<0>();
+        __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
+        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
+        commit_copies();
+        float own[2][4], scores[TILE / 8][4];
+        score<T, D, 1>(own, queries, 0, keys, warp * 16);
+        exchange_scores(scores, own, shared_scores);  // Its barrier: nobody reads the keys any more.
+        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
+        commit_copies();
+        u32 weights[TILE / 16][4];
+        sums.template weigh<T>(scores, weights, tile * TILE, scale);
+        wait_for_copies<1>();
+        __syncthreads();  // The values are here, and nobody reads the exchanged scores.
+        sums.template add_values<T, D>(weights, values, warp, WARPS);
+        const bool ends_chunk = (tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile;
+        if (!is_split && ends_chunk) sums.fold_chunk();
+    }
+    wait_for_copies<0>();
+    if (is_split) {
+        store_partial<D>(args, rows, sums, chunk);
+    } else {
+        sums.normalise();
+        store_rows<D>(args, rows, sums);
+    }
+}
+
+// Folds what `decode` left, chunk after chunk.
+template <class T>
+__device__ __forceinline__ void combine(T* out, const float* partials, const Rows& rows, int num_chunks, int num_heads,
+                                        int head_dim, int decode_rows) {
+    const int row = blockIdx.x, dim = threadIdx.x;
+    if (rows.count() > decode_rows || row >= rows.count() || dim >= head_dim) return;
+    const Partials<const float> left(partials, rows, num_chunks, decode_rows, head_dim);
+    float total = 0.0f;
+    Softmax softmax = {MINUS_INFINITY, 0.0f};
+#pragma unroll 4
+    for (int chunk = rows.first_chunk(); chunk < rows.end_chunk(); chunk++) {
+        const float2 state = *left.state(chunk, row);
+        total = fold(total, left.values(chunk, row)[dim], fold_factors(softmax.max, state.x));
+        fold(softmax, {state.x, state.y});
+    }
+    const u64 target = (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
+    out[target].bits = static_cast<u16>(pack<T>(__fmul_rn(total, inverse(softmax.sum)), 0.0f));
+}
+
+// Brings the warps' rows together in shared memory, where the queries were, and stores them in vectors of 16 bytes.
+template <int D, int THREADS, int N, class T>
+__device__ __forceinline__ void store_query_tile(const Arguments<T>& args, const Rows& rows, const RowSums<N>& sums,
+                                                 int first_row, int warp_row, int first_tile) {
+    constexpr int CHUNKS = D / 8, VECTORS = TILE * CHUNKS;
+    const int lane = threadIdx.x % 32;
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const u32 offset = swizzled<CHUNKS>(warp_row + lane / 4 + i * 8, first_tile + n) + lane % 4 * 4;
+            *reinterpret_cast<u32*>(shared_bytes + offset) = sums.template result<T>(n, i);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
+        const int vector = i * THREADS + threadIdx.x, row = vector / CHUNKS, wanted = first_row + row;
+        if ((VECTORS % THREADS != 0 && vector >= VECTORS) || wanted >= rows.count()) break;
+        T* target = args.out + (static_cast<u64>(rows.token(wanted)) * args.num_heads + rows.head(wanted)) * D;
+        const uint4 x = *reinterpret_cast<const uint4*>(shared_bytes + swizzled<CHUNKS>(row, vector % CHUNKS));
+        *reinterpret_cast<uint4*>(target + vector % CHUNKS * 8) = x;
+    }
+}
+
+template <int D> constexpr int PREFILL_THREADS = D > 128 ? 256 : 128;
+
+template <int D, class T> __device__ __forceinline__ void prefill(const Arguments<T>& args) {
+    constexpr int THREADS = PREFILL_THREADS<D>, N = D / 8 / (THREADS / 128);
+    const Rows rows(args.context_lens, args.cu_seqlens_q, args.num_heads, args.num_kv_heads, args.window);
+    const int first_row = blockIdx.x * TILE;
+    if (rows.count() <= args.decode_rows || first_row >= rows.count()) return;
+
+    const u32 queries = shared_address(shared_bytes), keys = queries + TILE * D * 2, values = keys + TILE * D * 2;
+    const int warp = threadIdx.x / 32, warp_row = warp % 4 * 16, first_tile = warp / 4 * N;
+    const int last_row = min(first_row + TILE, rows.count()) - 1;
+    const int end_tile = ceil_div(rows.end(last_row), TILE);
+    const float scale = __fmul_rn(args.scale, LOG2_E);
+    int tile = rows.begin(first_row) / TILE;
+
+    load_queries<D, THREADS, TILE>(queries, args, rows, first_row);
+    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
+    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
+    commit_copies();
+    RowSums<N> sums(rows, first_row + warp_row);
+    for (; tile < end_tile; tile++) {
+        wait_for_copies<0>();
+        __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
+        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
+        commit_copies();
+        float scores[TILE / 8][4];
+        score<T, D, TILE / 16>(scores, queries, warp_row, keys, 0);
+        __syncthreads();  // Nobody reads the keys any more.
+        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
+        commit_copies();
+        u32 weights[TILE / 16][4];
+        sums.template weigh<T>(scores, weights, tile * TILE, scale);
+        wait_for_copies<1>();
+        __syncthreads();  // The values are here.
+        sums.template add_values<T, D>(weights, values, first_tile, 1);
+        if ((tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile) sums.fold_chunk();
+    }
+    wait_for_copies<0>();
+    sums.normalise();
+    store_query_tile<D, THREADS>(args, rows, sums, first_row, warp_row, first_tile);
+}
+
+#define ATTENTION_PARAMETERS(T)                                                                                        \
+    T *out, float *partials, const T *qkv, const T *blocks, const int *block_tables, const int *context_lens,          \
+        const int *cu_seqlens_q, u64 block_stride, u64 layer_offset, int max_blocks, int block_size, int num_heads,    \
+        int num_kv_heads, int decode_rows, int window, float scale
+#define ATTENTION_ARGUMENTS                                                                                            \
+    {out,          partials,   qkv,        blocks,    block_tables, context_lens, cu_seqlens_q, block_stride,          \
+     layer_offset, max_blocks, block_size, num_heads, num_kv_heads, decode_rows,  window,       scale}
+
+#define ATTENTION_KERNELS(T, D)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##T##_d##D(ATTENTION_PARAMETERS(T)) {           \
+        decode<D, T>(ATTENTION_ARGUMENTS);                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS<D>)                                                   \
+    attention_prefill_##T##_d##D(ATTENTION_PARAMETERS(T)) {                                                            \
+        prefill<D, T>(ATTENTION_ARGUMENTS);                                                                            \
+    }
+
+#define COMBINE_AND_ATTENTION_KERNELS(T)                                                                               \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    attention_combine_##T(T* out, const float* partials, const int* context_lens, const int* cu_seqlens_q,             \
+                          int num_chunks, int num_heads, int num_kv_heads, int head_dim, int decode_rows,              \
+                          int window) {                                                                                \
+        const Rows rows(context_lens, cu_seqlens_q, num_heads, num_kv_heads, window);                                  \
+        combine(out, partials, rows, num_chunks, num_heads, head_dim, decode_rows);                                    \
+    }                                                                                                                  \
+    ATTENTION_KERNELS(T, 16)                                                                                           \
+    ATTENTION_KERNELS(T, 32)                                                                                           \
+    ATTENTION_KERNELS(T, 64)                                                                                           \
+    ATTENTION_KERNELS(T, 80)                                                                                           \
+    ATTENTION_KERNELS(T, 96)                                                                                           \
+    ATTENTION_KERNELS(T, 128)                                                                                          \
+    ATTENTION_KERNELS(T, 256)
+
+COMBINE_AND_ATTENTION_KERNELS(bf16)
+COMBINE_AND_ATTENTION_KERNELS(f16)

@@ -1,0 +1,149 @@
+// What every kernel is written with: the two 16-bit types, tensor-core and asynchronous-copy instructions of sm_80,
+// and reductions whose order is fixed. Includes nothing, so that NVRTC compiles it without an include path.
+//
+// Where the bits of a result must not depend on which kernel computed it, products and sums are spelled with the
+// intrinsics __fmul_rn, __fadd_rn and __fmaf_rn, which the compiler neither fuses nor splits.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+
+// NVRTC has no constant for it.
+#define MINUS_INFINITY __int_as_float(0xff800000)
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Two numbers in a word, the one of lower address in the low half.
+template <class T> __device__ __forceinline__ u32 pack(float low, float high);
+template <> __device__ __forceinline__ u32 pack<bf16>(float low, float high) {
+    u32 word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+template <> __device__ __forceinline__ u32 pack<f16>(float low, float high) {
+    u32 word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+template <class T> __device__ __forceinline__ float2 unpack(u32 word);
+template <> __device__ __forceinline__ float2 unpack<bf16>(u32 word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+template <> __device__ __forceinline__ float2 unpack<f16>(u32 word) {
+    float low, high;
+    asm("{\n .reg .b16 a, b;\n mov.b32 {a, b}, %2;\n cvt.f32.f16 %0, a;\n cvt.f32.f16 %1, b;\n}"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+    return {low, high};
+}
+
+// Eight numbers in f32.
+struct Eight {
+    float at[8];
+};
+
+template <class T> __device__ __forceinline__ Eight load8(const T* source) {
+    const uint4 words = *reinterpret_cast<const uint4*>(source);
+    const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
+    return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+template <class T> __device__ __forceinline__ void store8(T* target, const Eight& x) {
+    *reinterpret_cast<uint4*>(target) = make_uint4(pack<T>(x.at[0], x.at[1]), pack<T>(x.at[2], x.at[3]),
+                                                   pack<T>(x.at[4], x.at[5]), pack<T>(x.at[6], x.at[7]));
+}
+// Four numbers, for what streams f32: 16 bytes a lane there, 8 in 16-bit types, and whole sectors in both.
+template <class T> __device__ __forceinline__ float4 load4(const T* source) {
+    const uint2 words = *reinterpret_cast<const uint2*>(source);
+    const float2 a = unpack<T>(words.x), b = unpack<T>(words.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+template <> __device__ __forceinline__ float4 load4<float>(const float* source) {
+    return *reinterpret_cast<const float4*>(source);
+}
+
+template <class T> __device__ __forceinline__ void store4(T* target, float4 x) {
+    *reinterpret_cast<uint2*>(target) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+}
+template <> __device__ __forceinline__ void store4<float>(float* target, float4 x) {
+    *reinterpret_cast<float4*>(target) = x;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Sum over `width` neighbouring lanes, a power of two; every lane gets it.
+__device__ __forceinline__ float sum_lanes(float x, int width) {
+    for (int step = width / 2; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// One step of the tensor cores: c[16][8] += a[16][16] b[16][8]. A lane holds of c: rows lane / 4 and lane / 4 + 8,
+// columns lane % 4 * 2 and the next, as {low row, low row, high row, high row}.
+template <class T> __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
+template <> __device__ __forceinline__ void mma<bf16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> __device__ __forceinline__ void mma<f16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane `i` gives the address of row `i % 8` of matrix `i / 8`.
+__device__ __forceinline__ void load_matrices(u32 (&out)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32 (&out)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile with `CHUNKS` chunks a row. Chunks are exchanged so that
+// the same chunk of eight rows in a run lies in eight different groups of banks.
+template <int CHUNKS> __device__ __forceinline__ u32 swizzled(int row, int chunk) {
+    constexpr int EXCHANGED = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : CHUNKS % 2 == 0 ? 2 : 1;
+    constexpr int SHIFT = EXCHANGED == 8 ? 0 : EXCHANGED == 4 ? 1 : EXCHANGED == 2 ? 2 : 3;
+    return (row * CHUNKS + (chunk ^ ((row >> SHIFT) & (EXCHANGED - 1)))) * 16;
+}
+
+// Queues a copy from global to shared memory: 16 bytes, or zeros where there is no source; `source` must be an address
+// in the tensor either way.
+__device__ __forceinline__ void copy16_async(u32 target, const void* source, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(exists ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `PENDING` of the newest groups are under way.
+template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Dynamic shared memory of a kernel.
+extern __shared__ __align__(16) u8 shared_bytes[];

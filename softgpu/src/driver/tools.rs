@@ -1,0 +1,59 @@
+//! What a real driver does not have: findings and counters, for tests.
+
+use super::{INVALID_VALUE, NOT_FOUND, entries, put};
+use crate::counters::Counters;
+use crate::device::device;
+use crate::report;
+use std::ffi::{CStr, c_char};
+
+/// Copies text with its terminator into a buffer, cut to fit. `needed` (may be null) gets the bytes for all of it.
+///
+/// # Safety
+/// `buffer` is null or has `length` bytes.
+unsafe fn copy_text(text: &str, buffer: *mut c_char, length: usize, needed: *mut usize) -> Result<(), u32> {
+    // SAFETY: the caller's promise; the end is inside the buffer.
+    unsafe {
+        if !needed.is_null() {
+            put(needed, text.len() + 1)?;
+        }
+        if buffer.is_null() || length == 0 {
+            return Ok(());
+        }
+        let n = text.len().min(length - 1);
+        std::ptr::copy_nonoverlapping(text.as_ptr().cast(), buffer, n);
+        put(buffer.add(n), 0)
+    }
+}
+
+entries! {
+    // The last finding or refusal as text; empty if there was none.
+    fn softgpu_last_error_message(buffer: *mut c_char, length: usize, needed: *mut usize) {
+        copy_text(&report::message(), buffer, length, needed)
+    }
+
+    // Forgets the last finding: calls work again.
+    fn softgpu_clear_error() {
+        device().streams.clear_error();
+        report::clear_message();
+        Ok(())
+    }
+
+    // Totals of one kernel, in the order of `Counters`.
+    fn softgpu_kernel_counters(kernel: *const c_char, counters: *mut Counters) {
+        if kernel.is_null() {
+            return Err(INVALID_VALUE);
+        }
+        let found = report::counters(&CStr::from_ptr(kernel).to_string_lossy());
+        put(counters, found.ok_or(NOT_FOUND)?)
+    }
+
+    // All kernels as JSON.
+    fn softgpu_report(buffer: *mut c_char, length: usize, needed: *mut usize) {
+        copy_text(&report::json(), buffer, length, needed)
+    }
+
+    fn softgpu_reset_counters() {
+        report::reset();
+        Ok(())
+    }
+}

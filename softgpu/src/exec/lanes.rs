@@ -1,0 +1,123 @@
+//! The register file of one warp: every register is a row of 32 lanes.
+
+use half::{bf16, f16};
+
+/// Lanes of a warp.
+pub const LANES: usize = 32;
+/// All lanes active.
+pub const FULL: u32 = u32::MAX;
+
+/// A row of 32-bit (or narrower, zero-extended) registers.
+pub type Row32 = [u32; LANES];
+/// A row of 64-bit registers.
+pub type Row64 = [u64; LANES];
+
+/// The registers of one warp. Slots are given out by the decoder.
+#[derive(Clone, Debug, Default)]
+pub struct Regs {
+    /// 32-bit registers, and 16- and 8-bit ones zero-extended.
+    pub r32: Vec<Row32>,
+    /// 64-bit registers.
+    pub r64: Vec<Row64>,
+    /// Predicates, one bit a lane.
+    pub p: Vec<u32>,
+}
+
+/// A value type that lives in registers.
+pub trait Lane: Copy + Default {
+    /// Whether it lives in the 64-bit rows.
+    const WIDE: bool;
+    /// Reads a row.
+    fn load(regs: &Regs, slot: u16) -> [Self; LANES];
+    /// Writes the lanes of `mask`.
+    fn store(regs: &mut Regs, slot: u16, values: &[Self; LANES], mask: u32);
+}
+
+#[inline(always)]
+fn blend<T: Copy>(target: &mut [T; LANES], values: &[T; LANES], mask: u32) {
+    if mask == FULL {
+        *target = *values;
+        return;
+    }
+    for i in 0..LANES {
+        target[i] = if mask >> i & 1 != 0 { values[i] } else { target[i] };
+    }
+}
+
+macro_rules! lane {
+    ($type:ty, $file:ident, $row:ty, $wide:literal, $from:expr, $to:expr) => {
+        impl Lane for $type {
+            const WIDE: bool = $wide;
+            #[inline(always)]
+            fn load(regs: &Regs, slot: u16) -> [Self; LANES] {
+                regs.$file[slot as usize].map($from)
+            }
+            #[inline(always)]
+            fn store(regs: &mut Regs, slot: u16, values: &[Self; LANES], mask: u32) {
+                let bits: $row = values.map($to);
+                blend(&mut regs.$file[slot as usize], &bits, mask);
+            }
+        }
+    };
+}
+
+lane!(u32, r32, Row32, false, |x| x, |x| x);
+lane!(i32, r32, Row32, false, |x| x as i32, |x| x as u32);
+lane!(f32, r32, Row32, false, f32::from_bits, f32::to_bits);
+lane!(u16, r32, Row32, false, |x| x as u16, u32::from);
+lane!(i16, r32, Row32, false, |x| x as i16, |x| u32::from(x as u16));
+lane!(f16, r32, Row32, false, |x| f16::from_bits(x as u16), |x| u32::from(x.to_bits()));
+lane!(bf16, r32, Row32, false, |x| bf16::from_bits(x as u16), |x| u32::from(x.to_bits()));
+lane!(u64, r64, Row64, true, |x| x, |x| x);
+lane!(i64, r64, Row64, true, |x| x as i64, |x| x as u64);
+lane!(f64, r64, Row64, true, f64::from_bits, f64::to_bits);
+
+/// `d = f(a)` on the lanes of `mask`.
+#[inline(always)]
+pub fn map1<A: Lane, D: Lane>(regs: &mut Regs, d: u16, s: [u16; 3], mask: u32, f: impl Fn(A) -> D) {
+    let a = A::load(regs, s[0]);
+    let mut out = [D::default(); LANES];
+    for i in 0..LANES {
+        out[i] = f(a[i]);
+    }
+    D::store(regs, d, &out, mask);
+}
+
+/// `d = f(a, b)` on the lanes of `mask`.
+#[inline(always)]
+pub fn map2<A: Lane, B: Lane, D: Lane>(regs: &mut Regs, d: u16, s: [u16; 3], mask: u32, f: impl Fn(A, B) -> D) {
+    let (a, b) = (A::load(regs, s[0]), B::load(regs, s[1]));
+    let mut out = [D::default(); LANES];
+    for i in 0..LANES {
+        out[i] = f(a[i], b[i]);
+    }
+    D::store(regs, d, &out, mask);
+}
+
+/// `d = f(a, b, c)` on the lanes of `mask`.
+#[inline(always)]
+pub fn map3<A: Lane, B: Lane, C: Lane, D: Lane>(
+    regs: &mut Regs,
+    d: u16,
+    s: [u16; 3],
+    mask: u32,
+    f: impl Fn(A, B, C) -> D,
+) {
+    let (a, b, c) = (A::load(regs, s[0]), B::load(regs, s[1]), C::load(regs, s[2]));
+    let mut out = [D::default(); LANES];
+    for i in 0..LANES {
+        out[i] = f(a[i], b[i], c[i]);
+    }
+    D::store(regs, d, &out, mask);
+}
+
+/// The lanes in which `f(a, b)` holds.
+#[inline(always)]
+pub fn test2<A: Lane>(regs: &Regs, a: u16, b: u16, f: impl Fn(A, A) -> bool) -> u32 {
+    let (a, b) = (A::load(regs, a), A::load(regs, b));
+    let mut bits = [0u32; LANES];
+    for i in 0..LANES {
+        bits[i] = u32::from(f(a[i], b[i])) << i;
+    }
+    bits.iter().fold(0, |mask, bit| mask | bit)
+}

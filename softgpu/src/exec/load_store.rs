@@ -1,0 +1,573 @@
+//! Loads, stores, atomics, `cp.async` and `ldmatrix`, with their checks and counters.
+
+use super::block::Block;
+use super::isa::{
+    Access, Address, AsyncCopy, AtomOp, Atomic, LOCAL_WINDOW, NONE, NumType, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES,
+};
+use super::lanes::{FULL, LANES, Regs};
+use super::shared;
+use super::warp::{Pending, Warp};
+use crate::fault::{Fault, FaultKind};
+use crate::memory::Allocation;
+use crate::ptx::syntax::Space;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+
+/// A finding and the lane that made it.
+pub type Lanes<T> = Result<T, (usize, Fault)>;
+
+/// Up to 16 bytes for each lane.
+type Values = [[u8; 16]; LANES];
+
+/// Lanes of a mask in order.
+fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+    (0..LANES).filter(move |lane| mask >> lane & 1 == 1)
+}
+
+/// The address of every lane.
+#[inline]
+pub fn addresses(regs: &Regs, address: Address) -> [u64; LANES] {
+    if address.wide {
+        regs.r64[address.slot as usize].map(|a| a.wrapping_add_signed(address.offset))
+    } else {
+        regs.r32[address.slot as usize].map(|a| u64::from(a.wrapping_add(address.offset as u32)))
+    }
+}
+
+/// Splits generic addresses by window: (space, lanes, start of the window).
+fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> Vec<(Space, u32, u64)> {
+    if space != Space::Generic {
+        return vec![(space, mask, if space == Space::Param { PARAM_WINDOW } else { 0 })];
+    }
+    let mut found: Vec<(Space, u32, u64)> = Vec::with_capacity(1);
+    for lane in lanes(mask) {
+        let window = addresses[lane] & !(WINDOW_BYTES - 1);
+        let (space, start) = match window {
+            SHARED_WINDOW => (Space::Shared, window),
+            LOCAL_WINDOW => (Space::Local, window),
+            PARAM_WINDOW => (Space::Param, window),
+            _ => (Space::Global, 0),
+        };
+        match found.iter_mut().find(|f| f.0 == space) {
+            Some(f) => f.1 |= 1 << lane,
+            None => found.push((space, 1 << lane, start)),
+        }
+    }
+    found
+}
+
+fn check_alignment(addresses: &[u64; LANES], mask: u32, width: u64) -> Lanes<()> {
+    let any = lanes_or(addresses, mask);
+    if any & (width - 1) == 0 {
+        return Ok(());
+    }
+    let lane = lanes(mask).find(|&lane| addresses[lane] & (width - 1) != 0).unwrap_or(0);
+    let what = format!("{width}-byte access to address {:#x}", addresses[lane]);
+    Err((lane, Fault::new(FaultKind::Misaligned, what)))
+}
+
+fn lanes_or(addresses: &[u64; LANES], mask: u32) -> u64 {
+    let mut any = 0;
+    for (lane, address) in addresses.iter().enumerate() {
+        any |= if mask >> lane & 1 == 1 { *address } else { 0 };
+    }
+    any
+}
+
+/// `ld`.
+pub fn load(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> Lanes<()> {
+    let width = u64::from(access.bytes) * u64::from(access.count);
+    let all = addresses(&warp.regs, access.address);
+    check_alignment(&all, mask, width)?;
+    let mut values: Values = [[0; 16]; LANES];
+    for (space, mask, start) in spaces(access.space, &all, mask) {
+        let at = all.map(|a| a.wrapping_sub(start));
+        match space {
+            Space::Shared => read_shared(warp, block, &at, mask, width, &mut values)?,
+            Space::Local => read_local(warp, &at, mask, width, &mut values)?,
+            Space::Param => read_params(block, &at, mask, width, &mut values)?,
+            _ => read_global(block, &at, mask, width, &mut values)?,
+        }
+    }
+    scatter(&mut warp.regs, access, mask, &values);
+    Ok(())
+}
+
+/// Memory bytes to registers.
+fn scatter(regs: &mut Regs, access: &Access, mask: u32, values: &Values) {
+    let bytes = access.bytes as usize;
+    for (element, &slot) in access.regs[..access.count as usize].iter().enumerate() {
+        if slot == NONE {
+            continue;
+        }
+        if bytes == 4 && !access.wide {
+            let row = &mut regs.r32[slot as usize];
+            for lane in 0..LANES {
+                let v = &values[lane][element * 4..element * 4 + 4];
+                let value = u32::from_le_bytes([v[0], v[1], v[2], v[3]]);
+                row[lane] = if mask >> lane & 1 == 1 { value } else { row[lane] };
+            }
+            continue;
+        }
+        for lane in lanes(mask) {
+            let mut raw = [0; 8];
+            raw[..bytes].copy_from_slice(&values[lane][element * bytes..(element + 1) * bytes]);
+            let value = u64::from_le_bytes(raw);
+            let unused = 64 - 8 * bytes as u32;
+            let value = if access.signed { ((value << unused) as i64 >> unused) as u64 } else { value };
+            if access.wide {
+                regs.r64[slot as usize][lane] = value;
+            } else {
+                // Registers narrower than 32 bits keep their upper bits zero; signed 16-bit code masks on use.
+                regs.r32[slot as usize][lane] = value as u32;
+            }
+        }
+    }
+}
+
+/// `st`.
+pub fn store(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> Lanes<()> {
+    let width = u64::from(access.bytes) * u64::from(access.count);
+    let all = addresses(&warp.regs, access.address);
+    check_alignment(&all, mask, width)?;
+    let mut values: Values = [[0; 16]; LANES];
+    let bytes = access.bytes as usize;
+    for (element, &slot) in access.regs[..access.count as usize].iter().enumerate() {
+        for lane in 0..LANES {
+            let value = if access.wide {
+                regs64(&warp.regs, slot, lane)
+            } else {
+                u64::from(warp.regs.r32[slot as usize][lane])
+            };
+            values[lane][element * bytes..(element + 1) * bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
+        }
+    }
+    for (space, mask, start) in spaces(access.space, &all, mask) {
+        let at = all.map(|a| a.wrapping_sub(start));
+        match space {
+            Space::Shared => write_shared(warp, block, &at, mask, width, &values)?,
+            Space::Local => write_local(warp, &at, mask, width, &values)?,
+            Space::Param => {
+                return Err((0, Fault::new(FaultKind::OutOfBounds, "kernel parameters are read-only")));
+            }
+            _ => write_global(block, &at, mask, width, &values)?,
+        }
+    }
+    Ok(())
+}
+
+fn regs64(regs: &Regs, slot: u16, lane: usize) -> u64 {
+    regs.r64[slot as usize][lane]
+}
+
+fn read_shared(
+    warp: &Warp,
+    block: &mut Block,
+    at: &[u64; LANES],
+    mask: u32,
+    width: u64,
+    values: &mut Values,
+) -> Lanes<()> {
+    count_shared(block, at, mask, width);
+    for lane in lanes(mask) {
+        let bytes = block.shared.read(at[lane], width, warp.index).map_err(|f| (lane, f))?;
+        values[lane][..width as usize].copy_from_slice(bytes);
+    }
+    Ok(())
+}
+
+fn write_shared(
+    warp: &Warp,
+    block: &mut Block,
+    at: &[u64; LANES],
+    mask: u32,
+    width: u64,
+    values: &Values,
+) -> Lanes<()> {
+    count_shared(block, at, mask, width);
+    for lane in lanes(mask) {
+        block.shared.write(at[lane], &values[lane][..width as usize], warp.index).map_err(|f| (lane, f))?;
+    }
+    Ok(())
+}
+
+fn count_shared(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64) {
+    let (passes, ideal) = shared::wavefronts(at, mask, width);
+    block.counters.shared_requests += 1;
+    block.counters.shared_wavefronts += passes;
+    block.counters.shared_wavefronts_ideal += ideal;
+}
+
+fn local_range(warp: &Warp, lane: usize, at: u64, width: u64) -> Lanes<std::ops::Range<usize>> {
+    let size = warp.local.len() as u64 / LANES as u64;
+    if at.checked_add(width).is_none_or(|end| end > size) {
+        let what = format!("{width} bytes at local address {at:#x} of {size} bytes of local memory per thread");
+        return Err((lane, Fault::new(FaultKind::OutOfBounds, what)));
+    }
+    let start = (lane as u64 * size + at) as usize;
+    Ok(start..start + width as usize)
+}
+
+fn read_local(warp: &Warp, at: &[u64; LANES], mask: u32, width: u64, values: &mut Values) -> Lanes<()> {
+    for lane in lanes(mask) {
+        let range = local_range(warp, lane, at[lane], width)?;
+        if warp.local_init[range.clone()].contains(&0) {
+            let what = format!("local address {:#x}, which this thread has not written", at[lane]);
+            return Err((lane, Fault::new(FaultKind::Uninitialised, what)));
+        }
+        values[lane][..width as usize].copy_from_slice(&warp.local[range]);
+    }
+    Ok(())
+}
+
+fn write_local(warp: &mut Warp, at: &[u64; LANES], mask: u32, width: u64, values: &Values) -> Lanes<()> {
+    for lane in lanes(mask) {
+        let range = local_range(warp, lane, at[lane], width)?;
+        warp.local_init[range.clone()].fill(1);
+        warp.local[range].copy_from_slice(&values[lane][..width as usize]);
+    }
+    Ok(())
+}
+
+fn read_params(block: &Block, at: &[u64; LANES], mask: u32, width: u64, values: &mut Values) -> Lanes<()> {
+    for lane in lanes(mask) {
+        let start = at[lane] as usize;
+        let Some(bytes) = block.launch.params.get(start..start.saturating_add(width as usize)) else {
+            let what = format!("parameter offset {start} of {} bytes", block.launch.params.len());
+            return Err((lane, Fault::new(FaultKind::OutOfBounds, what)));
+        };
+        values[lane][..width as usize].copy_from_slice(bytes);
+    }
+    Ok(())
+}
+
+/// How the addresses of a request lie.
+struct Pattern {
+    /// All lanes active, each `width` after the one before.
+    is_dense: bool,
+    sectors: u64,
+    bytes: u64,
+}
+
+fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
+    let mut is_dense = mask == FULL;
+    for lane in 1..LANES {
+        is_dense &= at[lane] == at[lane - 1].wrapping_add(width);
+    }
+    if is_dense {
+        let sectors = (at[31] + width - 1) / 32 - at[0] / 32 + 1;
+        return Pattern { is_dense, sectors, bytes: 32 * width };
+    }
+    let mut sorted = [0; LANES];
+    let mut n = 0;
+    for lane in lanes(mask) {
+        sorted[n] = at[lane];
+        n += 1;
+    }
+    sorted[..n].sort_unstable();
+    let (mut sectors, mut bytes, mut end, mut last_sector) = (0, 0, 0, u64::MAX);
+    for &address in &sorted[..n] {
+        let start = address.max(end);
+        let stop = address.saturating_add(width);
+        bytes += stop.saturating_sub(start);
+        end = end.max(stop);
+        for sector in address / 32..=(stop - 1) / 32 {
+            sectors += u64::from(sector != last_sector);
+            last_sector = sector;
+        }
+    }
+    Pattern { is_dense, sectors, bytes }
+}
+
+/// The allocation of an access, trying the one of the lane before first.
+fn resolve<'m>(
+    block: &Block<'m>,
+    last: Option<&'m Allocation>,
+    lane: usize,
+    at: u64,
+    width: u64,
+) -> Lanes<&'m Allocation> {
+    match last {
+        Some(allocation) if allocation.contains(at, width) => Ok(allocation),
+        _ => block.launch.memory.resolve(at, width).map_err(|f| (lane, f)),
+    }
+}
+
+fn read_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, values: &mut Values) -> Lanes<()> {
+    let pattern = pattern(at, mask, width);
+    block.counters.global_load_requests += 1;
+    block.counters.global_load_sectors += pattern.sectors;
+    block.counters.global_load_bytes += pattern.bytes;
+    if pattern.is_dense && block.launch.memory.resolve(at[0], 32 * width).is_ok() {
+        let allocation = block.launch.memory.resolve(at[0], 32 * width).map_err(|f| (0, f))?;
+        let offset = at[0] - allocation.base;
+        check_read(block, allocation, offset, 32 * width).map_err(|f| (0, f))?;
+        for (lane, value) in values.iter_mut().enumerate() {
+            // SAFETY: the whole range lies inside a live allocation.
+            unsafe { copy_in(allocation.data(offset + lane as u64 * width), value, width) };
+        }
+        return Ok(());
+    }
+    let (mut last, mut previous) = (None, None);
+    for lane in lanes(mask) {
+        if let Some(before) = previous
+            && at[before] == at[lane]
+        {
+            let value: [u8; 16] = values[before];
+            values[lane] = value;
+            continue;
+        }
+        let allocation = resolve(block, last, lane, at[lane], width)?;
+        let offset = at[lane] - allocation.base;
+        check_read(block, allocation, offset, width).map_err(|f| (lane, f))?;
+        // SAFETY: `resolve` found the range in a live allocation.
+        unsafe { copy_in(allocation.data(offset), &mut values[lane], width) };
+        (last, previous) = (Some(allocation), Some(lane));
+    }
+    Ok(())
+}
+
+/// # Safety
+/// `width` (1, 2, 4, 8 or 16) bytes are readable at `source`.
+#[inline(always)]
+unsafe fn copy_in(source: *const u8, value: &mut [u8; 16], width: u64) {
+    // SAFETY: the caller's promise; the target has 16 bytes.
+    unsafe {
+        match width {
+            1 => value[0] = *source,
+            2 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 2),
+            4 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 4),
+            8 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 8),
+            _ => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), width as usize),
+        }
+    }
+}
+
+fn check_read(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u64) -> Result<(), Fault> {
+    if !allocation.is_init(offset, bytes) {
+        let at = allocation.first_uninit(offset..offset + bytes).unwrap_or(offset);
+        let what = format!("address {:#x}, never written, in {}", allocation.base + at, allocation.describe());
+        return Err(Fault::new(FaultKind::Uninitialised, what));
+    }
+    let acquired = &block.acquired;
+    let (base, shift) = (block.by.tag_base, block.by.tag_shift);
+    block.counters.global_load_footprint_bytes +=
+        allocation.note_read(offset, bytes, &block.by, |tag| !is_acquired(acquired, tag - base, shift))?;
+    Ok(())
+}
+
+/// Whether a write of another block was published (fence, atomic) and seen (atomic) by this one.
+fn is_acquired(acquired: &std::collections::HashMap<u32, u32>, tag: u32, shift: u32) -> bool {
+    shift > 0 && acquired.get(&(tag >> shift)).is_some_and(|&clock| clock > tag & ((1 << shift) - 1))
+}
+
+fn check_write(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u64) -> Result<(), Fault> {
+    let acquired = &block.acquired;
+    let (base, shift) = (block.by.tag_base, block.by.tag_shift);
+    block.counters.global_store_footprint_bytes +=
+        allocation.note_write(offset, bytes, &block.by, |tag| !is_acquired(acquired, tag - base, shift))?;
+    Ok(())
+}
+
+fn write_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, values: &Values) -> Lanes<()> {
+    let pattern = pattern(at, mask, width);
+    block.counters.global_store_requests += 1;
+    block.counters.global_store_sectors += pattern.sectors;
+    block.counters.global_store_bytes += pattern.bytes;
+    let whole = if pattern.is_dense { block.launch.memory.resolve(at[0], 32 * width).ok() } else { None };
+    if let Some(allocation) = whole {
+        check_write(block, allocation, at[0] - allocation.base, 32 * width).map_err(|f| (0, f))?;
+    }
+    let mut last = whole;
+    for lane in lanes(mask) {
+        let allocation = resolve(block, last, lane, at[lane], width)?;
+        let offset = at[lane] - allocation.base;
+        if whole.is_none() {
+            check_write(block, allocation, offset, width).map_err(|f| (lane, f))?;
+        }
+        // SAFETY: `resolve` found the range in a live allocation.
+        unsafe { std::ptr::copy_nonoverlapping(values[lane].as_ptr(), allocation.data(offset), width as usize) };
+        allocation.mark_init(offset, width);
+        last = Some(allocation);
+    }
+    Ok(())
+}
+
+/// The result of a read-modify-write.
+pub fn combine(op: AtomOp, ty: NumType, old: u64, b: u64, c: u64) -> u64 {
+    let bits = ty.bits();
+    let cut = |v: u64| if bits == 64 { v } else { v & 0xffff_ffff };
+    let signed = |v: u64| if bits == 64 { v as i64 } else { i64::from(v as i32) };
+    let less = if ty.is_signed() { signed(b) < signed(old) } else { b < old };
+    match (op, ty) {
+        (AtomOp::Add, NumType::F32) => u64::from((f32::from_bits(old as u32) + f32::from_bits(b as u32)).to_bits()),
+        (AtomOp::Add, NumType::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
+        (AtomOp::Add, _) => cut(old.wrapping_add(b)),
+        (AtomOp::Min, _) => {
+            if less {
+                b
+            } else {
+                old
+            }
+        }
+        (AtomOp::Max, _) => {
+            if less || b == old {
+                old
+            } else {
+                b
+            }
+        }
+        (AtomOp::And, _) => old & b,
+        (AtomOp::Or, _) => old | b,
+        (AtomOp::Xor, _) => old ^ b,
+        (AtomOp::Exch, _) => b,
+        (AtomOp::Cas, _) => {
+            if old == b {
+                c
+            } else {
+                old
+            }
+        }
+        (AtomOp::Inc, _) => {
+            if old >= b {
+                0
+            } else {
+                old + 1
+            }
+        }
+        (AtomOp::Dec, _) => {
+            if old == 0 || old > b {
+                b
+            } else {
+                old - 1
+            }
+        }
+    }
+}
+
+/// `atom` and `red`, lane after lane.
+pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) -> Lanes<()> {
+    let width = u64::from(atomic.ty.bits() / 8);
+    let all = addresses(&warp.regs, atomic.address);
+    check_alignment(&all, mask, width)?;
+    for (space, mask, start) in spaces(atomic.space, &all, mask) {
+        for lane in lanes(mask) {
+            let wide = atomic.ty.is_wide();
+            let row = |slot: u16| {
+                if wide { regs64(&warp.regs, slot, lane) } else { u64::from(warp.regs.r32[slot as usize][lane]) }
+            };
+            let (b, c, at) = (row(atomic.b), row(atomic.c), all[lane].wrapping_sub(start));
+            let update = |old: u64| combine(atomic.op, atomic.ty, old, b, c);
+            let old = match space {
+                Space::Shared => atomic_shared(block, at, width, warp.index, update),
+                Space::Local | Space::Param => {
+                    Err(Fault::new(FaultKind::OutOfBounds, "atomics work on global and shared memory only"))
+                }
+                _ => atomic_global(block, at, width, update),
+            }
+            .map_err(|f| (lane, f))?;
+            block.counters.atomics += 1;
+            if atomic.d != NONE && wide {
+                warp.regs.r64[atomic.d as usize][lane] = old;
+            } else if atomic.d != NONE {
+                warp.regs.r32[atomic.d as usize][lane] = old as u32;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn atomic_shared(block: &mut Block, at: u64, width: u64, warp: u32, update: impl Fn(u64) -> u64) -> Result<u64, Fault> {
+    let bytes = block.shared.atomic(at, width, warp)?;
+    let mut raw = [0; 8];
+    raw[..width as usize].copy_from_slice(bytes);
+    let old = u64::from_le_bytes(raw);
+    bytes.copy_from_slice(&update(old).to_le_bytes()[..width as usize]);
+    Ok(old)
+}
+
+fn atomic_global(block: &mut Block, at: u64, width: u64, update: impl Fn(u64) -> u64) -> Result<u64, Fault> {
+    let allocation = block.launch.memory.resolve(at, width)?;
+    let offset = at - allocation.base;
+    check_read(block, allocation, offset, width)?;
+    block.synchronise(at);
+    // SAFETY: the range lies in a live allocation, is aligned (checked), and all kernels reach it by atomics here; a
+    // kernel that also uses plain accesses on it races, which the checks report.
+    let old = unsafe {
+        let data = allocation.data(offset);
+        if width == 8 {
+            AtomicU64::from_ptr(data.cast()).fetch_update(Relaxed, Relaxed, |old| Some(update(old))).unwrap_or(0)
+        } else {
+            let cell = AtomicU32::from_ptr(data.cast());
+            let old = cell.fetch_update(Relaxed, Relaxed, |old| Some(update(u64::from(old)) as u32));
+            u64::from(old.unwrap_or(0))
+        }
+    };
+    Ok(old)
+}
+
+/// `cp.async`: reads now, arrives at its wait.
+pub fn async_copy(warp: &mut Warp, block: &mut Block, copy: &AsyncCopy, mask: u32) -> Lanes<()> {
+    let width = u64::from(copy.bytes);
+    let (targets, sources) = (addresses(&warp.regs, copy.target), addresses(&warp.regs, copy.source));
+    check_alignment(&targets, mask, width)?;
+    let read: [u64; LANES] = match copy.source_bytes {
+        NONE => [width; LANES],
+        slot => warp.regs.r32[slot as usize].map(u64::from),
+    };
+    let mut reading = 0;
+    for lane in lanes(mask) {
+        if read[lane] > width {
+            let what = format!("cp.async of {width} bytes with a source size of {}", read[lane]);
+            return Err((lane, Fault::new(FaultKind::AsyncCopy, what)));
+        }
+        reading |= u32::from(read[lane] > 0) << lane;
+    }
+    check_alignment(&sources, reading, width)?;
+    if reading != 0 {
+        let pattern = pattern(&sources, reading, width);
+        block.counters.global_load_requests += 1;
+        block.counters.global_load_sectors += pattern.sectors;
+        block.counters.global_load_bytes += pattern.bytes;
+    }
+    let mut last = None;
+    for lane in lanes(mask) {
+        let mut data = [0; 16];
+        if read[lane] > 0 {
+            let allocation = resolve(block, last, lane, sources[lane], read[lane])?;
+            let offset = sources[lane] - allocation.base;
+            check_read(block, allocation, offset, read[lane]).map_err(|f| (lane, f))?;
+            // SAFETY: `resolve` found the range in a live allocation.
+            unsafe { copy_in(allocation.data(offset), &mut data, read[lane]) };
+            last = Some(allocation);
+        }
+        block.shared.reserve(targets[lane], width, warp.index).map_err(|f| (lane, f))?;
+        block.counters.async_copy_bytes += read[lane];
+        warp.open_copies.push(Pending { lane: lane as u8, target: targets[lane] as u32, bytes: copy.bytes, data });
+    }
+    Ok(())
+}
+
+/// `ldmatrix`: lane 8j + i names row i of matrix j.
+pub fn load_matrix(warp: &mut Warp, block: &mut Block, d: &[u16], transposed: bool, address: Address) -> Lanes<()> {
+    let all = addresses(&warp.regs, address);
+    let used = if d.len() == 4 { FULL } else { (1 << (8 * d.len())) - 1 };
+    check_alignment(&all, used, 16)?;
+    let mut values: Values = [[0; 16]; LANES];
+    read_shared(warp, block, &all, used, 16, &mut values)?;
+    let element = |matrix: usize, row: usize, column: usize| {
+        let bytes = &values[8 * matrix + row][2 * column..2 * column + 2];
+        u32::from(u16::from_le_bytes([bytes[0], bytes[1]]))
+    };
+    for (matrix, &slot) in d.iter().enumerate() {
+        for lane in 0..LANES {
+            let (g, t) = (lane / 4, 2 * (lane % 4));
+            let (low, high) = if transposed {
+                (element(matrix, t, g), element(matrix, t + 1, g))
+            } else {
+                (element(matrix, g, t), element(matrix, g, t + 1))
+            };
+            warp.regs.r32[slot as usize][lane] = high << 16 | low;
+        }
+    }
+    Ok(())
+}

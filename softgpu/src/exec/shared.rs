@@ -1,0 +1,221 @@
+//! Shared memory of one block and its shadow.
+//!
+//! Each byte has a cell: the last writer (epoch, atomic or not, warp) and the last reader (epoch, warp). The epoch counts
+//! barriers; it goes on from block to block, so a cell from before the block is uninitialised. Two warps that touch a
+//! byte in the same epoch, one of them writing and not both atomically, race.
+
+use crate::fault::{Fault, FaultKind};
+
+const WARP_BITS: u32 = 6;
+const ATOMIC: u32 = 1 << WARP_BITS;
+const EPOCH_SHIFT: u32 = WARP_BITS + 1;
+const MANY: u32 = (1 << WARP_BITS) - 1;
+const EPOCH_MAX: u32 = (1 << (32 - EPOCH_SHIFT)) - 2;
+/// Epoch of bytes that a `cp.async` will write.
+const PENDING: u32 = EPOCH_MAX + 1;
+const UNOWNED: u64 = u64::MAX;
+
+/// Shared memory and its cells.
+#[derive(Debug, Default)]
+pub struct Shared {
+    data: Vec<u8>,
+    cells: Vec<u64>,
+    unowned: Vec<(u32, u32)>,
+    epoch: u32,
+    block_start: u32,
+}
+
+type Checked<T> = Result<T, Fault>;
+
+impl Shared {
+    /// Memory of `bytes`, of which the ranges in `unowned` (start, end) belong to no variable.
+    pub fn new(bytes: u32, unowned: Vec<(u32, u32)>) -> Self {
+        let mut shared =
+            Self { data: vec![0; bytes as usize], cells: vec![0; bytes as usize], unowned, epoch: 0, block_start: 0 };
+        shared.clear();
+        shared
+    }
+
+    fn clear(&mut self) {
+        self.cells.fill(0);
+        for &(start, end) in &self.unowned {
+            self.cells[start as usize..end as usize].fill(UNOWNED);
+        }
+        (self.epoch, self.block_start) = (1, 1);
+    }
+
+    /// Begins a block: everything is uninitialised again.
+    pub fn begin_block(&mut self) {
+        if self.epoch >= EPOCH_MAX / 2 {
+            self.clear();
+        }
+        self.epoch += 1;
+        self.block_start = self.epoch;
+    }
+
+    /// A barrier has completed.
+    pub fn next_epoch(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// Size, bytes.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    fn range(&self, address: u64, bytes: u64) -> Checked<std::ops::Range<usize>> {
+        if address + bytes > self.data.len() as u64 {
+            let what =
+                format!("{bytes} bytes at shared address {address:#x} of {} bytes of shared memory", self.data.len());
+            return Err(Fault::new(FaultKind::OutOfBounds, what));
+        }
+        Ok(address as usize..(address + bytes) as usize)
+    }
+
+    /// Reads for one lane of `warp`.
+    #[inline]
+    pub fn read(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<&[u8]> {
+        let range = self.range(address, bytes)?;
+        let mine = self.epoch << EPOCH_SHIFT | warp;
+        for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
+            let (writer, reader) = (*cell as u32, (*cell >> 32) as u32);
+            let written = writer >> EPOCH_SHIFT;
+            if written < self.block_start || written > self.epoch || (written == self.epoch && writer & MANY != warp) {
+                return Err(explain_read(*cell, address + i as u64, self.block_start, warp));
+            }
+            let reader = if reader >> EPOCH_SHIFT == self.epoch && reader & MANY != warp { mine | MANY } else { mine };
+            *cell = u64::from(reader) << 32 | u64::from(writer);
+        }
+        Ok(&self.data[range])
+    }
+
+    /// Writes for one lane of `warp`.
+    #[inline]
+    pub fn write(&mut self, address: u64, value: &[u8], warp: u32) -> Checked<()> {
+        let range = self.range(address, value.len() as u64)?;
+        let mine = self.epoch << EPOCH_SHIFT | warp;
+        for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
+            check_write(*cell, self.epoch, warp, address + i as u64)?;
+            *cell = u64::from(mine);
+        }
+        self.data[range].copy_from_slice(value);
+        Ok(())
+    }
+
+    /// Bytes for an atomic operation of one lane; other atomics in the same epoch do not race with it.
+    pub fn atomic(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<&mut [u8]> {
+        let range = self.range(address, bytes)?;
+        for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
+            let writer = *cell as u32;
+            let written = writer >> EPOCH_SHIFT;
+            let others = written == self.epoch && writer & MANY != warp;
+            if written < self.block_start || written > self.epoch || (others && writer & ATOMIC == 0) {
+                return Err(explain_read(*cell, address + i as u64, self.block_start, warp));
+            }
+            let who = if others { MANY } else { warp };
+            *cell = u64::from(self.epoch << EPOCH_SHIFT | ATOMIC | who);
+        }
+        Ok(&mut self.data[range])
+    }
+
+    /// Takes the target of a `cp.async`: nobody may use it until [`Shared::land`].
+    pub fn reserve(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<()> {
+        let range = self.range(address, bytes)?;
+        for (i, cell) in self.cells[range].iter_mut().enumerate() {
+            check_write(*cell, self.epoch, warp, address + i as u64)?;
+            *cell = u64::from(PENDING << EPOCH_SHIFT | warp);
+        }
+        Ok(())
+    }
+
+    /// A `cp.async` arrives at its wait.
+    pub fn land(&mut self, address: u64, value: &[u8], warp: u32) {
+        let range = address as usize..address as usize + value.len();
+        self.cells[range.clone()].fill(u64::from(self.epoch << EPOCH_SHIFT | warp));
+        self.data[range].copy_from_slice(value);
+    }
+}
+
+#[inline(always)]
+fn check_write(cell: u64, epoch: u32, warp: u32, address: u64) -> Checked<()> {
+    let (writer, reader) = (cell as u32, (cell >> 32) as u32);
+    let raced = |tag: u32| tag >> EPOCH_SHIFT == epoch && tag & MANY != warp;
+    if writer >> EPOCH_SHIFT > epoch || raced(writer) || raced(reader) {
+        return Err(explain_write(cell, epoch, address, warp));
+    }
+    Ok(())
+}
+
+fn name(warp: u32) -> String {
+    if warp == MANY { "several warps".to_owned() } else { format!("warp {warp}") }
+}
+
+#[cold]
+fn explain_read(cell: u64, address: u64, block_start: u32, warp: u32) -> Fault {
+    let writer = cell as u32;
+    let by = name(writer & MANY);
+    if cell == UNOWNED {
+        let what = format!("shared address {address:#x} lies between the shared variables, in none of them");
+        return Fault::new(FaultKind::OutOfBounds, what);
+    }
+    match writer >> EPOCH_SHIFT {
+        PENDING => Fault::new(
+            FaultKind::AsyncCopy,
+            format!("warp {warp} reads shared address {address:#x} before the cp.async of {by} to it was waited for"),
+        ),
+        epoch if epoch < block_start => Fault::new(
+            FaultKind::Uninitialised,
+            format!("warp {warp} reads shared address {address:#x}, which this block has not written"),
+        ),
+        _ => Fault::new(
+            FaultKind::Race,
+            format!("warp {warp} reads shared address {address:#x}, which {by} wrote with no barrier between"),
+        ),
+    }
+}
+
+#[cold]
+fn explain_write(cell: u64, epoch: u32, address: u64, warp: u32) -> Fault {
+    let (writer, reader) = (cell as u32, (cell >> 32) as u32);
+    if cell == UNOWNED {
+        let what = format!("shared address {address:#x} lies between the shared variables, in none of them");
+        return Fault::new(FaultKind::OutOfBounds, what);
+    }
+    if writer >> EPOCH_SHIFT == PENDING {
+        let by = name(writer & MANY);
+        let what =
+            format!("warp {warp} writes shared address {address:#x} while a cp.async of {by} to it is in flight");
+        return Fault::new(FaultKind::AsyncCopy, what);
+    }
+    let wrote = writer >> EPOCH_SHIFT == epoch && writer & MANY != warp;
+    let (by, did) = if wrote { (name(writer & MANY), "wrote") } else { (name(reader & MANY), "read") };
+    let what = format!("warp {warp} writes shared address {address:#x}, which {by} {did} with no barrier between");
+    Fault::new(FaultKind::Race, what)
+}
+
+/// Passes over the banks for one request: lanes go in groups of 128 bytes; in a group each pass serves one word per bank.
+/// Returns (passes, passes without conflicts).
+pub fn wavefronts(addresses: &[u64; 32], mask: u32, width: u64) -> (u64, u64) {
+    let group = (128 / width.max(4)).min(32) as usize;
+    let (mut passes, mut ideal) = (0, 0);
+    for first in (0..32).step_by(group) {
+        let lanes = (first..first + group).filter(|lane| mask >> lane & 1 == 1);
+        let mut words: [u64; 32] = [0; 32];
+        let mut n = 0;
+        for lane in lanes {
+            for word in addresses[lane] / 4..(addresses[lane] + width).div_ceil(4) {
+                if !words[..n].contains(&word) && n < 32 {
+                    words[n] = word;
+                    n += 1;
+                }
+            }
+        }
+        if n > 0 {
+            let mut banks = [0u64; 32];
+            words[..n].iter().for_each(|word| banks[(word % 32) as usize] += 1);
+            passes += banks.iter().max().copied().unwrap_or(0);
+            ideal += 1;
+        }
+    }
+    (passes, ideal)
+}

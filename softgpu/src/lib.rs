@@ -1,0 +1,27 @@
+//! A software CUDA device for tests: `libcuda.so.1` in Rust.
+//!
+//! Programs that load the CUDA driver at run time load this library instead (README.md says how) and their kernels, given
+//! as PTX, run on the CPU with every access checked. It measures nothing: no time, no occupancy, no cache, no weak
+//! memory ordering, no rounding of tensor cores.
+//!
+//! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it; [`memory`] holds device memory and its shadow;
+//! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work; [`driver`] is the C interface.
+
+#![allow(clippy::needless_range_loop)] // Lane loops index several rows at once.
+
+pub mod counters;
+pub mod decode;
+pub mod device;
+pub mod driver;
+pub mod exec;
+pub mod fatbin;
+pub mod fault;
+pub mod library;
+pub mod memory;
+pub mod module;
+pub mod pinned;
+pub mod ptx;
+pub mod report;
+pub mod rng;
+pub mod stream;
+pub mod work;

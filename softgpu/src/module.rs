@@ -1,0 +1,121 @@
+//! A loaded module: its variables in device memory, its kernels decoded.
+
+use crate::decode::decode;
+use crate::exec::isa::{Kernel, SHARED_WINDOW};
+use crate::memory::Memory;
+use crate::ptx::syntax::{Init, Space, Var};
+use crate::ptx::{self, PtxError};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+/// Dynamic shared memory that a kernel may use without asking, bytes.
+pub const DEFAULT_SHARED: u32 = 48 << 10;
+/// Shared memory that a kernel may ask for, bytes (compute capability 8.0).
+pub const MAX_SHARED: u32 = 163 << 10;
+
+/// A kernel with its settings.
+#[derive(Debug)]
+pub struct Function {
+    /// The decoded kernel.
+    pub kernel: Kernel,
+    /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+    pub max_dynamic_shared: AtomicU32,
+}
+
+impl Function {
+    /// Why a launch of this shape is not allowed, or `None`.
+    pub fn refuse(&self, grid: [u32; 3], block: [u32; 3], dynamic_shared: u32) -> Option<String> {
+        let threads: u64 = block.iter().map(|&n| u64::from(n)).product();
+        let name = &self.kernel.name;
+        let limit = self.max_dynamic_shared.load(Relaxed);
+        if grid.contains(&0) || block.contains(&0) {
+            return Some(format!("kernel {name}: grid {grid:?} and block {block:?} must not contain 0"));
+        }
+        if grid[1] > 65535 || grid[2] > 65535 || grid[0] > i32::MAX as u32 {
+            return Some(format!("kernel {name}: grid {grid:?} exceeds (2147483647, 65535, 65535)"));
+        }
+        if threads > 1024 || block[2] > 64 {
+            return Some(format!("kernel {name}: block {block:?} has {threads} threads, at most 1024 (64 in z)"));
+        }
+        if self.kernel.max_threads.is_some_and(|max| threads > u64::from(max)) {
+            return Some(format!(
+                "kernel {name}: {threads} threads exceed its __launch_bounds__ {:?}",
+                self.kernel.max_threads
+            ));
+        }
+        if self.kernel.required_threads.is_some_and(|wanted| wanted != block) {
+            return Some(format!("kernel {name}: block {block:?}, it requires {:?}", self.kernel.required_threads));
+        }
+        if dynamic_shared > limit {
+            return Some(format!(
+                "kernel {name}: {dynamic_shared} bytes of dynamic shared memory, {limit} allowed; \
+                 raise CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"
+            ));
+        }
+        let total = dynamic_shared + self.kernel.static_shared;
+        (total > MAX_SHARED)
+            .then(|| format!("kernel {name}: {total} bytes of shared memory, the device has {MAX_SHARED}"))
+    }
+}
+
+/// A module on the device.
+#[derive(Debug)]
+pub struct Module {
+    /// Kernels by name.
+    pub functions: HashMap<String, Arc<Function>>,
+    /// Variables by name: address, bytes.
+    pub globals: HashMap<String, (u64, u64)>,
+}
+
+impl Module {
+    /// Parses and decodes PTX text and places its variables in `memory`.
+    ///
+    /// # Errors
+    /// The first construct that is not supported, with its line.
+    pub fn load(text: &str, memory: &Memory) -> Result<Self, PtxError> {
+        let module = ptx::parse(text)?;
+        let vars: Vec<&Var> = module.vars.iter().filter(|v| matches!(v.space, Space::Global | Space::Const)).collect();
+        let mut globals = HashMap::new();
+        for var in &vars {
+            let Some(allocation) = memory.allocate(var.bytes, &format!("variable {}", var.name)) else {
+                return Err(PtxError { line: 0, message: format!("no memory for variable {}", var.name) });
+            };
+            globals.insert(var.name.clone(), (allocation.base, var.bytes));
+        }
+        let addresses: HashMap<String, u64> =
+            globals.iter().map(|(name, &(address, _))| (name.clone(), address)).collect();
+        for var in vars {
+            initialise(var, &addresses, memory);
+        }
+        let files = Arc::new(module.files.clone());
+        let mut functions = HashMap::new();
+        for entry in &module.entries {
+            let kernel = decode(&module, entry, &addresses, &files)?;
+            let allowed = DEFAULT_SHARED.saturating_sub(kernel.static_shared);
+            let function = Function { kernel, max_dynamic_shared: AtomicU32::new(allowed) };
+            functions.insert(entry.name.clone(), Arc::new(function));
+        }
+        Ok(Self { functions, globals })
+    }
+}
+
+fn initialise(var: &Var, addresses: &HashMap<String, u64>, memory: &Memory) {
+    let mut bytes = Vec::with_capacity(var.bytes as usize);
+    for value in &var.init {
+        match value {
+            Init::Bytes(raw) => bytes.extend_from_slice(raw),
+            Init::Address(name, offset, generic) => {
+                let base = addresses.get(name).copied().unwrap_or(if *generic { SHARED_WINDOW } else { 0 });
+                bytes.extend_from_slice(&base.wrapping_add_signed(*offset).to_le_bytes());
+            }
+        }
+    }
+    // Variables without an initialiser are zero, as CUDA promises.
+    bytes.resize(var.bytes as usize, 0);
+    if let Ok(allocation) = memory.resolve(addresses[&var.name], var.bytes) {
+        // SAFETY: the allocation was made with `var.bytes` bytes just now; nobody else knows it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), allocation.data(0), bytes.len()) };
+        allocation.mark_init(0, var.bytes);
+    }
+}

@@ -1,0 +1,549 @@
+//! Streams and events: which work may run when, and which orders the program may rely on.
+//!
+//! Each stream is a queue. An item has dependencies (positions in other streams) and a clock: for each stream, the last
+//! position that is known to be complete before it. Work on the same bytes that the clocks do not order is reported when
+//! it runs, whatever order it happened to run in. One item runs at a time.
+//!
+//! *Eager*: a thread runs items as soon as their dependencies allow. *Lazy*: items run only when the host waits for
+//! something that needs them, in an order that the seed varies; so what works without a wait is seen not to.
+
+use crate::device::{Device, device};
+use crate::memory::{Accessor, stamp};
+use crate::report;
+use crate::rng::Rng;
+use crate::work::Work;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+/// When work runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As soon as it may.
+    Eager,
+    /// Only when something waits for it.
+    Lazy,
+}
+
+/// A place in a stream: everything up to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    stream: usize,
+    number: u64,
+}
+
+struct Item {
+    work: Work,
+    number: u64,
+    after: Vec<Position>,
+    clock: Arc<Vec<u64>>,
+    /// Event whose time is taken when the item runs.
+    event: Option<usize>,
+}
+
+#[derive(Default)]
+struct Stream {
+    queue: VecDeque<Item>,
+    issued: u64,
+    done: u64,
+    clock: Vec<u64>,
+    is_blocking: bool,
+    is_destroyed: bool,
+    capture: Option<u64>,
+}
+
+#[derive(Clone, Default)]
+struct Event {
+    at: Option<Position>,
+    clock: Vec<u64>,
+    time: Option<Instant>,
+    capture: Option<u64>,
+    queries: u32,
+}
+
+/// A recorded list of operations.
+pub type Graph = Vec<Work>;
+
+struct State {
+    streams: Vec<Stream>,
+    events: HashMap<usize, Event>,
+    captures: HashMap<u64, Graph>,
+    next_capture: u64,
+    host_clock: Vec<u64>,
+    is_busy: bool,
+    has_worker: bool,
+    error: Option<u32>,
+    rng: Rng,
+}
+
+/// All streams of the device.
+pub struct Streams {
+    mode: Mode,
+    seed: u64,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// A call that cannot be served, as its `CUresult`.
+pub type Outcome<T> = Result<T, u32>;
+
+const INVALID_HANDLE: u32 = 400;
+const NOT_READY: u32 = 600;
+const CAPTURE_UNSUPPORTED: u32 = 900;
+const CAPTURE_UNMATCHED: u32 = 903;
+const CAPTURED_EVENT: u32 = 907;
+const FIRST_HANDLE: usize = 0x1000;
+
+fn join(into: &mut Vec<u64>, other: &[u64]) {
+    if into.len() < other.len() {
+        into.resize(other.len(), 0);
+    }
+    into.iter_mut().zip(other).for_each(|(a, b)| *a = (*a).max(*b));
+}
+
+impl Streams {
+    /// The default stream alone.
+    pub fn new(mode: Mode, seed: u64) -> Self {
+        let null = Stream { is_blocking: true, ..Stream::default() };
+        let state = State {
+            streams: vec![null],
+            events: HashMap::new(),
+            captures: HashMap::new(),
+            next_capture: 1,
+            host_clock: Vec::new(),
+            is_busy: false,
+            has_worker: false,
+            error: None,
+            rng: Rng::new(seed),
+        };
+        Self { mode, seed, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The error that every call returns since a checker spoke.
+    ///
+    /// # Errors
+    /// That error.
+    pub fn check(&self) -> Outcome<()> {
+        self.lock().error.map_or(Ok(()), Err)
+    }
+
+    /// Forgets the error.
+    pub fn clear_error(&self) {
+        self.lock().error = None;
+    }
+
+    /// Makes the device fail with `code` from now on.
+    pub fn set_error(&self, code: u32) {
+        self.lock().error.get_or_insert(code);
+    }
+
+    /// A new stream; `is_blocking` ones wait for the default stream and it for them.
+    pub fn create(&self, is_blocking: bool) -> usize {
+        let mut state = self.lock();
+        state.streams.push(Stream { is_blocking, ..Stream::default() });
+        FIRST_HANDLE + (state.streams.len() - 1) * 16
+    }
+
+    /// Ends a stream; what is queued still runs.
+    ///
+    /// # Errors
+    /// Not a stream.
+    pub fn destroy(&self, handle: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let index = state.index(handle)?;
+        if index == 0 {
+            return Err(INVALID_HANDLE);
+        }
+        state.streams[index].is_destroyed = true;
+        Ok(())
+    }
+
+    /// Queues work. While the stream captures, the work is recorded instead.
+    ///
+    /// # Errors
+    /// Not a stream, or an earlier error.
+    pub fn push(&self, handle: usize, work: Work) -> Outcome<Position> {
+        let mut state = self.lock();
+        if let Some(code) = state.error {
+            work.settle(device());
+            return Err(code);
+        }
+        let index = state.index(handle)?;
+        if let Some(capture) = state.streams[index].capture {
+            state.captures.entry(capture).or_default().push(work);
+            return Ok(Position { stream: index, number: state.streams[index].issued });
+        }
+        let position = state.push(index, work, &[], None);
+        self.wake(&mut state);
+        Ok(position)
+    }
+
+    /// Starts the worker on first need and tells everyone that there is work.
+    fn wake(&self, state: &mut State) {
+        if self.mode == Mode::Eager && !state.has_worker {
+            state.has_worker = true;
+            std::thread::spawn(|| device().streams.work());
+        }
+        self.changed.notify_all();
+    }
+
+    /// The eager worker.
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            state = match state.runnable() {
+                Some(index) if !state.is_busy => self.run(state, index),
+                _ => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+            };
+        }
+    }
+
+    /// Runs the first item of a stream, without the lock.
+    fn run<'a>(&'a self, mut state: MutexGuard<'a, State>, index: usize) -> MutexGuard<'a, State> {
+        let Some(item) = state.streams[index].queue.pop_front() else { return state };
+        state.is_busy = true;
+        let failed = state.error.is_some();
+        drop(state);
+        let found = if failed { None } else { self.execute(device(), index, &item) };
+        item.work.settle(device());
+        let mut state = self.lock();
+        state.is_busy = false;
+        state.streams[index].done = item.number;
+        if let Some(event) = item.event.and_then(|handle| state.events.get_mut(&handle)) {
+            event.time = Some(Instant::now());
+        }
+        if let Some(code) = found {
+            state.error.get_or_insert(code);
+        }
+        self.changed.notify_all();
+        state
+    }
+
+    fn execute(&self, device: &Device, index: usize, item: &Item) -> Option<u32> {
+        let stamp = stamp(index as u64, item.number);
+        let by = Accessor { stamp, clock: Arc::clone(&item.clock), ..Accessor::default() };
+        let fault = item.work.run(device, by).err()?;
+        report::set_message(&fault.to_string());
+        Some(fault.kind.code())
+    }
+
+    /// Waits until a position is complete.
+    fn wait_for<'a>(&'a self, mut state: MutexGuard<'a, State>, goal: Position) -> MutexGuard<'a, State> {
+        while state.streams[goal.stream].done < goal.number {
+            let next =
+                if self.mode == Mode::Lazy && !state.is_busy { state.next_towards(goal, self.seed != 0) } else { None };
+            state = match next {
+                Some(index) => self.run(state, index),
+                None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+            };
+        }
+        state
+    }
+
+    /// `cuStreamSynchronize`.
+    ///
+    /// # Errors
+    /// Not a stream, one that captures, or what a checker found.
+    pub fn synchronize(&self, handle: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let index = state.index(handle)?;
+        if state.streams[index].capture.is_some() {
+            return Err(CAPTURE_UNSUPPORTED);
+        }
+        let wanted = if index == 0 { state.blocking() } else { vec![index] };
+        for stream in wanted {
+            let number = state.streams[stream].issued;
+            state = self.wait_for(state, Position { stream, number });
+            let clock = state.streams[stream].clock.clone();
+            join(&mut state.host_clock, &clock);
+        }
+        state.error.map_or(Ok(()), Err)
+    }
+
+    /// `cuCtxSynchronize`.
+    ///
+    /// # Errors
+    /// What a checker found.
+    pub fn synchronize_all(&self) -> Outcome<()> {
+        let count = self.lock().streams.len();
+        for stream in 0..count {
+            let state = self.lock();
+            let number = state.streams[stream].issued;
+            let mut state = self.wait_for(state, Position { stream, number });
+            let clock = state.streams[stream].clock.clone();
+            join(&mut state.host_clock, &clock);
+        }
+        self.check()
+    }
+
+    /// Queues work and waits for it.
+    ///
+    /// # Errors
+    /// As [`Streams::push`], or what a checker found.
+    pub fn push_and_wait(&self, handle: usize, work: Work) -> Outcome<()> {
+        let position = self.push(handle, work)?;
+        let mut state = self.lock();
+        if state.streams[position.stream].capture.is_some() {
+            return Err(CAPTURE_UNSUPPORTED);
+        }
+        state = self.wait_for(state, position);
+        let clock = state.streams[position.stream].clock.clone();
+        join(&mut state.host_clock, &clock);
+        state.error.map_or(Ok(()), Err)
+    }
+
+    /// `cuStreamQuery`.
+    ///
+    /// # Errors
+    /// `NOT_READY`, or what a checker found.
+    pub fn query(&self, handle: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let stream = state.index(handle)?;
+        let number = state.streams[stream].issued;
+        if self.mode == Mode::Lazy && state.streams[stream].done < number {
+            state = self.step_towards(state, Position { stream, number });
+        }
+        if state.streams[stream].done < number {
+            return Err(NOT_READY);
+        }
+        let clock = state.streams[stream].clock.clone();
+        join(&mut state.host_clock, &clock);
+        state.error.map_or(Ok(()), Err)
+    }
+
+    /// Runs one item that the goal needs: a program that polls must come to an end.
+    fn step_towards<'a>(&'a self, mut state: MutexGuard<'a, State>, goal: Position) -> MutexGuard<'a, State> {
+        match state.next_towards(goal, false) {
+            Some(index) if !state.is_busy => self.run(state, index),
+            _ => state,
+        }
+    }
+
+    /// `cuEventCreate`.
+    pub fn create_event(&self, handle: usize) {
+        self.lock().events.insert(handle, Event::default());
+    }
+
+    /// `cuEventDestroy`.
+    ///
+    /// # Errors
+    /// Not an event.
+    pub fn destroy_event(&self, handle: usize) -> Outcome<()> {
+        self.lock().events.remove(&handle).map(|_| ()).ok_or(INVALID_HANDLE)
+    }
+
+    /// `cuEventRecord`.
+    ///
+    /// # Errors
+    /// Not an event or stream.
+    pub fn record(&self, event: usize, stream: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let index = state.index(stream)?;
+        if !state.events.contains_key(&event) {
+            return Err(INVALID_HANDLE);
+        }
+        let capture = state.streams[index].capture;
+        let mut record = Event { capture, ..Event::default() };
+        if capture.is_none() {
+            record.at = Some(state.push(index, Work::Marker, &[], Some(event)));
+            record.clock = state.streams[index].clock.clone();
+        }
+        state.events.insert(event, record);
+        self.wake(&mut state);
+        Ok(())
+    }
+
+    /// `cuStreamWaitEvent`.
+    ///
+    /// # Errors
+    /// Not an event or stream.
+    pub fn wait_event(&self, stream: usize, event: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let index = state.index(stream)?;
+        let event = state.events.get(&event).ok_or(INVALID_HANDLE)?.clone();
+        if let Some(capture) = event.capture {
+            state.streams[index].capture = Some(capture);
+            return Ok(());
+        }
+        if state.streams[index].capture.is_some() {
+            return if event.at.is_none() { Ok(()) } else { Err(905) };
+        }
+        if let Some(at) = event.at {
+            join(&mut state.streams[index].clock, &event.clock);
+            state.push(index, Work::Marker, &[at], None);
+            self.wake(&mut state);
+        }
+        Ok(())
+    }
+
+    /// `cuEventQuery`.
+    ///
+    /// # Errors
+    /// `NOT_READY`, `CAPTURED_EVENT`, or what a checker found.
+    pub fn query_event(&self, handle: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let event = state.events.get_mut(&handle).ok_or(INVALID_HANDLE)?;
+        if event.capture.is_some() {
+            return Err(CAPTURED_EVENT);
+        }
+        event.queries += 1;
+        let (Some(at), clock, patience) = (event.at, event.clock.clone(), event.queries > 1) else { return Ok(()) };
+        if self.mode == Mode::Lazy && patience && state.streams[at.stream].done < at.number {
+            state = self.step_towards(state, at);
+        }
+        if state.streams[at.stream].done < at.number {
+            return Err(NOT_READY);
+        }
+        join(&mut state.host_clock, &clock);
+        state.error.map_or(Ok(()), Err)
+    }
+
+    /// `cuEventSynchronize`.
+    ///
+    /// # Errors
+    /// Not an event, or what a checker found.
+    pub fn synchronize_event(&self, handle: usize) -> Outcome<()> {
+        let state = self.lock();
+        let event = state.events.get(&handle).ok_or(INVALID_HANDLE)?.clone();
+        if event.capture.is_some() {
+            return Err(CAPTURED_EVENT);
+        }
+        let Some(at) = event.at else { return Ok(()) };
+        let mut state = self.wait_for(state, at);
+        join(&mut state.host_clock, &event.clock);
+        state.error.map_or(Ok(()), Err)
+    }
+
+    /// `cuEventElapsedTime`, milliseconds of this machine: they say nothing about a GPU.
+    ///
+    /// # Errors
+    /// Not an event, not recorded, or not complete.
+    pub fn elapsed_ms(&self, start: usize, end: usize) -> Outcome<f32> {
+        let state = self.lock();
+        let time = |handle: usize| {
+            let event = state.events.get(&handle).ok_or(INVALID_HANDLE)?;
+            event.at.ok_or(INVALID_HANDLE)?;
+            event.time.ok_or(NOT_READY)
+        };
+        let (start, end) = (time(start)?, time(end)?);
+        let forward = end.saturating_duration_since(start).as_secs_f64();
+        Ok(((forward - start.saturating_duration_since(end).as_secs_f64()) * 1e3) as f32)
+    }
+
+    /// Starts recording a stream.
+    ///
+    /// # Errors
+    /// Not a stream, the default stream, or one that records already.
+    pub fn begin_capture(&self, handle: usize) -> Outcome<()> {
+        let mut state = self.lock();
+        let index = state.index(handle)?;
+        if index == 0 || state.streams[index].capture.is_some() {
+            return Err(CAPTURE_UNSUPPORTED);
+        }
+        let id = state.next_capture;
+        state.next_capture += 1;
+        state.captures.insert(id, Graph::new());
+        state.streams[index].capture = Some(id);
+        Ok(())
+    }
+
+    /// Ends recording and gives what was recorded, in program order.
+    ///
+    /// # Errors
+    /// The stream does not record.
+    pub fn end_capture(&self, handle: usize) -> Outcome<Graph> {
+        let mut state = self.lock();
+        let index = state.index(handle)?;
+        let id = state.streams[index].capture.ok_or(CAPTURE_UNMATCHED)?;
+        state.streams.iter_mut().filter(|s| s.capture == Some(id)).for_each(|s| s.capture = None);
+        state.captures.remove(&id).ok_or(CAPTURE_UNMATCHED)
+    }
+
+    /// Whether a stream records.
+    ///
+    /// # Errors
+    /// Not a stream.
+    pub fn is_capturing(&self, handle: usize) -> Outcome<bool> {
+        let state = self.lock();
+        let index = state.index(handle)?;
+        Ok(state.streams[index].capture.is_some())
+    }
+}
+
+impl State {
+    fn index(&self, handle: usize) -> Outcome<usize> {
+        // 0, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD are the default stream.
+        if handle <= 2 {
+            return Ok(0);
+        }
+        let index = handle.checked_sub(FIRST_HANDLE).ok_or(INVALID_HANDLE)? / 16;
+        match self.streams.get(index) {
+            Some(stream) if !stream.is_destroyed => Ok(index),
+            _ => Err(INVALID_HANDLE),
+        }
+    }
+
+    fn blocking(&self) -> Vec<usize> {
+        (0..self.streams.len()).filter(|&i| self.streams[i].is_blocking).collect()
+    }
+
+    fn push(&mut self, index: usize, work: Work, after: &[Position], event: Option<usize>) -> Position {
+        let mut after = after.to_vec();
+        // The default stream and the blocking ones wait for each other.
+        let others = match index {
+            0 => self.blocking(),
+            _ if self.streams[index].is_blocking => vec![0],
+            _ => Vec::new(),
+        };
+        let mut clock = std::mem::take(&mut self.streams[index].clock);
+        for stream in others.into_iter().filter(|&s| s != index) {
+            after.push(Position { stream, number: self.streams[stream].issued });
+            join(&mut clock, &self.streams[stream].clock);
+        }
+        join(&mut clock, &self.host_clock);
+        let number = self.streams[index].issued + 1;
+        clock.resize(clock.len().max(index + 1), 0);
+        clock[index] = number;
+        let stream = &mut self.streams[index];
+        stream.issued = number;
+        stream.queue.push_back(Item { work, number, after, clock: Arc::new(clock.clone()), event });
+        stream.clock = clock;
+        Position { stream: index, number }
+    }
+
+    fn is_done(&self, position: &Position) -> bool {
+        self.streams[position.stream].done >= position.number
+    }
+
+    fn is_runnable(&self, index: usize) -> bool {
+        self.streams[index].queue.front().is_some_and(|item| item.after.iter().all(|p| self.is_done(p)))
+    }
+
+    /// A stream whose first item may run.
+    fn runnable(&self) -> Option<usize> {
+        (0..self.streams.len()).find(|&i| self.is_runnable(i))
+    }
+
+    /// A stream whose first item may run and brings the goal nearer; sometimes another one if `wander`.
+    fn next_towards(&mut self, goal: Position, wander: bool) -> Option<usize> {
+        if wander && self.rng.below(4) == 0 {
+            let ready: Vec<usize> = (0..self.streams.len()).filter(|&i| self.is_runnable(i)).collect();
+            if !ready.is_empty() {
+                return Some(ready[self.rng.below(ready.len())]);
+            }
+        }
+        let mut at = goal.stream;
+        for _ in 0..=self.streams.len() {
+            let item = self.streams[at].queue.front()?;
+            match item.after.iter().find(|p| !self.is_done(p)) {
+                Some(blocker) => at = blocker.stream,
+                None => return Some(at),
+            }
+        }
+        None
+    }
+}

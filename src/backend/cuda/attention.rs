@@ -1,0 +1,245 @@
+//! Rotation, KV store and attention: the launches that know about blocks of the KV cache.
+
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaContext;
+
+use super::backend::{CudaBackend, CudaTensor};
+use super::kernels::AttentionKernels;
+use super::launch::Arguments;
+use super::memory::CudaBuffer;
+use super::stream::CudaStream;
+use crate::backend::{AttentionMetadata, AttentionShape, DType, HeadTransform, KvLayer, KvOrder};
+use crate::{Result, invalid, unsupported};
+
+/// Positions of one chunk of decode attention. Chunks begin at multiples of it, whatever the batch.
+const CHUNK_POSITIONS: usize = 256;
+
+/// Query rows of one KV head that decode attention takes at most.
+const MAX_DECODE_ROWS: usize = 16;
+
+/// Query rows of a prefill block.
+const PREFILL_ROWS: usize = 64;
+
+/// Memory for the results of single chunks. A step that needs more has so many sequences and heads that it fills the
+/// device without splitting their contexts.
+const PARTIALS_BYTES: usize = 32 << 20;
+
+/// Where decode attention keeps the results of chunks until they are combined.
+pub(super) struct Partials(CudaBuffer);
+
+impl Partials {
+    pub(super) fn allocate(context: &Arc<CudaContext>) -> Result<Self> {
+        CudaBuffer::allocate(context, PARTIALS_BYTES).map(Self)
+    }
+}
+
+/// What both attention kernels are told, beside the tensors.
+struct Call<'a> {
+    qkv: &'a CudaTensor,
+    out: &'a CudaTensor,
+    shape: &'a AttentionShape,
+    kv: &'a KvLayer<'a, CudaBuffer>,
+    metadata: &'a AttentionMetadata<CudaBuffer>,
+    /// Sequences with at most so many rows of a KV head are decode attention's, the others prefill attention's.
+    decode_rows: usize,
+}
+
+/// Checks what every launch on the KV cache relies on.
+fn check(
+    backend: &CudaBackend,
+    qkv: &CudaTensor,
+    shape: &AttentionShape,
+    kv: &KvLayer<'_, CudaBuffer>,
+    metadata: &AttentionMetadata<CudaBuffer>,
+) -> Result<()> {
+    metadata.check()?;
+    shape.check(qkv, kv.layout, metadata.num_tokens, backend.dtype())?;
+    let layout = kv.layout;
+    if (layout.order(), layout.dtype()) != (KvOrder::Rows, backend.dtype()) {
+        let (order, dtype, own) = (layout.order(), layout.dtype(), backend.dtype());
+        return Err(unsupported!("the KV cache on this device is kept as rows of {own}, not {order:?} of {dtype}"));
+    }
+    match kv.layer < layout.num_layers() {
+        true => Ok(()),
+        false => Err(invalid!("the KV cache has {} layers, layer {} was asked for", layout.num_layers(), kv.layer)),
+    }
+}
+
+/// Numbers from one block to the next, and from the beginning of a block to its layer.
+fn strides(kv: &KvLayer<'_, CudaBuffer>) -> (usize, usize) {
+    let number_bytes = kv.layout.dtype().block_bytes();
+    (kv.layout.block_bytes() / number_bytes, kv.layout.k_tile_offset(kv.layer, 0) / number_bytes)
+}
+
+/// See [`Backend::rope_and_store_kv`](crate::backend::Backend::rope_and_store_kv).
+pub(super) fn rope_and_store_kv(
+    backend: &CudaBackend,
+    stream: &CudaStream,
+    qkv: &CudaTensor,
+    heads: &HeadTransform<'_, CudaBackend>,
+    kv: &KvLayer<'_, CudaBuffer>,
+    metadata: &AttentionMetadata<CudaBuffer>,
+) -> Result<()> {
+    let shape = &heads.shape;
+    check(backend, qkv, shape, kv, metadata)?;
+    let head_dim = shape.head_dim;
+    if !head_dim.is_multiple_of(16) || head_dim > 256 || heads.rope.head_dim != head_dim {
+        let rotated = heads.rope.head_dim;
+        return Err(unsupported!(
+            "heads of {head_dim} with angles for {rotated}; CUDA rotates multiples of 16 up to 256"
+        ));
+    }
+    for norm in [&heads.q_norm, &heads.k_norm].into_iter().flatten() {
+        norm.weight.expect("head norm", 1, head_dim, DType::F32)?;
+    }
+    let (block_stride, layer_offset) = strides(kv);
+    let epsilon = heads.q_norm.as_ref().or(heads.k_norm.as_ref()).map_or(0.0, |norm| norm.epsilon);
+    let arguments = Arguments::new()
+        .tensor(qkv)?
+        .buffer(kv.blocks)?
+        .tensor(&metadata.positions)?
+        .tensor(&metadata.slot_mapping)?
+        .tensor(&heads.rope.angles)?
+        .optional(heads.q_norm.as_ref().map(|norm| norm.weight))?
+        .optional(heads.k_norm.as_ref().map(|norm| norm.weight))?
+        .float(epsilon)
+        .long(block_stride)
+        .long(layer_offset)
+        .int(metadata.num_tokens)?
+        .int(shape.num_heads)?
+        .int(shape.num_kv_heads)?
+        .int(head_dim)?
+        .int(kv.layout.block_size())?;
+    let lanes = (head_dim / 16).next_power_of_two();
+    let num_heads = metadata.num_tokens * (shape.num_heads + 2 * shape.num_kv_heads);
+    let blocks = (num_heads.div_ceil(128 / lanes), 1, 1);
+    // SAFETY: rope_store_kv(qkv, blocks, positions, slots, angles, q_norm, k_norm, epsilon, block_stride, layer_offset,
+    // num_tokens, num_heads, num_kv_heads, head_dim, block_size), shapes as checked; positions lie inside the table of
+    // angles, slots inside the pool.
+    unsafe { backend.launch(stream, &backend.kernels().rope_store_kv, blocks, 128, arguments) }
+}
+
+/// See [`Backend::attention`](crate::backend::Backend::attention).
+pub(super) fn attention(
+    backend: &CudaBackend,
+    stream: &CudaStream,
+    qkv: &CudaTensor,
+    shape: &AttentionShape,
+    kv: &KvLayer<'_, CudaBuffer>,
+    metadata: &AttentionMetadata<CudaBuffer>,
+    out: &CudaTensor,
+) -> Result<()> {
+    check(backend, qkv, shape, kv, metadata)?;
+    out.expect("attention output", qkv.rows(), shape.num_heads * shape.head_dim, backend.dtype())?;
+    let kernels = backend.kernels().attention(shape.head_dim)?;
+    let group = shape.num_heads / shape.num_kv_heads;
+    let decode_rows = if group <= MAX_DECODE_ROWS { group } else { 0 };
+    let call = Call { qkv, out, shape, kv, metadata, decode_rows };
+    if call.has_decodes() {
+        call.launch_decode(backend, stream, kernels)?;
+    }
+    if call.has_prefills() {
+        call.launch_prefill(backend, stream, kernels, group)?;
+    }
+    Ok(())
+}
+
+impl Call<'_> {
+    /// Whether a sequence may have one new token only.
+    fn has_decodes(&self) -> bool {
+        let AttentionMetadata { num_seqs, num_tokens, max_query_len, .. } = *self.metadata;
+        // When all sequences are as long as the longest, none is shorter.
+        self.decode_rows > 0 && (max_query_len == 1 || num_tokens < num_seqs * max_query_len)
+    }
+
+    fn has_prefills(&self) -> bool {
+        self.decode_rows == 0 || self.metadata.max_query_len > 1
+    }
+
+    fn launch_decode(&self, backend: &CudaBackend, stream: &CudaStream, kernels: &AttentionKernels) -> Result<()> {
+        let AttentionShape { num_kv_heads, head_dim, .. } = *self.shape;
+        let num_seqs = self.metadata.num_seqs;
+        let num_chunks = self.metadata.max_context_len.div_ceil(CHUNK_POSITIONS);
+        let partials_bytes = num_seqs * num_kv_heads * num_chunks * self.decode_rows * (head_dim + 2) * 4;
+        let splits = num_chunks > 1 && partials_bytes <= PARTIALS_BYTES;
+        let partials = splits.then_some(&backend.partials().0);
+        let num_chunks = if splits { num_chunks } else { 1 };
+        let blocks = (num_chunks, num_kv_heads, num_seqs);
+        let arguments = self.arguments(partials)?;
+        // SAFETY: attention_decode as `arguments` lists them, shapes as checked; block tables name blocks of the pool.
+        unsafe { backend.launch(stream, &kernels.decode, blocks, 128, arguments) }?;
+        match partials {
+            Some(partials) => self.launch_combine(backend, stream, partials, num_chunks),
+            None => Ok(()),
+        }
+    }
+
+    fn launch_combine(
+        &self,
+        backend: &CudaBackend,
+        stream: &CudaStream,
+        partials: &CudaBuffer,
+        num_chunks: usize,
+    ) -> Result<()> {
+        let AttentionShape { num_heads, num_kv_heads, head_dim, window, .. } = *self.shape;
+        let arguments = Arguments::new()
+            .tensor(self.out)?
+            .buffer(partials)?
+            .tensor(&self.metadata.context_lens)?
+            .tensor(&self.metadata.cu_seqlens_q)?
+            .int(num_chunks)?
+            .int(num_heads)?
+            .int(num_kv_heads)?
+            .int(head_dim)?
+            .int(self.decode_rows)?
+            .int(window.unwrap_or(0))?;
+        let blocks = (self.decode_rows, num_kv_heads, self.metadata.num_seqs);
+        let kernel = &backend.kernels().attention_combine;
+        // SAFETY: attention_combine(out, partials, context_lens, cu_seqlens_q, num_chunks, num_heads, num_kv_heads,
+        // head_dim, decode_rows, window), shapes as checked, behind the decode kernel on the same stream.
+        unsafe { backend.launch(stream, kernel, blocks, head_dim.next_multiple_of(32), arguments) }
+    }
+
+    fn launch_prefill(
+        &self,
+        backend: &CudaBackend,
+        stream: &CudaStream,
+        kernels: &AttentionKernels,
+        group: usize,
+    ) -> Result<()> {
+        let num_tiles = (self.metadata.max_query_len * group).div_ceil(PREFILL_ROWS);
+        let blocks = (num_tiles, self.shape.num_kv_heads, self.metadata.num_seqs);
+        let arguments = self.arguments(None)?;
+        // SAFETY: attention_prefill as `arguments` lists them, shapes as checked; block tables name blocks of the pool.
+        unsafe { backend.launch(stream, &kernels.prefill, blocks, kernels.prefill_threads, arguments) }
+    }
+
+    /// `out, partials, qkv, blocks, block_tables, context_lens, cu_seqlens_q, block_stride, layer_offset, max_blocks,
+    /// block_size, num_heads, num_kv_heads, decode_rows, window, scale`.
+    fn arguments(&self, partials: Option<&CudaBuffer>) -> Result<Arguments> {
+        let (block_stride, layer_offset) = strides(self.kv);
+        let arguments = Arguments::new().tensor(self.out)?;
+        let arguments = match partials {
+            Some(partials) => arguments.buffer(partials)?,
+            None => arguments.optional(None)?,
+        };
+        Ok(arguments
+            .tensor(self.qkv)?
+            .buffer(self.kv.blocks)?
+            .tensor(&self.metadata.block_tables)?
+            .tensor(&self.metadata.context_lens)?
+            .tensor(&self.metadata.cu_seqlens_q)?
+            .long(block_stride)
+            .long(layer_offset)
+            .int(self.metadata.block_tables.columns())?
+            .int(self.kv.layout.block_size())?
+            .int(self.shape.num_heads)?
+            .int(self.shape.num_kv_heads)?
+            .int(self.decode_rows)?
+            .int(self.shape.window.unwrap_or(0))?
+            .float(self.shape.scale))
+    }
+}

@@ -1,0 +1,343 @@
+//! The [`Backend`] trait over the kernels of this device.
+//!
+//! Every method checks shapes and queues one launch, or two for attention. Index arrays are on the device and cannot be
+//! looked into here: who builds a step has checked them.
+
+#![allow(unsafe_code)]
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use cudarc::driver::{CudaContext, CudaFunction};
+
+use super::attention::{self, Partials};
+use super::driver::{driver_error, open};
+use super::kernels::{Kernel, Kernels};
+use super::launch::{Arguments, Grid};
+use super::memory::CudaBuffer;
+use super::stream::{CudaStream, EventPool};
+use super::upload::Uploader;
+use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
+use crate::backend::{
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
+    KvOrder, Norm, RopeConfig, Tensor,
+};
+use crate::{Result, invalid, unsupported};
+
+pub(super) type CudaTensor = Tensor<CudaBuffer>;
+
+/// Numbers that a block of an element-wise kernel computes.
+const ELEMENTS_PER_BLOCK: usize = 2048;
+
+/// The widest row that one block of a norm takes.
+const MAX_NORM_COLUMNS: usize = 32768;
+
+/// One device with its kernels loaded.
+pub struct CudaBackend {
+    info: GpuInfo,
+    dtype: DType,
+    kernels: Kernels,
+    partials: Partials,
+    events: Arc<EventPool>,
+    /// Used while weights are loaded.
+    uploader: Mutex<Uploader>,
+    said_dequantised: AtomicBool,
+    context: Arc<CudaContext>,
+}
+
+impl CudaBackend {
+    /// Opens the device of this number. Activations, weights and the KV cache are `dtype`: bf16 or f16.
+    pub fn new(ordinal: usize, dtype: DType) -> Result<Self> {
+        if !matches!(dtype, DType::BF16 | DType::F16) {
+            return Err(unsupported!("CUDA computes in bf16 or f16, not {dtype}; --device cpu computes in f32"));
+        }
+        let (context, info) = open(ordinal)?;
+        let events = EventPool::new();
+        Ok(Self {
+            kernels: Kernels::load(&context, dtype)?,
+            partials: Partials::allocate(&context)?,
+            uploader: Mutex::new(Uploader::new(&context, &events)?),
+            said_dequantised: AtomicBool::new(false),
+            info,
+            dtype,
+            events,
+            context,
+        })
+    }
+
+    /// The device.
+    pub fn info(&self) -> &GpuInfo {
+        &self.info
+    }
+
+    /// Kernel `name` of `kernels/{file}.cu`, for programs that launch kernels themselves.
+    pub fn function(&self, file: &str, name: &str) -> Result<CudaFunction> {
+        self.kernels.modules.function(file, name)
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    pub(super) fn events(&self) -> &Arc<EventPool> {
+        &self.events
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub(super) fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    pub(super) fn partials(&self) -> &Partials {
+        &self.partials
+    }
+
+    /// Makes the device the calling thread's.
+    pub(super) fn bind(&self) -> Result<()> {
+        self.context.bind_to_thread().map_err(driver_error("use the device"))
+    }
+
+    /// New memory with `num_rows` rows of `row_bytes`, written by `fill(row, out)`.
+    pub(super) fn upload_rows(
+        &self,
+        num_rows: usize,
+        row_bytes: usize,
+        fill: impl FnMut(usize, &mut [u8]),
+    ) -> Result<CudaBuffer> {
+        let buffer = CudaBuffer::allocate(&self.context, num_rows * row_bytes)?;
+        let mut uploader = self.uploader.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        uploader.upload_rows(&buffer, num_rows, row_bytes, fill)?;
+        Ok(buffer)
+    }
+
+    /// Queues one launch.
+    ///
+    /// # Safety
+    /// As for [`Arguments::launch`].
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &CudaStream,
+        kernel: &Kernel,
+        blocks: (usize, usize, usize),
+        threads: usize,
+        arguments: Arguments,
+    ) -> Result<()> {
+        self.bind()?;
+        let grid = Grid { blocks, threads, shared_bytes: kernel.shared_bytes };
+        // SAFETY: the caller's promise.
+        unsafe { arguments.launch(&kernel.name, stream, &kernel.function, grid) }
+    }
+}
+
+/// Kernels read rows in vectors of eight.
+fn expect_vectors(what: &str, columns: usize) -> Result<()> {
+    match columns > 0 && columns.is_multiple_of(8) {
+        true => Ok(()),
+        false => Err(unsupported!("{what} has {columns} columns; CUDA kernels need a multiple of 8")),
+    }
+}
+
+fn expect_norm(columns: usize, norm: &Norm<'_, CudaBuffer>) -> Result<()> {
+    norm.weight.expect("norm weight", 1, columns, DType::F32)?;
+    expect_vectors("a norm", columns)?;
+    match columns <= MAX_NORM_COLUMNS {
+        true => Ok(()),
+        false => Err(unsupported!("a norm over {columns} columns; CUDA kernels take {MAX_NORM_COLUMNS} at most")),
+    }
+}
+
+fn norm_threads(columns: usize) -> usize {
+    if columns <= 8192 { 256 } else { 1024 }
+}
+
+impl Backend for CudaBackend {
+    type Matrix = CudaMatrix;
+    type RopeTable = CudaRopeTable;
+
+    fn name(&self) -> String {
+        let (major, minor) = self.info.compute_capability;
+        format!("cuda-sm{major}{minor}-{}", self.dtype)
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn kv_order(&self) -> KvOrder {
+        KvOrder::Rows
+    }
+
+    fn kv_dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<CudaMatrix> {
+        let quantised = parts.iter().find(|part| part.dtype().is_quantised());
+        if let Some(part) = quantised
+            && !self.said_dequantised.swap(true, Ordering::Relaxed)
+        {
+            let (found, kept) = (part.dtype(), self.dtype);
+            tracing::info!("quantised weights ({found} and others) are unpacked to {kept} on CUDA");
+        }
+        CudaMatrix::load(self, parts, dtype)
+    }
+
+    fn load_vector(&self, parts: &[HostTensor], convert: &dyn Fn(f32) -> f32) -> Result<CudaTensor> {
+        load_vector(self, parts, convert)
+    }
+
+    fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<CudaRopeTable> {
+        CudaRopeTable::load(self, config, max_positions)
+    }
+
+    fn embed(
+        &self,
+        stream: &CudaStream,
+        table: &CudaMatrix,
+        ids: &CudaTensor,
+        scale: f32,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        let (table, num_tokens) = (table.tensor(), ids.columns());
+        ids.expect("token ids", 1, num_tokens, DType::I32)?;
+        out.expect("embedding output", num_tokens, table.columns(), DType::F32)?;
+        let arguments = Arguments::new().tensor(out)?.tensor(table)?.tensor(ids)?.int(table.columns())?.float(scale);
+        // SAFETY: embed(out, table, ids, hidden, scale), shapes as checked; ids are below the vocabulary.
+        unsafe { self.launch(stream, &self.kernels.embed, (num_tokens, 1, 1), 256, arguments) }
+    }
+
+    fn linear(
+        &self,
+        stream: &CudaStream,
+        x: &CudaTensor,
+        weight: &CudaMatrix,
+        bias: Option<&CudaTensor>,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        let weight = weight.tensor();
+        let (num_tokens, inputs, outputs) = (x.rows(), weight.columns(), weight.rows());
+        x.expect("projection input", num_tokens, inputs, self.dtype)?;
+        if out.dtype() != DType::F32 {
+            out.expect("projection output", num_tokens, outputs, self.dtype)?;
+        }
+        out.expect("projection output", num_tokens, outputs, out.dtype())?;
+        if let Some(bias) = bias {
+            bias.expect("projection bias", 1, outputs, DType::F32)?;
+        }
+        let gemm = self.kernels.gemm(out.dtype(), num_tokens);
+        let tile = gemm.tile;
+        let blocks = (num_tokens.div_ceil(tile.tokens), outputs.div_ceil(tile.outputs), 1);
+        let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(weight)?.optional(bias)?;
+        let arguments = arguments.int(num_tokens)?.int(outputs)?.int(inputs)?;
+        // SAFETY: gemm(out, x, weight, bias, num_tokens, n, k), shapes as checked.
+        unsafe { self.launch(stream, &gemm.kernel, blocks, tile.threads, arguments) }
+    }
+
+    fn rms_norm(
+        &self,
+        stream: &CudaStream,
+        x: &CudaTensor,
+        norm: &Norm<'_, CudaBuffer>,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        let (rows, columns) = (x.rows(), x.columns());
+        expect_norm(columns, norm)?;
+        out.expect("norm output", rows, columns, self.dtype)?;
+        let kernel = match x.dtype() {
+            DType::F32 => &self.kernels.rms_norm,
+            _ => &self.kernels.rms_norm_rows,
+        };
+        x.expect("norm input", rows, columns, if x.dtype() == DType::F32 { DType::F32 } else { self.dtype })?;
+        let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(norm.weight)?;
+        let arguments = arguments.int(columns)?.float(norm.epsilon);
+        // SAFETY: rms_norm(out, x, weight, hidden, epsilon), shapes as checked.
+        unsafe { self.launch(stream, kernel, (rows, 1, 1), norm_threads(columns), arguments) }
+    }
+
+    fn add_rms_norm(
+        &self,
+        stream: &CudaStream,
+        residual: &CudaTensor,
+        delta: &CudaTensor,
+        norm: &Norm<'_, CudaBuffer>,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        let (rows, columns) = (residual.rows(), residual.columns());
+        expect_norm(columns, norm)?;
+        residual.expect("residual", rows, columns, DType::F32)?;
+        delta.expect("residual update", rows, columns, self.dtype)?;
+        out.expect("norm output", rows, columns, self.dtype)?;
+        let arguments = Arguments::new().tensor(out)?.tensor(residual)?.tensor(delta)?.tensor(norm.weight)?;
+        let arguments = arguments.int(columns)?.float(norm.epsilon);
+        // SAFETY: add_rms_norm(out, residual, delta, weight, hidden, epsilon), shapes as checked.
+        unsafe { self.launch(stream, &self.kernels.add_rms_norm, (rows, 1, 1), norm_threads(columns), arguments) }
+    }
+
+    fn rope_and_store_kv(
+        &self,
+        stream: &CudaStream,
+        qkv: &CudaTensor,
+        heads: &HeadTransform<'_, Self>,
+        kv: &KvLayer<'_, CudaBuffer>,
+        metadata: &AttentionMetadata<CudaBuffer>,
+    ) -> Result<()> {
+        attention::rope_and_store_kv(self, stream, qkv, heads, kv, metadata)
+    }
+
+    fn attention(
+        &self,
+        stream: &CudaStream,
+        qkv: &CudaTensor,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, CudaBuffer>,
+        metadata: &AttentionMetadata<CudaBuffer>,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        attention::attention(self, stream, qkv, shape, kv, metadata, out)
+    }
+
+    fn gated_activation(
+        &self,
+        stream: &CudaStream,
+        gate_up: &CudaTensor,
+        activation: Activation,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        let (rows, features) = (gate_up.rows(), gate_up.columns() / 2);
+        gate_up.expect("gate and up", rows, 2 * features, self.dtype)?;
+        out.expect("gated activation", rows, features, self.dtype)?;
+        expect_vectors("a gated activation", features)?;
+        let kernel = match activation {
+            Activation::Silu => &self.kernels.silu,
+            Activation::GeluTanh => &self.kernels.gelu_tanh,
+        };
+        let arguments = Arguments::new().tensor(out)?.tensor(gate_up)?.int(rows)?.int(features)?;
+        let blocks = ((rows * features).div_ceil(ELEMENTS_PER_BLOCK), 1, 1);
+        // SAFETY: silu and gelu_tanh(out, gate_up, num_tokens, features), shapes as checked.
+        unsafe { self.launch(stream, kernel, blocks, 256, arguments) }
+    }
+
+    fn gather_rows(&self, stream: &CudaStream, x: &CudaTensor, indices: &CudaTensor, out: &CudaTensor) -> Result<()> {
+        let (num_rows, columns) = (indices.columns(), x.columns());
+        indices.expect("row indices", 1, num_rows, DType::I32)?;
+        out.expect("gathered rows", num_rows, columns, x.dtype())?;
+        let row_bytes = columns * x.dtype().block_bytes();
+        if !row_bytes.is_multiple_of(16) {
+            return Err(invalid!("rows of {row_bytes} bytes are gathered; CUDA kernels need a multiple of 16"));
+        }
+        let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(indices)?.int(row_bytes)?;
+        // SAFETY: gather_rows(out, x, indices, row_bytes), shapes as checked; indices are below the rows of x.
+        unsafe { self.launch(stream, &self.kernels.gather_rows, (num_rows, 1, 1), 128, arguments) }
+    }
+
+    fn argmax(&self, stream: &CudaStream, x: &CudaTensor, out: &CudaTensor) -> Result<()> {
+        x.expect("argmax input", x.rows(), x.columns(), DType::F32)?;
+        out.expect("argmax output", 1, x.rows(), DType::I32)?;
+        let arguments = Arguments::new().tensor(out)?.tensor(x)?.int(x.columns())?;
+        // SAFETY: argmax(out, logits, vocab), shapes as checked.
+        unsafe { self.launch(stream, &self.kernels.argmax, (x.rows(), 1, 1), 1024, arguments) }
+    }
+}

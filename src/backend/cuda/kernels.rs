@@ -1,0 +1,158 @@
+//! The functions of all kernels for one element type, by what they are called with (`kernels/README.md`).
+
+#![allow(unsafe_code)]
+
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::{CudaContext, CudaFunction};
+use std::sync::Arc;
+
+use super::driver::driver_error;
+use super::modules::Modules;
+use crate::backend::DType;
+use crate::{Result, unsupported};
+
+/// Dynamic shared memory that every function may use without being told.
+const DEFAULT_SHARED_BYTES: usize = 48 << 10;
+
+/// Head sizes that the attention kernels are compiled for.
+pub(super) const HEAD_DIMS: [usize; 7] = [16, 32, 64, 80, 96, 128, 256];
+
+/// A kernel, ready to be launched.
+pub(super) struct Kernel {
+    pub(super) name: String,
+    pub(super) function: CudaFunction,
+    /// Dynamic shared memory of a block.
+    pub(super) shared_bytes: usize,
+}
+
+/// One tiling of the matrix product.
+pub(super) struct GemmKernel {
+    pub(super) kernel: Kernel,
+    pub(super) tile: GemmTile,
+}
+
+/// Rows and columns of the output that one block computes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct GemmTile {
+    pub(super) tokens: usize,
+    pub(super) outputs: usize,
+    pub(super) threads: usize,
+    shared_bytes: usize,
+}
+
+/// By number of tokens: the first whose tile holds them all, else the last.
+const GEMM_TILES: [GemmTile; 4] = [
+    GemmTile { tokens: 16, outputs: 32, threads: 64, shared_bytes: 49152 },
+    GemmTile { tokens: 32, outputs: 32, threads: 128, shared_bytes: 49152 },
+    GemmTile { tokens: 64, outputs: 64, threads: 128, shared_bytes: 49152 },
+    GemmTile { tokens: 128, outputs: 128, threads: 256, shared_bytes: 65536 },
+];
+
+/// Attention for one head size.
+pub(super) struct AttentionKernels {
+    pub(super) head_dim: usize,
+    pub(super) decode: Kernel,
+    pub(super) prefill: Kernel,
+    /// Threads of a prefill block.
+    pub(super) prefill_threads: usize,
+}
+
+/// All that the backend launches.
+pub(super) struct Kernels {
+    pub(super) modules: Modules,
+    pub(super) embed: Kernel,
+    pub(super) rms_norm: Kernel,
+    pub(super) rms_norm_rows: Kernel,
+    pub(super) add_rms_norm: Kernel,
+    pub(super) rope_store_kv: Kernel,
+    pub(super) attention: Vec<AttentionKernels>,
+    pub(super) attention_combine: Kernel,
+    /// Outputs in the element type of the inputs.
+    pub(super) gemm: Vec<GemmKernel>,
+    /// Outputs in f32.
+    pub(super) gemm_f32: Vec<GemmKernel>,
+    pub(super) silu: Kernel,
+    pub(super) gelu_tanh: Kernel,
+    pub(super) gather_rows: Kernel,
+    pub(super) argmax: Kernel,
+}
+
+impl Kernels {
+    /// Loads the modules and finds the functions for activations of `dtype`.
+    pub(super) fn load(context: &Arc<CudaContext>, dtype: DType) -> Result<Self> {
+        let modules = Modules::load(context)?;
+        let plain = |file: &str, name: String| Kernel::find(&modules, file, name, 0);
+        let gemm = |output: DType| -> Result<Vec<GemmKernel>> {
+            GEMM_TILES.into_iter().map(|tile| GemmKernel::find(&modules, dtype, output, tile)).collect()
+        };
+        Ok(Self {
+            embed: plain("embedding", format!("embed_{dtype}"))?,
+            rms_norm: plain("norm", format!("rms_norm_{dtype}"))?,
+            rms_norm_rows: plain("norm", format!("rms_norm_{dtype}_rows"))?,
+            add_rms_norm: plain("norm", format!("add_rms_norm_{dtype}"))?,
+            rope_store_kv: plain("kv_store", format!("rope_store_kv_{dtype}"))?,
+            attention: HEAD_DIMS
+                .into_iter()
+                .map(|head_dim| AttentionKernels::find(&modules, dtype, head_dim))
+                .collect::<Result<_>>()?,
+            attention_combine: plain("attention", format!("attention_combine_{dtype}"))?,
+            gemm: gemm(dtype)?,
+            gemm_f32: gemm(DType::F32)?,
+            silu: plain("activation", format!("silu_{dtype}"))?,
+            gelu_tanh: plain("activation", format!("gelu_tanh_{dtype}"))?,
+            gather_rows: plain("rows", "gather_rows".into())?,
+            argmax: plain("sampling", "argmax".into())?,
+            modules,
+        })
+    }
+
+    /// Attention for heads of `head_dim` numbers.
+    pub(super) fn attention(&self, head_dim: usize) -> Result<&AttentionKernels> {
+        self.attention.iter().find(|kernels| kernels.head_dim == head_dim).ok_or_else(|| {
+            unsupported!(
+                "attention on CUDA is compiled for heads of {HEAD_DIMS:?} numbers, not {head_dim}; use --device cpu"
+            )
+        })
+    }
+
+    /// The tiling for `num_tokens` rows. Which one it is does not change a bit of the result.
+    pub(super) fn gemm(&self, output: DType, num_tokens: usize) -> &GemmKernel {
+        let tilings = if output == DType::F32 { &self.gemm_f32 } else { &self.gemm };
+        let fitting = tilings.iter().position(|gemm| num_tokens <= gemm.tile.tokens);
+        &tilings[fitting.unwrap_or(tilings.len() - 1)]
+    }
+}
+
+impl Kernel {
+    fn find(modules: &Modules, file: &str, name: String, shared_bytes: usize) -> Result<Self> {
+        let function = modules.function(file, &name)?;
+        if shared_bytes > DEFAULT_SHARED_BYTES {
+            let action = format!("give {name} {shared_bytes} bytes of shared memory");
+            function
+                .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32)
+                .map_err(driver_error(&action))?;
+        }
+        Ok(Self { name, function, shared_bytes })
+    }
+}
+
+impl GemmKernel {
+    fn find(modules: &Modules, input: DType, output: DType, tile: GemmTile) -> Result<Self> {
+        let name = format!("gemm_{input}_{output}_t{}", tile.tokens);
+        Ok(Self { kernel: Kernel::find(modules, "gemm", name, tile.shared_bytes)?, tile })
+    }
+}
+
+impl AttentionKernels {
+    fn find(modules: &Modules, dtype: DType, head_dim: usize) -> Result<Self> {
+        let find = |kind: &str, shared_bytes| {
+            Kernel::find(modules, "attention", format!("attention_{kind}_{dtype}_d{head_dim}"), shared_bytes)
+        };
+        Ok(Self {
+            head_dim,
+            decode: find("decode", (2 * 64 + 16) * head_dim * 2 + 16 * 72 * 4)?,
+            prefill: find("prefill", 3 * 64 * head_dim * 2)?,
+            prefill_threads: if head_dim == 256 { 256 } else { 128 },
+        })
+    }
+}

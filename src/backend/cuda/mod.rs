@@ -1,0 +1,23 @@
+//! The CUDA backend: the kernels of `kernels/` behind the [`Backend`](super::Backend) trait.
+//!
+//! The driver is loaded at run time, so this is part of every build and costs nothing where there is no driver.
+//! Activations, weights and the KV cache are bf16 or f16; the residual stream, norms and logits are f32.
+
+mod attention;
+mod backend;
+mod device;
+mod driver;
+mod kernels;
+mod launch;
+mod memory;
+mod modules;
+mod stream;
+mod upload;
+mod weights;
+
+pub use backend::CudaBackend;
+pub(super) use driver::find_gpus;
+pub use memory::{CudaBuffer, CudaHostBuffer};
+pub(super) use modules::kernel_source;
+pub use stream::{CudaEvent, CudaStream};
+pub use weights::{CudaMatrix, CudaRopeTable};

@@ -1,0 +1,84 @@
+//! The compiled kernels: embedded in the program, or compiled by NVRTC when only their sources are.
+
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, sys};
+use cudarc::nvrtc::{self, CompileOptions, Ptx};
+
+use super::driver::driver_error;
+use crate::{Error, Result, unsupported};
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Modules by the name of their source file.
+pub(super) struct Modules(HashMap<&'static str, Arc<CudaModule>>);
+
+impl Modules {
+    /// Loads every module onto the device.
+    pub(super) fn load(context: &Arc<CudaContext>) -> Result<Self> {
+        let load = |(name, image): &(&'static str, Image)| Ok((*name, load_module(context, name, image)?));
+        IMAGES.iter().map(load).collect::<Result<_>>().map(Self)
+    }
+
+    /// Kernel `name` of source file `file`.
+    pub(super) fn function(&self, file: &str, name: &str) -> Result<CudaFunction> {
+        let module = self.0.get(file).ok_or_else(|| Error::Device(format!("there is no kernel file {file}.cu")))?;
+        module.load_function(name).map_err(driver_error(&format!("find kernel {name} in {file}.cu")))
+    }
+}
+
+fn load_module(context: &Arc<CudaContext>, name: &str, image: &Image) -> Result<Arc<CudaModule>> {
+    let image = match image {
+        Image::Fatbin(bytes) => Ptx::from_binary(bytes.to_vec()),
+        Image::Source(source) => compile(context, name, source)?,
+    };
+    context.load_module(image).map_err(|error| load_error(name, error))
+}
+
+fn load_error(name: &str, error: DriverError) -> Error {
+    let error_text = driver_error(&format!("load the kernels of {name}.cu"))(error);
+    match error.0 {
+        sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => {
+            Error::Unsupported(format!(
+                "{error_text}; the driver is older than the kernels: update it to R580 or newer"
+            ))
+        }
+        _ => error_text,
+    }
+}
+
+/// Compiles one source for the device's instructions.
+fn compile(context: &Arc<CudaContext>, name: &str, source: &str) -> Result<Ptx> {
+    kernel_source()?;
+    let (major, minor) = context.compute_capability().map_err(driver_error("ask for the compute capability"))?;
+    let options = CompileOptions {
+        options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into(), "-lineinfo".into()],
+        name: Some(format!("{name}.cu")),
+        ..CompileOptions::default()
+    };
+    nvrtc::compile_ptx_with_opts(source, options).map_err(|error| match error {
+        nvrtc::CompileError::CompileError { log, .. } => {
+            Error::Device(format!("NVRTC cannot compile {name}.cu: {}", log.to_string_lossy()))
+        }
+        other => Error::Device(format!("NVRTC cannot compile {name}.cu: {other}")),
+    })
+}
+
+/// How the kernels get onto a device; an error says what to install.
+pub(in crate::backend) fn kernel_source() -> Result<&'static str> {
+    if IMAGES.iter().all(|(_, image)| matches!(image, Image::Fatbin(_))) {
+        return Ok("compiled into this program");
+    }
+    // SAFETY: opens a library and closes it again.
+    match unsafe { nvrtc::sys::is_culib_present() } {
+        true => Ok("compiled by NVRTC when a model is loaded"),
+        false => Err(unsupported!(
+            "this program was built without nvcc, and NVRTC, which could compile its kernels now, is not installed; \
+             install libnvrtc (package cuda-nvrtc-13-0, or nvidia-cuda-nvrtc from PyPI with its folder in \
+             LD_LIBRARY_PATH), or build again with nvcc on the PATH"
+        )),
+    }
+}

@@ -1,0 +1,87 @@
+//! The GPUs of this machine, in builds that can use them and in builds that cannot.
+
+use std::fmt;
+
+use crate::Result;
+
+/// The oldest devices that have the instructions the kernels are written in (Ampere: `mma.sync` on bf16, `cp.async`).
+const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
+
+/// What the device name of a software GPU contains, in small letters.
+const SOFTWARE_GPU: [&str; 2] = ["softgpu", "software gpu"];
+
+/// A device that the driver shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// Its number, as the driver counts.
+    pub ordinal: usize,
+    /// What it calls itself.
+    pub name: String,
+    /// Major and minor version of its instructions.
+    pub compute_capability: (i32, i32),
+    /// Its memory in bytes.
+    pub memory_bytes: usize,
+}
+
+impl GpuInfo {
+    /// Whether it is the device that tests compute on: a program, not a GPU.
+    pub fn is_software(&self) -> bool {
+        let name = self.name.to_ascii_lowercase();
+        SOFTWARE_GPU.iter().any(|known| name.contains(known))
+    }
+
+    /// Why the kernels cannot run on it, if they cannot.
+    pub fn problem(&self) -> Option<String> {
+        let (major, minor) = MIN_COMPUTE_CAPABILITY;
+        (self.compute_capability < MIN_COMPUTE_CAPABILITY)
+            .then(|| format!("{self} is too old: the kernels need compute capability {major}.{minor}"))
+    }
+}
+
+impl fmt::Display for GpuInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = self.compute_capability;
+        let gib = self.memory_bytes as f64 / f64::from(1 << 30);
+        write!(f, "device {} ({}, {gib:.1} GiB, compute capability {major}.{minor})", self.ordinal, self.name)
+    }
+}
+
+/// The GPUs of this machine, the software GPU included. An error says why there are none.
+pub fn find_gpus() -> Result<Vec<GpuInfo>> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::find_gpus();
+    #[cfg(not(feature = "cuda"))]
+    return Err(crate::unsupported!("this build has no CUDA (it was built without the cargo feature \"cuda\")"));
+}
+
+/// How the kernels get onto a GPU. An error says what is missing.
+pub fn kernel_source() -> Result<&'static str> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::kernel_source();
+    #[cfg(not(feature = "cuda"))]
+    return Err(crate::unsupported!("this build has no CUDA kernels (cargo feature \"cuda\")"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(name: &str, compute_capability: (i32, i32)) -> GpuInfo {
+        GpuInfo { ordinal: 1, name: name.into(), compute_capability, memory_bytes: 3 << 29 }
+    }
+
+    #[test]
+    fn old_devices_are_refused_by_name() {
+        assert_eq!(gpu("NVIDIA A100", (8, 0)).problem(), None);
+        assert_eq!(gpu("NVIDIA H100", (9, 0)).problem(), None);
+        let problem = gpu("Tesla V100", (7, 0)).problem().unwrap();
+        assert!(problem.contains("device 1 (Tesla V100, 1.5 GiB, compute capability 7.0)"), "{problem}");
+    }
+
+    #[test]
+    fn the_software_gpu_is_known_by_its_name() {
+        assert!(gpu("mneme software GPU", (8, 0)).is_software());
+        assert!(gpu("softgpu (software device for tests)", (8, 0)).is_software());
+        assert!(!gpu("NVIDIA H100", (9, 0)).is_software());
+    }
+}

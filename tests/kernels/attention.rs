@@ -1,0 +1,409 @@
+//! Rotation, KV store and attention against sums in f64, and a row against itself in other company.
+
+use mneme::backend::cuda::{CudaBackend, CudaBuffer, CudaRopeTable};
+use mneme::backend::{
+    AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, KvLayer, KvLayout, KvOrder, Norm, RopeConfig,
+    RopeScaling, cpu,
+};
+
+use crate::gpu::{self, Gpu, GpuTensor, Output, assert_close, epsilon};
+use crate::support::random::Random;
+
+const NUM_LAYERS: usize = 2;
+const LAYER: usize = 1;
+const THETA: f64 = 10_000.0;
+const MAX_POSITIONS: usize = 1024;
+const EPSILON: f32 = 1e-5;
+
+/// New tokens of a sequence, and the tokens in its cache after them.
+type Lengths = (usize, usize);
+
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    num_kv_heads: usize,
+    group: usize,
+    head_dim: usize,
+    block_size: usize,
+    window: Option<usize>,
+}
+
+const SMALL: Shape = Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, window: None };
+
+impl Shape {
+    fn num_heads(&self) -> usize {
+        self.num_kv_heads * self.group
+    }
+
+    fn columns(&self) -> usize {
+        (self.num_heads() + 2 * self.num_kv_heads) * self.head_dim
+    }
+
+    fn of_backend(&self) -> AttentionShape {
+        AttentionShape {
+            num_heads: self.num_heads(),
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            scale: 1.5 / (self.head_dim as f32).sqrt(),
+            window: self.window,
+        }
+    }
+}
+
+fn rope(head_dim: usize) -> RopeConfig {
+    RopeConfig { head_dim, theta: THETA, scaling: RopeScaling::Plain }
+}
+
+/// The caches of some sequences in scattered blocks of one pool, NaN where nothing was stored.
+struct World<'a> {
+    gpu: &'a Gpu,
+    shape: Shape,
+    layout: KvLayout,
+    kv: GpuTensor,
+    tables: Vec<Vec<i32>>,
+    context_lens: Vec<usize>,
+    /// Per sequence, rows of `[q heads | k heads | v heads]` after rotation, as they came back from the device.
+    rows: Vec<Vec<f32>>,
+}
+
+impl<'a> World<'a> {
+    /// Stores `context_lens` tokens with random heads; every token in one launch.
+    fn new(gpu: &'a Gpu, shape: Shape, context_lens: &[usize], random: &mut Random) -> Self {
+        let Shape { num_kv_heads, head_dim, block_size, .. } = shape;
+        let layout =
+            KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, gpu.dtype()).unwrap();
+        let num_blocks = context_lens.iter().map(|len| len.div_ceil(block_size)).sum::<usize>() + 2;
+        let mut free: Vec<i32> = (0..num_blocks as i32).collect();
+        let mut take = |_| free.swap_remove(random.below(free.len()));
+        let tables = context_lens.iter().map(|len| (0..len.div_ceil(block_size)).map(&mut take).collect()).collect();
+        let kv = gpu.poison(1, num_blocks * layout.block_bytes() / 2, gpu.dtype());
+        let context_lens = context_lens.to_vec();
+        let mut world = World { gpu, shape, layout, kv, tables, context_lens, rows: vec![] };
+        let all: Vec<Lengths> = world.context_lens.iter().map(|len| (*len, *len)).collect();
+        let numbers = gpu.numbers(random, all.iter().map(|all| all.0).sum::<usize>() * shape.columns(), 1.0);
+        let stored = world.store(&numbers, &(0..all.len()).collect::<Vec<_>>(), &all, None);
+        let mut rest = &stored[..];
+        for len in &world.context_lens.clone() {
+            let (rows, others) = rest.split_at(len * shape.columns());
+            world.rows.push(rows.to_vec());
+            rest = others;
+        }
+        world
+    }
+
+    fn kv_layer(&self) -> KvLayer<'_, CudaBuffer> {
+        KvLayer { blocks: self.kv.buffer(), layout: &self.layout, layer: LAYER }
+    }
+
+    /// Rotates and stores rows of `sequences`; gives them back as they are behind that.
+    fn store(
+        &self,
+        numbers: &[f32],
+        sequences: &[usize],
+        parts: &[Lengths],
+        norms: Option<[&GpuTensor; 2]>,
+    ) -> Vec<f32> {
+        let (gpu, shape) = (self.gpu, self.shape);
+        let metadata = self.metadata(sequences, parts);
+        let qkv = gpu.output(metadata.num_tokens, shape.columns(), gpu.dtype());
+        gpu.write(&qkv.tensor, &gpu::encode(numbers, gpu.dtype()));
+        let table: CudaRopeTable = gpu.backend.load_rope(&rope(shape.head_dim), MAX_POSITIONS).unwrap();
+        let norm = |at: usize| norms.map(|norms| Norm { weight: norms[at], epsilon: EPSILON });
+        let heads: HeadTransform<'_, CudaBackend> =
+            HeadTransform { shape: shape.of_backend(), q_norm: norm(0), k_norm: norm(1), rope: &table };
+        gpu.backend.rope_and_store_kv(&gpu.stream, &qkv.tensor, &heads, &self.kv_layer(), &metadata).unwrap();
+        qkv.numbers(gpu)
+    }
+
+    fn metadata(&self, sequences: &[usize], parts: &[Lengths]) -> AttentionMetadata<CudaBuffer> {
+        let block_size = self.shape.block_size;
+        let max_blocks = self.tables.iter().map(Vec::len).max().unwrap() + 1;
+        let (mut starts, mut tables, mut positions, mut slots) = (vec![0i32], vec![], vec![], vec![]);
+        for (sequence, (num_queries, context_len)) in sequences.iter().zip(parts) {
+            let table = &self.tables[*sequence];
+            for position in context_len - num_queries..*context_len {
+                positions.push(position as i32);
+                slots.push(table[position / block_size] * block_size as i32 + (position % block_size) as i32);
+            }
+            starts.push(positions.len() as i32);
+            let needed = context_len.div_ceil(block_size);
+            tables.extend_from_slice(&table[..needed]);
+            tables.extend(std::iter::repeat_n(-1, max_blocks - needed));
+        }
+        let lens: Vec<i32> = parts.iter().map(|part| part.1 as i32).collect();
+        let (num_seqs, num_tokens) = (parts.len(), positions.len());
+        AttentionMetadata {
+            num_seqs,
+            num_tokens,
+            max_query_len: parts.iter().map(|part| part.0).max().unwrap(),
+            max_context_len: parts.iter().map(|part| part.1).max().unwrap(),
+            cu_seqlens_q: self.gpu.indices(&starts, 1, num_seqs + 1),
+            context_lens: self.gpu.indices(&lens, 1, num_seqs),
+            block_tables: self.gpu.indices(&tables, num_seqs, max_blocks),
+            positions: self.gpu.indices(&positions, 1, num_tokens),
+            slot_mapping: self.gpu.indices(&slots, 1, num_tokens),
+        }
+    }
+
+    /// Attention of the listed sequences in one call.
+    fn attend(&self, sequences: &[usize], parts: &[Lengths]) -> Output {
+        self.attend_with(sequences, parts, &self.metadata(sequences, parts))
+    }
+
+    fn attend_with(&self, sequences: &[usize], parts: &[Lengths], metadata: &AttentionMetadata<CudaBuffer>) -> Output {
+        let (gpu, shape) = (self.gpu, self.shape);
+        let columns = shape.columns();
+        let mut numbers = Vec::new();
+        for (sequence, (num_queries, context_len)) in sequences.iter().zip(parts) {
+            for position in context_len - num_queries..*context_len {
+                let row = &self.rows[*sequence][position * columns..(position + 1) * columns];
+                let q_size = shape.num_heads() * shape.head_dim;
+                numbers.extend_from_slice(&row[..q_size]);
+                // Keys and values come from the cache, never from here.
+                numbers.extend(std::iter::repeat_n(f32::NAN, columns - q_size));
+            }
+        }
+        let qkv = gpu.activations(&numbers, metadata.num_tokens, columns);
+        let out = gpu.output(metadata.num_tokens, shape.num_heads() * shape.head_dim, gpu.dtype());
+        let attention = shape.of_backend();
+        gpu.backend.attention(&gpu.stream, &qkv, &attention, &self.kv_layer(), metadata, &out.tensor).unwrap();
+        out
+    }
+
+    /// What attention is defined as, for the queries of one sequence.
+    fn reference(&self, sequence: usize, (num_queries, context_len): Lengths) -> Vec<f64> {
+        let Shape { head_dim, window, group, .. } = self.shape;
+        let scale = f64::from(self.shape.of_backend().scale);
+        let mut out = Vec::new();
+        for position in context_len - num_queries..context_len {
+            let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+            for head in 0..self.shape.num_heads() {
+                let q = self.head(sequence, position, head);
+                let kv_head = self.shape.num_heads() + head / group;
+                let keys = (first..=position).map(|at| self.head(sequence, at, kv_head));
+                let scores: Vec<f64> = keys.map(|k| dot(q, k) * scale).collect();
+                let most = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                let mut sum = vec![0.0; head_dim];
+                for (at, weight) in (first..=position).zip(&weights) {
+                    let v = self.head(sequence, at, kv_head + self.shape.num_kv_heads);
+                    sum.iter_mut().zip(v).for_each(|(sum, v)| *sum += weight / total * f64::from(*v));
+                }
+                out.extend(sum);
+            }
+        }
+        out
+    }
+
+    fn head(&self, sequence: usize, position: usize, head: usize) -> &[f32] {
+        let start = position * self.shape.columns() + head * self.shape.head_dim;
+        &self.rows[sequence][start..start + self.shape.head_dim]
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// Attends with `parts` in one call and compares every row.
+fn check_attention(gpu: &Gpu, shape: Shape, parts: &[Lengths], seed: u64) {
+    let random = &mut Random::new(seed);
+    let lens: Vec<usize> = parts.iter().map(|part| part.1).collect();
+    let world = World::new(gpu, shape, &lens, random);
+    let sequences: Vec<usize> = (0..parts.len()).collect();
+    let found = world.attend(&sequences, parts).numbers(gpu);
+    let wanted: Vec<f64> = sequences.iter().flat_map(|at| world.reference(*at, parts[*at])).collect();
+    // The output is rounded, and so is every weight: at most that share of the largest value, and values are normal.
+    let tolerance = epsilon(gpu.dtype());
+    assert_close(&format!("{} {shape:?} {parts:?}", gpu.dtype()), &found, &wanted, tolerance, 3.0 * tolerance);
+}
+
+#[test]
+fn one_new_token_sees_its_context() {
+    for gpu in gpu::shared() {
+        for (at, head_dim) in [64, 128, 256].into_iter().enumerate() {
+            for group in [1, 3, 8] {
+                let shape = Shape { num_kv_heads: 2, group, head_dim, ..SMALL };
+                check_attention(gpu, shape, &[(1, 1), (1, 16), (1, 17), (1, 75)], at as u64);
+            }
+        }
+        for head_dim in [16, 32, 80, 96] {
+            check_attention(gpu, Shape { num_kv_heads: 1, group: 2, head_dim, ..SMALL }, &[(1, 33), (1, 5)], 9);
+        }
+    }
+}
+
+#[test]
+fn many_new_tokens_see_their_context() {
+    for gpu in gpu::shared() {
+        for (at, head_dim) in [64, 128, 256].into_iter().enumerate() {
+            for group in [1, 3, 8] {
+                let shape = Shape { num_kv_heads: 1, group, head_dim, ..SMALL };
+                check_attention(gpu, shape, &[(2, 2), (17, 50), (9, 9)], 10 + at as u64);
+            }
+        }
+        for head_dim in [16, 32, 80, 96] {
+            check_attention(gpu, Shape { num_kv_heads: 2, group: 2, head_dim, ..SMALL }, &[(33, 33), (5, 21)], 19);
+        }
+    }
+}
+
+#[test]
+fn decodes_and_prefills_share_a_batch() {
+    for gpu in gpu::shared() {
+        check_attention(gpu, SMALL, &[(1, 40), (70, 70), (1, 1), (3, 90), (1, 17)], 20);
+        check_attention(gpu, Shape { block_size: 64, ..SMALL }, &[(1, 64), (65, 130), (2, 65)], 21);
+        // More rows of a KV head than decode attention takes.
+        check_attention(gpu, Shape { num_kv_heads: 1, group: 20, ..SMALL }, &[(1, 30), (2, 9)], 22);
+    }
+}
+
+#[test]
+fn long_contexts_are_split_and_combined() {
+    for gpu in gpu::shared() {
+        check_attention(gpu, SMALL, &[(1, 256), (1, 257), (1, 600), (1, 3)], 30);
+        check_attention(gpu, SMALL, &[(30, 530), (1, 511)], 31);
+    }
+}
+
+#[test]
+fn windows_hide_what_lies_before_them() {
+    for gpu in gpu::shared() {
+        for (at, window) in [1, 7, 16, 32, 100].into_iter().enumerate() {
+            let shape = Shape { window: Some(window), ..SMALL };
+            check_attention(gpu, shape, &[(1, 50), (40, 90), (1, 5), (1, 17), (2, 34)], 40 + at as u64);
+        }
+        let shape = Shape { window: Some(300), ..SMALL };
+        check_attention(gpu, shape, &[(1, 700), (1, 290), (5, 560)], 49);
+    }
+}
+
+/// Chunked prefill, decode, splitting and the rest of the batch leave the bits of a row alone.
+#[test]
+fn a_row_has_the_same_bits_however_it_is_computed() {
+    for gpu in gpu::shared() {
+        for window in [None, Some(40), Some(300)] {
+            let shape = Shape { window, ..SMALL };
+            let world = World::new(gpu, shape, &[530, 60, 300], &mut Random::new(50));
+            let row_bytes = shape.num_heads() * shape.head_dim * 2;
+            let last = |sequences: &[usize], parts: &[Lengths]| {
+                let bytes = world.attend(sequences, parts).bytes(gpu);
+                bytes[bytes.len() - row_bytes..].to_vec()
+            };
+            let alone = last(&[0], &[(1, 530)]);
+            assert_eq!(last(&[0], &[(2, 530)]), alone, "prefill of two, window {window:?}");
+            assert_eq!(last(&[0], &[(67, 530)]), alone, "prefill of many, window {window:?}");
+            assert_eq!(last(&[1, 2, 0], &[(1, 60), (1, 300), (1, 530)]), alone, "in a batch, window {window:?}");
+            assert_eq!(last(&[1, 0], &[(20, 60), (1, 530)]), alone, "beside a prefill, window {window:?}");
+            let parts = [(1, 530)];
+            // A context so long that its chunks would not fit: they are then walked by one block.
+            let metadata = AttentionMetadata { max_context_len: 1 << 28, ..world.metadata(&[0], &parts) };
+            assert_eq!(world.attend_with(&[0], &parts, &metadata).bytes(gpu), alone, "unsplit, window {window:?}");
+        }
+    }
+}
+
+#[test]
+fn heads_are_normalised_rotated_and_stored() {
+    for gpu in gpu::shared() {
+        let random = &mut Random::new(60);
+        for (head_dim, block_size, has_norms) in
+            [(64, 16, false), (128, 32, true), (256, 16, true), (16, 16, true), (80, 16, false), (96, 64, true)]
+        {
+            let shape = Shape { num_kv_heads: 2, group: 3, head_dim, block_size, window: None };
+            let parts = [(5, 5), (40, 70), (1, 33)];
+            let world = World::new(gpu, shape, &parts.map(|part| part.1), random);
+            let num_tokens: usize = parts.iter().map(|part| part.0).sum();
+            // The first token is so small that the epsilon of its norms matters.
+            let small = gpu.numbers(random, shape.columns(), 0.003);
+            let numbers = [small, gpu.numbers(random, (num_tokens - 1) * shape.columns(), 1.0)].concat();
+            let weights = [(); 2].map(|()| (0..head_dim).map(|_| random.normal() as f32).collect::<Vec<f32>>());
+            let on_device = weights.clone().map(|weight| gpu.vector(&weight));
+            let norms = has_norms.then_some([&on_device[0], &on_device[1]]);
+            let found = world.store(&numbers, &[0, 1, 2], &parts, norms);
+            let table = cpu::RopeTable::new(&rope(head_dim), MAX_POSITIONS).unwrap();
+            let mut wanted = Vec::new();
+            let positions = parts.iter().flat_map(|part| part.1 - part.0..part.1);
+            for (position, row) in positions.zip(numbers.chunks_exact(shape.columns())) {
+                for (head, x) in row.chunks_exact(head_dim).enumerate() {
+                    let kind = if head < shape.num_heads() { 0 } else { 1 };
+                    let weight = has_norms.then_some(&weights[kind][..]);
+                    match head < shape.num_heads() + shape.num_kv_heads {
+                        true => wanted.extend(transformed(x, weight, table.row(position))),
+                        false => wanted.extend(x.iter().map(|x| f64::from(*x))),
+                    }
+                }
+            }
+            let what = format!("{} {shape:?}", gpu.dtype());
+            assert_close(&what, &found, &wanted, epsilon(gpu.dtype()) * 1.01, 1e-6);
+            check_stored(&world, &found, &parts);
+        }
+    }
+}
+
+fn transformed(x: &[f32], weight: Option<&[f32]>, (cosines, sines): (&[f32], &[f32])) -> Vec<f64> {
+    let mut x: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();
+    if let Some(weight) = weight {
+        let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+        let inverse = (mean + f64::from(EPSILON)).sqrt().recip();
+        x.iter_mut().zip(weight).for_each(|(x, weight)| *x *= inverse * f64::from(*weight));
+    }
+    let half = x.len() / 2;
+    let angles = cosines.iter().zip(sines).map(|(cos, sin)| (f64::from(*cos), f64::from(*sin)));
+    let (first, second): (Vec<f64>, Vec<f64>) = angles
+        .enumerate()
+        .map(|(at, (cos, sin))| (x[at] * cos - x[half + at] * sin, x[half + at] * cos + x[at] * sin))
+        .unzip();
+    [first, second].concat()
+}
+
+/// The cache holds exactly the rows' keys and values where the layout says.
+fn check_stored(world: &World<'_>, rows: &[f32], parts: &[Lengths]) {
+    let Shape { num_kv_heads, head_dim, block_size, .. } = world.shape;
+    let (layout, dtype) = (world.layout, world.gpu.dtype());
+    let bytes = world.gpu.download(&world.kv);
+    let number = |offset: usize| gpu::decode(&bytes[offset..offset + 2], dtype)[0];
+    let mut rows = rows.chunks_exact(world.shape.columns());
+    for (sequence, (num_queries, context_len)) in parts.iter().enumerate() {
+        for position in context_len - num_queries..*context_len {
+            let row = rows.next().unwrap();
+            let block = world.tables[sequence][position / block_size] as usize * layout.block_bytes();
+            for head in 0..num_kv_heads {
+                let k = &row[(world.shape.num_heads() + head) * head_dim..][..head_dim];
+                let v = &row[(world.shape.num_heads() + num_kv_heads + head) * head_dim..][..head_dim];
+                for dim in 0..head_dim {
+                    let token = position % block_size;
+                    let k_at = block + layout.k_tile_offset(LAYER, head) + layout.k_offset(token, dim);
+                    let v_at = block + layout.v_tile_offset(LAYER, head) + layout.v_offset(token, dim);
+                    assert_eq!((number(k_at), number(v_at)), (k[dim], v[dim]), "position {position}, head {head}");
+                }
+            }
+        }
+    }
+    // The other layer is as it was.
+    let first = layout.k_tile_offset(0, 0)..layout.k_tile_offset(LAYER, 0);
+    assert!(bytes[first].iter().all(|byte| *byte == 0xff), "another layer was written");
+}
+
+#[test]
+fn impossible_heads_are_refused() {
+    let [gpu, _] = gpu::shared();
+    let world = World::new(gpu, SMALL, &[5], &mut Random::new(70));
+    let metadata = world.metadata(&[0], &[(5, 5)]);
+    let qkv = gpu.activations(&vec![0.0; 5 * SMALL.columns()], 5, SMALL.columns());
+    let out = gpu.output(5, SMALL.num_heads() * 64, gpu.dtype());
+    let attend = |shape: AttentionShape, layer: usize, metadata: &AttentionMetadata<CudaBuffer>| {
+        let kv = KvLayer { layer, ..world.kv_layer() };
+        gpu.backend.attention(&gpu.stream, &qkv, &shape, &kv, metadata, &out.tensor).map_err(|error| error.to_string())
+    };
+    assert_eq!(attend(SMALL.of_backend(), LAYER, &metadata), Ok(()));
+    assert!(attend(AttentionShape { head_dim: 128, ..SMALL.of_backend() }, LAYER, &metadata).is_err());
+    assert!(attend(AttentionShape { num_heads: 5, ..SMALL.of_backend() }, LAYER, &metadata).is_err());
+    assert!(attend(SMALL.of_backend(), NUM_LAYERS, &metadata).is_err());
+    let short = AttentionMetadata { context_lens: gpu.indices(&[], 1, 0), ..metadata.clone() };
+    assert!(attend(SMALL.of_backend(), LAYER, &short).unwrap_err().contains("context_lens"));
+    let layout = KvLayout::new(NUM_LAYERS, 2, 64, 16, DType::BF16).unwrap();
+    let kv = KvLayer { blocks: world.kv.buffer(), layout: &layout, layer: LAYER };
+    let error = gpu.backend.attention(&gpu.stream, &qkv, &SMALL.of_backend(), &kv, &metadata, &out.tensor);
+    assert!(error.unwrap_err().to_string().contains("Pairs"));
+}

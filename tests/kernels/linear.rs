@@ -1,0 +1,135 @@
+//! Matrix products against sums in f64, and against themselves in other company.
+
+use mneme::backend::{Backend, DType, dequantize_row};
+
+use crate::gpu::{self, assert_close, encode, epsilon, host_tensor};
+use crate::support::random::Random;
+use crate::support::tiny_gguf::Storage;
+
+/// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64 and 128 outputs), and inputs
+/// that end inside a step.
+const SHAPES: [(usize, usize, usize); 14] = [
+    (1, 1, 8),
+    (1, 33, 72),
+    (2, 31, 64),
+    (15, 7, 40),
+    (16, 32, 136),
+    (17, 65, 96),
+    (32, 31, 80),
+    (33, 34, 56),
+    (63, 64, 64),
+    (64, 130, 200),
+    (65, 127, 48),
+    (127, 5, 104),
+    (128, 128, 64),
+    (130, 129, 88),
+];
+
+fn product(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> Vec<f64> {
+    let dot = |row: &[f32], column: &[f32]| -> f64 {
+        row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+    };
+    let mut out = Vec::new();
+    for row in x.chunks_exact(inputs) {
+        for (at, column) in weight.chunks_exact(inputs).enumerate() {
+            out.push(dot(row, column) + bias.map_or(0.0, |bias| f64::from(bias[at])));
+        }
+    }
+    out
+}
+
+#[test]
+fn products_are_sums_of_products() {
+    for gpu in gpu::shared() {
+        let random = &mut Random::new(1);
+        for (at, (num_tokens, outputs, inputs)) in SHAPES.into_iter().enumerate() {
+            let x = gpu.numbers(random, num_tokens * inputs, 1.0);
+            let weight = gpu.numbers(random, outputs * inputs, 1.0 / (inputs as f64).sqrt());
+            let bias: Option<Vec<f32>> = (at % 2 == 1).then(|| gpu.numbers(random, outputs, 1.0));
+            let matrix = gpu.matrix(&weight, outputs, inputs);
+            let device_x = gpu.activations(&x, num_tokens, inputs);
+            let device_bias = bias.as_ref().map(|bias| gpu.vector(bias));
+            let wanted = product(&x, &weight, bias.as_deref(), inputs);
+            for dtype in [gpu.dtype(), DType::F32] {
+                let out = gpu.output(num_tokens, outputs, dtype);
+                gpu.backend.linear(&gpu.stream, &device_x, &matrix, device_bias.as_ref(), &out.tensor).unwrap();
+                let what = format!("{} to {dtype}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}]", gpu.dtype());
+                assert_close(&what, &out.numbers(gpu), &wanted, epsilon(dtype), 1e-5);
+            }
+        }
+    }
+}
+
+/// Decode and prefill take different tiles; a row must not notice.
+#[test]
+fn a_row_has_the_same_bits_in_any_batch() {
+    for gpu in gpu::shared() {
+        let random = &mut Random::new(2);
+        let (most, outputs, inputs) = (150, 70, 328);
+        let x = gpu.numbers(random, most * inputs, 1.0);
+        let matrix = gpu.matrix(&gpu.numbers(random, outputs * inputs, 0.1), outputs, inputs);
+        let run = |first: usize, num_tokens: usize| {
+            let rows = gpu.activations(&x[first * inputs..(first + num_tokens) * inputs], num_tokens, inputs);
+            let out = gpu.output(num_tokens, outputs, DType::F32);
+            gpu.backend.linear(&gpu.stream, &rows, &matrix, None, &out.tensor).unwrap();
+            out.bytes(gpu)
+        };
+        let whole = run(0, most);
+        for (first, num_tokens) in [(0, 1), (149, 1), (3, 16), (20, 17), (7, 33), (80, 64), (40, 65), (0, 128)] {
+            let part = &whole[first * outputs * 4..(first + num_tokens) * outputs * 4];
+            assert_eq!(run(first, num_tokens), part, "{} rows from {first} on", num_tokens);
+        }
+    }
+}
+
+/// Matrices of several parts and stored types become one matrix of the device's type.
+#[test]
+fn stored_types_become_the_devices() {
+    for gpu in gpu::shared() {
+        let random = &mut Random::new(3);
+        let columns = 64;
+        let stored: Vec<f32> = (0..3 * columns).map(|_| random.normal() as f32).collect();
+        let quantised = Storage::Q8_0.encode(&stored);
+        let mut unpacked = vec![0.0; stored.len()];
+        dequantize_row(DType::Q8_0, &quantised, &mut unpacked);
+        let parts = [
+            host_tensor(&encode(&stored, DType::F32), 3, columns, DType::F32),
+            host_tensor(&encode(&stored, DType::BF16), 3, columns, DType::BF16),
+            host_tensor(&encode(&stored, DType::F16), 3, columns, DType::F16),
+            host_tensor(&quantised, 3, columns, DType::Q8_0),
+        ];
+        let matrix = gpu.backend.load_matrix(&parts, Some(gpu.dtype())).unwrap();
+        let ids: Vec<i32> = (0..12).rev().collect();
+        let out = gpu.output(12, columns, DType::F32);
+        gpu.backend.embed(&gpu.stream, &matrix, &gpu.indices(&ids, 1, 12), 1.0, &out.tensor).unwrap();
+        let found = out.numbers(gpu);
+        let each = [DType::F32, DType::BF16, DType::F16].map(|dtype| {
+            stored.iter().map(|value| gpu::round(gpu::round(*value, dtype), gpu.dtype())).collect::<Vec<f32>>()
+        });
+        let last: Vec<f32> = unpacked.iter().map(|value| gpu::round(*value, gpu.dtype())).collect();
+        let all = [each.concat(), last].concat();
+        for (id, row) in ids.iter().zip(found.chunks_exact(columns)) {
+            assert_eq!(row, &all[*id as usize * columns..(*id as usize + 1) * columns], "row {id}");
+        }
+        let odd = host_tensor(&encode(&stored[..30], DType::F32), 3, 10, DType::F32);
+        let error = gpu.backend.load_matrix(&[odd], None).err().unwrap().to_string();
+        assert!(error.contains("10 columns"), "{error}");
+        let error = gpu.backend.load_matrix(&parts[..1], Some(DType::F32)).err().unwrap().to_string();
+        assert!(error.contains("--device cpu"), "{error}");
+    }
+}
+
+#[test]
+fn wrong_shapes_are_refused_before_a_launch() {
+    let [gpu, _] = gpu::shared();
+    let matrix = gpu.matrix(&[0.0; 16 * 8], 16, 8);
+    let x = gpu.activations(&[0.0; 8], 1, 8);
+    for (rows, columns, dtype) in [(1, 15, DType::F32), (2, 16, DType::F32), (1, 16, DType::I32)] {
+        let out = gpu.output(rows, columns, dtype);
+        assert!(gpu.backend.linear(&gpu.stream, &x, &matrix, None, &out.tensor).is_err());
+    }
+    let beyond = mneme::backend::Tensor::new(x.buffer().clone(), 8, 1, 8, gpu.dtype());
+    let out = gpu.output(1, 16, DType::F32);
+    let error = gpu.backend.linear(&gpu.stream, &beyond, &matrix, None, &out.tensor).unwrap_err().to_string();
+    assert!(error.contains("outside a buffer"), "{error}");
+}

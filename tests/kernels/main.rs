@@ -1,0 +1,19 @@
+//! Every CUDA kernel against a plain reference, over shapes with odd tails. Outputs are poisoned before and guarded
+//! around; the device is the software GPU unless `MNEME_TEST_LIBCUDA` names a driver.
+
+#![cfg(feature = "cuda")]
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod attention;
+mod elementwise;
+mod gpu;
+mod linear;
+mod raw;
+#[path = "../support/mod.rs"]
+mod support;
+
+/// Orders of work that are all allowed: streams that run only when waited for, blocks and warps shuffled by a seed.
+#[test]
+fn every_test_passes_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("", "every_test_passes_in_other_schedules");
+}

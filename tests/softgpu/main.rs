@@ -1,0 +1,51 @@
+//! The whole engine on the software GPU: the tests that the CPU backend passes, every family against it, and a real
+//! model.
+
+#![cfg(feature = "cuda")]
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod command;
+mod families;
+mod golden;
+#[path = "../generation/invariance.rs"]
+mod invariance;
+#[path = "../generation/lifecycle.rs"]
+mod lifecycle;
+#[path = "../generation/parameters.rs"]
+mod parameters;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::path::Path;
+
+use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
+use support::engine::{Setup, TestEngine};
+
+/// Random workloads for every family: a step takes thousands of times longer than on a GPU.
+const NUM_WORKLOADS: u64 = 1;
+
+/// Requests in the test that cancels them.
+const NUM_CANCELLED: usize = 100;
+
+/// Starts an engine on the device that these tests are about.
+fn start(path: &Path, setup: Setup) -> TestEngine {
+    TestEngine::start_on_softgpu(path, setup)
+}
+
+/// Whether requests are served in this way, too: one of each kind.
+fn is_wanted(variant: &str) -> bool {
+    ["in chunks of 33, cached", "few prompt logits", "preempted", "blocks of 32"].contains(&variant)
+}
+
+/// What the tests of invariance go through: f16 runs through the same kernels with other conversions, which
+/// `tests/kernels` and `families` cover.
+fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
+    vec![(Isa::best(), None, DType::BF16)]
+}
+
+/// The kernels have tests of their own; here it is about the order of copies, events and steps.
+#[test]
+fn families_are_the_cpus_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("families::", "other_schedules");
+}

@@ -1,0 +1,83 @@
+//! The software GPU in place of the driver, for the test programs that compute on it.
+//!
+//! Cargo builds its library beside the test programs. Loading it by its path before anything asks for the driver is
+//! enough: the system's loader then finds it under the driver's name.
+//!
+//! A program built without compiled kernels, on a machine without NVRTC, has nothing to test: it says so and ends.
+
+#![allow(unsafe_code)]
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use mneme::backend::cuda::CudaBackend;
+use mneme::backend::{DType, find_gpus, kernel_source};
+
+/// Names another library than the one Cargo built: a build with other options, or the driver of a real GPU.
+const LIBRARY_VARIABLE: &str = "MNEME_TEST_LIBCUDA";
+
+/// Set where the kernels must be there: a run without them then fails.
+const REQUIRE_VARIABLE: &str = "MNEME_REQUIRE_CUDA_TESTS";
+
+/// Orders blocks and warps.
+const SEED_VARIABLE: &str = "SOFTGPU_SEED";
+const SCHEDULES: [(&str, &str); 2] = [("lazy", "1"), ("eager", "2")];
+
+/// The library that stands for the driver.
+pub fn library() -> PathBuf {
+    if let Some(path) = std::env::var_os(LIBRARY_VARIABLE) {
+        return path.into();
+    }
+    let program = std::env::current_exe().unwrap();
+    program.parent().unwrap().join("libsoftgpu.so")
+}
+
+/// A new backend on the software GPU, or on the GPU whose driver was named.
+pub fn backend(dtype: DType) -> CudaBackend {
+    load();
+    CudaBackend::new(0, dtype).unwrap()
+}
+
+/// Loads the library, once.
+fn load() {
+    static LOADED: OnceLock<()> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        end_without_kernels();
+        let path = library();
+        // SAFETY: the library has no initialisers that depend on anything, and it stays for good.
+        let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
+        std::mem::forget(library.unwrap_or_else(|error| panic!("cannot load {}: {error}", path.display())));
+        let gpus = find_gpus().unwrap();
+        let is_expected = gpus[0].is_software() || std::env::var_os(LIBRARY_VARIABLE).is_some();
+        assert!(is_expected, "the driver of {} was found before the software GPU", gpus[0]);
+    });
+}
+
+/// Runs the tests of this program whose names contain `wanted` but not `skipped` again, in other schedules of the software
+/// GPU: how it orders what may run in any order is decided when it is loaded.
+pub fn pass_in_other_schedules(wanted: &str, skipped: &str) {
+    if std::env::var_os(SEED_VARIABLE).is_some() || std::env::var_os(LIBRARY_VARIABLE).is_some() {
+        return;
+    }
+    for (streams, seed) in SCHEDULES {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([wanted, "--skip", skipped]).env("SOFTGPU_STREAMS", streams).env(SEED_VARIABLE, seed);
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}");
+        assert!(!text.contains("running 0 tests"), "no test is called {wanted:?}");
+    }
+}
+
+/// Ends the program when there are no kernels. The message goes past the capture of test output.
+pub fn end_without_kernels() {
+    let Err(error) = kernel_source() else { return };
+    assert!(std::env::var_os(REQUIRE_VARIABLE).is_none(), "{REQUIRE_VARIABLE} is set, but {error}");
+    let program = std::env::args().next().unwrap_or_default();
+    let message = format!("\nskipped: every test of {program}, because {error}\n");
+    std::io::stderr().write_all(message.as_bytes()).unwrap();
+    std::process::exit(0);
+}
