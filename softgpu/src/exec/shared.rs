@@ -80,7 +80,7 @@ impl Shared {
             let (writer, reader) = (*cell as u32, (*cell >> 32) as u32);
             let written = writer >> EPOCH_SHIFT;
             if written < self.block_start || written > self.epoch || (written == self.epoch && writer & MANY != warp) {
-                return Err(explain_read(*cell, address + i as u64, self.block_start, warp));
+                return Err(explain_read(*cell, address + i as u64, (self.block_start, self.epoch), warp));
             }
             let reader = if reader >> EPOCH_SHIFT == self.epoch && reader & MANY != warp { mine | MANY } else { mine };
             *cell = u64::from(reader) << 32 | u64::from(writer);
@@ -109,7 +109,7 @@ impl Shared {
             let written = writer >> EPOCH_SHIFT;
             let others = written == self.epoch && writer & MANY != warp;
             if written < self.block_start || written > self.epoch || (others && writer & ATOMIC == 0) {
-                return Err(explain_read(*cell, address + i as u64, self.block_start, warp));
+                return Err(explain_read(*cell, address + i as u64, (self.block_start, self.epoch), warp));
             }
             let who = if others { MANY } else { warp };
             *cell = u64::from(self.epoch << EPOCH_SHIFT | ATOMIC | who);
@@ -120,9 +120,11 @@ impl Shared {
     /// Takes the target of a `cp.async`: nobody may use it until [`Shared::land`].
     pub fn reserve(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<()> {
         let range = self.range(address, bytes)?;
+        let mine = self.epoch << EPOCH_SHIFT | warp;
         for (i, cell) in self.cells[range].iter_mut().enumerate() {
             check_write(*cell, self.epoch, warp, address + i as u64)?;
-            *cell = u64::from(PENDING << EPOCH_SHIFT | warp);
+            // The other half keeps when it was issued.
+            *cell = u64::from(mine) << 32 | u64::from(PENDING << EPOCH_SHIFT | warp);
         }
         Ok(())
     }
@@ -150,14 +152,19 @@ fn name(warp: u32) -> String {
 }
 
 #[cold]
-fn explain_read(cell: u64, address: u64, block_start: u32, warp: u32) -> Fault {
+fn explain_read(cell: u64, address: u64, (block_start, now): (u32, u32), warp: u32) -> Fault {
     let writer = cell as u32;
     let by = name(writer & MANY);
     if cell == UNOWNED {
         let what = format!("shared address {address:#x} lies between the shared variables, in none of them");
         return Fault::new(FaultKind::OutOfBounds, what);
     }
+    let issued = (cell >> 32) as u32;
     match writer >> EPOCH_SHIFT {
+        PENDING if issued >> EPOCH_SHIFT == now && issued & MANY != warp => Fault::new(
+            FaultKind::Race,
+            format!("warp {warp} reads shared address {address:#x}, to which {by} has a cp.async in flight, with no barrier between"),
+        ),
         PENDING => Fault::new(
             FaultKind::AsyncCopy,
             format!("warp {warp} reads shared address {address:#x} before the cp.async of {by} to it was waited for"),

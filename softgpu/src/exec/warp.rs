@@ -454,6 +454,7 @@ impl Warp {
             return Err((first(mask & !named), Fault::new(FaultKind::InactiveLane, what)));
         }
         if named & self.live & !arrived != 0 {
+            self.check_reachable(block, op, at, mask)?;
             return Ok(Flow::Hold);
         }
         match op {
@@ -471,6 +472,22 @@ impl Warp {
             _ => return self.whole_warp(block, op, mask),
         }
         Ok(Flow::Next)
+    }
+
+    /// A block barrier that the lanes elsewhere cannot come to any more is an error at once: they would go on and the
+    /// finding would be whatever they stumble over.
+    fn check_reachable(&self, block: &Block, op: &Op, at: usize, mask: u32) -> LaneResult<()> {
+        let (kernel, pc) = (block.launch.kernel, self.splits[at].pc);
+        let is_barrier = matches!(op, Op::Barrier { .. } | Op::BarrierReduce { .. });
+        let lost = self.splits.iter().find(|s| is_barrier && s.pc != pc && !kernel.reaches(s.pc, pc));
+        let Some(split) = lost else { return Ok(()) };
+        let what = format!(
+            "lanes {mask:#010x} of warp {} wait at a barrier that lanes {:#010x}, at {}, have passed by",
+            self.index,
+            split.mask,
+            kernel.source(split.pc as usize)
+        );
+        Err((first(mask), Fault::new(FaultKind::BarrierDivergence, what)))
     }
 
     fn whole_warp(&mut self, block: &mut Block, op: &Op, mask: u32) -> LaneResult<Flow> {
