@@ -1,6 +1,8 @@
 //! Syntax tree to decoded kernel: register slots, constants, addresses of variables, one function per opcode group.
 
-use crate::exec::isa::{Address, Inst, Kernel, LOCAL_WINDOW, NONE, Op, PARAM_WINDOW, Pred, SHARED_WINDOW, SharedVar, Special};
+use crate::exec::isa::{
+    Address, Inst, Kernel, LOCAL_WINDOW, NONE, Op, PARAM_WINDOW, Pred, SHARED_WINDOW, SharedVar, Special,
+};
 use crate::ptx::PtxError;
 use crate::ptx::syntax::{Entry, Loc, Module, Operand, Space, Stmt, Var};
 use std::collections::HashMap;

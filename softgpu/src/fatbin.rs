@@ -39,9 +39,9 @@ pub unsafe fn ptx_of_image(image: *const u8) -> Result<String, ImageError> {
         }
         // SAFETY: a wrapper holds the pointer to the fatbin at offset 8.
         WRAPPER_MAGIC => unsafe { ptx_of_image(image.add(8).cast::<*const u8>().read_unaligned()) },
-        0x464c_457f => Err(ImageError::NoPtx(
-            "the image is a cubin (machine code); give PTX or a fatbin with PTX".to_owned(),
-        )),
+        0x464c_457f => {
+            Err(ImageError::NoPtx("the image is a cubin (machine code); give PTX or a fatbin with PTX".to_owned()))
+        }
         _ => {
             // SAFETY: what is left is zero-terminated text.
             let text = unsafe { std::ffi::CStr::from_ptr(image.cast()) };

@@ -16,7 +16,8 @@ pub fn library_path() -> io::Result<PathBuf> {
         return Ok(path.into());
     }
     let program = std::env::current_exe()?;
-    let found = program.ancestors().skip(1).take(3).map(|folder| folder.join("libsoftgpu.so")).find(|path| path.exists());
+    let found =
+        program.ancestors().skip(1).take(3).map(|folder| folder.join("libsoftgpu.so")).find(|path| path.exists());
     found.ok_or_else(|| {
         let message = format!(
             "libsoftgpu.so is not beside {}: build it with `cargo build -p softgpu` or set SOFTGPU_LIBRARY",

@@ -13,7 +13,9 @@ use crate::fault::{Fault, FaultKind};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::Range;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+};
 
 /// First device address.
 pub const BASE: u64 = 0x0100_0000_0000_0000;
@@ -178,7 +180,13 @@ impl Allocation {
     /// Checks a read against writes of other blocks and other streams. Returns the bytes of granules seen first by this
     /// operation.
     #[inline]
-    pub fn note_read(&self, offset: u64, bytes: u64, by: &Accessor, foreign: impl Fn(u32) -> bool) -> Result<u64, Fault> {
+    pub fn note_read(
+        &self,
+        offset: u64,
+        bytes: u64,
+        by: &Accessor,
+        foreign: impl Fn(u32) -> bool,
+    ) -> Result<u64, Fault> {
         let mut new = 0;
         for [write, read] in self.stamps(offset, bytes) {
             if read.load(Relaxed) == by.stamp {
@@ -193,7 +201,10 @@ impl Allocation {
         if by.launch != 0 && self.last_launch.load(Relaxed) == by.launch {
             for (i, writer) in self.writers(offset, bytes).iter().enumerate() {
                 let tag = writer.load(Relaxed);
-                if tag >= by.tag_base && (tag - by.tag_base) >> by.tag_shift != (by.tag - by.tag_base) >> by.tag_shift && foreign(tag) {
+                if tag >= by.tag_base
+                    && (tag - by.tag_base) >> by.tag_shift != (by.tag - by.tag_base) >> by.tag_shift
+                    && foreign(tag)
+                {
                     return Err(self.block_race(offset + i as u64, "reads", tag, by));
                 }
             }
@@ -203,7 +214,13 @@ impl Allocation {
 
     /// Checks a write likewise and takes the bytes over.
     #[inline]
-    pub fn note_write(&self, offset: u64, bytes: u64, by: &Accessor, foreign: impl Fn(u32) -> bool) -> Result<u64, Fault> {
+    pub fn note_write(
+        &self,
+        offset: u64,
+        bytes: u64,
+        by: &Accessor,
+        foreign: impl Fn(u32) -> bool,
+    ) -> Result<u64, Fault> {
         let mut new = 0;
         for [write, read] in self.stamps(offset, bytes) {
             if write.load(Relaxed) == by.stamp {
@@ -222,7 +239,10 @@ impl Allocation {
             self.last_launch.store(by.launch, Relaxed);
             for (i, writer) in self.writers(offset, bytes).iter().enumerate() {
                 let tag = writer.load(Relaxed);
-                if tag >= by.tag_base && (tag - by.tag_base) >> by.tag_shift != (by.tag - by.tag_base) >> by.tag_shift && foreign(tag) {
+                if tag >= by.tag_base
+                    && (tag - by.tag_base) >> by.tag_shift != (by.tag - by.tag_base) >> by.tag_shift
+                    && foreign(tag)
+                {
                     return Err(self.block_race(offset + i as u64, "writes", tag, by));
                 }
                 writer.store(by.tag, Relaxed);
@@ -412,7 +432,9 @@ unsafe impl Send for Block {}
 fn outside(address: u64, bytes: u64, near: Option<&Allocation>) -> Fault {
     let mut what = format!("{bytes} bytes at {address:#x}");
     match near {
-        Some(a) if address < a.base => what += &format!(", {} bytes before the start of {}", a.base - address, a.describe()),
+        Some(a) if address < a.base => {
+            what += &format!(", {} bytes before the start of {}", a.base - address, a.describe())
+        }
         Some(a) => what += &format!(", which begins {} bytes into {}", address - a.base, a.describe()),
         None if address < 4096 => what += ", a null pointer",
         None if address < 1 << 47 => what += ", a host address: copy the data to the device first",

@@ -39,7 +39,10 @@ impl Function {
             return Some(format!("kernel {name}: block {block:?} has {threads} threads, at most 1024 (64 in z)"));
         }
         if self.kernel.max_threads.is_some_and(|max| threads > u64::from(max)) {
-            return Some(format!("kernel {name}: {threads} threads exceed its __launch_bounds__ {:?}", self.kernel.max_threads));
+            return Some(format!(
+                "kernel {name}: {threads} threads exceed its __launch_bounds__ {:?}",
+                self.kernel.max_threads
+            ));
         }
         if self.kernel.required_threads.is_some_and(|wanted| wanted != block) {
             return Some(format!("kernel {name}: block {block:?}, it requires {:?}", self.kernel.required_threads));
@@ -51,7 +54,8 @@ impl Function {
             ));
         }
         let total = dynamic_shared + self.kernel.static_shared;
-        (total > MAX_SHARED).then(|| format!("kernel {name}: {total} bytes of shared memory, the device has {MAX_SHARED}"))
+        (total > MAX_SHARED)
+            .then(|| format!("kernel {name}: {total} bytes of shared memory, the device has {MAX_SHARED}"))
     }
 }
 
@@ -79,7 +83,8 @@ impl Module {
             };
             globals.insert(var.name.clone(), (allocation.base, var.bytes));
         }
-        let addresses: HashMap<String, u64> = globals.iter().map(|(name, &(address, _))| (name.clone(), address)).collect();
+        let addresses: HashMap<String, u64> =
+            globals.iter().map(|(name, &(address, _))| (name.clone(), address)).collect();
         for var in vars {
             initialise(var, &addresses, memory);
         }

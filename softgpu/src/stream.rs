@@ -237,7 +237,8 @@ impl Streams {
     /// Waits until a position is complete.
     fn wait_for<'a>(&'a self, mut state: MutexGuard<'a, State>, goal: Position) -> MutexGuard<'a, State> {
         while state.streams[goal.stream].done < goal.number {
-            let next = if self.mode == Mode::Lazy && !state.is_busy { state.next_towards(goal, self.seed != 0) } else { None };
+            let next =
+                if self.mode == Mode::Lazy && !state.is_busy { state.next_towards(goal, self.seed != 0) } else { None };
             state = match next {
                 Some(index) => self.run(state, index),
                 None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),

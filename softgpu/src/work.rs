@@ -139,7 +139,9 @@ fn to_device(device: &Device, from: &HostSource, target: u64, bytes: u64, by: &A
         // SAFETY: the region is not freed while the copy is queued.
         let now = digest(unsafe { std::slice::from_raw_parts(*start as *const u8, bytes as usize) });
         if now != *before {
-            let what = format!("{bytes} bytes of page-locked memory at {start:#x} changed between the copy's call and its run");
+            let what = format!(
+                "{bytes} bytes of page-locked memory at {start:#x} changed between the copy's call and its run"
+            );
             return Err(Fault::new(FaultKind::HostBuffer, what));
         }
     }
@@ -155,7 +157,11 @@ fn to_host(device: &Device, from: u64, target: HostTarget, bytes: u64, by: &Acce
     let offset = from - allocation.base;
     if !allocation.is_init(offset, bytes) {
         let at = allocation.first_uninit(offset..offset + bytes).unwrap_or(offset);
-        let what = format!("copy to the host reads address {:#x}, never written, in {}", allocation.base + at, allocation.describe());
+        let what = format!(
+            "copy to the host reads address {:#x}, never written, in {}",
+            allocation.base + at,
+            allocation.describe()
+        );
         return Err(Fault::new(FaultKind::Uninitialised, what));
     }
     // SAFETY: the source was resolved, the target has `bytes` bytes by the call's contract.
@@ -173,7 +179,7 @@ fn copy(device: &Device, from: u64, target: u64, bytes: u64, by: &Accessor) -> R
 }
 
 fn fill(device: &Device, target: u64, value: u32, width: u64, count: u64, by: &Accessor) -> Result<(), Fault> {
-    if target % width != 0 {
+    if !target.is_multiple_of(width) {
         return Err(Fault::new(FaultKind::Misaligned, format!("memset of {width}-byte elements at {target:#x}")));
     }
     let allocation = take(device, target, width * count, by)?;

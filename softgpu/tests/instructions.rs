@@ -28,20 +28,39 @@ fn program(body: &str, narrow: bool) -> String {
 }
 
 const EDGES: [u64; 20] = [
-    0, 1, 2, 31, 32, 33, 63, 64, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, 0x3f80_0000, 0xbf80_0000, 0x7fff, 0x8000, 0xffff,
-    0x7fff_ffff_ffff_ffff, 0x8000_0000_0000_0000, u64::MAX, 0x4048_f5c3,
+    0,
+    1,
+    2,
+    31,
+    32,
+    33,
+    63,
+    64,
+    0x7fff_ffff,
+    0x8000_0000,
+    0xffff_ffff,
+    0x3f80_0000,
+    0xbf80_0000,
+    0x7fff,
+    0x8000,
+    0xffff,
+    0x7fff_ffff_ffff_ffff,
+    0x8000_0000_0000_0000,
+    u64::MAX,
+    0x4048_f5c3,
 ];
 
 /// Inputs: edges against each other, then noise.
 fn inputs(round: u64) -> [Vec<u64>; 3] {
     let mut rng = softgpu::rng::Rng::new(round);
-    let mut pick = || if rng.below(3) == 0 { EDGES[rng.below(EDGES.len())] } else { rng.next() };
+    let mut pick = || if rng.below(3) == 0 { EDGES[rng.below(EDGES.len())] } else { rng.bits() };
     std::array::from_fn(|_| (0..THREADS).map(|_| pick()).collect())
 }
 
 /// Finite f32 of moderate size in the low half.
 fn float_inputs(round: u64) -> [Vec<u64>; 3] {
-    let make = |seed: u64| support::values(THREADS as usize, seed).iter().map(|v| u64::from((v * 20.0).to_bits())).collect();
+    let make =
+        |seed: u64| support::values(THREADS as usize, seed).iter().map(|v| u64::from((v * 20.0).to_bits())).collect();
     std::array::from_fn(|i| make(round * 3 + i as u64))
 }
 
@@ -84,7 +103,10 @@ fn near(body: &str, tolerance: f32, want: impl Fn(f32, f32, f32) -> f32) {
             let [a, b, c, got] = [a, b, c, got].map(|v| f32::from_bits(v as u32));
             let want = want(a, b, c);
             let same = got == want || got.is_nan() && want.is_nan();
-            assert!(same || (got - want).abs() <= tolerance * want.abs().max(1.0), "{body}({a}, {b}, {c}): {got}, not {want}");
+            assert!(
+                same || (got - want).abs() <= tolerance * want.abs().max(1.0),
+                "{body}({a}, {b}, {c}): {got}, not {want}"
+            );
         });
     }
 }
@@ -165,7 +187,10 @@ fn comparison_and_selection() {
     exact32(&pick("setp.gtu.f32 %p, %ra, %rb;"), |a, b, c| if f(a) <= f(b) { c } else { b });
     exact32(&pick("setp.neu.f32 %p, %ra, %rb;"), |a, b, c| if f(a) == f(b) { c } else { b });
     exact32(&pick("setp.nan.f32 %p, %ra, %rb;"), |a, b, c| if f(a).is_nan() || f(b).is_nan() { b } else { c });
-    exact32(&pick("setp.ne.s32 %q, %rc, 0; setp.lt.and.u32 %p, %ra, %rb, %q;"), |a, b, c| if a < b && c != 0 { b } else { c });
+    exact32(
+        &pick("setp.ne.s32 %q, %rc, 0; setp.lt.and.u32 %p, %ra, %rb, %q;"),
+        |a, b, c| if a < b && c != 0 { b } else { c },
+    );
     exact32(&pick("setp.lt.u32 %q, %ra, %rb; not.pred %p, %q;"), |a, b, c| if a < b { c } else { b });
     exact32(&pick("setp.lt.u32 %p|%q, %ra, %rb; and.pred %p, %p, !%q;"), |a, b, c| if a < b { b } else { c });
     exact32("setp.lt.u32 %p, %ra, %rb; @%p mov.u32 %r, %ra; @!%p mov.u32 %r, %rb;", |a, b, _| a.min(b));
@@ -225,7 +250,9 @@ fn doubles() {
     let same = |got: u64, want: f64| d(got) == want || d(got).is_nan() && want.is_nan();
     for round in 0..4 {
         run("add.f64 %d, %a, %b;", false, &inputs(round), |a, b, _, got| assert!(same(got, d(a) + d(b))));
-        run("fma.rn.f64 %d, %a, %b, %c;", false, &inputs(round), |a, b, c, got| assert!(same(got, d(a).mul_add(d(b), d(c)))));
+        run("fma.rn.f64 %d, %a, %b, %c;", false, &inputs(round), |a, b, c, got| {
+            assert!(same(got, d(a).mul_add(d(b), d(c))))
+        });
         run("div.rn.f64 %d, %a, %b;", false, &inputs(round), |a, b, _, got| assert!(same(got, d(a) / d(b))));
     }
 }
@@ -253,9 +280,11 @@ fn conversions() {
     near("cvt.rn.f16.f32 %h, %ra; cvt.f32.f16 %r, %h;", 0.0, |a, _, _| f16::from_f32(a).to_f32());
     near("cvt.rn.bf16.f32 %h, %ra; mov.b32 %r, {0, %h};", 0.0, |a, _, _| bf16::from_f32(a).to_f32());
     near("cvt.rn.bf16x2.f32 %r, %ra, %rb; and.b32 %r, %r, 0xffff0000;", 0.0, |a, _, _| bf16::from_f32(a).to_f32());
-    near("cvt.rn.f16x2.f32 %r, %ra, %rb; { .reg .b16 lo, hi; mov.b32 {lo, hi}, %r; cvt.f32.f16 %r, lo; }", 0.0, |_, b, _| {
-        f16::from_f32(b).to_f32()
-    });
+    near(
+        "cvt.rn.f16x2.f32 %r, %ra, %rb; { .reg .b16 lo, hi; mov.b32 {lo, hi}, %r; cvt.f32.f16 %r, lo; }",
+        0.0,
+        |_, b, _| f16::from_f32(b).to_f32(),
+    );
 }
 
 #[test]
@@ -275,7 +304,8 @@ fn halves() {
     };
     let b = |x: u16| bf16::from_bits(x).to_f64();
     let h = |x: u16| f16::from_bits(x).to_f64();
-    let cases: [(&str, Box<dyn Fn(u16, u16, u16) -> f64>, bool); 6] = [
+    type Reference = Box<dyn Fn(u16, u16, u16) -> f64>;
+    let cases: [(&str, Reference, bool); 6] = [
         ("fma.rn.bf16x2 %r, %ra, %rb, %rc;", Box::new(move |x, y, z| b(x) * b(y) + b(z)), true),
         ("mul.bf16x2 %r, %ra, %rb;", Box::new(move |x, y, _| b(x) * b(y)), true),
         ("add.bf16x2 %r, %ra, %rb;", Box::new(move |x, y, _| b(x) + b(y)), true),

@@ -27,7 +27,14 @@ fn single(bits: u16) -> f32 {
 fn matmul(gpu: &Gpu, m: usize, n: usize, k: usize) -> Result<Counters, Fault> {
     let (a, b) = (bf16(&values(m * k, 1)), bf16(&values(n * k, 2)));
     let (a_at, b_at, out) = (gpu.upload(&a), gpu.upload(&b), gpu.reserve(m * n * 4));
-    let args = [Arg::Pointer(a_at), Arg::Pointer(b_at), Arg::Pointer(out), Arg::Int(m as i32), Arg::Int(n as i32), Arg::Int(k as i32)];
+    let args = [
+        Arg::Pointer(a_at),
+        Arg::Pointer(b_at),
+        Arg::Pointer(out),
+        Arg::Int(m as i32),
+        Arg::Int(n as i32),
+        Arg::Int(k as i32),
+    ];
     let grid = [n.div_ceil(32) as u32, m.div_ceil(64) as u32, 1];
     let counters = gpu.launch("matmul", grid, [128, 1, 1], 0, &args)?;
     let got = gpu.download::<f32>(out, m * n);

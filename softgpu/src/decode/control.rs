@@ -38,7 +38,8 @@ impl Decoder<'_> {
     }
 
     fn call(&mut self, operands: &[Operand]) -> Result<Op> {
-        let name = operands.iter().find_map(|o| if let Operand::Symbol(name, 0) = o { Some(name.as_str()) } else { None });
+        let name =
+            operands.iter().find_map(|o| if let Operand::Symbol(name, 0) = o { Some(name.as_str()) } else { None });
         if name != Some("__assertfail") {
             return self.fail(format!("calls of device functions are not supported ({name:?}); inline it"));
         }

@@ -96,7 +96,9 @@ impl Decoder<'_> {
 
     /// `st.param` stores an argument of the call that follows; it is kept as an operand.
     fn call_argument(&mut self, target: &Operand, source: &Operand) -> Result<Op> {
-        let Operand::Address(base, 0) = target else { return self.fail("call arguments at an offset are not supported") };
+        let Operand::Address(base, 0) = target else {
+            return self.fail("call arguments at an offset are not supported");
+        };
         let Operand::Symbol(name, 0) = base.as_ref() else { return self.fail("call argument without a name") };
         self.call_args.insert(name.clone(), source.clone());
         Ok(Op::Nop)
@@ -132,7 +134,9 @@ impl Decoder<'_> {
             Some(["async", "commit_group"]) => return Ok(Op::AsyncCommit),
             Some(["async", "wait_all"]) => return Ok(Op::AsyncWaitAll),
             Some(["async", "wait_group"]) => {
-                let Operand::Int(groups) = self.operand(operands, 0)? else { return self.fail("wait_group needs a constant") };
+                let Operand::Int(groups) = self.operand(operands, 0)? else {
+                    return self.fail("wait_group needs a constant");
+                };
                 return Ok(Op::AsyncWait { groups: *groups as u32 });
             }
             Some(["async", "ca" | "cg"]) => {}
@@ -162,7 +166,9 @@ impl Decoder<'_> {
                 other => return self.fail(format!("modifier .{other} is not supported")),
             }
         }
-        let Operand::Tuple(items) = self.operand(operands, 0)? else { return self.fail("ldmatrix needs a register list") };
+        let Operand::Tuple(items) = self.operand(operands, 0)? else {
+            return self.fail("ldmatrix needs a register list");
+        };
         let d = self.element_rows(items, count, |decoder, item| decoder.target(item, false))?;
         Ok(Op::LoadMatrix { count, transposed, d, address: self.address(self.operand(operands, 1)?)? })
     }

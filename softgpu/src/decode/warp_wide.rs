@@ -94,7 +94,9 @@ impl Decoder<'_> {
         };
         let mut rows = [[NONE; 4]; 4];
         for (i, count) in [4, usize::from(k) / 4, usize::from(k) / 8, 4].into_iter().enumerate() {
-            let Operand::Tuple(items) = self.operand(operands, i)? else { return self.fail("mma needs register lists") };
+            let Operand::Tuple(items) = self.operand(operands, i)? else {
+                return self.fail("mma needs register lists");
+            };
             if items.len() != count {
                 return self.fail(format!("operand {} has {} registers, {count} wanted", i + 1, items.len()));
             }

@@ -17,30 +17,30 @@ fn check(device: c_int) -> Result<(), u32> {
 /// Attribute numbers of `CUdevice_attribute`; what is not listed is 0, "not supported".
 fn attribute(number: c_uint) -> c_int {
     match number {
-        1 => 1024,                            // threads per block
-        2 | 3 => 1024,                        // block x, y
-        4 => 64,                              // block z
-        5 => i32::MAX,                        // grid x
-        6 | 7 => 65535,                       // grid y, z
-        8 => DEFAULT_SHARED as c_int,         // shared memory per block
-        9 => 65536,                           // constant memory
-        10 => 32,                             // warp
-        12 => 65536,                          // registers per block
-        13 | 36 => 1_000_000,                 // clock and memory clock, kHz: nominal
-        15 | 31 | 40 | 41 => 1,               // overlap, concurrent kernels, async engine, unified addressing
-        16 => 108,                            // multiprocessors, as an A100
-        37 => 5120,                           // memory bus, bits, as an A100
-        38 => 40 << 20,                       // L2 bytes
-        39 => 2048,                           // threads per multiprocessor
-        75 => 8,                              // compute capability, major
-        76 => 0,                              // compute capability, minor
-        78 | 79 | 80 => 1,                    // stream priorities, global and local L1
-        81 => 164 << 10,                      // shared memory per multiprocessor
-        82 => 65536,                          // registers per multiprocessor
-        97 => MAX_SHARED as c_int,            // shared memory per block, on request
-        106 => 32,                            // blocks per multiprocessor
-        111 => 1024,                          // reserved shared memory per block
-        115 => 1,                             // memory pools
+        1 => 1024,                    // threads per block
+        2 | 3 => 1024,                // block x, y
+        4 => 64,                      // block z
+        5 => i32::MAX,                // grid x
+        6 | 7 => 65535,               // grid y, z
+        8 => DEFAULT_SHARED as c_int, // shared memory per block
+        9 => 65536,                   // constant memory
+        10 => 32,                     // warp
+        12 => 65536,                  // registers per block
+        13 | 36 => 1_000_000,         // clock and memory clock, kHz: nominal
+        15 | 31 | 40 | 41 => 1,       // overlap, concurrent kernels, async engine, unified addressing
+        16 => 108,                    // multiprocessors, as an A100
+        37 => 5120,                   // memory bus, bits, as an A100
+        38 => 40 << 20,               // L2 bytes
+        39 => 2048,                   // threads per multiprocessor
+        75 => 8,                      // compute capability, major
+        76 => 0,                      // compute capability, minor
+        78..=80 => 1,                 // stream priorities, global and local L1
+        81 => 164 << 10,              // shared memory per multiprocessor
+        82 => 65536,                  // registers per multiprocessor
+        97 => MAX_SHARED as c_int,    // shared memory per block, on request
+        106 => 32,                    // blocks per multiprocessor
+        111 => 1024,                  // reserved shared memory per block
+        115 => 1,                     // memory pools
         _ => 0,
     }
 }

@@ -17,7 +17,10 @@ fn allocate(target: *mut u64, bytes: usize, origin: &str) -> Result<(), u32> {
     }
     let Some(allocation) = device().memory.allocate(bytes as u64, origin) else {
         let (free, total) = device().memory.info();
-        return refuse(OUT_OF_MEMORY, &format!("{bytes} bytes wanted, {free} of {total} free (SOFTGPU_MEMORY_MIB sets the size)"));
+        return refuse(
+            OUT_OF_MEMORY,
+            &format!("{bytes} bytes wanted, {free} of {total} free (SOFTGPU_MEMORY_MIB sets the size)"),
+        );
     };
     // SAFETY: the entry point's contract.
     unsafe { put(target, allocation.base) }

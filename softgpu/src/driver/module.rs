@@ -2,8 +2,8 @@
 
 use super::context::need;
 use super::{
-    FILE_NOT_FOUND, INVALID_HANDLE, INVALID_IMAGE, INVALID_PTX, INVALID_VALUE, NO_BINARY, NOT_FOUND, NOT_SUPPORTED, entries,
-    put, refuse,
+    FILE_NOT_FOUND, INVALID_HANDLE, INVALID_IMAGE, INVALID_PTX, INVALID_VALUE, NO_BINARY, NOT_FOUND, NOT_SUPPORTED,
+    entries, put, refuse,
 };
 use crate::device::device;
 use crate::fatbin::{ImageError, ptx_of_image};
@@ -56,7 +56,10 @@ unsafe fn gather(function: &Function, params: *mut *mut c_void) -> Result<Arc<[u
     let kernel = &function.kernel;
     let mut buffer = vec![0u8; kernel.param_bytes() as usize];
     if params.is_null() && !kernel.params.is_empty() {
-        return refuse(INVALID_VALUE, &format!("kernel {}: launched without its {} arguments", kernel.name, kernel.params.len()));
+        return refuse(
+            INVALID_VALUE,
+            &format!("kernel {}: launched without its {} arguments", kernel.name, kernel.params.len()),
+        );
     }
     for (i, param) in kernel.params.iter().enumerate() {
         // SAFETY: the caller's promise.

@@ -362,11 +362,7 @@ fn round_down(x: f64) -> f32 {
 #[inline(always)]
 fn round_to_zero(x: f64) -> f32 {
     let near = x as f32;
-    if f64::from(near).abs() > x.abs() {
-        if x > 0.0 { near.next_down() } else { near.next_up() }
-    } else {
-        near
-    }
+    if f64::from(near).abs() > x.abs() { if x > 0.0 { near.next_down() } else { near.next_up() } } else { near }
 }
 
 /// PTX `bfe`: position and length are taken modulo 256; bits beyond the value are its sign (or zero).

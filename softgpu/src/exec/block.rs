@@ -113,15 +113,19 @@ impl<'a> Worker<'a> {
             let lanes = (threads - i as u32 * LANES as u32).min(LANES as u32);
             warp.begin(launch.kernel, i as u32, if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 });
             for &(special, slot) in &launch.kernel.specials {
-                warp.regs.r32[slot as usize] = std::array::from_fn(|lane| special_value(launch, block.index, i as u32, lane as u32, special));
+                warp.regs.r32[slot as usize] =
+                    std::array::from_fn(|lane| special_value(launch, block.index, i as u32, lane as u32, special));
             }
         }
     }
 
     /// Lets the warps of complete barriers go on; if there is none, they wait for ever.
     fn release(&mut self, states: &mut [State]) -> Result<(), Fault> {
-        let waiting: Vec<(usize, Arrival)> =
-            states.iter().enumerate().filter_map(|(i, s)| if let State::Waiting(a) = s { Some((i, *a)) } else { None }).collect();
+        let waiting: Vec<(usize, Arrival)> = states
+            .iter()
+            .enumerate()
+            .filter_map(|(i, s)| if let State::Waiting(a) = s { Some((i, *a)) } else { None })
+            .collect();
         let mut ids: Vec<u32> = waiting.iter().map(|(_, a)| a.id).collect();
         ids.sort_unstable();
         ids.dedup();
@@ -137,7 +141,8 @@ impl<'a> Worker<'a> {
             return Ok(());
         }
         let (i, arrival) = waiting[0];
-        let absent: Vec<usize> = states.iter().enumerate().filter(|(_, s)| matches!(s, State::Done)).map(|(i, _)| i).collect();
+        let absent: Vec<usize> =
+            states.iter().enumerate().filter(|(_, s)| matches!(s, State::Done)).map(|(i, _)| i).collect();
         let what = format!("warp {i} waits at barrier {} for warps {absent:?}, which have exited", arrival.id);
         Err(self.warps[i].place(&self.block, arrival.pc, 0, Fault::new(FaultKind::BarrierDivergence, what)))
     }
@@ -154,7 +159,12 @@ impl<'a> Worker<'a> {
                 kernel.source(arrival.pc as usize),
                 kernel.source(a.pc as usize)
             );
-            return Err(self.warps[first].place(&self.block, arrival.pc, 0, Fault::new(FaultKind::BarrierDivergence, what)));
+            return Err(self.warps[first].place(
+                &self.block,
+                arrival.pc,
+                0,
+                Fault::new(FaultKind::BarrierDivergence, what),
+            ));
         }
         Ok(group.len() == self.warps.len())
     }

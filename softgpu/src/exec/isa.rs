@@ -8,7 +8,20 @@ use std::sync::Arc;
 /// Number types of conversions, comparisons and atomics.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NumType { U8, U16, U32, U64, S8, S16, S32, S64, F16, Bf16, F32, F64 }
+pub enum NumType {
+    U8,
+    U16,
+    U32,
+    U64,
+    S8,
+    S16,
+    S32,
+    S64,
+    F16,
+    Bf16,
+    F32,
+    F64,
+}
 
 impl NumType {
     /// The type of a PTX suffix; untyped bits count as unsigned.
@@ -59,17 +72,36 @@ impl NumType {
 /// Rounding of `cvt`.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounding { Nearest, NearestInt, ZeroInt, DownInt, UpInt }
+pub enum Rounding {
+    Nearest,
+    NearestInt,
+    ZeroInt,
+    DownInt,
+    UpInt,
+}
 
 /// Comparison of `setp`.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compare { Eq, Ne, Lt, Le, Gt, Ge, Num, Nan }
+pub enum Compare {
+    Eq,
+    Ne,
+    Lt,
+    Le,
+    Gt,
+    Ge,
+    Num,
+    Nan,
+}
 
 /// How `setp` combines its result with a predicate, and predicate logic.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Logic { And, Or, Xor }
+pub enum Logic {
+    And,
+    Or,
+    Xor,
+}
 
 /// A predicate with an optional negation.
 #[derive(Clone, Copy, Debug)]
@@ -116,17 +148,38 @@ pub const NONE: u16 = u16::MAX;
 /// Lane exchange of `shfl.sync`.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shuffle { Up, Down, Butterfly, Index }
+pub enum Shuffle {
+    Up,
+    Down,
+    Butterfly,
+    Index,
+}
 
 /// Result of `vote.sync`.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vote { All, Any, Uniform, Ballot }
+pub enum Vote {
+    All,
+    Any,
+    Uniform,
+    Ballot,
+}
 
 /// Read-modify-write operations of `atom`, `red` and `redux`.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AtomOp { Add, Min, Max, And, Or, Xor, Exch, Cas, Inc, Dec }
+pub enum AtomOp {
+    Add,
+    Min,
+    Max,
+    And,
+    Or,
+    Xor,
+    Exch,
+    Cas,
+    Inc,
+    Dec,
+}
 
 /// An atomic access.
 #[derive(Clone, Copy, Debug)]
@@ -202,41 +255,156 @@ pub struct SetPredicate {
 #[allow(missing_docs)]
 #[derive(Clone, Debug)]
 pub enum Op {
-    Alu { op: Alu, d: u16, s: [u16; 3] },
+    Alu {
+        op: Alu,
+        d: u16,
+        s: [u16; 3],
+    },
     /// With `.ftz` on sources and result, `.sat` on the result.
-    AluFlush { op: Alu, d: u16, s: [u16; 3], count: u8, ftz: bool, sat: bool, flush_result: bool },
+    AluFlush {
+        op: Alu,
+        d: u16,
+        s: [u16; 3],
+        count: u8,
+        ftz: bool,
+        sat: bool,
+        flush_result: bool,
+    },
     SetPredicate(SetPredicate),
-    Select { wide: bool, d: u16, a: u16, b: u16, p: Pred },
-    Logic { op: Logic, d: u16, a: Pred, b: Pred },
-    MovPredicate { d: u16, a: Pred },
-    Lop3 { d: u16, a: u16, b: u16, c: u16, table: u8 },
-    Insert { wide: bool, d: u16, field: u16, base: u16, position: u16, length: u16 },
-    Convert { from: NumType, to: NumType, rounding: Rounding, saturate: bool, d: u16, d_wide: bool, s: u16, s_wide: bool },
-    Pack { d: u16, wide: bool, parts: [u16; 4], count: u8 },
-    Unpack { s: u16, wide: bool, parts: [u16; 4], count: u8 },
-    Clock { d: u16, wide: bool },
-    Branch { target: u32 },
-    BranchTable { index: u16, targets: Box<[u32]> },
+    Select {
+        wide: bool,
+        d: u16,
+        a: u16,
+        b: u16,
+        p: Pred,
+    },
+    Logic {
+        op: Logic,
+        d: u16,
+        a: Pred,
+        b: Pred,
+    },
+    MovPredicate {
+        d: u16,
+        a: Pred,
+    },
+    Lop3 {
+        d: u16,
+        a: u16,
+        b: u16,
+        c: u16,
+        table: u8,
+    },
+    Insert {
+        wide: bool,
+        d: u16,
+        field: u16,
+        base: u16,
+        position: u16,
+        length: u16,
+    },
+    Convert {
+        from: NumType,
+        to: NumType,
+        rounding: Rounding,
+        saturate: bool,
+        d: u16,
+        d_wide: bool,
+        s: u16,
+        s_wide: bool,
+    },
+    Pack {
+        d: u16,
+        wide: bool,
+        parts: [u16; 4],
+        count: u8,
+    },
+    Unpack {
+        s: u16,
+        wide: bool,
+        parts: [u16; 4],
+        count: u8,
+    },
+    Clock {
+        d: u16,
+        wide: bool,
+    },
+    Branch {
+        target: u32,
+    },
+    BranchTable {
+        index: u16,
+        targets: Box<[u32]>,
+    },
     Exit,
     Trap,
-    Assert { message: u16, file: u16, line: u16 },
+    Assert {
+        message: u16,
+        file: u16,
+        line: u16,
+    },
     Load(Access),
     Store(Access),
     Atomic(Atomic),
     AsyncCopy(AsyncCopy),
     AsyncCommit,
     /// Waits until at most this many groups are in flight.
-    AsyncWait { groups: u32 },
+    AsyncWait {
+        groups: u32,
+    },
     AsyncWaitAll,
-    Barrier { id: u16, count: u16 },
-    BarrierReduce { op: Option<Logic>, id: u16, d: u16, p: Pred },
-    WarpBarrier { mask: u16 },
-    Shuffle { mode: Shuffle, d: u16, p: u16, a: u16, b: u16, c: u16, mask: u16 },
-    Vote { mode: Vote, d: u16, p: Pred, mask: u16 },
-    ActiveMask { d: u16 },
-    Match { all: bool, wide: bool, d: u16, p: u16, a: u16, mask: u16 },
-    Reduce { op: AtomOp, signed: bool, d: u16, a: u16, mask: u16 },
-    LoadMatrix { count: u8, transposed: bool, d: [u16; 4], address: Address },
+    Barrier {
+        id: u16,
+        count: u16,
+    },
+    BarrierReduce {
+        op: Option<Logic>,
+        id: u16,
+        d: u16,
+        p: Pred,
+    },
+    WarpBarrier {
+        mask: u16,
+    },
+    Shuffle {
+        mode: Shuffle,
+        d: u16,
+        p: u16,
+        a: u16,
+        b: u16,
+        c: u16,
+        mask: u16,
+    },
+    Vote {
+        mode: Vote,
+        d: u16,
+        p: Pred,
+        mask: u16,
+    },
+    ActiveMask {
+        d: u16,
+    },
+    Match {
+        all: bool,
+        wide: bool,
+        d: u16,
+        p: u16,
+        a: u16,
+        mask: u16,
+    },
+    Reduce {
+        op: AtomOp,
+        signed: bool,
+        d: u16,
+        a: u16,
+        mask: u16,
+    },
+    LoadMatrix {
+        count: u8,
+        transposed: bool,
+        d: [u16; 4],
+        address: Address,
+    },
     Mma(Mma),
     Fence,
     Nop,

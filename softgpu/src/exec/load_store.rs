@@ -1,7 +1,9 @@
 //! Loads, stores, atomics, `cp.async` and `ldmatrix`, with their checks and counters.
 
 use super::block::Block;
-use super::isa::{Access, Address, AsyncCopy, AtomOp, Atomic, LOCAL_WINDOW, NONE, NumType, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES};
+use super::isa::{
+    Access, Address, AsyncCopy, AtomOp, Atomic, LOCAL_WINDOW, NONE, NumType, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES,
+};
 use super::lanes::{FULL, LANES, Regs};
 use super::shared;
 use super::warp::{Pending, Warp};
@@ -131,8 +133,11 @@ pub fn store(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> 
     let bytes = access.bytes as usize;
     for (element, &slot) in access.regs[..access.count as usize].iter().enumerate() {
         for lane in 0..LANES {
-            let value =
-                if access.wide { regs64(&warp.regs, slot, lane) } else { u64::from(warp.regs.r32[slot as usize][lane]) };
+            let value = if access.wide {
+                regs64(&warp.regs, slot, lane)
+            } else {
+                u64::from(warp.regs.r32[slot as usize][lane])
+            };
             values[lane][element * bytes..(element + 1) * bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
         }
     }
@@ -165,12 +170,20 @@ fn read_shared(
     count_shared(block, at, mask, width);
     for lane in lanes(mask) {
         let bytes = block.shared.read(at[lane], width, warp.index).map_err(|f| (lane, f))?;
-        values[lane][..width as usize].copy_from_slice(bytes);
+        // SAFETY: `read` gave `width` bytes.
+        unsafe { copy_in(bytes.as_ptr(), &mut values[lane], width) };
     }
     Ok(())
 }
 
-fn write_shared(warp: &Warp, block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, values: &Values) -> Lanes<()> {
+fn write_shared(
+    warp: &Warp,
+    block: &mut Block,
+    at: &[u64; LANES],
+    mask: u32,
+    width: u64,
+    values: &Values,
+) -> Lanes<()> {
     count_shared(block, at, mask, width);
     for lane in lanes(mask) {
         block.shared.write(at[lane], &values[lane][..width as usize], warp.index).map_err(|f| (lane, f))?;
@@ -267,7 +280,13 @@ fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
 }
 
 /// The allocation of an access, trying the one of the lane before first.
-fn resolve<'m>(block: &Block<'m>, last: Option<&'m Allocation>, lane: usize, at: u64, width: u64) -> Lanes<&'m Allocation> {
+fn resolve<'m>(
+    block: &Block<'m>,
+    last: Option<&'m Allocation>,
+    lane: usize,
+    at: u64,
+    width: u64,
+) -> Lanes<&'m Allocation> {
     match last {
         Some(allocation) if allocation.contains(at, width) => Ok(allocation),
         _ => block.launch.memory.resolve(at, width).map_err(|f| (lane, f)),
@@ -319,6 +338,7 @@ unsafe fn copy_in(source: *const u8, value: &mut [u8; 16], width: u64) {
             2 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 2),
             4 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 4),
             8 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 8),
+            16 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 16),
             _ => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), width as usize),
         }
     }
@@ -384,15 +404,45 @@ pub fn combine(op: AtomOp, ty: NumType, old: u64, b: u64, c: u64) -> u64 {
         (AtomOp::Add, NumType::F32) => u64::from((f32::from_bits(old as u32) + f32::from_bits(b as u32)).to_bits()),
         (AtomOp::Add, NumType::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
         (AtomOp::Add, _) => cut(old.wrapping_add(b)),
-        (AtomOp::Min, _) => if less { b } else { old },
-        (AtomOp::Max, _) => if less || b == old { old } else { b },
+        (AtomOp::Min, _) => {
+            if less {
+                b
+            } else {
+                old
+            }
+        }
+        (AtomOp::Max, _) => {
+            if less || b == old {
+                old
+            } else {
+                b
+            }
+        }
         (AtomOp::And, _) => old & b,
         (AtomOp::Or, _) => old | b,
         (AtomOp::Xor, _) => old ^ b,
         (AtomOp::Exch, _) => b,
-        (AtomOp::Cas, _) => if old == b { c } else { old },
-        (AtomOp::Inc, _) => if old >= b { 0 } else { old + 1 },
-        (AtomOp::Dec, _) => if old == 0 || old > b { b } else { old - 1 },
+        (AtomOp::Cas, _) => {
+            if old == b {
+                c
+            } else {
+                old
+            }
+        }
+        (AtomOp::Inc, _) => {
+            if old >= b {
+                0
+            } else {
+                old + 1
+            }
+        }
+        (AtomOp::Dec, _) => {
+            if old == 0 || old > b {
+                b
+            } else {
+                old - 1
+            }
+        }
     }
 }
 
@@ -404,7 +454,9 @@ pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) ->
     for (space, mask, start) in spaces(atomic.space, &all, mask) {
         for lane in lanes(mask) {
             let wide = atomic.ty.is_wide();
-            let row = |slot: u16| if wide { regs64(&warp.regs, slot, lane) } else { u64::from(warp.regs.r32[slot as usize][lane]) };
+            let row = |slot: u16| {
+                if wide { regs64(&warp.regs, slot, lane) } else { u64::from(warp.regs.r32[slot as usize][lane]) }
+            };
             let (b, c, at) = (row(atomic.b), row(atomic.c), all[lane].wrapping_sub(start));
             let update = |old: u64| combine(atomic.op, atomic.ty, old, b, c);
             let old = match space {

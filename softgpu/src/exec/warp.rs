@@ -125,7 +125,13 @@ impl Warp {
                 }
                 return Err(self.stuck(block));
             };
-            let limit = self.splits.iter().filter(|s| s.pc != self.splits[at].pc).map(|s| s.pc).filter(|&pc| pc > self.splits[at].pc).min();
+            let limit = self
+                .splits
+                .iter()
+                .filter(|s| s.pc != self.splits[at].pc)
+                .map(|s| s.pc)
+                .filter(|&pc| pc > self.splits[at].pc)
+                .min();
             if let Some(stop) = self.run_split(block, at, limit.unwrap_or(u32::MAX), &mut left)? {
                 return Ok(Stop::Barrier(stop));
             }
@@ -151,7 +157,13 @@ impl Warp {
         (0..self.splits.len()).filter(|&i| !self.splits[i].held).min_by_key(|&i| self.splits[i].pc)
     }
 
-    fn run_split(&mut self, block: &mut Block, at: usize, limit: u32, left: &mut u32) -> Result<Option<Arrival>, Fault> {
+    fn run_split(
+        &mut self,
+        block: &mut Block,
+        at: usize,
+        limit: u32,
+        left: &mut u32,
+    ) -> Result<Option<Arrival>, Fault> {
         let kernel = block.launch.kernel;
         loop {
             let Split { pc, mask, .. } = self.splits[at];
@@ -233,7 +245,9 @@ impl Warp {
                 self.set_predicate(set.q, with(!holds), mask);
             }
             Op::Select { wide, d, a, b, p } => self.select(*wide, *d, *a, *b, self.predicate(*p), mask),
-            Op::Logic { op, d, a, b } => self.set_predicate(*d, apply(*op, self.predicate(*a), self.predicate(*b)), mask),
+            Op::Logic { op, d, a, b } => {
+                self.set_predicate(*d, apply(*op, self.predicate(*a), self.predicate(*b)), mask)
+            }
             Op::MovPredicate { d, a } => self.set_predicate(*d, self.predicate(*a), mask),
             Op::AluFlush { op, d, s, count, ftz, sat, flush_result } => {
                 let (flush, result) = ((*ftz, *sat), *flush_result);
@@ -515,7 +529,10 @@ impl Warp {
                 "barrier reached by lanes {mask:#010x} of warp {}; lanes {missing:#010x} have exited or pass it by",
                 self.index
             );
-            return Err((first(if mask == 0 { missing } else { mask }), Fault::new(FaultKind::BarrierDivergence, what)));
+            return Err((
+                first(if mask == 0 { missing } else { mask }),
+                Fault::new(FaultKind::BarrierDivergence, what),
+            ));
         }
         let lane = first(mask);
         let count = (count != NONE).then(|| self.regs.r32[count as usize][lane]);
@@ -626,7 +643,8 @@ impl Warp {
         } else {
             FaultKind::InactiveLane
         };
-        let what = format!("lanes of warp {} wait for each other and can never meet: {}", self.index, places.join("; "));
+        let what =
+            format!("lanes of warp {} wait for each other and can never meet: {}", self.index, places.join("; "));
         self.place(block, split.pc, first(split.mask), Fault::new(kind, what))
     }
 }

@@ -1,8 +1,8 @@
 //! Tokens to syntax tree.
 
+use super::PtxError;
 use super::lexer::{Token, tokens};
 use super::syntax::{Entry, Init, Loc, Module, Operand, Param, Space, Stmt, Var};
-use super::PtxError;
 use std::collections::HashMap;
 
 type Result<T> = std::result::Result<T, PtxError>;
@@ -491,9 +491,7 @@ impl<'a> Parser<'a> {
     fn address(&mut self, scopes: &Scopes) -> Result<Operand> {
         let base = self.simple_operand(scopes)?;
         let mut offset = 0;
-        if self.take('+') {
-            offset = self.number()?;
-        } else if self.peek() == Some(&Token::Mark('-')) {
+        if self.take('+') || self.peek() == Some(&Token::Mark('-')) {
             offset = self.number()?;
         }
         self.expect(']')?;

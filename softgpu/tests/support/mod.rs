@@ -14,23 +14,23 @@ use std::process::Command;
 use std::sync::Arc;
 
 /// An argument of a kernel.
-pub enum Arg {
+pub(crate) enum Arg {
     Pointer(u64),
     Int(i32),
     Float(f32),
 }
 
 /// A device with one module.
-pub struct Gpu {
-    pub memory: Memory,
-    pub module: Module,
-    pub seed: u64,
-    pub simd: Simd,
+pub(crate) struct Gpu {
+    pub(crate) memory: Memory,
+    pub(crate) module: Module,
+    pub(crate) seed: u64,
+    pub(crate) simd: Simd,
     position: Cell<u64>,
 }
 
 /// Types that may be copied as bytes.
-pub trait Plain: Copy + Default {}
+pub(crate) trait Plain: Copy + Default {}
 impl Plain for u8 {}
 impl Plain for u16 {}
 impl Plain for u32 {}
@@ -41,19 +41,19 @@ impl Plain for f32 {}
 impl Plain for f64 {}
 
 impl Gpu {
-    pub fn new(ptx: &str) -> Self {
+    pub(crate) fn new(ptx: &str) -> Self {
         let memory = Memory::new(1 << 30);
         let module = Module::load(ptx, &memory).unwrap_or_else(|e| panic!("{e}"));
         Self { memory, module, seed: 0, simd: *simd::detect(), position: Cell::new(1) }
     }
 
     /// Uninitialised memory.
-    pub fn reserve(&self, bytes: usize) -> u64 {
+    pub(crate) fn reserve(&self, bytes: usize) -> u64 {
         self.memory.allocate(bytes as u64, "test").expect("memory").base
     }
 
     /// Memory with these values, `reserve` bytes in all.
-    pub fn upload_into<T: Plain>(&self, values: &[T], bytes: usize) -> u64 {
+    pub(crate) fn upload_into<T: Plain>(&self, values: &[T], bytes: usize) -> u64 {
         let allocation = self.memory.allocate(bytes as u64, "test").expect("memory");
         // SAFETY: the allocation has at least as many bytes.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), allocation.data(0), size_of_val(values)) };
@@ -61,20 +61,33 @@ impl Gpu {
         allocation.base
     }
 
-    pub fn upload<T: Plain>(&self, values: &[T]) -> u64 {
+    pub(crate) fn upload<T: Plain>(&self, values: &[T]) -> u64 {
         self.upload_into(values, size_of_val(values))
     }
 
-    pub fn download<T: Plain>(&self, address: u64, count: usize) -> Vec<T> {
+    pub(crate) fn download<T: Plain>(&self, address: u64, count: usize) -> Vec<T> {
         let bytes = (count * size_of::<T>()) as u64;
-        let allocation = self.memory.resolve(address, bytes).unwrap();
+        let allocation = self.memory.resolve(address, bytes).expect("a live range");
         let mut out = vec![T::default(); count];
         // SAFETY: `resolve` found the range.
-        unsafe { std::ptr::copy_nonoverlapping(allocation.data(address - allocation.base), out.as_mut_ptr().cast(), bytes as usize) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                allocation.data(address - allocation.base),
+                out.as_mut_ptr().cast(),
+                bytes as usize,
+            )
+        };
         out
     }
 
-    pub fn launch(&self, kernel: &str, grid: [u32; 3], block: [u32; 3], shared: u32, args: &[Arg]) -> Result<Counters, Fault> {
+    pub(crate) fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        args: &[Arg],
+    ) -> Result<Counters, Fault> {
         let function = Arc::clone(&self.module.functions[kernel]);
         let mut params = vec![0u8; function.kernel.param_bytes() as usize];
         for (param, arg) in function.kernel.params.iter().zip(args) {
@@ -95,7 +108,7 @@ impl Gpu {
 ///
 /// The compiler is found through `MNEME_NVCC`, in target/nvcc, or on the PATH. Without one the test fails and says how to
 /// get it; `SOFTGPU_SKIP_NVCC=1` leaves the test out and says so: the result is `None`.
-pub fn compile(file: &str, defines: &[&str]) -> Option<String> {
+pub(crate) fn compile(file: &str, defines: &[&str]) -> Option<String> {
     if std::env::var_os("SOFTGPU_SKIP_NVCC").is_some() {
         eprintln!("left out because SOFTGPU_SKIP_NVCC is set: {file}");
         return None;
@@ -107,7 +120,7 @@ pub fn compile(file: &str, defines: &[&str]) -> Option<String> {
         None if local.exists() => local,
         None => PathBuf::from("nvcc"),
     };
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a folder for the compiler");
     let target = folder.path().join("out.ptx");
     let run = Command::new(&nvcc)
         .args(["-std=c++17", "-lineinfo", "-arch=compute_80", "-ptx", "-o"])
@@ -117,11 +130,11 @@ pub fn compile(file: &str, defines: &[&str]) -> Option<String> {
         .output()
         .unwrap_or_else(|e| panic!("cannot run {}: {e}; run kernels/install-nvcc or set MNEME_NVCC (SOFTGPU_SKIP_NVCC=1 leaves these tests out)", nvcc.display()));
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-    Some(std::fs::read_to_string(target).unwrap())
+    Some(std::fs::read_to_string(target).expect("the compiler wrote it"))
 }
 
 /// Repeatable values in (-1, 1).
-pub fn values(n: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn values(n: usize, seed: u64) -> Vec<f32> {
     let mut rng = softgpu::rng::Rng::new(seed);
-    (0..n).map(|_| (rng.next() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
+    (0..n).map(|_| (rng.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
 }
