@@ -99,7 +99,7 @@ fn copy_without_an_event() {
 fn kernel_without_an_event() {
     let (a, copies, compute) = (allocate(), stream(), stream());
     let (mut module, mut kernel) = (0, 0);
-    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).unwrap();
+    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).expect("no zero in the text");
     let (mut pa, mut pb, mut pc, mut n) = (a, a, allocate(), WORDS as i32);
     let source = pinned();
     // SAFETY: handles and addresses of this case; the arguments are those of the kernel.
@@ -242,7 +242,7 @@ fn graph_replays() {
 /// Launches that the kernel or the device does not allow.
 fn launch_shape() {
     let (mut module, mut kernel) = (0, 0);
-    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).unwrap();
+    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).expect("no zero in the text");
     // SAFETY: the launches are refused before the arguments are looked at.
     unsafe {
         ok(cuModuleLoadData(&mut module, text.as_ptr().cast()));
