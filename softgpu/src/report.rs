@@ -61,9 +61,9 @@ pub fn json() -> String {
         for (field, value) in counters.fields() {
             let _ = write!(out, "\"{field}\": {value}, ");
         }
-        let _ = write!(
+        let _ = writeln!(
             out,
-            "\"simt_efficiency\": {:.4}, \"load_efficiency\": {:.4}}}{}\n",
+            "\"simt_efficiency\": {:.4}, \"load_efficiency\": {:.4}}}{}",
             counters.simt_efficiency(),
             counters.load_efficiency(),
             if i + 1 < kernels.len() { "," } else { "" }

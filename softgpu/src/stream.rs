@@ -74,6 +74,8 @@ struct State {
     has_worker: bool,
     error: Option<u32>,
     rng: Rng,
+    /// The stream that ran last.
+    last: usize,
 }
 
 /// All streams of the device.
@@ -115,6 +117,7 @@ impl Streams {
             has_worker: false,
             error: None,
             rng: Rng::new(seed),
+            last: 0,
         };
         Self { mode, seed, state: Mutex::new(state), changed: Condvar::new() }
     }
@@ -205,7 +208,7 @@ impl Streams {
     /// Runs the first item of a stream, without the lock.
     fn run<'a>(&'a self, mut state: MutexGuard<'a, State>, index: usize) -> MutexGuard<'a, State> {
         let Some(item) = state.streams[index].queue.pop_front() else { return state };
-        state.is_busy = true;
+        (state.is_busy, state.last) = (true, index);
         let failed = state.error.is_some();
         drop(state);
         let found = if failed { None } else { self.execute(device(), index, &item) };
@@ -523,9 +526,10 @@ impl State {
         self.streams[index].queue.front().is_some_and(|item| item.after.iter().all(|p| self.is_done(p)))
     }
 
-    /// A stream whose first item may run.
+    /// A stream whose first item may run, each in turn.
     fn runnable(&self) -> Option<usize> {
-        (0..self.streams.len()).find(|&i| self.is_runnable(i))
+        let count = self.streams.len();
+        (1..=count).map(|step| (self.last + step) % count).find(|&i| self.is_runnable(i))
     }
 
     /// A stream whose first item may run and brings the goal nearer; sometimes another one if `wander`.

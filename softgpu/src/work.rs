@@ -179,7 +179,7 @@ fn copy(device: &Device, from: u64, target: u64, bytes: u64, by: &Accessor) -> R
 }
 
 fn fill(device: &Device, target: u64, value: u32, width: u64, count: u64, by: &Accessor) -> Result<(), Fault> {
-    if target % width != 0 {
+    if !target.is_multiple_of(width) {
         return Err(Fault::new(FaultKind::Misaligned, format!("memset of {width}-byte elements at {target:#x}")));
     }
     let allocation = take(device, target, width * count, by)?;

@@ -34,7 +34,7 @@ fn attribute(number: c_uint) -> c_int {
         39 => 2048,                   // threads per multiprocessor
         75 => 8,                      // compute capability, major
         76 => 0,                      // compute capability, minor
-        78 | 79 | 80 => 1,            // stream priorities, global and local L1
+        78..=80 => 1,                 // stream priorities, global and local L1
         81 => 164 << 10,              // shared memory per multiprocessor
         82 => 65536,                  // registers per multiprocessor
         97 => MAX_SHARED as c_int,    // shared memory per block, on request

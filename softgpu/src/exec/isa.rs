@@ -496,6 +496,37 @@ impl Kernel {
         self.params.last().map_or(0, |p| p.offset + p.bytes)
     }
 
+    /// Whether control can come from one instruction to another.
+    pub fn reaches(&self, from: u32, to: u32) -> bool {
+        let mut seen = vec![false; self.insts.len()];
+        let mut open = vec![from];
+        while let Some(pc) = open.pop() {
+            if pc == to {
+                return true;
+            }
+            if std::mem::replace(&mut seen[pc as usize], true) {
+                continue;
+            }
+            let inst = &self.insts[pc as usize];
+            let goes_on = match &inst.op {
+                Op::Branch { target } => {
+                    open.push(*target);
+                    inst.guard.is_some()
+                }
+                Op::BranchTable { targets, .. } => {
+                    open.extend(targets.iter());
+                    inst.guard.is_some()
+                }
+                Op::Exit | Op::Trap => inst.guard.is_some(),
+                _ => true,
+            };
+            if goes_on {
+                open.push(pc + 1);
+            }
+        }
+        false
+    }
+
     /// `file:line` of an instruction, with the caller's line if it was inlined.
     pub fn source(&self, pc: usize) -> String {
         let Some(inst) = self.insts.get(pc) else { return "end of kernel".to_owned() };

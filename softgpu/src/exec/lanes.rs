@@ -50,26 +50,35 @@ macro_rules! lane {
             const WIDE: bool = $wide;
             #[inline(always)]
             fn load(regs: &Regs, slot: u16) -> [Self; LANES] {
-                regs.$file[slot as usize].map($from)
+                // A plain loop: `array::map` is not inlined, and then misses the caller's instruction set.
+                let row = &regs.$file[slot as usize];
+                let mut out = [Self::default(); LANES];
+                for i in 0..LANES {
+                    out[i] = $from(row[i]);
+                }
+                out
             }
             #[inline(always)]
             fn store(regs: &mut Regs, slot: u16, values: &[Self; LANES], mask: u32) {
-                let bits: $row = values.map($to);
+                let mut bits: $row = [0; LANES];
+                for i in 0..LANES {
+                    bits[i] = $to(values[i]);
+                }
                 blend(&mut regs.$file[slot as usize], &bits, mask);
             }
         }
     };
 }
 
-lane!(u32, r32, Row32, false, |x| x, |x| x);
-lane!(i32, r32, Row32, false, |x| x as i32, |x| x as u32);
+lane!(u32, r32, Row32, false, std::convert::identity, std::convert::identity);
+lane!(i32, r32, Row32, false, (|x: u32| x as i32), (|x: i32| x as u32));
 lane!(f32, r32, Row32, false, f32::from_bits, f32::to_bits);
-lane!(u16, r32, Row32, false, |x| x as u16, u32::from);
-lane!(i16, r32, Row32, false, |x| x as i16, |x| u32::from(x as u16));
-lane!(f16, r32, Row32, false, |x| f16::from_bits(x as u16), |x| u32::from(x.to_bits()));
-lane!(bf16, r32, Row32, false, |x| bf16::from_bits(x as u16), |x| u32::from(x.to_bits()));
-lane!(u64, r64, Row64, true, |x| x, |x| x);
-lane!(i64, r64, Row64, true, |x| x as i64, |x| x as u64);
+lane!(u16, r32, Row32, false, (|x: u32| x as u16), u32::from);
+lane!(i16, r32, Row32, false, (|x: u32| x as i16), (|x: i16| u32::from(x as u16)));
+lane!(f16, r32, Row32, false, (|x: u32| f16::from_bits(x as u16)), (|x: f16| u32::from(x.to_bits())));
+lane!(bf16, r32, Row32, false, (|x: u32| bf16::from_bits(x as u16)), (|x: bf16| u32::from(x.to_bits())));
+lane!(u64, r64, Row64, true, std::convert::identity, std::convert::identity);
+lane!(i64, r64, Row64, true, (|x: u64| x as i64), (|x: i64| x as u64));
 lane!(f64, r64, Row64, true, f64::from_bits, f64::to_bits);
 
 /// `d = f(a)` on the lanes of `mask`.

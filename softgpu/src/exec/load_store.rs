@@ -1,25 +1,22 @@
-//! Loads, stores, atomics, `cp.async` and `ldmatrix`, with their checks and counters.
+//! Loads and stores, with their checks and counters.
 
 use super::block::Block;
-use super::isa::{
-    Access, Address, AsyncCopy, AtomOp, Atomic, LOCAL_WINDOW, NONE, NumType, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES,
-};
+use super::isa::{Access, Address, LOCAL_WINDOW, NONE, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES};
 use super::lanes::{FULL, LANES, Regs};
 use super::shared;
-use super::warp::{Pending, Warp};
+use super::warp::Warp;
 use crate::fault::{Fault, FaultKind};
 use crate::memory::Allocation;
 use crate::ptx::syntax::Space;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// A finding and the lane that made it.
 pub type Lanes<T> = Result<T, (usize, Fault)>;
 
 /// Up to 16 bytes for each lane.
-type Values = [[u8; 16]; LANES];
+pub(super) type Values = [[u8; 16]; LANES];
 
 /// Lanes of a mask in order.
-fn lanes(mask: u32) -> impl Iterator<Item = usize> {
+pub(super) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     (0..LANES).filter(move |lane| mask >> lane & 1 == 1)
 }
 
@@ -34,7 +31,7 @@ pub fn addresses(regs: &Regs, address: Address) -> [u64; LANES] {
 }
 
 /// Splits generic addresses by window: (space, lanes, start of the window).
-fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> Vec<(Space, u32, u64)> {
+pub(super) fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> Vec<(Space, u32, u64)> {
     if space != Space::Generic {
         return vec![(space, mask, if space == Space::Param { PARAM_WINDOW } else { 0 })];
     }
@@ -55,7 +52,7 @@ fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> Vec<(Space, u32,
     found
 }
 
-fn check_alignment(addresses: &[u64; LANES], mask: u32, width: u64) -> Lanes<()> {
+pub(super) fn check_alignment(addresses: &[u64; LANES], mask: u32, width: u64) -> Lanes<()> {
     let any = lanes_or(addresses, mask);
     if any & (width - 1) == 0 {
         return Ok(());
@@ -155,11 +152,11 @@ pub fn store(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> 
     Ok(())
 }
 
-fn regs64(regs: &Regs, slot: u16, lane: usize) -> u64 {
+pub(super) fn regs64(regs: &Regs, slot: u16, lane: usize) -> u64 {
     regs.r64[slot as usize][lane]
 }
 
-fn read_shared(
+pub(super) fn read_shared(
     warp: &Warp,
     block: &mut Block,
     at: &[u64; LANES],
@@ -170,7 +167,8 @@ fn read_shared(
     count_shared(block, at, mask, width);
     for lane in lanes(mask) {
         let bytes = block.shared.read(at[lane], width, warp.index).map_err(|f| (lane, f))?;
-        values[lane][..width as usize].copy_from_slice(bytes);
+        // SAFETY: `read` gave `width` bytes.
+        unsafe { copy_in(bytes.as_ptr(), &mut values[lane], width) };
     }
     Ok(())
 }
@@ -241,14 +239,14 @@ fn read_params(block: &Block, at: &[u64; LANES], mask: u32, width: u64, values: 
 }
 
 /// How the addresses of a request lie.
-struct Pattern {
+pub(super) struct Pattern {
     /// All lanes active, each `width` after the one before.
     is_dense: bool,
-    sectors: u64,
-    bytes: u64,
+    pub(super) sectors: u64,
+    pub(super) bytes: u64,
 }
 
-fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
+pub(super) fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
     let mut is_dense = mask == FULL;
     for lane in 1..LANES {
         is_dense &= at[lane] == at[lane - 1].wrapping_add(width);
@@ -279,7 +277,7 @@ fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
 }
 
 /// The allocation of an access, trying the one of the lane before first.
-fn resolve<'m>(
+pub(super) fn resolve<'m>(
     block: &Block<'m>,
     last: Option<&'m Allocation>,
     lane: usize,
@@ -329,7 +327,7 @@ fn read_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, valu
 /// # Safety
 /// `width` (1, 2, 4, 8 or 16) bytes are readable at `source`.
 #[inline(always)]
-unsafe fn copy_in(source: *const u8, value: &mut [u8; 16], width: u64) {
+pub(super) unsafe fn copy_in(source: *const u8, value: &mut [u8; 16], width: u64) {
     // SAFETY: the caller's promise; the target has 16 bytes.
     unsafe {
         match width {
@@ -337,12 +335,13 @@ unsafe fn copy_in(source: *const u8, value: &mut [u8; 16], width: u64) {
             2 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 2),
             4 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 4),
             8 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 8),
+            16 => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), 16),
             _ => std::ptr::copy_nonoverlapping(source, value.as_mut_ptr(), width as usize),
         }
     }
 }
 
-fn check_read(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u64) -> Result<(), Fault> {
+pub(super) fn check_read(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u64) -> Result<(), Fault> {
     if !allocation.is_init(offset, bytes) {
         let at = allocation.first_uninit(offset..offset + bytes).unwrap_or(offset);
         let what = format!("address {:#x}, never written, in {}", allocation.base + at, allocation.describe());
@@ -388,186 +387,6 @@ fn write_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, val
         unsafe { std::ptr::copy_nonoverlapping(values[lane].as_ptr(), allocation.data(offset), width as usize) };
         allocation.mark_init(offset, width);
         last = Some(allocation);
-    }
-    Ok(())
-}
-
-/// The result of a read-modify-write.
-pub fn combine(op: AtomOp, ty: NumType, old: u64, b: u64, c: u64) -> u64 {
-    let bits = ty.bits();
-    let cut = |v: u64| if bits == 64 { v } else { v & 0xffff_ffff };
-    let signed = |v: u64| if bits == 64 { v as i64 } else { i64::from(v as i32) };
-    let less = if ty.is_signed() { signed(b) < signed(old) } else { b < old };
-    match (op, ty) {
-        (AtomOp::Add, NumType::F32) => u64::from((f32::from_bits(old as u32) + f32::from_bits(b as u32)).to_bits()),
-        (AtomOp::Add, NumType::F64) => (f64::from_bits(old) + f64::from_bits(b)).to_bits(),
-        (AtomOp::Add, _) => cut(old.wrapping_add(b)),
-        (AtomOp::Min, _) => {
-            if less {
-                b
-            } else {
-                old
-            }
-        }
-        (AtomOp::Max, _) => {
-            if less || b == old {
-                old
-            } else {
-                b
-            }
-        }
-        (AtomOp::And, _) => old & b,
-        (AtomOp::Or, _) => old | b,
-        (AtomOp::Xor, _) => old ^ b,
-        (AtomOp::Exch, _) => b,
-        (AtomOp::Cas, _) => {
-            if old == b {
-                c
-            } else {
-                old
-            }
-        }
-        (AtomOp::Inc, _) => {
-            if old >= b {
-                0
-            } else {
-                old + 1
-            }
-        }
-        (AtomOp::Dec, _) => {
-            if old == 0 || old > b {
-                b
-            } else {
-                old - 1
-            }
-        }
-    }
-}
-
-/// `atom` and `red`, lane after lane.
-pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) -> Lanes<()> {
-    let width = u64::from(atomic.ty.bits() / 8);
-    let all = addresses(&warp.regs, atomic.address);
-    check_alignment(&all, mask, width)?;
-    for (space, mask, start) in spaces(atomic.space, &all, mask) {
-        for lane in lanes(mask) {
-            let wide = atomic.ty.is_wide();
-            let row = |slot: u16| {
-                if wide { regs64(&warp.regs, slot, lane) } else { u64::from(warp.regs.r32[slot as usize][lane]) }
-            };
-            let (b, c, at) = (row(atomic.b), row(atomic.c), all[lane].wrapping_sub(start));
-            let update = |old: u64| combine(atomic.op, atomic.ty, old, b, c);
-            let old = match space {
-                Space::Shared => atomic_shared(block, at, width, warp.index, update),
-                Space::Local | Space::Param => {
-                    Err(Fault::new(FaultKind::OutOfBounds, "atomics work on global and shared memory only"))
-                }
-                _ => atomic_global(block, at, width, update),
-            }
-            .map_err(|f| (lane, f))?;
-            block.counters.atomics += 1;
-            if atomic.d != NONE && wide {
-                warp.regs.r64[atomic.d as usize][lane] = old;
-            } else if atomic.d != NONE {
-                warp.regs.r32[atomic.d as usize][lane] = old as u32;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn atomic_shared(block: &mut Block, at: u64, width: u64, warp: u32, update: impl Fn(u64) -> u64) -> Result<u64, Fault> {
-    let bytes = block.shared.atomic(at, width, warp)?;
-    let mut raw = [0; 8];
-    raw[..width as usize].copy_from_slice(bytes);
-    let old = u64::from_le_bytes(raw);
-    bytes.copy_from_slice(&update(old).to_le_bytes()[..width as usize]);
-    Ok(old)
-}
-
-fn atomic_global(block: &mut Block, at: u64, width: u64, update: impl Fn(u64) -> u64) -> Result<u64, Fault> {
-    let allocation = block.launch.memory.resolve(at, width)?;
-    let offset = at - allocation.base;
-    check_read(block, allocation, offset, width)?;
-    block.synchronise(at);
-    // SAFETY: the range lies in a live allocation, is aligned (checked), and all kernels reach it by atomics here; a
-    // kernel that also uses plain accesses on it races, which the checks report.
-    let old = unsafe {
-        let data = allocation.data(offset);
-        if width == 8 {
-            AtomicU64::from_ptr(data.cast()).fetch_update(Relaxed, Relaxed, |old| Some(update(old))).unwrap_or(0)
-        } else {
-            let cell = AtomicU32::from_ptr(data.cast());
-            let old = cell.fetch_update(Relaxed, Relaxed, |old| Some(update(u64::from(old)) as u32));
-            u64::from(old.unwrap_or(0))
-        }
-    };
-    Ok(old)
-}
-
-/// `cp.async`: reads now, arrives at its wait.
-pub fn async_copy(warp: &mut Warp, block: &mut Block, copy: &AsyncCopy, mask: u32) -> Lanes<()> {
-    let width = u64::from(copy.bytes);
-    let (targets, sources) = (addresses(&warp.regs, copy.target), addresses(&warp.regs, copy.source));
-    check_alignment(&targets, mask, width)?;
-    let read: [u64; LANES] = match copy.source_bytes {
-        NONE => [width; LANES],
-        slot => warp.regs.r32[slot as usize].map(u64::from),
-    };
-    let mut reading = 0;
-    for lane in lanes(mask) {
-        if read[lane] > width {
-            let what = format!("cp.async of {width} bytes with a source size of {}", read[lane]);
-            return Err((lane, Fault::new(FaultKind::AsyncCopy, what)));
-        }
-        reading |= u32::from(read[lane] > 0) << lane;
-    }
-    check_alignment(&sources, reading, width)?;
-    if reading != 0 {
-        let pattern = pattern(&sources, reading, width);
-        block.counters.global_load_requests += 1;
-        block.counters.global_load_sectors += pattern.sectors;
-        block.counters.global_load_bytes += pattern.bytes;
-    }
-    let mut last = None;
-    for lane in lanes(mask) {
-        let mut data = [0; 16];
-        if read[lane] > 0 {
-            let allocation = resolve(block, last, lane, sources[lane], read[lane])?;
-            let offset = sources[lane] - allocation.base;
-            check_read(block, allocation, offset, read[lane]).map_err(|f| (lane, f))?;
-            // SAFETY: `resolve` found the range in a live allocation.
-            unsafe { copy_in(allocation.data(offset), &mut data, read[lane]) };
-            last = Some(allocation);
-        }
-        block.shared.reserve(targets[lane], width, warp.index).map_err(|f| (lane, f))?;
-        block.counters.async_copy_bytes += read[lane];
-        warp.open_copies.push(Pending { lane: lane as u8, target: targets[lane] as u32, bytes: copy.bytes, data });
-    }
-    Ok(())
-}
-
-/// `ldmatrix`: lane 8j + i names row i of matrix j.
-pub fn load_matrix(warp: &mut Warp, block: &mut Block, d: &[u16], transposed: bool, address: Address) -> Lanes<()> {
-    let all = addresses(&warp.regs, address);
-    let used = if d.len() == 4 { FULL } else { (1 << (8 * d.len())) - 1 };
-    check_alignment(&all, used, 16)?;
-    let mut values: Values = [[0; 16]; LANES];
-    read_shared(warp, block, &all, used, 16, &mut values)?;
-    let element = |matrix: usize, row: usize, column: usize| {
-        let bytes = &values[8 * matrix + row][2 * column..2 * column + 2];
-        u32::from(u16::from_le_bytes([bytes[0], bytes[1]]))
-    };
-    for (matrix, &slot) in d.iter().enumerate() {
-        for lane in 0..LANES {
-            let (g, t) = (lane / 4, 2 * (lane % 4));
-            let (low, high) = if transposed {
-                (element(matrix, t, g), element(matrix, t + 1, g))
-            } else {
-                (element(matrix, g, t), element(matrix, g, t + 1))
-            };
-            warp.regs.r32[slot as usize][lane] = high << 16 | low;
-        }
     }
     Ok(())
 }

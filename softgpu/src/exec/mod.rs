@@ -1,13 +1,17 @@
 //! Running decoded kernels: registers, lane arithmetic, memory, warps, blocks, grids.
 
 pub mod alu;
+pub mod async_copy;
+pub mod atomic;
 pub mod block;
 pub mod convert;
 pub mod isa;
+mod lane_ops;
 pub mod lanes;
 pub mod launch;
 pub mod load_store;
 pub mod mma;
 pub mod shared;
 pub mod simd;
+mod together;
 pub mod warp;

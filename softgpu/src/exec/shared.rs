@@ -76,17 +76,35 @@ impl Shared {
     #[inline]
     pub fn read(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<&[u8]> {
         let range = self.range(address, bytes)?;
-        let mine = self.epoch << EPOCH_SHIFT | warp;
-        for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
-            let (writer, reader) = (*cell as u32, (*cell >> 32) as u32);
-            let written = writer >> EPOCH_SHIFT;
-            if written < self.block_start || written > self.epoch || (written == self.epoch && writer & MANY != warp) {
-                return Err(explain_read(*cell, address + i as u64, self.block_start, warp));
+        // Nearly always the bytes have one history, and often this warp has read them before.
+        if let Some(cell) = uniform(&self.cells[range.clone()])
+            && let Some(cell_now) = self.after_read(cell, warp)
+        {
+            if cell_now != cell {
+                self.cells[range.clone()].fill(cell_now);
             }
-            let reader = if reader >> EPOCH_SHIFT == self.epoch && reader & MANY != warp { mine | MANY } else { mine };
-            *cell = u64::from(reader) << 32 | u64::from(writer);
+            return Ok(&self.data[range]);
+        }
+        for at in range.clone() {
+            let cell = self.cells[at];
+            let Some(cell_now) = self.after_read(cell, warp) else {
+                return Err(explain_read(cell, at as u64, (self.block_start, self.epoch), warp));
+            };
+            self.cells[at] = cell_now;
         }
         Ok(&self.data[range])
+    }
+
+    /// The cell after a read by `warp`, or `None` if the read is wrong.
+    #[inline(always)]
+    fn after_read(&self, cell: u64, warp: u32) -> Option<u64> {
+        let (writer, reader) = (cell as u32, (cell >> 32) as u32);
+        let (written, mine) = (writer >> EPOCH_SHIFT, self.epoch << EPOCH_SHIFT | warp);
+        if written < self.block_start || written > self.epoch || (written == self.epoch && writer & MANY != warp) {
+            return None;
+        }
+        let reader = if reader >> EPOCH_SHIFT == self.epoch && reader & MANY != warp { mine | MANY } else { mine };
+        Some(u64::from(reader) << 32 | u64::from(writer))
     }
 
     /// Writes for one lane of `warp`.
@@ -94,11 +112,20 @@ impl Shared {
     pub fn write(&mut self, address: u64, value: &[u8], warp: u32) -> Checked<()> {
         let range = self.range(address, value.len() as u64)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
-        for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
-            check_write(*cell, self.epoch, warp, address + i as u64)?;
-            *cell = u64::from(mine);
-        }
+        self.claim(range.clone(), warp)?;
+        self.cells[range.clone()].fill(u64::from(mine));
         self.data[range].copy_from_slice(value);
+        Ok(())
+    }
+
+    /// Checks that `warp` may write the bytes.
+    #[inline(always)]
+    fn claim(&self, range: std::ops::Range<usize>, warp: u32) -> Checked<()> {
+        let cells = &self.cells[range.clone()];
+        let checked = if uniform(cells).is_some() { &cells[..1] } else { cells };
+        for (i, &cell) in checked.iter().enumerate() {
+            check_write(cell, self.epoch, warp, (range.start + i) as u64)?;
+        }
         Ok(())
     }
 
@@ -110,7 +137,7 @@ impl Shared {
             let written = writer >> EPOCH_SHIFT;
             let others = written == self.epoch && writer & MANY != warp;
             if written < self.block_start || written > self.epoch || (others && writer & ATOMIC == 0) {
-                return Err(explain_read(*cell, address + i as u64, self.block_start, warp));
+                return Err(explain_read(*cell, address + i as u64, (self.block_start, self.epoch), warp));
             }
             let who = if others { MANY } else { warp };
             *cell = u64::from(self.epoch << EPOCH_SHIFT | ATOMIC | who);
@@ -121,10 +148,10 @@ impl Shared {
     /// Takes the target of a `cp.async`: nobody may use it until [`Shared::land`].
     pub fn reserve(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<()> {
         let range = self.range(address, bytes)?;
-        for (i, cell) in self.cells[range].iter_mut().enumerate() {
-            check_write(*cell, self.epoch, warp, address + i as u64)?;
-            *cell = u64::from(PENDING << EPOCH_SHIFT | warp);
-        }
+        let mine = self.epoch << EPOCH_SHIFT | warp;
+        self.claim(range.clone(), warp)?;
+        // The other half keeps when it was issued.
+        self.cells[range].fill(u64::from(mine) << 32 | u64::from(PENDING << EPOCH_SHIFT | warp));
         Ok(())
     }
 
@@ -146,19 +173,33 @@ fn check_write(cell: u64, epoch: u32, warp: u32, address: u64) -> Checked<()> {
     Ok(())
 }
 
+/// The value that all cells have, or `None`.
+#[inline(always)]
+fn uniform(cells: &[u64]) -> Option<u64> {
+    let first = *cells.first()?;
+    (cells.iter().fold(0, |differ, cell| differ | (cell ^ first)) == 0).then_some(first)
+}
+
 fn name(warp: u32) -> String {
     if warp == MANY { "several warps".to_owned() } else { format!("warp {warp}") }
 }
 
 #[cold]
-fn explain_read(cell: u64, address: u64, block_start: u32, warp: u32) -> Fault {
+fn explain_read(cell: u64, address: u64, (block_start, now): (u32, u32), warp: u32) -> Fault {
     let writer = cell as u32;
     let by = name(writer & MANY);
     if cell == UNOWNED {
         let what = format!("shared address {address:#x} lies between the shared variables, in none of them");
         return Fault::new(FaultKind::OutOfBounds, what);
     }
+    let issued = (cell >> 32) as u32;
     match writer >> EPOCH_SHIFT {
+        PENDING if issued >> EPOCH_SHIFT == now && issued & MANY != warp => Fault::new(
+            FaultKind::Race,
+            format!(
+                "warp {warp} reads shared address {address:#x}, to which {by} has a cp.async in flight, with no barrier between"
+            ),
+        ),
         PENDING => Fault::new(
             FaultKind::AsyncCopy,
             format!("warp {warp} reads shared address {address:#x} before the cp.async of {by} to it was waited for"),
@@ -199,6 +240,11 @@ pub fn wavefronts(addresses: &[u64; 32], mask: u32, width: u64) -> (u64, u64) {
     let group = (128 / width.max(4)).min(32) as usize;
     let (mut passes, mut ideal) = (0, 0);
     for first in (0..32).step_by(group) {
+        if let Some(used) = distinct_banks(&addresses[first..first + group], mask >> first, width.max(4)) {
+            passes += u64::from(used);
+            ideal += u64::from(used);
+            continue;
+        }
         let lanes = (first..first + group).filter(|lane| mask >> lane & 1 == 1);
         let mut words: [u64; 32] = [0; 32];
         let mut n = 0;
@@ -218,4 +264,17 @@ pub fn wavefronts(addresses: &[u64; 32], mask: u32, width: u64) -> (u64, u64) {
         }
     }
     (passes, ideal)
+}
+
+/// Whether the lanes of a group lie in different banks each: `Some(any lane active)` if so, `None` if it takes a closer look.
+#[inline(always)]
+fn distinct_banks(addresses: &[u64], mask: u32, width: u64) -> Option<bool> {
+    let shift = width.trailing_zeros();
+    let (mut seen, mut twice) = (0u32, 0u32);
+    for (lane, address) in addresses.iter().enumerate() {
+        let bank = u32::from(mask >> lane & 1 == 1) << (address >> shift & (128 / width - 1));
+        twice |= seen & bank;
+        seen |= bank;
+    }
+    (twice == 0).then_some(seen != 0)
 }

@@ -107,7 +107,7 @@ fn compare(op: &SetPredicate, regs: &Regs) -> u32 {
         NumType::S32 => ordered::<i32>(op, regs),
         NumType::U64 => ordered::<u64>(op, regs),
         NumType::S64 => ordered::<i64>(op, regs),
-        NumType::F32 => floating::<f32>(op, regs, |a| f64::from(a)),
+        NumType::F32 => floating::<f32>(op, regs, f64::from),
         NumType::F64 => floating::<f64>(op, regs, |a| a),
         NumType::F16 => floating::<f16>(op, regs, f64::from),
         NumType::Bf16 => floating::<bf16>(op, regs, f64::from),

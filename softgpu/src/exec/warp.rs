@@ -4,21 +4,17 @@
 //! instruction in which lanes work together holds its split until every live lane that it names has arrived. When only
 //! held splits are left, they can never meet: that is a finding.
 
-use super::alu::{self, Alu};
 use super::block::Block;
-use super::convert::convert;
-use super::isa::{AtomOp, Kernel, Logic, NONE, Op, Pred, Shuffle, Vote};
-use super::lanes::{FULL, LANES, Regs};
-use super::load_store::{self, combine};
-use super::simd;
-use crate::exec::isa::NumType;
+use super::isa::{Kernel, Logic, NONE, Op, Pred};
+use super::lanes::{LANES, Regs};
+use super::{async_copy, atomic, load_store};
 use crate::fault::{Fault, FaultKind};
 
 /// Lanes at one place in the program.
 #[derive(Clone, Copy, Debug)]
-struct Split {
-    pc: u32,
-    mask: u32,
+pub(super) struct Split {
+    pub(super) pc: u32,
+    pub(super) mask: u32,
     held: bool,
 }
 
@@ -66,11 +62,11 @@ pub struct Warp {
     pub regs: Regs,
     /// Number in the block.
     pub index: u32,
-    splits: Vec<Split>,
+    pub(super) splits: Vec<Split>,
     /// Lanes that exist.
-    started: u32,
+    pub(super) started: u32,
     /// Lanes that have not exited.
-    live: u32,
+    pub(super) live: u32,
     /// Local memory, lane after lane.
     pub local: Vec<u8>,
     /// One byte per local byte: written.
@@ -83,7 +79,7 @@ pub struct Warp {
 }
 
 /// What an instruction did to the flow of control.
-enum Flow {
+pub(super) enum Flow {
     Next,
     Jumped,
     Diverged,
@@ -91,7 +87,7 @@ enum Flow {
     Stop(Arrival),
 }
 
-type LaneResult<T> = load_store::Lanes<T>;
+pub(super) type LaneResult<T> = load_store::Lanes<T>;
 
 impl Warp {
     /// Prepares the warp for a block: `started` lanes at the first instruction, constants in their rows.
@@ -202,12 +198,12 @@ impl Warp {
         }
     }
 
-    fn predicate(&self, p: Pred) -> u32 {
+    pub(super) fn predicate(&self, p: Pred) -> u32 {
         let bits = self.regs.p[p.slot as usize];
         if p.negated { !bits } else { bits }
     }
 
-    fn set_predicate(&mut self, slot: u16, bits: u32, mask: u32) {
+    pub(super) fn set_predicate(&mut self, slot: u16, bits: u32, mask: u32) {
         if slot != NONE {
             let row = &mut self.regs.p[slot as usize];
             *row = *row & !mask | bits & mask;
@@ -222,10 +218,10 @@ impl Warp {
             _ if mask == 0 => {}
             Op::Load(access) => load_store::load(self, block, access, mask)?,
             Op::Store(access) => load_store::store(self, block, access, mask)?,
-            Op::Atomic(atomic) => load_store::atomic(self, block, atomic, mask)?,
+            Op::Atomic(atomic) => atomic::atomic(self, block, atomic, mask)?,
             Op::AsyncCopy(copy) => {
                 self.copy_pc = self.splits[at].pc;
-                load_store::async_copy(self, block, copy, mask)?;
+                async_copy::async_copy(self, block, copy, mask)?;
             }
             Op::AsyncCommit => self.commit_copies(mask),
             Op::AsyncWait { groups } => self.wait_copies(block, mask, *groups as usize),
@@ -349,256 +345,6 @@ impl Warp {
         (lane, Fault::new(FaultKind::Assert, format!("assertion `{}` failed, {}:{line}", text(message), text(file))))
     }
 
-    fn select(&mut self, wide: bool, d: u16, a: u16, b: u16, p: u32, mask: u32) {
-        let pick = |lane: usize| p >> lane & 1 == 1;
-        if wide {
-            let (a, b) = (self.regs.r64[a as usize], self.regs.r64[b as usize]);
-            let out: [u64; LANES] = std::array::from_fn(|i| if pick(i) { a[i] } else { b[i] });
-            <u64 as super::lanes::Lane>::store(&mut self.regs, d, &out, mask);
-        } else {
-            let (a, b) = (self.regs.r32[a as usize], self.regs.r32[b as usize]);
-            let out: [u32; LANES] = std::array::from_fn(|i| if pick(i) { a[i] } else { b[i] });
-            <u32 as super::lanes::Lane>::store(&mut self.regs, d, &out, mask);
-        }
-    }
-
-    /// Sources go through scratch rows 0 to 2 flushed; the result is flushed and clamped in its row.
-    fn alu_flush(
-        &mut self,
-        block: &Block,
-        (op, d, mut s): (Alu, u16, [u16; 3]),
-        count: u8,
-        (ftz, sat): (bool, bool),
-        flush_result: bool,
-        mask: u32,
-    ) {
-        if ftz {
-            for i in 0..count as usize {
-                self.regs.r32[i] = self.regs.r32[s[i] as usize];
-                simd::flush(&mut self.regs.r32[i]);
-                s[i] = i as u16;
-            }
-        }
-        if !flush_result {
-            return block.launch.simd.alu(op, &mut self.regs, d, s, mask);
-        }
-        block.launch.simd.alu(op, &mut self.regs, 0, s, FULL);
-        if ftz {
-            simd::flush(&mut self.regs.r32[0]);
-        }
-        if sat {
-            simd::saturate(&mut self.regs.r32[0]);
-        }
-        alu::run(Alu::Mov32, &mut self.regs, d, [0, 0, 0], mask);
-    }
-
-    fn clock(&mut self, block: &Block, d: u16, wide: bool, mask: u32) {
-        let now = block.counters.warp_instructions;
-        for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
-            if wide {
-                self.regs.r64[d as usize][lane] = now;
-            } else {
-                self.regs.r32[d as usize][lane] = now as u32;
-            }
-        }
-    }
-
-    fn get(&self, slot: u16, wide: bool, lane: usize) -> u64 {
-        if wide { self.regs.r64[slot as usize][lane] } else { u64::from(self.regs.r32[slot as usize][lane]) }
-    }
-
-    fn set(&mut self, slot: u16, wide: bool, lane: usize, value: u64) {
-        if wide {
-            self.regs.r64[slot as usize][lane] = value;
-        } else {
-            self.regs.r32[slot as usize][lane] = value as u32;
-        }
-    }
-
-    /// Forms that are rare enough to go lane by lane.
-    fn lane_by_lane(&mut self, op: &Op, mask: u32) {
-        for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
-            match *op {
-                Op::Lop3 { d, a, b, c, table } => {
-                    let [a, b, c] = [a, b, c].map(|slot| self.regs.r32[slot as usize][lane]);
-                    self.regs.r32[d as usize][lane] = lop3(a, b, c, table);
-                }
-                Op::Insert { wide, d, field, base, position, length } => {
-                    let (field, base) = (self.get(field, wide, lane), self.get(base, wide, lane));
-                    let (position, length) = (self.get(position, false, lane), self.get(length, false, lane));
-                    let bits = if wide { 64 } else { 32 };
-                    self.set(d, wide, lane, alu::insert(field, base, position as u32, length as u32, bits));
-                }
-                Op::Convert { from, to, rounding, saturate, d, d_wide, s, s_wide } => {
-                    let value = convert(self.get(s, s_wide, lane), from, to, rounding, saturate);
-                    self.set(d, d_wide, lane, value);
-                }
-                Op::Pack { d, wide, parts, count } => {
-                    let bits = (if wide { 64 } else { 32 }) / u32::from(count);
-                    let part = |i: usize| (self.get(parts[i], false, lane) & ((1 << bits) - 1)) << (bits * i as u32);
-                    let value = (0..count as usize).fold(0, |value, i| value | part(i));
-                    self.set(d, wide, lane, value);
-                }
-                Op::Unpack { s, wide, parts, count } => {
-                    let bits = (if wide { 64 } else { 32 }) / u32::from(count);
-                    let value = self.get(s, wide, lane);
-                    for (i, &part) in parts[..count as usize].iter().enumerate() {
-                        self.set(part, false, lane, value >> (bits * i as u32) & ((1 << bits) - 1));
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-
-    /// Instructions in which lanes work together: hold until the lanes that they name have arrived.
-    fn together(&mut self, block: &mut Block, op: &Op, at: usize, mask: u32) -> LaneResult<Flow> {
-        let arrived = self.splits[at].mask;
-        let named = match *op {
-            Op::Shuffle { mask: m, .. }
-            | Op::Vote { mask: m, .. }
-            | Op::Match { mask: m, .. }
-            | Op::Reduce { mask: m, .. }
-            | Op::WarpBarrier { mask: m } => self.regs.r32[m as usize][first(mask)],
-            Op::ActiveMask { .. } => mask,
-            _ => self.live,
-        };
-        if mask & !named != 0 {
-            let what = format!("lane {} runs it but is not in its member mask {named:#010x}", first(mask & !named));
-            return Err((first(mask & !named), Fault::new(FaultKind::InactiveLane, what)));
-        }
-        if named & self.live & !arrived != 0 {
-            return Ok(Flow::Hold);
-        }
-        match op {
-            Op::Barrier { id, count } => return self.barrier(block, *id, *count, 0, mask),
-            Op::BarrierReduce { id, p, .. } => {
-                let votes = self.predicate(*p) & mask;
-                return self.barrier(block, *id, NONE, votes, mask);
-            }
-            Op::WarpBarrier { .. } => {}
-            Op::ActiveMask { d } => self.broadcast(*d, mask, mask),
-            Op::Shuffle { mode, d, p, a, b, c, .. } => self.shuffle(*mode, (*d, *p), (*a, *b, *c), mask)?,
-            Op::Vote { mode, d, p, .. } => self.vote(*mode, *d, self.predicate(*p) & mask, mask),
-            Op::Match { all, wide, d, p, a, .. } => self.matching(*all, *wide, (*d, *p), *a, mask),
-            Op::Reduce { op, signed, d, a, .. } => self.reduce(*op, *signed, *d, *a, mask),
-            _ => return self.whole_warp(block, op, mask),
-        }
-        Ok(Flow::Next)
-    }
-
-    fn whole_warp(&mut self, block: &mut Block, op: &Op, mask: u32) -> LaneResult<Flow> {
-        if mask != FULL {
-            let what = format!("{:#010x} are the lanes here, the instruction needs all 32", mask);
-            return Err((first(mask), Fault::new(FaultKind::InactiveLane, what)));
-        }
-        match op {
-            Op::LoadMatrix { count, transposed, d, address } => {
-                load_store::load_matrix(self, block, &d[..*count as usize], *transposed, *address)?;
-            }
-            Op::Mma(mma) => {
-                block.counters.mma += 1;
-                block.launch.simd.mma(mma, &mut self.regs);
-            }
-            _ => {}
-        }
-        Ok(Flow::Next)
-    }
-
-    fn barrier(&self, _block: &Block, id: u16, count: u16, votes: u32, mask: u32) -> LaneResult<Flow> {
-        let missing = self.started & !mask;
-        if missing != 0 {
-            let what = format!(
-                "barrier reached by lanes {mask:#010x} of warp {}; lanes {missing:#010x} have exited or pass it by",
-                self.index
-            );
-            return Err((
-                first(if mask == 0 { missing } else { mask }),
-                Fault::new(FaultKind::BarrierDivergence, what),
-            ));
-        }
-        let lane = first(mask);
-        let count = (count != NONE).then(|| self.regs.r32[count as usize][lane]);
-        let pc = self.splits[0].pc;
-        Ok(Flow::Stop(Arrival { id: self.regs.r32[id as usize][lane], count, pc, votes }))
-    }
-
-    /// Gives the result of `bar.red` at `pc`; `total` threads voted yes, `all` or not.
-    pub fn barrier_result(&mut self, kernel: &Kernel, pc: u32, total: u32, all: bool) {
-        let Op::BarrierReduce { op, d, .. } = kernel.insts[pc as usize].op else { return };
-        match op {
-            None => self.broadcast(d, total, self.started),
-            Some(Logic::And) => self.set_predicate(d, if all { FULL } else { 0 }, self.started),
-            Some(_) => self.set_predicate(d, if total > 0 { FULL } else { 0 }, self.started),
-        }
-    }
-
-    fn broadcast(&mut self, d: u16, value: u32, mask: u32) {
-        let row = &mut self.regs.r32[d as usize];
-        (0..LANES).filter(|lane| mask >> lane & 1 == 1).for_each(|lane| row[lane] = value);
-    }
-
-    /// `shfl.sync` as the PTX ISA writes it: `c` holds the clamp (bits 0-4) and the segment mask (bits 8-12).
-    fn shuffle(&mut self, mode: Shuffle, (d, p): (u16, u16), (a, b, c): (u16, u16, u16), mask: u32) -> LaneResult<()> {
-        let [values, offsets, controls] = [a, b, c].map(|slot| self.regs.r32[slot as usize]);
-        let (mut out, mut valid) = (values, 0);
-        for lane in (0..LANES as u32).filter(|lane| mask >> lane & 1 == 1) {
-            let (b, c) = (offsets[lane as usize] & 0x1f, controls[lane as usize]);
-            let (clamp, segment) = (c & 0x1f, c >> 8 & 0x1f);
-            let max = lane & segment | clamp & !segment;
-            let min = lane & segment;
-            let (from, inside) = match mode {
-                Shuffle::Up => (lane.wrapping_sub(b), lane as i32 - b as i32 >= max as i32),
-                Shuffle::Down => (lane + b, lane + b <= max),
-                Shuffle::Butterfly => (lane ^ b, lane ^ b <= max),
-                Shuffle::Index => (min | b & !segment, (min | b & !segment) <= max),
-            };
-            let from = if inside { from } else { lane };
-            if mask >> from & 1 == 0 {
-                let what = format!("lane {lane} reads lane {from}, which does not take part (active {mask:#010x})");
-                return Err((lane as usize, Fault::new(FaultKind::InactiveLane, what)));
-            }
-            out[lane as usize] = values[from as usize];
-            valid |= u32::from(inside) << lane;
-        }
-        <u32 as super::lanes::Lane>::store(&mut self.regs, d, &out, mask);
-        self.set_predicate(p, valid, mask);
-        Ok(())
-    }
-
-    fn vote(&mut self, mode: Vote, d: u16, yes: u32, mask: u32) {
-        let result = match mode {
-            Vote::Ballot => return self.broadcast(d, yes, mask),
-            Vote::All => yes == mask,
-            Vote::Any => yes != 0,
-            Vote::Uniform => yes == mask || yes == 0,
-        };
-        self.set_predicate(d, if result { FULL } else { 0 }, mask);
-    }
-
-    fn matching(&mut self, all: bool, wide: bool, (d, p): (u16, u16), a: u16, mask: u32) {
-        let equal = |warp: &Self, lane: usize| {
-            let mine = warp.get(a, wide, lane);
-            (0..LANES).filter(|&o| mask >> o & 1 == 1 && warp.get(a, wide, o) == mine).fold(0u32, |m, o| m | 1 << o)
-        };
-        let mut holds = 0;
-        for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
-            let same = equal(self, lane);
-            let value = if all && same != mask { 0 } else { same };
-            holds |= u32::from(value != 0) << lane;
-            self.regs.r32[d as usize][lane] = value;
-        }
-        self.set_predicate(p, holds, mask);
-    }
-
-    fn reduce(&mut self, op: AtomOp, signed: bool, d: u16, a: u16, mask: u32) {
-        let ty = if signed { NumType::S32 } else { NumType::U32 };
-        let row = self.regs.r32[a as usize];
-        let values = (0..LANES).filter(|lane| mask >> lane & 1 == 1).map(|lane| u64::from(row[lane]));
-        let result = values.reduce(|old, value| combine(op, ty, old, value, 0)).unwrap_or(0);
-        self.broadcast(d, result as u32, mask);
-    }
-
     /// Adds kernel, line, block and thread to a finding.
     pub fn place(&self, block: &Block, pc: u32, lane: usize, fault: Fault) -> Fault {
         let kernel = block.launch.kernel;
@@ -633,7 +379,7 @@ impl Warp {
 }
 
 /// The lowest lane of a mask.
-fn first(mask: u32) -> usize {
+pub(super) fn first(mask: u32) -> usize {
     (mask.trailing_zeros() as usize).min(LANES - 1)
 }
 
@@ -643,12 +389,4 @@ fn apply(logic: Logic, a: u32, b: u32) -> u32 {
         Logic::Or => a | b,
         Logic::Xor => a ^ b,
     }
-}
-
-/// Any function of three bits, by its truth table.
-fn lop3(a: u32, b: u32, c: u32, table: u8) -> u32 {
-    (0..8).filter(|i| table >> i & 1 == 1).fold(0, |out, i| {
-        let pick = |bit: u32, value: u32| if i >> bit & 1 == 1 { value } else { !value };
-        out | pick(2, a) & pick(1, b) & pick(0, c)
-    })
 }

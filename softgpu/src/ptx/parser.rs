@@ -491,9 +491,7 @@ impl<'a> Parser<'a> {
     fn address(&mut self, scopes: &Scopes) -> Result<Operand> {
         let base = self.simple_operand(scopes)?;
         let mut offset = 0;
-        if self.take('+') {
-            offset = self.number()?;
-        } else if self.peek() == Some(&Token::Mark('-')) {
+        if self.take('+') || self.peek() == Some(&Token::Mark('-')) {
             offset = self.number()?;
         }
         self.expect(']')?;

@@ -1,0 +1,305 @@
+//! Streams, events and copies through the C interface, eager and lazy, right and wrong.
+//!
+//! The device is one per process and its mode comes from the environment, so each case runs in a process of its own: the
+//! test starts itself again with the name of the case.
+
+use softgpu::driver::{context::*, event::*, graph::*, identity::*, memory::*, module::*, stream::*};
+use softgpu::report;
+use std::ffi::c_void;
+use std::process::Command;
+use std::ptr::null_mut;
+
+const CASE: &str = "SOFTGPU_TEST_CASE";
+const WORDS: usize = 1024;
+const BYTES: usize = WORDS * 4;
+const NOT_READY: u32 = 600;
+
+/// The outcome of a call that must succeed.
+fn ok(code: u32) {
+    assert_eq!(code, 0, "{}", report::message());
+}
+
+fn open() {
+    let mut context = 0;
+    // SAFETY: pointers to locals.
+    unsafe {
+        ok(cuInit(0));
+        ok(cuDevicePrimaryCtxRetain(&mut context, 0));
+        ok(cuCtxSetCurrent(context));
+    }
+}
+
+fn allocate() -> u64 {
+    let mut address = 0;
+    // SAFETY: a pointer to a local.
+    ok(unsafe { cuMemAlloc_v2(&mut address, BYTES) });
+    address
+}
+
+fn stream() -> usize {
+    let mut stream = 0;
+    // SAFETY: a pointer to a local.
+    ok(unsafe { cuStreamCreate(&mut stream, 1) });
+    stream
+}
+
+fn event() -> usize {
+    let mut event = 0;
+    // SAFETY: a pointer to a local.
+    ok(unsafe { cuEventCreate(&mut event, 0) });
+    event
+}
+
+fn pinned() -> &'static mut [u32] {
+    let mut pointer: *mut c_void = null_mut();
+    // SAFETY: a pointer to a local; the memory has BYTES zeroed bytes and is never freed unless the case does.
+    unsafe {
+        ok(cuMemHostAlloc(&mut pointer, BYTES, 0));
+        std::slice::from_raw_parts_mut(pointer.cast(), WORDS)
+    }
+}
+
+fn read(address: u64) -> Vec<u32> {
+    let mut words = vec![0u32; WORDS];
+    // SAFETY: the target has BYTES bytes.
+    ok(unsafe { cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), address, BYTES) });
+    words
+}
+
+/// Writes in one stream, an event, a copy in another: the right way.
+fn ordered_by_an_event() {
+    let (a, b, copies, compute, ready) = (allocate(), allocate(), stream(), stream(), event());
+    // SAFETY: handles and addresses of this case.
+    unsafe {
+        ok(cuMemsetD32Async(a, 7, WORDS, compute));
+        ok(cuEventRecord(ready, compute));
+        ok(cuStreamWaitEvent(copies, ready, 0));
+        ok(cuMemcpyDtoDAsync_v2(b, a, BYTES, copies));
+        ok(cuStreamSynchronize(copies));
+    }
+    assert_eq!(read(b), [7; WORDS]);
+}
+
+/// The same without the event.
+fn copy_without_an_event() {
+    let (a, b, copies, compute) = (allocate(), allocate(), stream(), stream());
+    // SAFETY: handles and addresses of this case.
+    let code = unsafe {
+        ok(cuMemsetD32_v2(a, 1, WORDS));
+        ok(cuCtxSynchronize());
+        ok(cuMemsetD32Async(a, 7, WORDS, compute));
+        cuMemcpyDtoDAsync_v2(b, a, BYTES, copies);
+        cuStreamSynchronize(copies) | cuStreamSynchronize(compute)
+    };
+    assert_eq!(code, 719);
+    assert!(report::message().contains("StreamOrder"), "{}", report::message());
+}
+
+/// A kernel in one stream reads what a copy in another brings.
+fn kernel_without_an_event() {
+    let (a, copies, compute) = (allocate(), stream(), stream());
+    let (mut module, mut kernel) = (0, 0);
+    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).expect("no zero in the text");
+    let (mut pa, mut pb, mut pc, mut n) = (a, a, allocate(), WORDS as i32);
+    let source = pinned();
+    // SAFETY: handles and addresses of this case; the arguments are those of the kernel.
+    let code = unsafe {
+        ok(cuModuleLoadData(&mut module, text.as_ptr().cast()));
+        ok(cuModuleGetFunction(&mut kernel, module, c"vadd".as_ptr()));
+        ok(cuMemsetD32_v2(a, 0, WORDS));
+        ok(cuCtxSynchronize());
+        let mut args: [*mut c_void; 4] =
+            [(&raw mut pa).cast(), (&raw mut pb).cast(), (&raw mut pc).cast(), (&raw mut n).cast()];
+        ok(cuMemcpyHtoDAsync_v2(a, source.as_ptr().cast(), BYTES, copies));
+        cuLaunchKernel(kernel, 8, 1, 1, 128, 1, 1, 0, compute, args.as_mut_ptr(), null_mut());
+        cuStreamSynchronize(compute) | cuStreamSynchronize(copies)
+    };
+    assert_eq!(code, 719);
+    assert!(report::message().contains("StreamOrder"), "{}", report::message());
+}
+
+/// An asynchronous copy to the host has not happened before its stream is waited for.
+fn copies_complete_later() {
+    let (a, s, target) = (allocate(), stream(), pinned());
+    // SAFETY: handles and addresses of this case.
+    unsafe {
+        ok(cuMemsetD32_v2(a, 5, WORDS));
+        ok(cuCtxSynchronize());
+        ok(cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), a, BYTES, s));
+    }
+    if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+        assert_eq!(target[0], 0xdbdb_dbdb, "too early a read must not see the data");
+    }
+    // SAFETY: a handle of this case.
+    ok(unsafe { cuStreamSynchronize(s) });
+    assert_eq!(target, [5; WORDS]);
+}
+
+/// Page-locked memory changed between the call and the copy. Eager streams may be quicker than the change.
+fn source_changed_too_early() {
+    let (a, s, source) = (allocate(), stream(), pinned());
+    // SAFETY: handles and addresses of this case.
+    let code = unsafe {
+        ok(cuMemcpyHtoDAsync_v2(a, source.as_ptr().cast(), BYTES, s));
+        source[3] = 1;
+        cuStreamSynchronize(s)
+    };
+    if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+        assert_eq!(code, 719);
+        assert!(report::message().contains("HostBuffer"), "{}", report::message());
+    }
+}
+
+fn source_freed_too_early() {
+    let (a, s, source) = (allocate(), stream(), pinned());
+    // SAFETY: handles and addresses of this case.
+    let code = unsafe {
+        ok(cuMemcpyHtoDAsync_v2(a, source.as_ptr().cast(), BYTES, s));
+        cuMemFreeHost(source.as_mut_ptr().cast())
+    };
+    if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+        assert_eq!(code, 719);
+        assert!(report::message().contains("HostBuffer"), "{}", report::message());
+    }
+}
+
+fn uninitialised_to_the_host() {
+    let a = allocate();
+    let mut words = vec![0u32; WORDS];
+    // SAFETY: addresses of this case.
+    let code = unsafe { cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), a, BYTES) };
+    assert_eq!(code, 719);
+    assert!(report::message().contains("Uninitialised"), "{}", report::message());
+}
+
+fn freed_twice() {
+    let a = allocate();
+    // SAFETY: addresses of this case.
+    let (first, second) = unsafe { (cuMemFree_v2(a), cuMemFree_v2(a)) };
+    assert_eq!((first, second), (0, 1));
+    assert!(report::message().contains("second free"), "{}", report::message());
+}
+
+fn used_after_free() {
+    let (a, s) = (allocate(), stream());
+    // SAFETY: addresses of this case.
+    let code = unsafe {
+        ok(cuMemFreeAsync(a, s));
+        cuMemsetD8Async(a, 0, 16, s);
+        cuStreamSynchronize(s)
+    };
+    assert_eq!(code, 700);
+    assert!(report::message().contains("UseAfterFree"), "{}", report::message());
+}
+
+/// A poll does not lie, and a program that polls comes to an end.
+fn polling_ends() {
+    let (a, s, done) = (allocate(), stream(), event());
+    // SAFETY: handles and addresses of this case.
+    unsafe {
+        ok(cuMemsetD32Async(a, 3, WORDS, s));
+        ok(cuEventRecord(done, s));
+        let mut polls = 0;
+        loop {
+            match cuEventQuery(done) {
+                0 => break,
+                code => assert_eq!(code, NOT_READY),
+            }
+            polls += 1;
+            assert!(polls < 1_000_000);
+            std::thread::yield_now();
+        }
+        if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+            assert!(polls > 0);
+        }
+    }
+    assert_eq!(read(a), [3; WORDS]);
+}
+
+/// A recorded graph runs when launched, each time anew.
+fn graph_replays() {
+    let (a, s) = (allocate(), stream());
+    let (mut graph, mut exec) = (0, 0);
+    // SAFETY: handles and addresses of this case.
+    unsafe {
+        ok(cuMemsetD32Async(a, 1, WORDS, s));
+        ok(cuStreamSynchronize(s));
+        ok(cuStreamBeginCapture_v2(s, 1));
+        ok(cuMemsetD32Async(a, 2, WORDS, s));
+        ok(cuStreamEndCapture(s, &mut graph));
+        ok(cuGraphInstantiateWithFlags(&mut exec, graph, 0));
+        assert_eq!(read(a), [1; WORDS]);
+        for _ in 0..2 {
+            ok(cuGraphLaunch(exec, s));
+            ok(cuStreamSynchronize(s));
+            assert_eq!(read(a), [2; WORDS]);
+            ok(cuMemsetD32_v2(a, 1, WORDS));
+            ok(cuCtxSynchronize());
+        }
+    }
+}
+
+/// Launches that the kernel or the device does not allow.
+fn launch_shape() {
+    let (mut module, mut kernel) = (0, 0);
+    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).expect("no zero in the text");
+    // SAFETY: the launches are refused before the arguments are looked at.
+    unsafe {
+        ok(cuModuleLoadData(&mut module, text.as_ptr().cast()));
+        ok(cuModuleGetFunction(&mut kernel, module, c"vadd".as_ptr()));
+        for (block, shared) in [(2048, 0), (0, 0), (128, 49 << 10)] {
+            assert_eq!(cuLaunchKernel(kernel, 1, 1, 1, block, 1, 1, shared, 0, null_mut(), null_mut()), 1);
+            assert!(report::message().contains("LaunchShape"), "{}", report::message());
+        }
+        ok(cuFuncSetAttribute(kernel, 8, 160 << 10));
+        assert_eq!(cuFuncSetAttribute(kernel, 8, 164 << 10), 1);
+    }
+}
+
+/// A host pointer given to a copy as a device address.
+fn host_address() {
+    let words = [0u32; 4];
+    // SAFETY: the copy is refused.
+    let code = unsafe { cuMemsetD8_v2(words.as_ptr() as u64, 0, 16) | cuCtxSynchronize() };
+    assert_eq!(code, 700);
+    assert!(report::message().contains("host address"), "{}", report::message());
+}
+
+const CASES: [(&str, fn()); 13] = [
+    ("ordered_by_an_event", ordered_by_an_event),
+    ("copy_without_an_event", copy_without_an_event),
+    ("kernel_without_an_event", kernel_without_an_event),
+    ("copies_complete_later", copies_complete_later),
+    ("source_changed_too_early", source_changed_too_early),
+    ("source_freed_too_early", source_freed_too_early),
+    ("uninitialised_to_the_host", uninitialised_to_the_host),
+    ("freed_twice", freed_twice),
+    ("used_after_free", used_after_free),
+    ("polling_ends", polling_ends),
+    ("graph_replays", graph_replays),
+    ("launch_shape", launch_shape),
+    ("host_address", host_address),
+];
+
+#[test]
+fn every_case_in_every_mode() {
+    if let Ok(name) = std::env::var(CASE) {
+        let case = CASES.iter().find(|(case, _)| *case == name).expect("a case").1;
+        open();
+        return case();
+    }
+    let program = std::env::current_exe().unwrap();
+    for (name, _) in CASES {
+        for (mode, seed) in [("eager", "0"), ("lazy", "0"), ("lazy", "1"), ("lazy", "2")] {
+            let run = Command::new(&program)
+                .args(["every_case_in_every_mode", "--exact", "--nocapture"])
+                .env(CASE, name)
+                .env("SOFTGPU_STREAMS", mode)
+                .env("SOFTGPU_SEED", seed)
+                .output()
+                .unwrap();
+            let log = String::from_utf8_lossy(&run.stderr);
+            assert!(run.status.success(), "{name}, {mode}, seed {seed}:\n{log}");
+        }
+    }
+}
