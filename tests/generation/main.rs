@@ -18,17 +18,9 @@ use support::engine::{Setup, TestEngine};
 /// Random workloads for every family, instruction set and kind of numbers.
 const NUM_WORKLOADS: u64 = 10;
 
-/// Requests in the test that cancels them.
-const NUM_CANCELLED: usize = 1000;
-
 /// Starts an engine on the device that these tests are about.
 fn start(path: &Path, setup: Setup) -> TestEngine {
     TestEngine::start_on_cpu(path, setup)
-}
-
-/// Whether requests are served in this way, too.
-fn is_wanted(_variant: &str) -> bool {
-    true
 }
 
 /// What the tests of invariance go through: instruction sets, types of weights and of the KV cache.

@@ -25,17 +25,9 @@ use support::engine::{Setup, TestEngine};
 /// Random workloads for every family: a step takes thousands of times longer than on a GPU.
 const NUM_WORKLOADS: u64 = 1;
 
-/// Requests in the test that cancels them.
-const NUM_CANCELLED: usize = 100;
-
 /// Starts an engine on the device that these tests are about.
 fn start(path: &Path, setup: Setup) -> TestEngine {
     TestEngine::start_on_softgpu(path, setup)
-}
-
-/// Whether requests are served in this way, too: one of each kind.
-fn is_wanted(variant: &str) -> bool {
-    ["in chunks of 33, cached", "few prompt logits", "preempted", "blocks of 32"].contains(&variant)
 }
 
 /// What the tests of invariance go through: f16 runs through the same kernels with other conversions, which
