@@ -8,6 +8,7 @@ pub mod error;
 pub mod hub;
 pub mod kv;
 pub mod models;
+pub mod paging;
 pub mod server;
 pub mod telemetry;
 pub mod text;
