@@ -22,16 +22,16 @@ struct Write {
 }
 
 impl Content {
-    pub(super) fn durable(bytes: &[u8]) -> Self {
-        Self(Mutex::new(Versions { now: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new() }))
-    }
-
     pub(super) fn lock(&self) -> MutexGuard<'_, Versions> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
 impl Versions {
+    pub(super) fn replace(&mut self, bytes: &[u8]) {
+        *self = Versions { now: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new() };
+    }
+
     pub(super) fn bytes(&self) -> &[u8] {
         &self.now
     }

@@ -29,12 +29,6 @@ struct Change {
     added: Option<(PathBuf, Entry)>,
 }
 
-impl Entry {
-    pub(super) fn file(content: Content) -> Self {
-        Self::File(Arc::new(content))
-    }
-}
-
 impl Change {
     fn apply(&self, names: &mut BTreeMap<PathBuf, Entry>) {
         if let Some(path) = &self.removed {
@@ -132,11 +126,13 @@ impl Names {
         Ok(())
     }
 
-    /// Puts a name there as if it had always been.
-    pub(super) fn plant(&mut self, path: &Path, entry: Entry) {
+    /// Gives a file these bytes as if it had always had them; who has it open sees them.
+    pub(super) fn plant(&mut self, path: &Path, bytes: &[u8]) {
+        let content = self.file(path).unwrap_or_default();
+        content.lock().replace(bytes);
         self.pending.retain(|change| change.added.as_ref().is_none_or(|(added, _)| added != path));
-        self.now.insert(path.to_path_buf(), entry.clone());
-        self.durable.insert(path.to_path_buf(), entry);
+        self.now.insert(path.to_path_buf(), Entry::File(Arc::clone(&content)));
+        self.durable.insert(path.to_path_buf(), Entry::File(content));
     }
 
     pub(super) fn crash(&mut self, random: &mut Random) {

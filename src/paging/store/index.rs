@@ -165,9 +165,6 @@ impl Index {
         self.segments.get(&id)
     }
 
-    pub(super) fn foreign(&self) -> &[ForeignSegment] {
-        &self.foreign
-    }
 
     pub(super) fn foreign_bytes(&self) -> u64 {
         self.foreign_bytes
