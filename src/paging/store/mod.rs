@@ -449,18 +449,20 @@ impl Writer {
     }
 }
 
-/// Makes the folders and their names durable: a segment is no safer than the folder it is in.
+/// Makes the folders and their names durable: a segment is no safer than any folder above it, and an earlier run may
+/// have died between making one and syncing it.
 fn make_folder(files: &dyn Files, folder: &Path, own: &Path) -> io::Result<()> {
     files.create_folder(own)?;
     files.sync_folder(folder)?;
-    match folder.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        // One that we may not open is not one that we made `folder` in.
-        Some(parent) => files.sync_folder(parent).or_else(|e| match e.kind() {
-            io::ErrorKind::PermissionDenied => Ok(()),
-            _ => Err(e),
-        }),
-        None => Ok(()),
+    let above = folder.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty());
+    for above in above {
+        match files.sync_folder(above) {
+            // One that we may not open, or whose kind knows no sync, is not one that we made anything in.
+            Err(e) if matches!(e.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput) => {}
+            synced => synced?,
+        }
     }
+    Ok(())
 }
 
 /// Errors of a disk that takes nothing, as opposed to a folder that cannot be.

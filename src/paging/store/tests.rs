@@ -23,14 +23,13 @@ struct Block {
 
 fn block(number: u32) -> Block {
     let tokens: Vec<u32> = (0..=number % BLOCK_SIZE as u32).map(|at| number * 7 + at).collect();
-    let hash = BlockHash::root(b"store", b"").child(&[number]);
     let mut bytes = vec![0; BLOCK_BYTES];
     blake3::Hasher::new().update(&number.to_le_bytes()).finalize_xof().fill(&mut bytes);
-    Block { hash, tokens, bytes }
+    Block { hash: hash(number), tokens, bytes }
 }
 
 fn hash(number: u32) -> BlockHash {
-    block(number).hash
+    BlockHash::root(b"store", b"").child(&[number])
 }
 
 fn format(layout: &str) -> BlockFormat {
