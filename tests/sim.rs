@@ -17,6 +17,9 @@ use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_LAYERS: usize = 2;
 
+/// Of a block of 32 tokens of the tiny model.
+const MAX_BLOCK_BYTES: usize = 8192;
+
 /// The double's model, sequence by sequence: every layer keeps, per position, the mix of what came in and the position,
 /// and hands on the fold of all of them up to there.
 #[derive(Clone, Default)]
@@ -58,6 +61,7 @@ struct Reached {
     num_preemptions: u64,
     num_cached_tokens: usize,
     num_refused: usize,
+    num_host_tokens: usize,
 }
 
 struct Running {
@@ -82,6 +86,7 @@ impl Running {
         assert_eq!(self.output.tokens, wanted, "seed {seed}: {} prompt tokens", self.prompt.len());
         reached.num_finished += 1;
         reached.num_cached_tokens += self.output.cached_tokens;
+        reached.num_host_tokens += self.output.reuse.host_tokens;
     }
 }
 
@@ -90,6 +95,7 @@ struct Simulation {
     seed: u64,
     random: Random,
     limits: SchedulerLimits,
+    host_bytes: usize,
     shared: Vec<Vec<u32>>,
     running: Vec<Running>,
     embeddings: Vec<OutputStream>,
@@ -112,12 +118,26 @@ impl Simulation {
             prefix_caching: !random.once_in(4),
             ..limits()
         };
+        let host_bytes = if random.once_in(2) { 0 } else { random.within(1, 3 * limits.num_blocks) * MAX_BLOCK_BYTES };
         let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
-        Self { seed, random, limits, shared, running: vec![], embeddings: vec![], reached: Reached::default() }
+        Self {
+            seed,
+            random,
+            limits,
+            host_bytes,
+            shared,
+            running: vec![],
+            embeddings: vec![],
+            reached: Reached::default(),
+        }
     }
 
     fn run(mut self, model: &Path) -> Reached {
-        let engine = TestEngine::start(SimBackend::default(), model, Setup { limits: self.limits, ..Setup::default() });
+        let engine = TestEngine::start(
+            SimBackend::default(),
+            model,
+            Setup { limits: self.limits, host_bytes: self.host_bytes, ..Setup::default() },
+        );
         for _ in 0..self.random.within(20, 60) {
             match self.random.below(8) {
                 0..=4 => self.submit(&engine),
@@ -214,12 +234,14 @@ fn random_lives_end_as_predicted() {
         total.num_preemptions += reached.num_preemptions;
         total.num_cached_tokens += reached.num_cached_tokens;
         total.num_refused += reached.num_refused;
+        total.num_host_tokens += reached.num_host_tokens;
     }
     eprintln!("{total:?}");
     if num_seeds >= 100 {
-        let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, .. } = total;
+        let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, num_host_tokens, .. } = total;
         assert!(num_finished > 100 && num_cancelled > 100, "{total:?}");
         assert!(num_preemptions > 100 && num_cached_tokens > 1000, "{total:?}");
+        assert!(num_host_tokens > 1000, "{total:?}");
     }
 }
 

@@ -13,6 +13,7 @@ mod host_tensor;
 mod layout;
 mod rope;
 pub mod sim;
+mod transfer;
 
 pub use cpu::dequantize::dequantize_row;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
@@ -21,6 +22,7 @@ pub use gpu::{GpuInfo, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use layout::{KvLayout, KvOrder};
 pub use rope::{RopeConfig, RopeScaling};
+pub use transfer::Transfer;
 
 use crate::{Result, invalid};
 

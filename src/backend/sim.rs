@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor,
+    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor, Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -46,6 +46,38 @@ pub struct SimStream {
 pub struct SimEvent {
     queue: Arc<Mutex<CopyQueue>>,
     after: u64,
+}
+
+/// Transfers of the double.
+pub struct SimTransfer;
+
+impl Transfer for SimTransfer {
+    type Buffer = SimBuffer;
+
+    fn fill(
+        &mut self,
+        target: &SimBuffer,
+        offset: usize,
+        bytes: usize,
+        write: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        // Not under the lock: a slow file must not hold up a step.
+        let mut staging = vec![0; bytes];
+        write(&mut staging)?;
+        target.lock()[offset..offset + bytes].copy_from_slice(&staging);
+        Ok(())
+    }
+
+    fn show(
+        &mut self,
+        source: &SimBuffer,
+        offset: usize,
+        bytes: usize,
+        read: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let staging = source.lock()[offset..offset + bytes].to_vec();
+        read(&staging)
+    }
 }
 
 /// Shape of a projection; its numbers do not matter.
@@ -131,6 +163,7 @@ impl Device for SimBackend {
     type HostBuffer = Vec<u8>;
     type Stream = SimStream;
     type Event = SimEvent;
+    type Transfer = SimTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
         Ok(SimBuffer(Arc::new(Mutex::new(vec![0; bytes]))))
@@ -138,6 +171,10 @@ impl Device for SimBackend {
 
     fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {
         Ok(vec![0; bytes])
+    }
+
+    fn create_transfer(&self) -> Result<SimTransfer> {
+        Ok(SimTransfer)
     }
 
     fn create_stream(&self, kind: StreamKind) -> Result<SimStream> {

@@ -8,8 +8,12 @@ mod sampling;
 mod scheduler;
 mod sequence;
 mod step;
+mod tiers;
 
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
-pub use request::{FinishReason, GenerateRequest, OutputEvent, SamplingParams, Task, TokenLogprob, TokenLogprobs};
+pub use request::{
+    FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, Task, TokenLogprob, TokenLogprobs,
+};
 pub use scheduler::SchedulerLimits;
 pub use step::{Engine, EngineConfig};
+pub use tiers::TierConfig;

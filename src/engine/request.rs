@@ -1,5 +1,6 @@
 //! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
 
+use crate::paging::Tier;
 use crate::text::grammar::GrammarState;
 
 /// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
@@ -98,8 +99,10 @@ impl Default for SamplingParams {
 pub enum OutputEvent {
     /// The prompt has been computed.
     Started {
-        /// Prompt tokens whose KV came from the prefix cache.
+        /// Prompt tokens whose KV was not computed for this request.
         cached_tokens: usize,
+        /// Where it came from.
+        reuse: Reuse,
         /// One entry per prompt token, the first `None`; empty unless asked for.
         prompt_logprobs: Vec<Option<TokenLogprobs>>,
     },
@@ -114,6 +117,48 @@ pub enum OutputEvent {
     Embedding(Vec<f32>),
     /// Nothing follows.
     Finished(FinishReason),
+}
+
+/// Where the KV of a request's prompt came from, and what was decided about lower tiers.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Reuse {
+    /// Tokens found on the device.
+    pub device_tokens: usize,
+    /// Tokens brought up from the host's memory.
+    pub host_tokens: usize,
+    /// Tokens brought up from disk.
+    pub disk_tokens: usize,
+    /// Milliseconds the request waited for them.
+    pub fetch_ms: f64,
+    /// What became of the question.
+    pub decision: FetchDecision,
+}
+
+/// Whether blocks in lower tiers were taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum FetchDecision {
+    /// There was nothing to take there.
+    #[default]
+    NothingBelow,
+    /// They were brought up.
+    Fetched,
+    /// They would have taken longer than computing, by the rates measured so far.
+    RecomputeIsCheaper,
+    /// They did not arrive in time.
+    Late,
+    /// Some were damaged or gone.
+    Lost,
+}
+
+impl Reuse {
+    /// Takes note of `num_tokens` tokens that were found in `tier`.
+    pub(super) fn count(&mut self, tier: Tier, num_tokens: usize) {
+        match tier {
+            Tier::Device => self.device_tokens += num_tokens,
+            Tier::Host => self.host_tokens += num_tokens,
+            Tier::Disk => self.disk_tokens += num_tokens,
+        }
+    }
 }
 
 /// Log-probabilities at one position, from the model's own logits (before penalties and temperature).

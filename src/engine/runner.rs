@@ -1,12 +1,15 @@
 //! Turns scheduled sequences into one forward pass and brings back what the host needs of it.
 
+use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
+use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{AttentionMetadata, Backend, DType, StreamKind, Tensor};
 use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
+use crate::paging::{Pager, PagingConfig};
 
 /// Runs the model. Owns the KV blocks, the buffers of a step and the stream they are used on.
 pub(super) struct ModelRunner<B: Backend> {
@@ -104,6 +107,19 @@ impl<B: Backend> ModelRunner<B> {
             workspace,
             stream,
         })
+    }
+
+    /// Starts the tiers below the blocks of this runner.
+    pub(super) fn start_pager(&self, tiers: TierConfig, limits: &SchedulerLimits, waker: &Sender<()>) -> Result<Pager> {
+        let block_bytes = self.kv.layout.block_bytes();
+        let config = PagingConfig {
+            block_bytes,
+            block_size: limits.block_size,
+            num_host_blocks: tiers.host_bytes / block_bytes,
+            num_threads: tiers.num_io_threads,
+            open: tiers.open_vault,
+        };
+        Pager::start(&self.backend, &self.kv.blocks, limits.num_blocks, config, waker)
     }
 
     pub(super) fn model(&self) -> &Model<B> {

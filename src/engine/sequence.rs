@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use super::generation::Generation;
 use super::handle::OutputSink;
-use super::request::{FinishReason, OutputEvent};
+use super::request::{FinishReason, OutputEvent, Reuse};
 use crate::kv::{BlockHash, BlockTable};
+use crate::paging::Tier;
 
 /// Where a sequence stands. A preempted one is waiting again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +37,10 @@ pub(super) struct Sequence {
     pub(super) num_computed_tokens: usize,
     /// Prompt tokens that came from the prefix cache when it was first scheduled.
     pub(super) num_cached_tokens: Option<usize>,
+    /// Where the KV of its prompt came from.
+    pub(super) reuse: Reuse,
+    /// Whether lower tiers may be asked: not again after they failed it.
+    pub(super) may_fetch: bool,
     pub(super) blocks: BlockTable,
     pub(super) chain: HashChain,
     pub(super) work: Work,
@@ -87,6 +92,23 @@ impl Sequence {
         self.tokens.len() - self.num_computed_tokens
     }
 
+    /// Takes note of `num_tokens` tokens that need not be computed before it is first scheduled.
+    pub(super) fn count_reuse(&mut self, tier: Tier, num_tokens: usize) {
+        if self.num_cached_tokens.is_none() {
+            self.reuse.count(tier, num_tokens);
+        }
+    }
+
+    /// The tokens of full block `index`.
+    pub(super) fn block_tokens(&self, index: usize, block_size: usize) -> &[u32] {
+        &self.tokens[index * block_size..(index + 1) * block_size]
+    }
+
+    /// Full blocks that others may share with it: its last token has to be computed, for its logits.
+    pub(super) fn num_shareable_blocks(&self, block_size: usize) -> usize {
+        (self.tokens.len() - 1) / block_size
+    }
+
     /// Tokens sampled so far.
     pub(super) fn num_output_tokens(&self) -> usize {
         self.tokens.len() - self.num_prompt_tokens
@@ -113,6 +135,10 @@ impl Sequence {
     /// Starts over: its KV is gone.
     pub(super) fn reset(&mut self) {
         self.num_computed_tokens = 0;
+        self.may_fetch = true;
+        if self.num_cached_tokens.is_none() {
+            self.reuse = Reuse { fetch_ms: self.reuse.fetch_ms, decision: self.reuse.decision, ..Reuse::default() };
+        }
         self.chain.num_published = 0;
         self.chain.num_promised = 0;
         match &mut self.work {

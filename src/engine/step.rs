@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, bounded, select};
+use crossbeam::channel::{Receiver, at, bounded, never, select};
 
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
-use super::request::{FinishReason, GenerateRequest, OutputEvent, Task};
+use super::request::{FinishReason, GenerateRequest, OutputEvent, Reuse, Task};
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
 use super::scheduler::{Scheduler, SchedulerLimits};
 use super::sequence::{HashChain, Sequence, SequenceStatus, Work};
+use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
 use crate::kv::BlockHash;
 use crate::models::Model;
@@ -55,8 +56,18 @@ pub struct Engine<B: Backend> {
 }
 
 impl<B: Backend> Engine<B> {
-    /// Allocates everything the step loop uses. `run` it on a thread of its own.
+    /// An engine without tiers below the device.
     pub fn new(backend: B, model: Model<B>, config: EngineConfig) -> Result<(Self, EngineHandle)> {
+        Self::with_tiers(backend, model, config, TierConfig::default())
+    }
+
+    /// Allocates everything the step loop uses. `run` it on a thread of its own.
+    pub fn with_tiers(
+        backend: B,
+        model: Model<B>,
+        config: EngineConfig,
+        tiers: TierConfig,
+    ) -> Result<(Self, EngineHandle)> {
         let limits = &config.limits;
         if limits.max_model_len > limits.num_blocks * limits.block_size {
             return Err(invalid!(
@@ -79,13 +90,15 @@ impl<B: Backend> Engine<B> {
             num_blocks: limits.num_blocks,
         };
         let stopped = Arc::new(AtomicBool::new(false));
+        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
+        let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
+        let pager = runner.start_pager(tiers, limits, &waker)?;
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped));
-        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
         let engine = Self {
-            scheduler: Scheduler::new(*limits),
-            sampler: Sampler::new(model.config().vocab_size, config.eos_token_ids.clone()),
-            runner: ModelRunner::new(backend, model, config.kv_dtype, limits)?,
+            scheduler: Scheduler::new(*limits, pager),
+            sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
+            runner,
             submissions,
             wake,
             stopping,
@@ -115,24 +128,41 @@ impl<B: Backend> Engine<B> {
     fn serve(&mut self) -> Result<()> {
         loop {
             self.accept_submissions();
-            if !self.scheduler.is_idle() {
-                self.step()?;
-            } else if self.stopping.load(Ordering::Acquire) || !self.wait() {
+            self.absorb_arrivals();
+            if self.scheduler.has_queued() && self.step()? {
+                continue;
+            }
+            self.scheduler.pump_saves();
+            self.record_usage();
+            let is_settled = self.scheduler.is_idle() && self.scheduler.tiers().is_settled();
+            let is_over = is_settled && self.stopping.load(Ordering::Acquire);
+            if is_over || !self.wait() {
                 return Ok(());
             }
         }
     }
 
-    /// The one place where the engine blocks: nothing is runnable. `false` when no handle is left.
+    /// The one place where the engine blocks: nothing is runnable. Requests, completions of copies, a drain and the next
+    /// deadline end it. `false` when no handle is left.
     fn wait(&mut self) -> bool {
+        let timer = self.scheduler.tiers().next_deadline().map_or_else(never, at);
         select! {
             recv(self.submissions) -> submission => match submission {
                 Ok(submission) => self.accept(submission),
                 Err(_) => return false,
             },
             recv(self.wake) -> _ => {}
+            recv(timer) -> _ => {}
         }
         true
+    }
+
+    /// Takes note of copies that have ended. Once the model's identity is known, what comes is hashed under it.
+    fn absorb_arrivals(&mut self) {
+        if let Some(identity) = self.scheduler.absorb_arrivals() {
+            tracing::debug!("the vault is open");
+            self.hash_identity = identity;
+        }
     }
 
     fn accept_submissions(&mut self) {
@@ -194,6 +224,8 @@ impl<B: Backend> Engine<B> {
             num_prompt_tokens,
             num_computed_tokens: 0,
             num_cached_tokens: None,
+            reuse: Reuse::default(),
+            may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
             chain: HashChain::new(BlockHash::root(&self.hash_identity, domain.as_bytes()), max_blocks),
             work,
@@ -204,19 +236,26 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// One step: schedule, run, commit.
-    fn step(&mut self) -> Result<()> {
+    /// One step: schedule, run, commit. `false` when nothing can run before a copy has ended.
+    fn step(&mut self) -> Result<bool> {
         for _ in 0..self.scheduler.drop_cancelled() {
             self.metrics.count_finished("abort");
         }
         self.scheduler.schedule();
+        if self.scheduler.scheduled().is_empty() {
+            let is_waiting = !self.scheduler.has_queued() || self.scheduler.tiers().num_held() > 0;
+            assert!(is_waiting, "sequences wait and nothing is under way");
+            return Ok(false);
+        }
+        let started_at = Instant::now();
         self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
+        let took = started_at.elapsed();
         self.commit()?;
-        self.record_step();
+        self.record_step(took);
         if cfg!(debug_assertions) {
             self.scheduler.check_integrity();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Takes the results over: computed tokens, sampled tokens, ended sequences.
@@ -328,14 +367,19 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn record_step(&mut self) {
-        let metrics = &self.metrics;
+    fn record_usage(&self) {
+        let pool = self.scheduler.pool();
+        self.metrics.kv_cache_usage_perc.set(1.0 - pool.num_free() as f64 / pool.num_blocks() as f64);
+    }
+
+    fn record_step(&mut self, took: Duration) {
         let num_tokens = self.scheduler.scheduled().iter().map(|entry| entry.num_tokens).sum();
+        self.scheduler.tiers_mut().pager_mut().observe_step(num_tokens, took);
+        self.record_usage();
+        let metrics = &self.metrics;
         metrics.count_step(num_tokens);
         metrics.num_requests_running.set(self.scheduler.num_running() as i64);
         metrics.num_requests_waiting.set(self.scheduler.num_waiting() as i64);
-        let pool = self.scheduler.pool();
-        metrics.kv_cache_usage_perc.set(1.0 - pool.num_free() as f64 / pool.num_blocks() as f64);
         let num_preemptions = self.scheduler.num_preemptions();
         metrics.num_preemptions.inc_by(num_preemptions - self.num_preemptions);
         self.num_preemptions = num_preemptions;
@@ -358,7 +402,7 @@ fn start(sequence: &mut Sequence) {
     if !generation.started {
         generation.started = true;
         let prompt_logprobs = std::mem::take(&mut generation.prompt_logprobs);
-        sequence.sink.send(OutputEvent::Started { cached_tokens, prompt_logprobs });
+        sequence.sink.send(OutputEvent::Started { cached_tokens, reuse: sequence.reuse, prompt_logprobs });
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::copy_stream::{CpuEvent, CpuStream};
 use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
+use super::transfer::CpuTransfer;
 use super::{
     AttentionBatch, AttentionScratch, GateKind, GemmScratch, Isa, KvArena, KvStoreBatch, PackedMatrix, RopeTable, Rows,
     RowsMut, ThreadPool,
@@ -62,6 +63,7 @@ impl Device for CpuBackend {
     type HostBuffer = CpuHostBuffer;
     type Stream = CpuStream;
     type Event = CpuEvent;
+    type Transfer = CpuTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<CpuBuffer> {
         CpuBuffer::allocate(bytes)
@@ -69,6 +71,10 @@ impl Device for CpuBackend {
 
     fn allocate_host(&self, bytes: usize) -> Result<CpuHostBuffer> {
         CpuHostBuffer::allocate(bytes)
+    }
+
+    fn create_transfer(&self) -> Result<CpuTransfer> {
+        Ok(CpuTransfer)
     }
 
     fn create_stream(&self, kind: StreamKind) -> Result<CpuStream> {
@@ -360,8 +366,8 @@ fn check_heads(
 }
 
 /// # Safety
-/// Nobody else touches the blocks while the arena lives.
+/// Nobody else touches the blocks of the step while the arena lives. Transfers may touch others.
 unsafe fn arena<'a>(kv: &KvLayer<'a, CpuBuffer>) -> KvArena<'a> {
-    // SAFETY: the caller's promise.
-    KvArena::new(unsafe { kv.blocks.bytes_mut(0, kv.blocks.len()) }, *kv.layout)
+    // SAFETY: the buffer outlives the borrow, and the caller's promise.
+    unsafe { KvArena::from_raw(kv.blocks.start(), kv.blocks.len(), *kv.layout) }
 }

@@ -50,6 +50,7 @@ mod simd;
 mod simd_avx2;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx512;
+mod transfer;
 
 pub use activation::{GateKind, gated};
 pub use argmax::argmax;
@@ -64,3 +65,4 @@ pub use norm::{add_rms_norm, rms_norm};
 pub use packed::PackedMatrix;
 pub use pool::ThreadPool;
 pub use rope::RopeTable;
+pub use transfer::CpuTransfer;

@@ -12,6 +12,7 @@ mod launch;
 mod memory;
 mod modules;
 mod stream;
+mod transfer;
 mod upload;
 mod weights;
 
@@ -20,4 +21,5 @@ pub(super) use driver::find_gpus;
 pub use memory::{CudaBuffer, CudaHostBuffer};
 pub(super) use modules::kernel_source;
 pub use stream::{CudaEvent, CudaStream};
+pub use transfer::CudaTransfer;
 pub use weights::{CudaMatrix, CudaRopeTable};

@@ -111,7 +111,7 @@ impl Choice {
     /// Keeps `stream` while more can come; dropping it tells the engine to stop.
     fn on_event(&mut self, event: Option<OutputEvent>, stream: OutputStream) -> ChoiceEvent {
         match event {
-            Some(OutputEvent::Started { cached_tokens, prompt_logprobs }) => {
+            Some(OutputEvent::Started { cached_tokens, prompt_logprobs, .. }) => {
                 self.state = match self.prompt_only {
                     true => State::Ending(Finish { reason: FinishKind::Length, stop_reason: None }),
                     false => State::Running(stream),
