@@ -165,7 +165,6 @@ impl Index {
         self.segments.get(&id)
     }
 
-
     pub(super) fn foreign_bytes(&self) -> u64 {
         self.foreign_bytes
     }

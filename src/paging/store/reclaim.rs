@@ -243,8 +243,9 @@ fn untidy(index: &Index, geometry: &Geometry) -> Vec<Rewrite> {
         return Vec::new();
     }
     let sealed = index.segments().filter(|(_, segment)| segment.handle.is_none());
-    let mut sizes: Vec<_> =
-        sealed.map(|(id, segment)| (segment.num_live, segment.num_live as usize * 2 < segment.hashes.len(), id)).collect();
+    let mut sizes: Vec<_> = sealed
+        .map(|(id, segment)| (segment.num_live, segment.num_live as usize * 2 < segment.hashes.len(), id))
+        .collect();
     sizes.retain(|(num_live, is_sparse, _)| *is_sparse || num_live * 2 <= geometry.num_slots);
     sizes.sort_unstable();
     if sizes.iter().filter(|(_, is_sparse, _)| !is_sparse).count() < NUM_SMALL {
