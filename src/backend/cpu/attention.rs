@@ -10,9 +10,9 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::attention_amx::{self, AmxTileKernel};
+use super::attention_fold::{MergeKernel, TileTarget, partial_stride};
 use super::attention_tile::{
-    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, MergeKernel, Tile, TileKernel, TileScratch,
-    TileTarget, partial_stride,
+    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, Tile, TileKernel, TileScratch,
 };
 use super::disjoint::DisjointSlice;
 use super::line::Line;
