@@ -56,6 +56,12 @@ pub trait Backend: Device {
     /// Angles for positions `[0, max_positions)`.
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;
 
+    /// Takes the memory that steps within `bounds` need beside the buffers they are given, so that none is taken later.
+    /// Called once the matrices are loaded; a device that took it when it was opened has nothing to do.
+    fn reserve(&self, _bounds: &StepBounds<'_>) -> Result<()> {
+        Ok(())
+    }
+
     /// `out[t] = scale * table[ids[t]]`; `ids` is `[1, T]` i32, `out` `[T, K]` f32.
     fn embed(
         &self,
@@ -160,6 +166,21 @@ pub struct Norm<'a, B> {
     pub weight: &'a Tensor<B>,
     /// Added to the mean square.
     pub epsilon: f32,
+}
+
+/// The most that one step holds.
+#[derive(Debug, Clone, Copy)]
+pub struct StepBounds<'a> {
+    /// Tokens, `T`; also rows of logits.
+    pub max_tokens: usize,
+    /// Sequences, `S`.
+    pub max_sequences: usize,
+    /// Tokens of a sequence in the cache.
+    pub max_context_len: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Where numbers lie in a KV block.
+    pub layout: &'a KvLayout,
 }
 
 /// How the q, k and v of one token divide into heads.

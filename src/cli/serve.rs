@@ -25,6 +25,9 @@ pub(crate) struct ServeArgs {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
+    /// Names in the Host header, besides localhost and --host, that a server on loopback without keys answers to
+    #[arg(long, num_args = 1..)]
+    allowed_host: Vec<String>,
     /// Names the model answers to, the first in answers [default: the model's own name]
     #[arg(long, num_args = 1..)]
     served_model_name: Vec<String>,
@@ -70,6 +73,7 @@ impl ServeArgs {
         Ok(ServerConfig {
             host: self.host.clone(),
             port: self.port,
+            allowed_hosts: self.allowed_host.clone(),
             api_keys,
             owned_by: self.owned_by.clone(),
             drain_timeout: Duration::from_secs(self.shutdown_timeout),

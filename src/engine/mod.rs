@@ -2,6 +2,7 @@
 
 mod generation;
 pub mod handle;
+mod output;
 pub mod request;
 mod runner;
 mod sampling;

@@ -7,7 +7,7 @@ use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, StreamKind, Tensor};
+use crate::backend::{AttentionMetadata, Backend, DType, StepBounds, StreamKind, Tensor};
 use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
 use crate::paging::{Pager, PagingConfig};
 
@@ -83,6 +83,13 @@ impl<B: Backend> ModelRunner<B> {
         let max_logits = limits.max_num_seqs + limits.max_prompt_logits;
         let step = StepLimits { max_tokens: limits.max_num_batched_tokens, max_logits };
         let workspace = Workspace::new(&backend, model.config(), step)?;
+        backend.reserve(&StepBounds {
+            max_tokens: limits.max_num_batched_tokens.max(max_logits),
+            max_sequences: limits.max_num_seqs,
+            max_context_len: limits.max_model_len,
+            num_heads: model.config().num_heads,
+            layout: &layout,
+        })?;
         let stream = backend.create_stream(StreamKind::Compute)?;
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size);
         let capacity = 4 * limits.max_num_batched_tokens

@@ -8,6 +8,7 @@ mod completions;
 mod connections;
 mod embeddings;
 mod errors;
+mod hosts;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -10,16 +10,16 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::attention_amx::{self, AmxTileKernel};
+use super::attention_fold::{MergeKernel, TileTarget, partial_stride};
 use super::attention_tile::{
-    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, MergeKernel, Tile, TileKernel, TileScratch,
-    TileTarget, partial_stride,
+    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, Tile, TileKernel, TileScratch,
 };
 use super::disjoint::DisjointSlice;
 use super::line::Line;
 use super::pool::MAX_TASKS;
 use super::simd::{LANES, dispatch};
 use super::{Isa, KvArena, ThreadPool};
-use crate::backend::{DType, KvLayout};
+use crate::backend::{DType, KvLayout, StepBounds};
 
 /// Work below this many products is not worth waking other threads.
 const MIN_PARALLEL_PRODUCTS: usize = 128 * 1024;
@@ -29,6 +29,9 @@ const TILES_PER_TASK: usize = 4;
 
 /// Tasks for each thread when heads are divided into runs of chunks.
 const TASKS_PER_THREAD: usize = 4;
+
+/// Most lines of partial results, 32 MiB: heads for which there is no room are not divided, which changes no bits.
+const MAX_PARTIAL_LINES: usize = (32 << 20) / size_of::<Line>();
 
 /// The sequences of a step. `S` sequences, `T` query tokens in all.
 #[derive(Clone, Copy)]
@@ -53,7 +56,7 @@ pub struct AttentionBatch<'a> {
     pub window: Option<usize>,
 }
 
-/// Memory that calls share, so that a step allocates nothing once it has seen its largest shape.
+/// Memory that calls share. Unless it was reserved it grows to the largest shape seen.
 #[derive(Default)]
 pub struct AttentionScratch {
     threads: Vec<TileScratch>,
@@ -175,8 +178,7 @@ pub fn attention(
     let head_dim = cache.layout().head_dim();
     let max_rows = max_rows(isa, cache.layout());
     scratch.plan(batch, cache.layout(), max_rows, pool.num_threads());
-    scratch.threads.resize_with(pool.num_threads().max(scratch.threads.len()), TileScratch::default);
-    scratch.threads.iter_mut().for_each(|thread| thread.reserve(head_dim, scratch_lines(isa, cache.layout())));
+    scratch.prepare_threads(isa, pool.num_threads(), cache.layout());
     let AttentionScratch { threads, tasks, merges, partials } = scratch;
     let (out, partials) = (DisjointSlice::new(out), DisjointSlice::new(partials));
     let threads = DisjointSlice::new(threads);
@@ -210,6 +212,32 @@ pub fn attention(
 }
 
 impl AttentionScratch {
+    /// Takes the memory for calls within `bounds`; pages are touched when used.
+    ///
+    /// As `plan` divides, runs of rows make `T group / (rows of a task) + S` tasks for each head at most. A head that is
+    /// divided by chunks makes at most `1 + 2 cost / task_cost`, and all heads together cost no more than
+    /// `2 TASKS_PER_THREAD num_threads` times `task_cost`, which was rounded down. Only heads that cost more than
+    /// `task_cost` are divided: fewer than `TASKS_PER_THREAD num_threads`.
+    pub(super) fn reserve(&mut self, isa: Isa, num_threads: usize, bounds: &StepBounds) {
+        let (layout, max_rows) = (bounds.layout, max_rows(isa, bounds.layout));
+        let (num_kv_heads, head_dim) = (layout.num_kv_heads(), layout.head_dim());
+        let num_rows = bounds.max_tokens * (bounds.num_heads / num_kv_heads);
+        let num_runs = num_rows.div_ceil(TILES_PER_TASK * max_rows) + bounds.max_sequences;
+        self.tasks.reserve_exact(num_kv_heads * num_runs + 4 * TASKS_PER_THREAD * num_threads);
+        let num_divided = (bounds.max_sequences * num_kv_heads).min(TASKS_PER_THREAD * num_threads);
+        self.merges.reserve_exact(num_divided);
+        let head_lines = bounds.max_context_len.div_ceil(CHUNK) * max_rows * partial_stride(head_dim) / LANES;
+        self.partials.reserve_exact((num_divided * head_lines).min(MAX_PARTIAL_LINES));
+        self.prepare_threads(isa, num_threads, layout);
+    }
+
+    /// Makes room for the tiles of every thread.
+    fn prepare_threads(&mut self, isa: Isa, num_threads: usize, layout: &KvLayout) {
+        self.threads.resize_with(num_threads.max(self.threads.len()), TileScratch::default);
+        let lines = scratch_lines(isa, layout);
+        self.threads.iter_mut().for_each(|thread| thread.reserve(layout.head_dim(), lines));
+    }
+
     /// Divides the batch into tasks, the costly ones first.
     fn plan(&mut self, batch: &AttentionBatch, layout: &KvLayout, max_rows: usize, num_threads: usize) {
         self.tasks.clear();
@@ -253,9 +281,11 @@ impl AttentionScratch {
         let chunks = sequence.chunks(batch, &rows);
         let chunk_cost = rows.len() * CHUNK;
         let step = (task_cost / chunk_cost).max(1);
-        let is_split = step < chunks.len();
         let chunk_lines = rows.len() * partial_stride(layout.head_dim()) / LANES;
         let first_line = *num_lines;
+        let has_room = first_line + chunks.len() * chunk_lines <= MAX_PARTIAL_LINES;
+        let is_split = step < chunks.len() && has_room;
+        let step = if is_split { step } else { chunks.len() };
         for start in chunks.clone().step_by(step) {
             let part = start..chunks.end.min(start + step);
             let cost = part.len() * chunk_cost;

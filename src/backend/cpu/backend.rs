@@ -17,7 +17,7 @@ use super::{
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor, dequantize_row,
+    KvLayer, KvOrder, Norm, RopeConfig, StepBounds, StreamKind, Tensor, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -158,7 +158,10 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<PackedMatrix> {
-        PackedMatrix::pack(parts, dtype, &mut self.workers().pool)
+        let Workers { pool, gemm, .. } = &mut *self.workers();
+        let matrix = PackedMatrix::pack(parts, dtype, pool)?;
+        gemm.note(self.isa, &matrix);
+        Ok(matrix)
     }
 
     fn load_vector(&self, parts: &[HostTensor], convert: &dyn Fn(f32) -> f32) -> Result<CpuTensor> {
@@ -174,6 +177,13 @@ impl Backend for CpuBackend {
 
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<RopeTable> {
         RopeTable::new(config, max_positions)
+    }
+
+    fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
+        let Workers { pool, gemm, attention } = &mut *self.workers();
+        gemm.reserve(bounds.max_tokens);
+        attention.reserve(self.isa, pool.num_threads(), bounds);
+        Ok(())
     }
 
     fn embed(

@@ -13,6 +13,7 @@ mod argmax;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_amx;
+mod attention_fold;
 mod attention_tile;
 mod backend;
 mod copy_stream;

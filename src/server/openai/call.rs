@@ -24,8 +24,10 @@ pub(super) struct CallRequest {
     /// Lower runs first.
     priority: Option<i32>,
     /// Only calls with the same salt share cached prompt blocks.
+    #[schema(min_length = 1)]
     cache_salt: Option<String>,
     /// Becomes part of the answer's id.
+    #[schema(min_length = 1, max_length = 128, pattern = "^[!-~]+$")]
     request_id: Option<String>,
     /// Also return the ids of prompt and output tokens.
     return_token_ids: Option<bool>,

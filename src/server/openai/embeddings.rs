@@ -25,6 +25,7 @@ pub(in crate::server) struct EmbeddingRequest {
     /// Lists of numbers, or base64 of little-endian 32-bit floats.
     encoding_format: Option<EncodingFormat>,
     /// Keep only this many leading numbers, scaled to length 1 again.
+    #[schema(minimum = 1)]
     dimensions: Option<usize>,
     /// Add the tokens that texts begin with (BOS); on unless turned off.
     add_special_tokens: Option<bool>,

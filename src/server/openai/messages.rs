@@ -12,7 +12,7 @@ use crate::server::limits::check_len;
 #[derive(Debug, Deserialize, ToSchema)]
 pub(in crate::server) struct ChatPromptRequest {
     /// The conversation so far.
-    #[schema(value_type = Vec<ChatMessage>)]
+    #[schema(value_type = Vec<ChatMessage>, min_items = 1)]
     messages: Vec<Map<String, Value>>,
     /// End the prompt with the beginning of the assistant's turn; on unless turned off or the last message goes on.
     add_generation_prompt: Option<bool>,

@@ -331,3 +331,65 @@ fn a_key_far_above_the_others_takes_all_the_weight() {
         }
     }
 }
+
+/// A batch at least as costly to plan for as most: of few tokens or many, short contexts or the longest.
+fn random_lengths(next: &mut impl FnMut(usize) -> usize, bounds: &StepBounds) -> Vec<Lengths> {
+    let mut num_tokens = bounds.max_tokens;
+    let longest = [1, 2, 17, bounds.max_tokens][next(4)];
+    let shortest = if next(2) == 0 { bounds.max_context_len } else { 1 };
+    (0..1 + next(bounds.max_sequences))
+        .map_while(|_| {
+            let num_queries = (1 + next(longest)).min(num_tokens);
+            num_tokens -= num_queries;
+            let least = shortest.max(num_queries);
+            let context_len = least + next(bounds.max_context_len - least + 1);
+            (num_queries > 0).then_some(Lengths { num_queries, context_len })
+        })
+        .collect()
+}
+
+#[test]
+fn reserved_scratch_holds_every_plan() {
+    let mut seed = 1u64;
+    let mut next = |below: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % below
+    };
+    let (mut most_tasks, mut most_partials) = (0.0f64, 0.0f64);
+    for isa in Isa::available() {
+        for (num_kv_heads, group, num_threads) in [(1, 1, 1), (1, 1, 64), (1, 4, 2), (3, 3, 2), (2, 7, 16)] {
+            let layout = KvLayout::new(2, num_kv_heads, 64, 16, DType::BF16).unwrap();
+            let num_heads = num_kv_heads * group;
+            let bounds =
+                StepBounds { max_tokens: 96, max_sequences: 24, max_context_len: 5000, num_heads, layout: &layout };
+            let mut scratch = AttentionScratch::default();
+            scratch.reserve(isa, num_threads, &bounds);
+            let capacities = |scratch: &AttentionScratch| {
+                (scratch.tasks.capacity(), scratch.merges.capacity(), scratch.partials.capacity())
+            };
+            let reserved = capacities(&scratch);
+            for _ in 0..300 {
+                let lengths = random_lengths(&mut next, &bounds);
+                let mut cu_seqlens_q = vec![0i32];
+                lengths.iter().for_each(|it| cu_seqlens_q.push(cu_seqlens_q.last().unwrap() + it.num_queries as i32));
+                let context_lens: Vec<i32> = lengths.iter().map(|it| it.context_len as i32).collect();
+                let batch = AttentionBatch {
+                    qkv: &[],
+                    num_q_heads: num_heads,
+                    cu_seqlens_q: &cu_seqlens_q,
+                    context_lens: &context_lens,
+                    block_tables: &[],
+                    max_blocks: 0,
+                    layer: LAYER,
+                    scale: 1.0,
+                    window: [None, Some(700)][next(2)],
+                };
+                scratch.plan(&batch, &layout, max_rows(isa, &layout), num_threads);
+                assert_eq!(capacities(&scratch), reserved, "{isa} {num_kv_heads} {group} {num_threads}");
+                most_tasks = most_tasks.max(scratch.tasks.len() as f64 / reserved.0 as f64);
+                most_partials = most_partials.max(scratch.partials.len() as f64 / reserved.2 as f64);
+            }
+        }
+    }
+    assert!(most_tasks > 0.5 && most_partials > 0.5, "the batches are too easy: {most_tasks}, {most_partials}");
+}
