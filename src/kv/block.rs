@@ -38,6 +38,11 @@ impl BlockHash {
         Self(hasher.finalize().into())
     }
 
+    /// A hash that was written down earlier.
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The 32 bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0
