@@ -63,7 +63,7 @@ type Operation = fn(&Catalog, &Principal, CubeName) -> Result<()>;
 const OPERATIONS: [Operation; 13] = [
     |c, p, name| c.get(p, &name.into()).map(drop),
     |c, p, name| c.lineage(p, &name).map(drop),
-    |c, p, name| c.fork(p, &name.into(), "bert/fork".parse()?).map(drop),
+    |c, p, name| c.fork(p, &name.into(), "bert/copy".parse()?).map(drop),
     |c, p, name| c.append(p, &name, text("more")).map(drop),
     |c, p, name| c.change(p, &name, CubeChanges { erase_on_free: Some(true), ..CubeChanges::default() }).map(drop),
     |c, p, name| c.change(p, &name, CubeChanges { acl: Some(Acl::Private), ..CubeChanges::default() }).map(drop),

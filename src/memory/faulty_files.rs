@@ -36,7 +36,7 @@ pub(super) enum Fault {
     Error(ErrorKind),
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Content {
     bytes: Vec<u8>,
     durable: Vec<u8>,
@@ -118,6 +118,18 @@ impl FaultyFiles {
         Self(Arc::new(Mutex::new(Disk { contents, durable_names: names.clone(), names, ..Disk::default() })))
     }
 
+    /// What the next process finds when this one alone was killed: everything, durable or not.
+    pub(super) fn after_kill(&self) -> Self {
+        let disk = self.disk();
+        Self(Arc::new(Mutex::new(Disk {
+            contents: disk.contents.clone(),
+            names: disk.names.clone(),
+            durable_names: disk.durable_names.clone(),
+            pending: disk.pending.clone(),
+            ..Disk::default()
+        })))
+    }
+
     fn disk(&self) -> MutexGuard<'_, Disk> {
         self.0.lock().expect("no test panics inside the files")
     }
@@ -148,7 +160,10 @@ impl NameChange {
 impl Content {
     fn after_crash(&self, seed: u64, dice: &mut Dice) -> Self {
         let mut bytes = self.durable.clone();
-        for (start, written) in self.pending.iter().filter(|_| dice.keeps(seed)) {
+        for (start, written) in &self.pending {
+            if !dice.keeps(seed) {
+                continue;
+            }
             let cut = if seed == 0 { written.len() } else { dice.next() as usize % (written.len() + 1) };
             write_into(&mut bytes, *start, &written[..cut]);
         }
