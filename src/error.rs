@@ -17,6 +17,12 @@ pub enum Error {
     /// A thing that was named does not exist.
     #[error("{0}")]
     NotFound(String),
+    /// The caller may see the thing, but not do that to it.
+    #[error("{0}")]
+    Denied(String),
+    /// What was asked for contradicts what is there: a name that is taken, a frozen cube.
+    #[error("{0}")]
+    Conflict(String),
     /// The request or file is well formed, but this build does not do that.
     #[error("{0}")]
     Unsupported(String),

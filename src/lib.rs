@@ -7,6 +7,7 @@ pub mod engine;
 pub mod error;
 pub mod hub;
 pub mod kv;
+pub mod memory;
 pub mod models;
 pub mod paging;
 pub mod server;

@@ -68,6 +68,16 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "PermissionDeniedError", message)
     }
 
+    /// 409: what was asked for contradicts what is there.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "ConflictError", message)
+    }
+
+    /// 501: a thing that this server cannot do yet.
+    pub fn not_implemented(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, "NotImplementedError", message)
+    }
+
     /// 404.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "NotFoundError", message)
@@ -153,6 +163,8 @@ impl From<Error> for ApiError {
         match error {
             Error::Invalid(message) | Error::Unsupported(message) => Self::bad_request(message),
             Error::NotFound(message) => Self::not_found(message),
+            Error::Denied(message) => Self::forbidden(message),
+            Error::Conflict(message) => Self::conflict(message),
             Error::Exhausted(message) => Self::unavailable(message),
             Error::Format(_) | Error::Io { .. } | Error::Device(_) => {
                 tracing::error!(%error, "request failed");
