@@ -9,7 +9,7 @@ mod support;
 
 use std::path::Path;
 
-use mneme::backend::sim::{SimBackend, mix};
+use mneme::backend::sim::{SimBackend, mix, rotated};
 use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task};
 use support::engine::{Output, Setup, TestEngine, greedy, limits, metric, request};
 use support::random::Random;
@@ -17,12 +17,12 @@ use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_LAYERS: usize = 2;
 
-/// The double's model, sequence by sequence: every layer keeps, per position, the mix of what came in and the position,
-/// and hands on the fold of all of them up to there.
+/// The double's model, sequence by sequence: every layer keeps, per position, what came in rotated to the position, and
+/// hands on the fold of all of them up to there.
 #[derive(Clone, Default)]
 struct Oracle {
     folds: [u64; NUM_LAYERS],
-    num_tokens: u64,
+    num_tokens: i64,
 }
 
 impl Oracle {
@@ -30,7 +30,7 @@ impl Oracle {
     fn feed(&mut self, token: u32) -> u32 {
         let mut payload = mix(0, u64::from(token));
         for fold in &mut self.folds {
-            *fold = mix(*fold, mix(payload, self.num_tokens));
+            *fold = mix(*fold, rotated(payload, self.num_tokens));
             payload = *fold;
         }
         self.num_tokens += 1;
