@@ -14,6 +14,7 @@ use mneme::paging::faulty::FaultyFiles;
 use mneme::paging::{BlockFormat, BlockStore, FileHandle, Files, Found, OpenReport, StoreConfig, Stored, SystemFiles};
 
 #[path = "support/random.rs"]
+#[allow(dead_code, unreachable_pub)]
 mod random;
 use random::Random;
 

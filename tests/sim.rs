@@ -10,7 +10,7 @@ mod support;
 use std::path::Path;
 use std::sync::Arc;
 
-use mneme::backend::sim::{SimBackend, mix};
+use mneme::backend::sim::{SimBackend, mix, rotated};
 use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task, TierConfig};
 use mneme::paging::faulty::{Fault, FaultyFiles};
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, VaultOpener};
@@ -23,12 +23,12 @@ const NUM_LAYERS: usize = 2;
 /// Of a block of 32 tokens of the tiny model.
 const MAX_BLOCK_BYTES: usize = 8192;
 
-/// The double's model, sequence by sequence: every layer keeps, per position, the mix of what came in and the position,
-/// and hands on the fold of all of them up to there.
+/// The double's model, sequence by sequence: every layer keeps, per position, what came in rotated to the position, and
+/// hands on the fold of all of them up to there.
 #[derive(Clone, Default)]
 struct Oracle {
     folds: [u64; NUM_LAYERS],
-    num_tokens: u64,
+    num_tokens: i64,
 }
 
 impl Oracle {
@@ -36,7 +36,7 @@ impl Oracle {
     fn feed(&mut self, token: u32) -> u32 {
         let mut payload = mix(0, u64::from(token));
         for fold in &mut self.folds {
-            *fold = mix(*fold, mix(payload, self.num_tokens));
+            *fold = mix(*fold, rotated(payload, self.num_tokens));
             payload = *fold;
         }
         self.num_tokens += 1;

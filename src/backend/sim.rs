@@ -3,18 +3,18 @@
 //! Every row of activations carries one number, its payload, in its first eight bytes. Embedding turns a token id into
 //! a payload, the KV store writes it into the block that the slot mapping names, and attention replaces a row's payload
 //! by a hash of all payloads it finds *through the block table*. A block mapped, swapped, shared or freed wrongly
-//! therefore changes the next token, which is the payload modulo the vocabulary. [`mix`] is all a test needs to predict
-//! it without any of this code.
+//! therefore changes the next token, which is the payload modulo the vocabulary. [`mix`] and [`rotated`] are all a test
+//! needs to predict it without any of this code.
 //!
 //! Copies on a copy stream run only when somebody waits for them or, one at a time, asks whether they are done.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor, Transfer,
+    KvLayer, KvOrder, Norm, RopeConfig, RotatedCopies, StreamKind, Tensor, Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -26,6 +26,12 @@ pub fn mix(a: u64, b: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// What is stored of a token with payload `payload` at position `positions`; and of a stored token that is moved by so
+/// many positions, because rotations add up: `rotated(rotated(x, a), b) == rotated(x, a + b)`.
+pub fn rotated(payload: u64, positions: i64) -> u64 {
+    payload.wrapping_add((positions as u64).wrapping_mul(0xa076_1d64_78bd_642f))
 }
 
 /// The double.
@@ -323,13 +329,14 @@ impl Backend for SimBackend {
         kv: &KvLayer<'_, SimBuffer>,
         metadata: &AttentionMetadata<SimBuffer>,
     ) -> Result<()> {
-        let positions = indices(&metadata.positions);
+        let positions = indices(&metadata.positions).into_iter().map(i64::from);
         let slots = indices(&metadata.slot_mapping);
-        let rows = payloads(qkv);
+        let rows: Vec<u64> = payloads(qkv).into_iter().zip(positions).map(|(row, at)| rotated(row, at)).collect();
+        set_payloads(qkv, rows.iter().copied());
         let mut blocks = kv.blocks.lock();
-        for (row, (position, slot)) in rows.into_iter().zip(positions.into_iter().zip(slots)) {
+        for (row, slot) in rows.into_iter().zip(slots) {
             if let Ok(slot) = usize::try_from(slot) {
-                write_u64(&mut blocks, payload_offset(kv, slot), mix(row, position as u64));
+                write_u64(&mut blocks, payload_offset(kv, slot), row);
             }
         }
         Ok(())
@@ -345,16 +352,16 @@ impl Backend for SimBackend {
         out: &SimTensor,
     ) -> Result<()> {
         let (starts, lens) = (indices(&metadata.cu_seqlens_q), indices(&metadata.context_lens));
-        let tables = indices(&metadata.block_tables);
+        let (positions, tables) = (indices(&metadata.positions), indices(&metadata.block_tables));
         let max_blocks = metadata.block_tables.columns();
         let blocks = kv.blocks.lock();
         let block_size = kv.layout.block_size();
         let mut hashes = Vec::with_capacity(metadata.num_tokens);
         for sequence in 0..metadata.num_seqs {
             let table = &tables[sequence * max_blocks..(sequence + 1) * max_blocks];
-            let num_queries = (starts[sequence + 1] - starts[sequence]) as usize;
-            let context_len = lens[sequence] as usize;
-            for end in context_len - num_queries + 1..=context_len {
+            let positions = &positions[starts[sequence] as usize..starts[sequence + 1] as usize];
+            check_queries(positions, lens[sequence])?;
+            for end in positions.iter().map(|position| *position as usize + 1) {
                 let start = end - shape.window.unwrap_or(end).min(end);
                 let slots = (start..end).map(|at| table[at / block_size] as usize * block_size + at % block_size);
                 hashes.push(slots.fold(0, |hash, slot| mix(hash, read_u64(&blocks, payload_offset(kv, slot)))));
@@ -362,6 +369,48 @@ impl Backend for SimBackend {
         }
         drop(blocks);
         set_payloads(out, hashes);
+        Ok(())
+    }
+
+    fn rotate_gather(
+        &self,
+        _: &SimStream,
+        kv: &KvLayer<'_, SimBuffer>,
+        copies: &RotatedCopies<SimBuffer>,
+        _rope: &(),
+    ) -> Result<()> {
+        copies.check()?;
+        let (sources, targets) = (indices(&copies.source_slots), indices(&copies.target_slots));
+        check_copies(&sources, &targets, kv.layout.block_size())?;
+        let mut blocks = kv.blocks.lock();
+        for ((source, target), delta) in sources.into_iter().zip(targets).zip(indices(&copies.position_deltas)) {
+            let stored = read_u64(&blocks, payload_offset(kv, source as usize));
+            write_u64(&mut blocks, payload_offset(kv, target as usize), rotated(stored, i64::from(delta)));
+        }
+        Ok(())
+    }
+
+    fn kv_deviation(
+        &self,
+        _: &SimStream,
+        qkv: &SimTensor,
+        _shape: &AttentionShape,
+        kv: &KvLayer<'_, SimBuffer>,
+        slots: &SimTensor,
+        out: &SimTensor,
+    ) -> Result<()> {
+        expect_shape("slots", slots, 1, qkv.rows())?;
+        expect_shape("deviations", out, 1, qkv.rows())?;
+        let blocks = kv.blocks.lock();
+        let deviation = |(row, slot): (u64, i32)| match usize::try_from(slot) {
+            Ok(slot) => deviation(row, read_u64(&blocks, payload_offset(kv, slot))),
+            Err(_) => f32::INFINITY,
+        };
+        let found: Vec<u8> =
+            payloads(qkv).into_iter().zip(indices(slots)).map(deviation).flat_map(f32::to_le_bytes).collect();
+        drop(blocks);
+        let start = out.offset_bytes();
+        out.buffer().lock()[start..start + found.len()].copy_from_slice(&found);
         Ok(())
     }
 
@@ -389,6 +438,38 @@ impl Backend for SimBackend {
         let start = out.offset_bytes();
         out.buffer().lock()[start..start + tokens.len()].copy_from_slice(&tokens);
         Ok(())
+    }
+}
+
+/// How far a freshly computed token is from the stored one: nothing when they are the same, else a number in [1, 2) that
+/// depends on both.
+pub fn deviation(fresh: u64, stored: u64) -> f32 {
+    if fresh == stored { 0.0 } else { 1.0 + (mix(fresh, stored) >> 41) as f32 / (1u64 << 23) as f32 }
+}
+
+fn check_queries(positions: &[i32], context_len: i32) -> Result<()> {
+    let is_valid = positions.first().is_none_or(|first| *first >= 0)
+        && positions.is_sorted_by(|a, b| a < b)
+        && positions.last().is_none_or(|last| last + 1 == context_len);
+    match is_valid {
+        true => Ok(()),
+        false => Err(invalid!("queries at {positions:?} are not in order and end a context of {context_len} tokens")),
+    }
+}
+
+/// Targets differ and share no block with a source.
+fn check_copies(sources: &[i32], targets: &[i32], block_size: usize) -> Result<()> {
+    if let Some(slot) = sources.iter().chain(targets).find(|slot| **slot < 0) {
+        return Err(invalid!("slot {slot} of a copy does not exist"));
+    }
+    let block = |slot: &i32| *slot as usize / block_size;
+    let source_blocks: HashSet<usize> = sources.iter().map(block).collect();
+    if let Some(slot) = targets.iter().find(|slot| source_blocks.contains(&block(slot))) {
+        return Err(invalid!("slot {slot} is written in a block that is read by the same copy"));
+    }
+    match targets.iter().collect::<HashSet<_>>().len() == targets.len() {
+        true => Ok(()),
+        false => Err(invalid!("two tokens are copied to one slot")),
     }
 }
 

@@ -172,7 +172,7 @@ impl std::task::Wake for ThreadWaker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::request::TokenLogprob;
+    use crate::engine::request::{Reuse, TokenLogprob};
 
     fn logprobs(id: u32) -> Box<TokenLogprobs> {
         Box::new(TokenLogprobs { chosen: TokenLogprob { id, logprob: -1.0, rank: 1 }, top: Vec::new() })
@@ -191,7 +191,7 @@ mod tests {
         const NUM_TOKENS: u32 = 20_000;
         let (sink, mut stream) = output_channel(NUM_TOKENS as usize);
         let sender = std::thread::spawn(move || {
-            sink.send(OutputEvent::Started { cached_tokens: 3, prompt_logprobs: Vec::new() });
+            sink.send(OutputEvent::Started { cached_tokens: 3, reuse: Reuse::default(), prompt_logprobs: Vec::new() });
             for id in 0..NUM_TOKENS {
                 let logprobs = (id % 3 == 0).then(|| logprobs(id));
                 sink.send(OutputEvent::Token { id: u32::MAX - id, logprobs });
@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn a_slow_reader_gets_everything_and_holds_up_nobody() {
         let (sink, mut stream) = output_channel(100);
-        sink.send(OutputEvent::Started { cached_tokens: 0, prompt_logprobs: Vec::new() });
+        sink.send(OutputEvent::Started { cached_tokens: 0, reuse: Reuse::default(), prompt_logprobs: Vec::new() });
         (0..100).for_each(|id| sink.send(OutputEvent::Token { id, logprobs: None }));
         sink.send(OutputEvent::Finished(FinishReason::Abort));
         drop(sink);

@@ -42,7 +42,11 @@ pub struct AttentionBatch<'a> {
     pub num_q_heads: usize,
     /// Row of the first query of each sequence, and `T`: `[S + 1]`.
     pub cu_seqlens_q: &'a [i32],
-    /// Tokens of each sequence that are in the cache, its queries included: `[S]`.
+    /// Position of each query in its sequence, `[T]`: it sees the keys up to there, its own included. Ascending in a
+    /// sequence, not necessarily without gaps.
+    pub positions: &'a [i32],
+    /// One past the last query's position, for each sequence that has queries: `[S]`. Keys and values up to there are in
+    /// the cache.
     pub context_lens: &'a [i32],
     /// Blocks of each sequence, `[S, max_blocks]`; entries that no query needs may hold anything.
     pub block_tables: &'a [i32],
@@ -89,20 +93,19 @@ struct Merge {
 #[derive(Clone, Copy)]
 pub(super) struct SequenceRows<'a> {
     first_token: usize,
-    num_queries: usize,
-    context_len: usize,
+    positions: &'a [i32],
     group: usize,
     block_table: &'a [i32],
 }
 
 impl SequenceRows<'_> {
     fn num_rows(&self) -> usize {
-        self.num_queries * self.group
+        self.positions.len() * self.group
     }
 
     /// Positions a row sees.
     pub(super) fn key_range(&self, batch: &AttentionBatch, row: usize) -> Range<usize> {
-        let end = self.context_len - self.num_queries + row / self.group + 1;
+        let end = self.positions[row / self.group] as usize + 1;
         batch.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
@@ -140,8 +143,7 @@ impl<'a> AttentionBatch<'a> {
         let (start, end) = (number(self.cu_seqlens_q[index]), number(self.cu_seqlens_q[index + 1]));
         SequenceRows {
             first_token: start,
-            num_queries: end - start,
-            context_len: number(self.context_lens[index]),
+            positions: &self.positions[start..end],
             group: self.num_q_heads / layout.num_kv_heads(),
             block_table: &self.block_tables[index * self.max_blocks..(index + 1) * self.max_blocks],
         }
@@ -158,8 +160,12 @@ impl<'a> AttentionBatch<'a> {
         let num_tokens = self.cu_seqlens_q.last().map_or(0, |last| *last as usize);
         assert_eq!(self.qkv.len(), num_tokens * (heads + 2 * layout.num_kv_heads()) * head_dim, "qkv has T rows");
         assert_eq!(out_len, num_tokens * heads * head_dim, "the output has T rows");
+        assert_eq!(self.positions.len(), num_tokens, "each query has a position");
         for (queries, context_len) in self.cu_seqlens_q.windows(2).zip(self.context_lens) {
-            assert!(queries[1] - queries[0] <= *context_len, "queries are part of the context");
+            let positions = &self.positions[queries[0] as usize..queries[1] as usize];
+            assert!(positions.first().is_none_or(|first| *first >= 0), "positions are not negative");
+            assert!(positions.is_sorted_by(|a, b| a < b), "queries of a sequence are in order of position");
+            assert!(positions.last().is_none_or(|last| last + 1 == *context_len), "a context ends with its last query");
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod backend;
+mod compose;
 mod device;
 mod driver;
 mod kernels;
