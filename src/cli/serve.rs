@@ -13,12 +13,15 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine_args::EngineArgs;
 use super::launch::{Launched, launch};
+use super::tiers::TierArgs;
 
 /// Arguments of `mneme serve`.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    tiers: TierArgs,
     /// Address to listen on; loopback unless told otherwise
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
@@ -48,7 +51,7 @@ pub(crate) struct ServeArgs {
 /// Runs the command: until SIGTERM or Ctrl-C.
 pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.server_config()?;
-    let launched = launch(&args.engine)?;
+    let launched = launch(&args.engine, Some(&args.tiers))?;
     let model = args.served_model(&launched)?;
     let name = model.name().to_owned();
     let grammar = Arc::clone(&model.grammar);

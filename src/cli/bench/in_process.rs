@@ -29,7 +29,7 @@ pub(super) struct InFlight {
 impl InProcess {
     /// Starts the engine and checks that it can hold such requests.
     pub(super) fn start(args: &EngineArgs, input_len: usize, output_len: usize) -> anyhow::Result<Self> {
-        let launched = launch(args)?;
+        let launched = launch(args, None)?;
         let info = launched.handle.info();
         let (total, most) = (input_len.saturating_add(output_len), info.max_model_len);
         anyhow::ensure!(
