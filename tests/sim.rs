@@ -235,10 +235,10 @@ impl Simulation {
         let max_tokens = self.random.within(1, (self.limits.max_model_len - prompt.len()).min(60));
         let embeds = self.random.once_in(10);
         let task = if embeds { Task::Embed } else { Task::Generate(Box::new(greedy(max_tokens))) };
-        let salts = [None, None, Some("a".to_owned()), Some("b".to_owned())];
+        let salts = ["", "", "a", "b"];
         let request = GenerateRequest {
             priority: self.random.below(3) as i32,
-            cache_salt: salts[self.random.below(4)].clone(),
+            domain: salts[self.random.below(4)].to_owned(),
             ..request(&prompt, task)
         };
         match engine.handle.submit(request) {

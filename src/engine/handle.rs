@@ -137,7 +137,7 @@ impl EngineHandle {
         let room = self.info.max_model_len.saturating_sub(request.prompt.len());
         match &request.task {
             Task::Generate(sampling) => sampling.max_tokens.min(room),
-            Task::Embed => 0,
+            Task::Embed | Task::Deposit { .. } => 0,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
+mod deposit;
 mod generation;
 pub mod handle;
 mod output;
@@ -13,7 +14,8 @@ mod tiers;
 
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{
-    FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, Task, TokenLogprob, TokenLogprobs,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, SharedPrefix, Task,
+    TokenLogprob, TokenLogprobs,
 };
 pub use scheduler::SchedulerLimits;
 pub use step::{Engine, EngineConfig};

@@ -1,5 +1,6 @@
 //! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
 
+use crate::kv::BlockHash;
 use crate::paging::Tier;
 use crate::text::grammar::GrammarState;
 
@@ -13,8 +14,32 @@ pub struct GenerateRequest {
     pub task: Task,
     /// Lower runs first; equal priorities run in order of arrival.
     pub priority: i32,
-    /// Separates the prefix cache: only requests with the same salt share blocks.
-    pub cache_salt: Option<String>,
+    /// The cache domain: only requests of the same one share blocks.
+    pub domain: String,
+    /// A beginning of the prompt whose blocks belong to another domain, which the caller may read.
+    pub shared_prefix: Option<SharedPrefix>,
+}
+
+/// A beginning of a prompt that others share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// Tokens of it.
+    pub num_tokens: usize,
+    /// The domain of its full blocks.
+    pub domain: String,
+}
+
+/// What has been kept for a [`Task::Deposit`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Deposited {
+    /// Full blocks, in order of position.
+    pub blocks: Vec<BlockHash>,
+    /// The partial block behind them.
+    pub tail: Option<BlockHash>,
+    /// Tokens whose blocks were there before.
+    pub restored_tokens: usize,
+    /// Tokens that were computed.
+    pub computed_tokens: usize,
 }
 
 /// What a request wants from the model.
@@ -23,6 +48,11 @@ pub enum Task {
     Generate(Box<SamplingParams>),
     /// The mean of the final hidden states of all prompt tokens.
     Embed,
+    /// The prompt's KV on disk.
+    Deposit {
+        /// Whether it has to survive a crash before the answer comes.
+        is_durable: bool,
+    },
 }
 
 /// How to choose tokens. The defaults are greedy-free OpenAI defaults: temperature 1, nothing cut off.
@@ -94,7 +124,7 @@ impl Default for SamplingParams {
     }
 }
 
-/// What comes back, in order: `Started`, any number of `Token`s, one `Finished`; or `Embedding`, `Finished`.
+/// What comes back, in order: `Started`, any number of `Token`s, one `Finished`; or `Embedding` or `Deposited`, `Finished`.
 #[derive(Debug, Clone)]
 pub enum OutputEvent {
     /// The prompt has been computed.
@@ -115,6 +145,8 @@ pub enum OutputEvent {
     },
     /// Mean-pooled hidden state, not normalised; `[hidden_size]`.
     Embedding(Vec<f32>),
+    /// The blocks of a prompt are kept.
+    Deposited(Box<Deposited>),
     /// Nothing follows.
     Finished(FinishReason),
 }

@@ -214,7 +214,7 @@ impl<B: Backend> ModelRunner<B> {
         for entry in scheduled {
             let sequence = &running[entry.index];
             let mut output = SequenceOutput::default();
-            if !is_embedding(sequence) {
+            if matches!(sequence.work, Work::Generate(_)) {
                 logits_row += output_range(sequence, entry.num_tokens).len();
                 if entry.num_tokens == sequence.num_uncomputed_tokens() {
                     output.logits_row = Some(logits_row - 1);
@@ -333,7 +333,7 @@ fn needs_logits_on_host(sequence: &Sequence) -> bool {
         Work::Generate(generation) => {
             generation.wants_prompt_logits() || !generation.is_plain_greedy(sequence.num_output_tokens())
         }
-        Work::Embed { .. } => false,
+        Work::Embed { .. } | Work::Deposit { .. } => false,
     }
 }
 
@@ -344,6 +344,6 @@ fn output_range(sequence: &Sequence, num_tokens: usize) -> std::ops::Range<usize
         Work::Embed { .. } => 0..num_tokens,
         Work::Generate(generation) if generation.wants_prompt_logits() => 0..num_tokens,
         Work::Generate(_) if completes => num_tokens - 1..num_tokens,
-        Work::Generate(_) => 0..0,
+        Work::Generate(_) | Work::Deposit { .. } => 0..0,
     }
 }

@@ -93,7 +93,7 @@ impl Scheduler {
 
     /// Whether nobody waits for anything.
     pub(super) fn is_idle(&self) -> bool {
-        !self.has_queued() && self.tiers.num_fetching() == 0
+        !self.has_queued() && self.tiers.num_sequences() == 0
     }
 
     pub(super) fn num_waiting(&self) -> usize {
@@ -151,15 +151,26 @@ impl Scheduler {
         sequence.finish(FinishReason::Abort);
     }
 
+    /// Has the blocks of a running sequence, which is computed, kept on disk.
+    pub(super) fn begin_deposit(&mut self, index: usize) {
+        self.running[index].status = SequenceStatus::Depositing;
+    }
+
     /// Releases the blocks of finished sequences and forgets them.
     pub(super) fn remove_finished(&mut self) {
         let mut index = 0;
         while index < self.running.len() {
-            if self.running[index].status == SequenceStatus::Finished {
-                let mut sequence = self.running.remove(index);
-                self.release(&mut sequence);
-            } else {
-                index += 1;
+            match self.running[index].status {
+                SequenceStatus::Finished => {
+                    let mut sequence = self.running.remove(index);
+                    self.release(&mut sequence);
+                }
+                SequenceStatus::Depositing => {
+                    let mut sequence = self.running.remove(index);
+                    self.withdraw_promises(&mut sequence);
+                    self.tiers.start_deposit(sequence);
+                }
+                _ => index += 1,
             }
         }
     }
@@ -365,6 +376,7 @@ impl Scheduler {
                     self.add(sequence);
                 }
                 Arrival::Abandoned(promised) => self.break_promises(&promised),
+                Arrival::Ended(mut sequence) => self.release(&mut sequence),
                 Arrival::Opened(found) => identity = Some(found),
             }
         }
@@ -404,13 +416,19 @@ impl Scheduler {
         &mut self.tiers
     }
 
-    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest.
-    fn release(&mut self, sequence: &mut Sequence) {
+    /// What it has not computed by now others need not wait for.
+    fn withdraw_promises(&mut self, sequence: &mut Sequence) {
         for index in sequence.chain.num_published..sequence.chain.num_promised {
             if let Some(hash) = sequence.chain.get(index) {
                 self.promised.remove(hash);
             }
         }
+        sequence.chain.num_promised = sequence.chain.num_promised.min(sequence.chain.num_published);
+    }
+
+    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest.
+    fn release(&mut self, sequence: &mut Sequence) {
+        self.withdraw_promises(sequence);
         while let Some(block) = sequence.blocks.pop() {
             self.pool.release(block);
             self.tiers.queue_save(block);

@@ -13,6 +13,8 @@ use crate::paging::Tier;
 pub(super) enum SequenceStatus {
     Waiting,
     Running,
+    /// Computed; its blocks are on their way to disk.
+    Depositing,
     Finished,
 }
 
@@ -20,6 +22,8 @@ pub(super) enum SequenceStatus {
 pub(super) enum Work {
     /// Sampling tokens.
     Generate(Box<Generation>),
+    /// Computing its KV, to be kept on disk; durably or not.
+    Deposit { is_durable: bool },
     /// Summing final hidden states; `[hidden_size]`.
     Embed { sum: Vec<f32> },
 }
@@ -54,6 +58,8 @@ pub(super) struct Sequence {
 /// The hashes of a sequence's full blocks, computed as they fill.
 pub(super) struct HashChain {
     root: BlockHash,
+    /// The block from which on the chain runs in a domain of its own, and that domain.
+    own: Option<(usize, String)>,
     hashes: Vec<BlockHash>,
     /// Blocks `[0, num_published)` can be found by others.
     pub(super) num_published: usize,
@@ -62,17 +68,30 @@ pub(super) struct HashChain {
 }
 
 impl HashChain {
-    /// An empty chain with room for `max_blocks`.
-    pub(super) fn new(root: BlockHash, max_blocks: usize) -> Self {
-        Self { root, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
+    /// An empty chain with room for `max_blocks`, which from the block given in `own` on runs in another domain.
+    pub(super) fn new(root: BlockHash, own: Option<(usize, String)>, max_blocks: usize) -> Self {
+        Self { root, own, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
     }
 
     /// Extends the chain over all full blocks of `tokens`.
     pub(super) fn extend(&mut self, tokens: &[u32], block_size: usize) {
         for block in tokens.chunks_exact(block_size).skip(self.hashes.len()) {
-            let parent = self.hashes.last().unwrap_or(&self.root);
-            self.hashes.push(parent.child(block));
+            self.hashes.push(self.parent().child(block));
         }
+    }
+
+    /// What the next block follows.
+    fn parent(&self) -> BlockHash {
+        let last = *self.hashes.last().unwrap_or(&self.root);
+        match &self.own {
+            Some((first, domain)) if *first == self.hashes.len() => last.in_domain(domain.as_bytes()),
+            _ => last,
+        }
+    }
+
+    /// What block `index` follows, when that is the last one hashed. Partial blocks belong to the domain before them.
+    pub(super) fn before(&self, index: usize) -> Option<&BlockHash> {
+        (index == self.hashes.len()).then(|| self.hashes.last().unwrap_or(&self.root))
     }
 
     /// The hash of block `index`, if the chain reaches it.
@@ -118,13 +137,13 @@ impl Sequence {
     pub(super) fn wants_prompt_logits(&self) -> bool {
         match &self.work {
             Work::Generate(generation) => generation.wants_prompt_logits(),
-            Work::Embed { .. } => false,
+            Work::Embed { .. } | Work::Deposit { .. } => false,
         }
     }
 
     /// Whether the KV of cached blocks would be enough for its prompt.
     pub(super) fn can_use_cached_blocks(&self) -> bool {
-        matches!(self.work, Work::Generate(_)) && !self.wants_prompt_logits()
+        !matches!(self.work, Work::Embed { .. }) && !self.wants_prompt_logits()
     }
 
     /// The order in which sequences are served.
@@ -144,6 +163,7 @@ impl Sequence {
         match &mut self.work {
             Work::Generate(generation) => generation.prompt_logprobs.clear(),
             Work::Embed { sum } => sum.fill(0.0),
+            Work::Deposit { .. } => {}
         }
     }
 

@@ -189,7 +189,7 @@ impl<B: Backend> Engine<B> {
 
     fn check(&self, request: &GenerateRequest) -> Result<()> {
         let (len, most) = (request.prompt.len(), self.config.limits.max_model_len);
-        let longest = if matches!(request.task, Task::Embed) { most } else { most - 1 };
+        let longest = if matches!(request.task, Task::Generate(_)) { most - 1 } else { most };
         if len == 0 || len > longest {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
         }
@@ -203,8 +203,9 @@ impl<B: Backend> Engine<B> {
     fn make_sequence(&self, request: GenerateRequest, sink: super::handle::OutputSink) -> Sequence {
         let limits = &self.config.limits;
         let num_prompt_tokens = request.prompt.len();
-        let domain = request.cache_salt.as_deref().unwrap_or("");
+        let (root, own) = self.chain_of(&request);
         let (work, room) = match request.task {
+            Task::Deposit { is_durable } => (Work::Deposit { is_durable }, 0),
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
             Task::Generate(mut params) => {
                 params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);
@@ -227,13 +228,21 @@ impl<B: Backend> Engine<B> {
             reuse: Reuse::default(),
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
-            chain: HashChain::new(BlockHash::root(&self.hash_identity, domain.as_bytes()), max_blocks),
+            chain: HashChain::new(root, own, max_blocks),
             work,
             sink,
             arrived_at: Instant::now(),
             scheduled_at: None,
             last_token_at: None,
         }
+    }
+
+    /// Where the chain of a request's block hashes begins, and from which block on it leaves the domain of what it shares.
+    fn chain_of(&self, request: &GenerateRequest) -> (BlockHash, Option<(usize, String)>) {
+        let shared = request.shared_prefix.as_ref().filter(|shared| shared.domain != request.domain);
+        let first_domain = shared.map_or(&request.domain, |shared| &shared.domain);
+        let own = shared.map(|shared| (shared.num_tokens / self.config.limits.block_size, request.domain.clone()));
+        (BlockHash::root(&self.hash_identity, first_domain.as_bytes()), own)
     }
 
     /// One step: schedule, run, commit. `false` when nothing can run before a copy has ended.
@@ -284,6 +293,10 @@ impl<B: Backend> Engine<B> {
                 let mean = sum.iter().map(|value| value / num_tokens).collect();
                 sequence.sink.send(OutputEvent::Embedding(mean));
                 self.end(index, FinishReason::Stop { token: None });
+                Ok(())
+            }
+            Work::Deposit { .. } => {
+                self.scheduler.begin_deposit(index);
                 Ok(())
             }
             Work::Generate(_) => self.commit_token(index, output),
@@ -348,7 +361,7 @@ impl<B: Backend> Engine<B> {
                     }
                 }
             }
-            Work::Generate(_) => {}
+            Work::Generate(_) | Work::Deposit { .. } => {}
         }
     }
 

@@ -9,8 +9,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::deposit::Deposit;
 use super::request::FetchDecision;
-use super::sequence::Sequence;
+use super::sequence::{Sequence, Work};
 use crate::kv::{BlockHash, BlockId, CachedPool};
 use crate::paging::{Completion, Pager, Ticket, Tier, VaultOpener};
 
@@ -41,6 +42,7 @@ pub struct TierConfig {
 pub(super) struct Tiers {
     pager: Pager,
     fetches: Vec<Fetch>,
+    deposits: Vec<Deposit>,
     /// Device blocks held while they are copied down.
     saves: HashMap<Ticket, BlockId>,
     /// Blocks to copy down as soon as there is room, if they still hold something then, and where to.
@@ -82,6 +84,8 @@ pub(super) enum Plan {
 pub(super) enum Arrival {
     /// The blocks of a sequence are there, or are not waited for any longer; those it waited for.
     Ready(Box<Sequence>, Vec<BlockHash>),
+    /// The blocks of a sequence are kept, or cannot be, and its caller knows.
+    Ended(Box<Sequence>),
     /// Nobody computes or fetches these any more.
     Abandoned(Vec<BlockHash>),
     /// The identity of the model is known.
@@ -94,6 +98,7 @@ impl Tiers {
         Self {
             pager,
             fetches: Vec::new(),
+            deposits: Vec::new(),
             saves: HashMap::new(),
             backlog: VecDeque::with_capacity(if is_enabled { num_blocks } else { 0 }),
             in_backlog: vec![false; if is_enabled { num_blocks } else { 0 }],
@@ -112,15 +117,22 @@ impl Tiers {
         self.fetches.iter().filter(|fetch| fetch.sequence.is_some()).count()
     }
 
+    /// Sequences that wait for copies of any kind.
+    pub(super) fn num_sequences(&self) -> usize {
+        self.num_fetching() + self.deposits.len()
+    }
+
     /// Whether everything that is to go down has gone.
     pub(super) fn is_settled(&self) -> bool {
-        self.saves.is_empty() && self.backlog.is_empty() && self.fetches.is_empty()
+        let is_idle = self.fetches.is_empty() && self.deposits.is_empty();
+        is_idle && self.saves.is_empty() && self.backlog.is_empty()
     }
 
     /// Blocks that copies hold.
     pub(super) fn num_held(&self) -> usize {
         let fetched = self.fetches.iter().map(|fetch| fetch.blocks.len()).sum::<usize>();
-        let waiting = self.fetches.iter().filter_map(|fetch| fetch.sequence.as_ref());
+        let fetching = self.fetches.iter().filter_map(|fetch| fetch.sequence.as_deref());
+        let waiting = fetching.chain(self.deposits.iter().map(Deposit::sequence));
         self.saves.len() + fetched + waiting.map(|sequence| sequence.blocks.len()).sum::<usize>()
     }
 
@@ -191,6 +203,29 @@ impl Tiers {
         self.fetches.last().map_or(&[], |fetch| &fetch.promised)
     }
 
+    /// Has the blocks of a computed sequence kept on disk.
+    pub(super) fn start_deposit(&mut self, sequence: Box<Sequence>) {
+        let is_durable = matches!(sequence.work, Work::Deposit { is_durable: true });
+        self.deposits.push(Deposit::new(sequence, is_durable));
+    }
+
+    /// A deposit that has ended, after everything that could be started was.
+    fn poll_deposits(&mut self) -> Option<Arrival> {
+        let mut at = 0;
+        while at < self.deposits.len() {
+            match self.deposits.swap_remove(at).advance(&mut self.pager, self.block_size) {
+                Ok(sequence) => return Some(Arrival::Ended(sequence)),
+                Err(deposit) => {
+                    self.deposits.push(deposit);
+                    let last = self.deposits.len() - 1;
+                    self.deposits.swap(at, last);
+                    at += 1;
+                }
+            }
+        }
+        None
+    }
+
     /// Wants a block copied down when there is room for that: to the host, and from there on to disk.
     pub(super) fn queue_save(&mut self, block: BlockId) {
         self.queue_save_to(block, if self.pager.has_host() { Tier::Host } else { Tier::Disk });
@@ -224,9 +259,12 @@ impl Tiers {
     pub(super) fn poll(&mut self, pool: &mut CachedPool) -> Option<Arrival> {
         while let Some(completion) = self.pager.poll() {
             match completion {
-                Completion::Saved { ticket, block, tier, .. } => {
-                    self.saves.remove(&ticket);
-                    pool.release(block);
+                Completion::Saved { ticket, block, tier, is_there } => {
+                    if self.saves.remove(&ticket).is_some() {
+                        pool.release(block);
+                    } else {
+                        self.deposits.iter_mut().any(|deposit| deposit.absorb_saved(ticket, is_there));
+                    }
                     if tier == Tier::Host {
                         self.queue_save_to(block, Tier::Disk);
                     }
@@ -236,11 +274,13 @@ impl Tiers {
                         return Some(arrival);
                     }
                 }
-                Completion::Sealed { .. } => {}
+                Completion::Sealed { ticket, is_durable } => {
+                    self.deposits.iter_mut().for_each(|deposit| deposit.absorb_sealed(ticket, is_durable));
+                }
                 Completion::Opened { identity } => return Some(Arrival::Opened(identity)),
             }
         }
-        self.poll_empty_fetch(pool).or_else(|| self.poll_late(Instant::now()))
+        self.poll_empty_fetch(pool).or_else(|| self.poll_deposits()).or_else(|| self.poll_late(Instant::now()))
     }
 
     fn absorb_loaded(
@@ -319,7 +359,8 @@ impl Tiers {
     /// For tests and debug builds.
     pub(super) fn check_integrity(&self) {
         let num_loads = self.fetches.iter().map(|fetch| fetch.num_pending).sum();
-        self.pager.check_integrity(self.saves.len(), num_loads);
+        let num_saves = self.saves.len() + self.deposits.iter().map(Deposit::num_saves).sum::<usize>();
+        self.pager.check_integrity(num_saves, num_loads);
         let num_queued = self.in_backlog.iter().filter(|is_queued| **is_queued).count();
         assert_eq!(self.backlog.len(), num_queued, "the backlog and its flags disagree");
     }

@@ -189,7 +189,7 @@ fn priority_and_salt_reach_the_engine() {
     let id = server.chat(json!({ "priority": -3, "cache_salt": "pepper", "request_id": "mine" })).json()["id"].clone();
     assert_eq!(id, "chatcmpl-mine");
     let request = server.requests.recv().unwrap();
-    assert_eq!((request.priority, request.cache_salt.as_deref()), (-3, Some("pepper")));
+    assert_eq!((request.priority, request.domain.as_str()), (-3, "pepper"));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::backend::{Backend, DType};
 use mneme::engine::{
-    Engine, EngineConfig, EngineHandle, FinishReason, GenerateRequest, OutputEvent, OutputStream, Reuse,
+    Deposited, Engine, EngineConfig, EngineHandle, FinishReason, GenerateRequest, OutputEvent, OutputStream, Reuse,
     SamplingParams, SchedulerLimits, Task, TierConfig, TokenLogprobs,
 };
 use mneme::models::{Checkpoint, Model};
@@ -71,6 +71,7 @@ pub struct Output {
     pub cached_tokens: usize,
     pub reuse: Reuse,
     pub embedding: Vec<f32>,
+    pub deposited: Option<Deposited>,
     pub reason: Option<FinishReason>,
 }
 
@@ -154,7 +155,14 @@ pub fn metric(handle: &EngineHandle, name: &str) -> f64 {
 }
 
 pub fn request(prompt: &[u32], task: Task) -> GenerateRequest {
-    GenerateRequest { id: "test".into(), prompt: prompt.to_vec(), task, priority: 0, cache_salt: None }
+    GenerateRequest {
+        id: "test".into(),
+        prompt: prompt.to_vec(),
+        task,
+        priority: 0,
+        domain: String::new(),
+        shared_prefix: None,
+    }
 }
 
 pub fn greedy(max_tokens: usize) -> SamplingParams {
@@ -176,6 +184,7 @@ impl Output {
                 self.logprobs.extend(logprobs.map(|boxed| *boxed));
             }
             OutputEvent::Embedding(embedding) => self.embedding = embedding,
+            OutputEvent::Deposited(deposited) => self.deposited = Some(*deposited),
             OutputEvent::Finished(reason) => self.reason = Some(reason),
         }
     }

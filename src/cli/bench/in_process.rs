@@ -60,7 +60,8 @@ impl InProcess {
             prompt,
             task: Task::Generate(Box::new(sampling)),
             priority: 0,
-            cache_salt: None,
+            domain: String::new(),
+            shared_prefix: None,
         };
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })
@@ -79,7 +80,7 @@ impl InFlight {
                     let num_tokens = self.watch.num_arrivals();
                     return self.watch.finish(self.num_input_tokens, num_tokens).context("the engine made no token");
                 }
-                OutputEvent::Started { .. } | OutputEvent::Embedding(_) => {}
+                OutputEvent::Started { .. } | OutputEvent::Embedding(_) | OutputEvent::Deposited(_) => {}
             }
         }
         anyhow::bail!("the engine stopped before the request was done")

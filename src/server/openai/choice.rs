@@ -120,8 +120,8 @@ impl Choice {
             }
             Some(OutputEvent::Token { id, logprobs }) => self.on_token(id, logprobs, stream),
             Some(OutputEvent::Finished(reason)) => self.on_finish(reason),
-            Some(OutputEvent::Embedding(_)) => {
-                tracing::error!("the engine answered a generation with an embedding");
+            Some(other @ (OutputEvent::Embedding(_) | OutputEvent::Deposited(_))) => {
+                tracing::error!(?other, "the engine answered a generation with something else");
                 ChoiceEvent::Failed(engine_failure())
             }
             None => {

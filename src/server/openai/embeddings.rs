@@ -136,7 +136,8 @@ fn submit(app: &App, call: &Call, inputs: Vec<Vec<u32>>) -> Result<Vec<OutputStr
             prompt,
             task: Task::Embed,
             priority: call.priority,
-            cache_salt: call.cache_salt.clone(),
+            domain: call.cache_salt.clone().unwrap_or_default(),
+            shared_prefix: None,
         };
         app.model.engine.submit(request).map_err(ApiError::from)
     };

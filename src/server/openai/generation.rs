@@ -96,7 +96,8 @@ impl Generation {
             prompt: self.prompt_of(index).to_vec(),
             task: Task::Generate(Box::new(sampling)),
             priority: call.priority,
-            cache_salt: call.cache_salt.clone(),
+            domain: call.cache_salt.clone().unwrap_or_default(),
+            shared_prefix: None,
         }
     }
 }
