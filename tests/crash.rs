@@ -14,6 +14,7 @@ use mneme::paging::faulty::FaultyFiles;
 use mneme::paging::{BlockFormat, BlockStore, FileHandle, Files, Found, OpenReport, StoreConfig, Stored, SystemFiles};
 
 #[path = "support/random.rs"]
+#[allow(dead_code, unreachable_pub)]
 mod random;
 use random::Random;
 
@@ -305,9 +306,13 @@ fn a_flipped_bit_costs_its_block_and_no_other() {
 
 #[test]
 fn a_file_cut_off_keeps_what_is_left() {
-    for (bytes, is_open, wanted) in
-        [(4096 + 2 * 4096 + 1, true, 14), (4096 + 2 * 4096 + 1, false, 14), (100, false, 12), (0, false, 12), (0, true, 12)]
-    {
+    for (bytes, is_open, wanted) in [
+        (4096 + 2 * 4096 + 1, true, 14),
+        (4096 + 2 * 4096 + 1, false, 14),
+        (100, false, 12),
+        (0, false, 12),
+        (0, true, 12),
+    ] {
         let (whole, _) = whole_after(|files, paths| files.truncate(&paths[2], bytes), is_open);
         assert_eq!(whole.len(), wanted, "{bytes} bytes left, open {is_open}: {whole:?}");
     }

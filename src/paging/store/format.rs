@@ -301,7 +301,11 @@ fn parse_records(metadata: &MetadataJson<'_>, num_blocks: usize, block_size: usi
     let mut records = Vec::with_capacity(num_blocks);
     for (hash, digest) in hashes.into_iter().zip(digests) {
         let text = tokens.next().ok_or_else(|| malformed!("it has tokens of fewer than {num_blocks} blocks"))?;
-        records.push(BlockRecord { hash: BlockHash::from_bytes(hash), digest, tokens: parse_tokens(text, block_size)? });
+        records.push(BlockRecord {
+            hash: BlockHash::from_bytes(hash),
+            digest,
+            tokens: parse_tokens(text, block_size)?,
+        });
     }
     if tokens.next().is_some_and(|rest| num_blocks > 0 || !rest.is_empty()) {
         return Err(malformed!("it has tokens of more than {num_blocks} blocks"));

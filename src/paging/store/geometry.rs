@@ -24,8 +24,11 @@ impl Geometry {
         let smallest = format.file_bytes(1);
         if smallest > max_bytes / NUM_PARTS {
             let wanted = smallest * NUM_PARTS;
-            return Err(invalid!("a disk tier of blocks of {} bytes needs at least {wanted} bytes, not {max_bytes}: \
-                 allow more, or turn it off", format.block_bytes));
+            return Err(invalid!(
+                "a disk tier of blocks of {} bytes needs at least {wanted} bytes, not {max_bytes}: \
+                 allow more, or turn it off",
+                format.block_bytes
+            ));
         }
         let wanted = config.segment_bytes.max(smallest).min(max_bytes / NUM_PARTS);
         Ok(Self { num_slots: slots_within(&format, MAX_SLOTS, wanted), format, max_bytes })

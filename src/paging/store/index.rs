@@ -13,6 +13,9 @@ use crate::paging::FileHandle;
 /// Hashes that wait to be told of at most; the oldest are forgotten, and whoever asks for such a block finds it missing.
 const MAX_DROPPED: usize = 1 << 16;
 
+/// A floor holds for an eighth of as many requests as there are blocks.
+const REQUESTS_PER_FLOOR: u64 = 8;
+
 /// Where a block's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
@@ -100,6 +103,8 @@ pub(super) struct Index {
     foreign_bytes: u64,
     leftover_bytes: u64,
     dropped: VecDeque<BlockHash>,
+    /// What the last newcomer that was turned away would have had to be worth more than, and when that was.
+    floor: Option<(f64, u64)>,
     pub(super) counters: Counters,
     /// Why nothing is written any more.
     pub(super) degraded: Option<String>,
@@ -120,6 +125,7 @@ impl Index {
             foreign_bytes: 0,
             leftover_bytes: 0,
             dropped: VecDeque::new(),
+            floor: None,
             counters: Counters::default(),
             degraded: None,
         }
@@ -165,7 +171,6 @@ impl Index {
         self.segments.get(&id)
     }
 
-
     pub(super) fn foreign_bytes(&self) -> u64 {
         self.foreign_bytes
     }
@@ -178,6 +183,18 @@ impl Index {
     /// What a block never stored would be worth, were it stored now: one more than how often it was asked for.
     pub(super) fn candidate_value(&self, hash: &BlockHash) -> f64 {
         1.0 + f64::from(self.sketch.estimate(hash))
+    }
+
+    /// Whether a newcomer of this value need not be weighed: one like it was turned away, and too little has happened
+    /// since for the least of the blocks to have aged.
+    pub(super) fn is_below_floor(&self, value: f64) -> bool {
+        let is_recent = |at| self.clock - at <= self.blocks.len() as u64 / REQUESTS_PER_FLOOR;
+        self.floor.is_some_and(|(floor, at)| value <= floor && is_recent(at))
+    }
+
+    /// Notes what a newcomer would have had to be worth more than.
+    pub(super) fn set_floor(&mut self, least_value: f64) {
+        self.floor = Some((least_value, self.clock));
     }
 
     /// Frequency over age, where a block is one older when as many requests came since as there are blocks.
@@ -212,6 +229,7 @@ impl Index {
         *count -= 1;
         if *count == 0 {
             self.pins.remove(hash);
+            self.floor = None;
             self.count_pin(hash, -1);
         }
     }

@@ -210,13 +210,7 @@ impl BlockStore {
         Found::Missing
     }
 
-    fn read_located(
-        &self,
-        hash: &BlockHash,
-        tokens: &[u32],
-        located: &Located,
-        bytes: &mut [u8],
-    ) -> io::Result<Found> {
+    fn read_located(&self, hash: &BlockHash, tokens: &[u32], located: &Located, bytes: &mut [u8]) -> io::Result<Found> {
         let Located { place, offset, handle } = located;
         let file = match handle {
             Some(handle) => Arc::clone(handle),
@@ -261,8 +255,10 @@ impl BlockStore {
         let BlockFormat { block_bytes, block_size, .. } = self.geometry.format;
         if bytes.len() != block_bytes || tokens.is_empty() || tokens.len() > block_size {
             let (num_bytes, num_tokens) = (bytes.len(), tokens.len());
-            return Err(invalid!("a block has {block_bytes} bytes and 1 to {block_size} tokens, not {num_bytes} and \
-                 {num_tokens}"));
+            return Err(invalid!(
+                "a block has {block_bytes} bytes and 1 to {block_size} tokens, not {num_bytes} and \
+                 {num_tokens}"
+            ));
         }
         if let Some(stored) = self.refuse_at_once(&hash) {
             return Ok(stored);

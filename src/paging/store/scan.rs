@@ -130,14 +130,7 @@ impl Scan<'_> {
         }
     }
 
-    fn add_foreign(
-        &mut self,
-        path: &Path,
-        id: SegmentId,
-        bytes: u64,
-        hashes: Vec<BlockHash>,
-        is_evictable: bool,
-    ) {
+    fn add_foreign(&mut self, path: &Path, id: SegmentId, bytes: u64, hashes: Vec<BlockHash>, is_evictable: bool) {
         self.index.add_foreign(ForeignSegment { id, path: path.to_path_buf(), bytes, hashes, is_evictable });
         self.scanned.report.num_foreign_segments += 1;
     }

@@ -4,8 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::index::Extent;
 use super::format::{BlockFormat, BlockRecord, encode_header};
+use super::index::Extent;
 use crate::paging::{FileHandle, Files};
 
 /// Which segment, in order of creation; unique in a store, formats taken together.
@@ -128,7 +128,9 @@ mod tests {
         let id = SegmentId(0xabc);
         assert_eq!(SegmentId::parse(&Path::new("/a").join(id.file_name())), Some(SegmentName::Sealed(id)));
         assert_eq!(SegmentId::parse(&Path::new("/a").join(id.partial_name())), Some(SegmentName::Partial(id)));
-        for name in ["notes.partial", "seg-1.partial", "seg-000000000000000A.partial", "seg-0000000000000abc.txt", "seg-"] {
+        for name in
+            ["notes.partial", "seg-1.partial", "seg-000000000000000A.partial", "seg-0000000000000abc.txt", "seg-"]
+        {
             assert_eq!(SegmentId::parse(Path::new(name)), None, "{name}");
         }
     }

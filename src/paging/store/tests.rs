@@ -146,7 +146,10 @@ fn a_segment_is_a_safetensors_file() {
     }
     let (_, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let metadata = metadata.metadata().clone().unwrap();
-    assert_eq!((&*metadata["layout"], &*metadata["block_bytes"], &*metadata["tokens"]), ("pairs", "5000", "0;7 8;14 15 16"));
+    assert_eq!(
+        (&*metadata["layout"], &*metadata["block_bytes"], &*metadata["tokens"]),
+        ("pairs", "5000", "0;7 8;14 15 16")
+    );
 }
 
 #[test]
