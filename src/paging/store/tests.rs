@@ -438,6 +438,32 @@ fn readers_are_never_held_up_or_misled_by_compaction() {
     assert_eq!(store.stats().damaged, 0);
 }
 
+#[test]
+fn threads_share_a_store() {
+    let files = FaultyFiles::new(1);
+    let store = open(&files, 60);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let store = &store;
+            scope.spawn(move || {
+                for number in (thread..100).step_by(3) {
+                    assert_ne!(write(store, number), Stored::NoRoom);
+                    assert_eq!(read(store, number), Found::Whole);
+                    if number % 5 == 0 {
+                        store.seal().unwrap();
+                    }
+                }
+                store.seal().unwrap();
+            });
+        }
+    });
+    assert_eq!(store.stats().blocks, 100, "two threads that write one block store it once");
+    assert!(files.peak_bytes() <= config(60).max_bytes);
+    drop(store);
+    let store = open(&files, 60);
+    assert!((0..100).all(|number| read(&store, number) == Found::Whole));
+}
+
 #[derive(Debug, Clone)]
 enum Operation {
     Write(u32),
