@@ -318,8 +318,9 @@ impl Index {
         self.dropped.push_back(hash);
     }
 
+    /// Without those that were stored anew since.
     pub(super) fn take_dropped(&mut self) -> Vec<BlockHash> {
-        self.dropped.drain(..).collect()
+        self.dropped.drain(..).filter(|hash| !self.blocks.contains_key(hash)).collect()
     }
 
     /// Switches from rewritten segments to their copy. Blocks that were not copied are evicted, except those pinned

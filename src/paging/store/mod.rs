@@ -313,8 +313,8 @@ impl BlockStore {
         self.make_room(&mut self.writer(), 0, None)
     }
 
-    /// Blocks evicted or found damaged since the last call. Of very many the oldest are left out; asking for one of
-    /// those finds it missing.
+    /// Blocks evicted or found damaged since the last call, and not there now. Of very many the oldest are left out;
+    /// asking for one of those finds it missing.
     pub fn take_dropped(&self) -> Vec<BlockHash> {
         self.index().take_dropped()
     }
