@@ -294,6 +294,18 @@ fn segments_under_half_live_are_rewritten() {
 }
 
 #[test]
+fn damage_is_not_copied() {
+    let files = FaultyFiles::new(1);
+    let store = open(&files, 40);
+    (0..8).for_each(|number| write_sealed(&store, number..number + 1));
+    files.flip_bit(&segments(&files)[3], (files.contents(&segments(&files)[3]).unwrap().len() as u64 - 5000) * 8);
+    assert_eq!(write(&store, 8), Stored::New, "the ninth small segment has the eight merged");
+    assert!(store.stats().compactions > 0);
+    assert_eq!((store.stats().damaged, store.take_dropped()), (1, vec![hash(3)]));
+    assert!((0..9).all(|number| number == 3 || read(&store, number) == Found::Whole));
+}
+
+#[test]
 fn a_lower_bound_is_reached_by_trimming() {
     let files = FaultyFiles::new(1);
     let store = open(&files, 12);
