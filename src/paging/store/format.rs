@@ -342,7 +342,13 @@ fn shortened(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::paging::Files;
+    use crate::paging::faulty::FaultyFiles;
 
     fn format() -> BlockFormat {
         BlockFormat { block_bytes: 5000, block_size: 4, layout: "a \"layout\"\n".into() }
@@ -426,6 +432,34 @@ mod tests {
         assert!(parse_header("[".repeat(4088).as_bytes()).is_err());
         let later = good.replacen(r#""version":"1""#, r#""version":"2""#, 1);
         assert!(matches!(parse_header(later.as_bytes()), Err(Error::Unsupported(_))));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn mutated_files_are_refused_or_consistent(
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            length in prop::option::of(any::<u64>()),
+            num_bytes in any::<prop::sample::Index>(),
+        ) {
+            let (format, path) = (format(), Path::new("/segment"));
+            let mut bytes = encode_header(&format, &records(3), format.region_bytes(3));
+            if let Some(length) = length {
+                bytes[..8].copy_from_slice(&(length >> (length % 64)).to_le_bytes());
+            }
+            for (at, value) in edits {
+                // Most of the region is padding: edit the text before it.
+                bytes[at.index(900)] = value;
+            }
+            bytes.resize(num_bytes.index(5 * 8192), 0);
+            let files = FaultyFiles::new(0);
+            files.plant(path, &bytes);
+            if let Ok(header) = read_header(&*files.open(path).unwrap()) {
+                let end = header.region_bytes + header.records.len() as u64 * header.format.stride();
+                prop_assert!(end <= bytes.len() as u64 && header.records.len() + header.num_missing == 3);
+            }
+        }
     }
 
     #[test]

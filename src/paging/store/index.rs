@@ -13,6 +13,9 @@ use crate::paging::FileHandle;
 /// Hashes that wait to be told of at most; the oldest are forgotten, and whoever asks for such a block finds it missing.
 const MAX_DROPPED: usize = 1 << 16;
 
+/// A floor holds for an eighth of as many requests as there are blocks.
+const REQUESTS_PER_FLOOR: u64 = 8;
+
 /// Where a block's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
@@ -100,6 +103,8 @@ pub(super) struct Index {
     foreign_bytes: u64,
     leftover_bytes: u64,
     dropped: VecDeque<BlockHash>,
+    /// What the last newcomer that was turned away would have had to be worth more than, and when that was.
+    floor: Option<(f64, u64)>,
     pub(super) counters: Counters,
     /// Why nothing is written any more.
     pub(super) degraded: Option<String>,
@@ -120,6 +125,7 @@ impl Index {
             foreign_bytes: 0,
             leftover_bytes: 0,
             dropped: VecDeque::new(),
+            floor: None,
             counters: Counters::default(),
             degraded: None,
         }
@@ -179,6 +185,18 @@ impl Index {
         1.0 + f64::from(self.sketch.estimate(hash))
     }
 
+    /// Whether a newcomer of this value need not be weighed: one like it was turned away, and too little has happened
+    /// since for the least of the blocks to have aged.
+    pub(super) fn is_below_floor(&self, value: f64) -> bool {
+        let is_recent = |at| self.clock - at <= self.blocks.len() as u64 / REQUESTS_PER_FLOOR;
+        self.floor.is_some_and(|(floor, at)| value <= floor && is_recent(at))
+    }
+
+    /// Notes what a newcomer would have had to be worth more than.
+    pub(super) fn set_floor(&mut self, least_value: f64) {
+        self.floor = Some((least_value, self.clock));
+    }
+
     /// Frequency over age, where a block is one older when as many requests came since as there are blocks.
     fn value(&self, hash: &BlockHash, entry: &Entry) -> f64 {
         let age = (self.clock - entry.last_use) as f64 / self.blocks.len().max(1) as f64;
@@ -211,6 +229,7 @@ impl Index {
         *count -= 1;
         if *count == 0 {
             self.pins.remove(hash);
+            self.floor = None;
             self.count_pin(hash, -1);
         }
     }
@@ -299,8 +318,9 @@ impl Index {
         self.dropped.push_back(hash);
     }
 
+    /// Without those that were stored anew since.
     pub(super) fn take_dropped(&mut self) -> Vec<BlockHash> {
-        self.dropped.drain(..).collect()
+        self.dropped.drain(..).filter(|hash| !self.blocks.contains_key(hash)).collect()
     }
 
     /// Switches from rewritten segments to their copy. Blocks that were not copied are evicted, except those pinned

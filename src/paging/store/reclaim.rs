@@ -176,16 +176,20 @@ fn next_step(index: &mut Index, geometry: &Geometry, needed_bytes: u64, candidat
         return Step::Refuse;
     }
     let value = candidate.map_or(1.0, |hash| index.candidate_value(hash));
-    let victim = cheapest(index, geometry, value);
-    if let Some(victim) = victim.as_ref().filter(|victim| victim.cost == 0.0) {
-        return Step::Rewrite(Rewrite { id: victim.rewrite.id, retained: victim.rewrite.retained.clone() });
+    let is_hopeless = candidate.is_some() && index.is_below_floor(value);
+    let victim = if is_hopeless { None } else { cheapest(index, geometry, value) };
+    if let Some(Victim { rewrite, .. }) = victim.as_ref().filter(|victim| victim.cost == 0.0) {
+        return Step::Rewrite(Rewrite { id: rewrite.id, retained: rewrite.retained.clone() });
     }
     if let Some(segment) = index.take_foreign() {
         return Step::RemoveForeign(segment);
     }
-    match victim.filter(|victim| candidate.is_none() || value > victim.least_value) {
-        Some(victim) => Step::Rewrite(victim.rewrite),
-        None => {
+    match victim {
+        Some(victim) if candidate.is_none() || value > victim.least_value => Step::Rewrite(victim.rewrite),
+        victim => {
+            if let Some(victim) = victim {
+                index.set_floor(victim.least_value);
+            }
             index.counters.rejected += u64::from(candidate.is_some());
             Step::Refuse
         }
