@@ -246,8 +246,7 @@ fn keys_guard_every_route_but_the_probes() {
         assert_eq!(server.get(path).status, 200);
     }
     // The answer comes although the body never does.
-    let head =
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n";
     assert_eq!(server.send(head.as_bytes()).status, 401);
     let body = chat_body(json!({})).to_string();
     let request = post("/v1/chat/completions", body.as_bytes(), "Authorization: Bearer other\r\n");
