@@ -12,6 +12,7 @@ MODEL = os.environ["MNEME_MODEL"]
 QUESTION = [{"role": "user", "content": "Say yes."}]
 # What is said does not matter here, so little is.
 MAX_TOKENS = 4
+MAX_CHOICES = 4
 statuses = collections.Counter()
 
 
@@ -33,6 +34,9 @@ def before_call(context, case, kwargs):
             body[name] = min(body[name], MAX_TOKENS)
     if "completions" in case.path:
         body.setdefault("max_tokens", MAX_TOKENS)
+    for name in ("n", "best_of"):
+        if isinstance(body.get(name), int):
+            body[name] = min(body[name], MAX_CHOICES)
     if body.get("stream") is not True:
         body.pop("stream_options", None)
     if "chat" in case.path and not body.get("messages"):

@@ -14,10 +14,10 @@ import tempfile
 import urllib.request
 
 HERE = pathlib.Path(__file__).parent
-# A run takes seconds; one that takes this long hangs.
-TIMEOUT_SECONDS = 55
+# A run takes seconds, on a busy machine a minute; one that takes this long hangs.
+TIMEOUT_SECONDS = 100
 # Requests of a path that must have been answered with 200 for the answers to count as checked.
-LEAST_ANSWERED = 5
+LEAST_ANSWERED = 3
 
 
 def run(document, base_url, answered, *options):
