@@ -38,7 +38,7 @@ impl BlockHash {
         Self(hasher.finalize().into())
     }
 
-    /// A hash that was written down earlier.
+    /// A hash that was written down.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }

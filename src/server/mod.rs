@@ -5,6 +5,7 @@
 
 mod auth;
 mod config;
+mod cubes;
 mod error;
 mod health;
 mod json;
@@ -25,6 +26,7 @@ use tokio::sync::Notify;
 
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
+pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
 use self::json::JsonBody;
 pub use self::limits::{ConnectionLimits, RequestLimits};

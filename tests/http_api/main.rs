@@ -106,6 +106,7 @@ fn served_model(engine: EngineHandle) -> ServedModel {
         default_sampling: SamplingParams::default(),
         created: 1_700_000_000,
         root: "models/tiny".into(),
+        cubes: None,
     }
 }
 
