@@ -193,7 +193,8 @@ fn versions_share_blocks_and_what_governs() {
     let new = NewCube::new(name("ana/a"), samples::activation_payload("one", &tokens[..20]));
     let first = catalog.create(&ana, new, Durability::Synced).unwrap();
     clock.set(NOW + 5 * SECOND);
-    let second = catalog.append(&ana, &name("ana/a"), Version::FIRST, samples::activation_payload("one two", &tokens)).unwrap();
+    let second =
+        catalog.append(&ana, &name("ana/a"), Version::FIRST, samples::activation_payload("one two", &tokens)).unwrap();
     assert_eq!((second.cube.version.get(), second.cube.id), (2, first.cube.id));
     assert!(second.cube.updated_at > second.cube.created_at && second.cube.created_at == first.cube.created_at);
     assert_eq!(catalog.block_references().len(), 4, "of five blocks two are the same");

@@ -36,7 +36,11 @@ impl ApiKeys {
             .ok_or_else(|| ApiError::unauthorized("Send an API key in the header 'Authorization: Bearer <key>'."))?;
         let digest: [u8; 32] = Sha256::digest(token).into();
         let matches = self.digests.iter().fold(Choice::from(0), |found, key| found | key.ct_eq(&digest));
-        if matches.into() { Ok(principal_of(&digest)) } else { Err(ApiError::unauthorized("Incorrect API key provided.")) }
+        if matches.into() {
+            Ok(principal_of(&digest))
+        } else {
+            Err(ApiError::unauthorized("Incorrect API key provided."))
+        }
     }
 }
 

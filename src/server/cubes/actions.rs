@@ -151,7 +151,8 @@ fn behind(app: &App, body: &JsonBody, payload: &Payload, is_current: bool) -> Re
     let content: Content = body.parse::<ContentRequest>()?.check(app)?;
     let activation = payload.activation().expect("the caller has looked");
     if !is_current {
-        let message = "The cube's tokens are of another vocabulary than this model's; make the cube anew from its text.";
+        let message =
+            "The cube's tokens are of another vocabulary than this model's; make the cube anew from its text.";
         return Err(ApiError::conflict(message));
     }
     content.tokenize_behind(activation, app)

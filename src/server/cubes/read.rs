@@ -189,7 +189,11 @@ pub(in crate::server) async fn get(
     params(("name" = String, Path, description = "namespace/path")),
     responses((status = 200, body = LineageObject), (status = "4XX", body = ErrorBody))
 )]
-pub(in crate::server) fn lineage(catalog: &Catalog, principal: &Principal, name: &str) -> Result<LineageObject, ApiError> {
+pub(in crate::server) fn lineage(
+    catalog: &Catalog,
+    principal: &Principal,
+    name: &str,
+) -> Result<LineageObject, ApiError> {
     let Lineage { cube, ancestors, descendants } = catalog.lineage(principal, &name.parse()?)?;
     let objects = |relatives: Vec<Relative>| relatives.into_iter().map(RelativeObject::from).collect();
     Ok(LineageObject {
