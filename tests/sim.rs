@@ -303,7 +303,7 @@ fn random_lives_end_as_predicted() {
         let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, num_host_tokens, .. } = total;
         assert!(num_finished > 100 && num_cancelled > 100, "{total:?}");
         assert!(num_preemptions > 100 && num_cached_tokens > 1000, "{total:?}");
-        assert!(num_host_tokens > 1000 && total.num_disk_tokens > 1000, "{total:?}");
+        assert!(num_host_tokens > 1000 && total.num_disk_tokens > 500, "{total:?}");
         assert!(total.num_restored_tokens > 100, "{total:?}");
     }
 }

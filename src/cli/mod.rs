@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod chat;
+pub(crate) mod cube;
 mod device;
 pub(crate) mod doctor;
 mod engine_args;
@@ -34,6 +35,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Fetch a model into the cache and print where it is
     Pull(pull::PullArgs),
+    /// Make, find, change and check memory cubes of a running server
+    Cube(cube::CubeArgs),
     /// List the models that have a short name, and where the downloaded ones are
     Models(models::ModelsArgs),
 }
@@ -46,6 +49,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(args),
         Command::Pull(args) => pull::run(&args),
+        Command::Cube(args) => cube::run(args),
         Command::Models(args) => models::run(&args),
     }
 }

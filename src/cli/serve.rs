@@ -100,6 +100,7 @@ impl ServeArgs {
             default_sampling: assets.default_sampling.clone(),
             created,
             root: launched.model.path.display().to_string(),
+            cubes: None,
         })
     }
 }

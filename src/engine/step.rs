@@ -35,8 +35,9 @@ pub struct EngineConfig {
     pub seed: u64,
 }
 
-/// Submissions that are under way to the engine thread, beside those that wait in it.
-const SUBMISSION_QUEUE: usize = 64;
+/// Submissions that are under way to the engine thread, beside those that wait in it: more than one call can make, so
+/// that an idle engine never refuses one.
+const SUBMISSION_QUEUE: usize = 512;
 
 /// The only owner of scheduler, pools and block tables. Runs on one thread; takes no lock, reads no file.
 pub struct Engine<B: Backend> {

@@ -11,7 +11,7 @@ use super::event::EventKind;
 use super::folder::Durability;
 use super::label::{Label, Labels};
 use super::lifecycle::State;
-use super::name::CubeName;
+use super::name::{CubeName, Version};
 use super::payload::{Kind, Payload, Twin};
 use super::samples;
 use crate::{Error, Result};
@@ -64,7 +64,7 @@ const OPERATIONS: [Operation; 13] = [
     |c, p, name| c.get(p, &name.into()).map(drop),
     |c, p, name| c.lineage(p, &name).map(drop),
     |c, p, name| c.fork(p, &name.into(), "bert/copy".parse()?).map(drop),
-    |c, p, name| c.append(p, &name, text("more")).map(drop),
+    |c, p, name| c.append(p, &name, Version::FIRST, text("more")).map(drop),
     |c, p, name| c.change(p, &name, CubeChanges { erase_on_free: Some(true), ..CubeChanges::default() }).map(drop),
     |c, p, name| c.change(p, &name, CubeChanges { acl: Some(Acl::Private), ..CubeChanges::default() }).map(drop),
     |c, p, name| c.change(p, &name, CubeChanges::default()).map(drop),
@@ -193,7 +193,8 @@ fn versions_share_blocks_and_what_governs() {
     let new = NewCube::new(name("ana/a"), samples::activation_payload("one", &tokens[..20]));
     let first = catalog.create(&ana, new, Durability::Synced).unwrap();
     clock.set(NOW + 5 * SECOND);
-    let second = catalog.append(&ana, &name("ana/a"), samples::activation_payload("one two", &tokens)).unwrap();
+    let second =
+        catalog.append(&ana, &name("ana/a"), Version::FIRST, samples::activation_payload("one two", &tokens)).unwrap();
     assert_eq!((second.cube.version.get(), second.cube.id), (2, first.cube.id));
     assert!(second.cube.updated_at > second.cube.created_at && second.cube.created_at == first.cube.created_at);
     assert_eq!(catalog.block_references().len(), 4, "of five blocks two are the same");
@@ -341,8 +342,9 @@ fn everything_has_a_bound() {
     assert!(matches!(add("ana/a", text("eleven byte")), Err(Error::Invalid(_))));
     assert!(matches!(add("ana/a", samples::activation_payload("a", &[1; 5])), Err(Error::Invalid(_))));
     add("ana/a", text("ten bytes!")).unwrap();
-    catalog.append(&ana, &name("ana/a"), text("b")).unwrap();
-    assert!(matches!(catalog.append(&ana, &name("ana/a"), text("c")), Err(Error::Exhausted(_))));
+    let second = catalog.append(&ana, &name("ana/a"), Version::FIRST, text("b")).unwrap().newest;
+    assert!(matches!(catalog.append(&ana, &name("ana/a"), Version::FIRST, text("c")), Err(Error::Conflict(_))));
+    assert!(matches!(catalog.append(&ana, &name("ana/a"), second, text("c")), Err(Error::Exhausted(_))));
     assert!(add("ana/b", samples::activation_payload("a", &[1; 4])).is_ok());
     assert!(matches!(add("ana/c", text("c")), Err(Error::Exhausted(_))));
     catalog.delete(&ana, &name("ana/a")).unwrap();

@@ -147,12 +147,27 @@ impl Catalog {
         self.commit(&mut writer, cube, Durability::Synced, EventKind::Forked, Some(principal), now)
     }
 
-    /// Adds a version. Always durable: a torn newest version would hide the cube.
-    pub fn append(&self, principal: &Principal, name: &CubeName, payload: Payload) -> Result<CubeView> {
+    /// Whether `principal` may make a cube of this name: what [`Catalog::create`] checks, before anything is computed.
+    pub fn check_name(&self, principal: &Principal, name: &CubeName) -> Result<()> {
+        self.taker(principal, name, self.now()).map(drop)
+    }
+
+    /// Whether `principal` may append to a cube: what [`Catalog::append`] checks, before anything is computed.
+    pub fn check_append(&self, principal: &Principal, name: &CubeName) -> Result<()> {
+        self.changeable(principal, name, Access::Write, self.now()).map(drop)
+    }
+
+    /// Adds a version that was made from version `base`; [`Error::Conflict`] when that is no longer the newest. Always
+    /// durable: a torn newest version would hide the cube.
+    pub fn append(&self, principal: &Principal, name: &CubeName, base: Version, payload: Payload) -> Result<CubeView> {
         self.check_payload(&payload)?;
         self.check_bytes(&payload)?;
         let max_versions = self.limits.max_versions;
         let edit = |cube: &mut Cube, _| {
+            if cube.version != base {
+                let message = "was changed meanwhile; look at its newest version and try again";
+                return Err(Error::Conflict(format!("Cube `{}` {message}.", cube.name)));
+            }
             let next = cube.version.next().filter(|next| next.get() as usize <= max_versions);
             cube.version = next.ok_or_else(|| {
                 Error::Exhausted(format!(
@@ -296,24 +311,26 @@ impl Catalog {
         Ok(head)
     }
 
-    /// Makes sure that `principal` may give a cube this name.
+    /// Gives `principal` this name, if it may have it.
     fn claim(&self, writer: &mut Writer, principal: &Principal, name: &CubeName, now: Timestamp) -> Result<()> {
-        let taken = {
-            let index = self.read();
-            if index.namespace_owner(name.namespace()).is_some_and(|owner| owner != principal) {
-                let namespace = name.namespace();
-                return Err(Error::Denied(format!("Namespace `{namespace}` is somebody else's; choose another.")));
-            }
-            index.named(name).map(|entry| Arc::clone(&entry.head))
-        };
-        match taken {
+        match self.taker(principal, name, now)? {
             None => Ok(()),
-            Some(cube) if cube.has_expired(now) => {
-                self.end(writer, &cube, Ending::Expired, None, now, &mut Ended::default())
-            }
-            Some(_) => {
+            Some(expired) => self.end(writer, &expired, Ending::Expired, None, now, &mut Ended::default()),
+        }
+    }
+
+    /// The expired cube that still has this name. An error when `principal` cannot have it.
+    fn taker(&self, principal: &Principal, name: &CubeName, now: Timestamp) -> Result<Option<Arc<Cube>>> {
+        let index = self.read();
+        if index.namespace_owner(name.namespace()).is_some_and(|owner| owner != principal) {
+            let namespace = name.namespace();
+            return Err(Error::Denied(format!("Namespace `{namespace}` is somebody else's; choose another.")));
+        }
+        match index.named(name).map(|entry| Arc::clone(&entry.head)) {
+            Some(cube) if !cube.has_expired(now) => {
                 Err(Error::Conflict(format!("There is a cube `{name}` already; append to it or choose a name.")))
             }
+            taker => Ok(taker),
         }
     }
 

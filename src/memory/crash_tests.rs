@@ -110,7 +110,8 @@ fn create(catalog: &Catalog, cube: &str, text: &str) -> Result<()> {
 }
 
 fn append(catalog: &Catalog, cube: &str, text: &str) -> Result<()> {
-    catalog.append(&ana(), &name(cube), samples::activation_payload(text, &tokens(text))).map(drop)
+    let newest = catalog.get(&ana(), &name(cube).into())?.newest;
+    catalog.append(&ana(), &name(cube), newest, samples::activation_payload(text, &tokens(text))).map(drop)
 }
 
 /// Everything that is to survive, without ids: they differ from run to run.

@@ -9,6 +9,7 @@ use subtle::{Choice, ConstantTimeEq};
 
 use super::AppRef;
 use super::error::ApiError;
+use crate::memory::Principal;
 
 /// The keys that open the server, as SHA-256 digests; comparing digests hides length and content of the keys.
 pub struct ApiKeys {
@@ -21,17 +22,32 @@ impl ApiKeys {
         Self { digests: keys.iter().map(|key| Sha256::digest(key).into()).collect() }
     }
 
-    /// Whether the request may pass. Every key is compared, so the time does not tell which one matched.
-    pub fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        if self.digests.is_empty() {
-            return Ok(());
+    /// Whether everybody is let in.
+    pub(crate) fn is_open(&self) -> bool {
+        self.digests.is_empty()
+    }
+
+    /// Who sent the request, if it may pass. Every key is compared, so the time does not tell which one matched.
+    pub fn check(&self, headers: &HeaderMap) -> Result<Principal, ApiError> {
+        if self.is_open() {
+            return Ok(Principal::local());
         }
         let token = bearer_token(headers)
             .ok_or_else(|| ApiError::unauthorized("Send an API key in the header 'Authorization: Bearer <key>'."))?;
         let digest: [u8; 32] = Sha256::digest(token).into();
         let matches = self.digests.iter().fold(Choice::from(0), |found, key| found | key.ct_eq(&digest));
-        if matches.into() { Ok(()) } else { Err(ApiError::unauthorized("Incorrect API key provided.")) }
+        if matches.into() {
+            Ok(principal_of(&digest))
+        } else {
+            Err(ApiError::unauthorized("Incorrect API key provided."))
+        }
     }
+}
+
+/// The name by which the holder of a key is known, the same in every run.
+fn principal_of(digest: &[u8; 32]) -> Principal {
+    let name: String = digest[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("key-{name}").parse().expect("hexadecimal digits are visible ASCII characters")
 }
 
 fn bearer_token(headers: &HeaderMap) -> Option<&[u8]> {
@@ -40,11 +56,14 @@ fn bearer_token(headers: &HeaderMap) -> Option<&[u8]> {
     scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
-/// Refuses requests without a key. Only the liveness probes pass freely.
-pub(super) async fn require_key(State(app): State<AppRef>, request: Request, next: Next) -> Response {
+/// Refuses requests without a key, and tells handlers who asks. Only the liveness probes pass freely.
+pub(super) async fn require_key(State(app): State<AppRef>, mut request: Request, next: Next) -> Response {
     let open = matches!(request.uri().path(), "/health" | "/ping");
-    if !open && let Err(error) = app.api_keys.check(request.headers()) {
-        return error.into_response();
+    if !open {
+        match app.api_keys.check(request.headers()) {
+            Ok(principal) => request.extensions_mut().insert(principal),
+            Err(error) => return error.into_response(),
+        };
     }
     next.run(request).await
 }
@@ -71,6 +90,9 @@ mod tests {
             assert_eq!(keys.check(&with_header(header)).is_ok(), passes, "{header}");
         }
         assert!(keys.check(&HeaderMap::new()).is_err());
+        let principal = |key: &str| keys.check(&with_header(&format!("Bearer {key}"))).unwrap();
+        assert_ne!(principal("one"), principal("two"));
+        assert_eq!(principal("one").as_str(), "key-7692c3ad3540bb80");
         assert!(ApiKeys::new(&[]).check(&HeaderMap::new()).is_ok());
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::cubes::CubeService;
 use super::error::ApiError;
 use super::limits::{ConnectionLimits, RequestLimits};
 use crate::engine::handle::EngineHandle;
@@ -28,6 +29,8 @@ pub struct ServedModel {
     pub created: u64,
     /// Where the checkpoint came from, as `/v1/models` tells it.
     pub root: String,
+    /// Memory cubes, if the server keeps any.
+    pub cubes: Option<CubeService>,
 }
 
 impl ServedModel {

@@ -5,6 +5,7 @@
 
 mod auth;
 mod config;
+mod cubes;
 mod error;
 mod health;
 mod hosts;
@@ -27,6 +28,7 @@ use tokio::sync::Notify;
 
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
+pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
 use self::hosts::Hosts;
 use self::json::JsonBody;

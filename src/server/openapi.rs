@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
 use super::openai::{chat, completions, embeddings, models};
-use super::{health, metrics, tokenize};
+use super::{cubes, health, metrics, tokenize};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,6 +18,14 @@ use super::{health, metrics, tokenize};
         embeddings::create,
         models::list,
         models::retrieve,
+        cubes::create::create,
+        cubes::read::list,
+        cubes::read::get,
+        cubes::read::lineage,
+        cubes::change::change,
+        cubes::change::delete,
+        cubes::actions::act,
+        cubes::events::events,
         tokenize::tokenize,
         tokenize::detokenize,
         health::health,

@@ -101,6 +101,7 @@ fn run(script: &Script, submission: &Submission) {
     let request = &submission.request;
     match &request.task {
         Task::Embed => embed(submission),
+        Task::Deposit { .. } => panic!("cubes have an engine of their own here"),
         Task::Generate(sampling) => {
             start_output(submission, sampling);
             match script {

@@ -1,11 +1,13 @@
 //! The HTTP server over a scripted engine: every route, every refusal, every way a client can leave.
 
 mod client;
+mod fake_cubes;
 mod fake_engine;
 
 mod chat;
 mod completions;
 mod connections;
+mod cubes;
 mod embeddings;
 mod errors;
 mod hosts;
@@ -17,7 +19,7 @@ use std::time::Duration;
 use crossbeam::channel::Receiver;
 use mneme::engine::handle::EngineHandle;
 use mneme::engine::request::{GenerateRequest, SamplingParams, Task};
-use mneme::server::{ServedModel, ServerConfig, ServerThread};
+use mneme::server::{CubeService, ServedModel, ServerConfig, ServerThread};
 use mneme::text::{ChatTemplate, GrammarEngine};
 use serde_json::{Value, json};
 
@@ -48,6 +50,13 @@ impl TestServer {
         let fake = fake_engine::start(script, queue_len);
         let config = ServerConfig { port: 0, drain_timeout: Duration::from_secs(5), ..config };
         let thread = ServerThread::start(config, served_model(fake.handle.clone())).expect("a free port");
+        Self { thread, engine: fake.handle, requests: fake.requests }
+    }
+
+    fn with_cubes(config: ServerConfig, cubes: CubeService) -> Self {
+        let fake = fake_engine::start(Script::say("a"), 64);
+        let model = ServedModel { cubes: Some(cubes), ..served_model(fake.handle.clone()) };
+        let thread = ServerThread::start(ServerConfig { port: 0, ..config }, model).expect("a free port");
         Self { thread, engine: fake.handle, requests: fake.requests }
     }
 
@@ -91,7 +100,7 @@ impl TestServer {
     fn next_sampling(&self) -> SamplingParams {
         match self.requests.recv().expect("the engine runs").task {
             Task::Generate(sampling) => *sampling,
-            Task::Embed => panic!("an embedding was asked for"),
+            Task::Embed | Task::Deposit { .. } => panic!("something else was asked for"),
         }
     }
 }
@@ -107,6 +116,7 @@ fn served_model(engine: EngineHandle) -> ServedModel {
         default_sampling: SamplingParams::default(),
         created: 1_700_000_000,
         root: "models/tiny".into(),
+        cubes: None,
     }
 }
 

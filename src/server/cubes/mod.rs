@@ -1,0 +1,53 @@
+//! `/v1/memcubes`: MemCubes over HTTP.
+//!
+//! A cube's name contains slashes, so a POST's last segment is what to do and everything before it is the name; a GET
+//! ends with `/lineage` or with the name. Names that end with such a word cannot be made. Changes of the catalog wait for
+//! the disk and run on another thread.
+
+pub(super) mod actions;
+pub(super) mod change;
+pub(super) mod create;
+pub(super) mod events;
+pub(super) mod read;
+
+mod content;
+mod object;
+mod service;
+
+use axum::Router;
+use axum::routing::{get, post};
+
+use super::error::ApiError;
+use super::{App, AppRef};
+use crate::memory::CubeName;
+
+pub use self::service::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+
+/// The routes.
+pub(super) fn routes() -> Router<AppRef> {
+    Router::new()
+        .route("/v1/memcubes", post(create::create).get(read::list))
+        .route("/v1/memcubes/events", get(events::events))
+        .route("/v1/memcubes/{*rest}", get(read::get).patch(change::change).delete(change::delete).post(actions::act))
+}
+
+/// What the server has for cubes; without a catalog there are none.
+fn service(app: &App) -> Result<&CubeService, ApiError> {
+    let message = "This server keeps no memory cubes; start it without --no-vault.";
+    app.model.cubes.as_ref().ok_or_else(|| ApiError::not_implemented(message))
+}
+
+/// Runs a change of the catalog where it may wait for the disk.
+async fn blocking<T: Send + 'static>(
+    change: impl FnOnce() -> crate::Result<T> + Send + 'static,
+) -> Result<T, ApiError> {
+    match tokio::task::spawn_blocking(change).await {
+        Ok(result) => Ok(result?),
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// The cache domain of a cube's blocks. Without keys everybody is one, and so is the domain.
+fn domain_of(app: &App, name: &CubeName) -> String {
+    if app.api_keys.is_open() { "public".to_owned() } else { name.namespace().to_owned() }
+}

@@ -1,0 +1,64 @@
+//! What the routes of MemCubes stand on: the catalog, and the engine as far as cubes need it.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::kv::BlockHash;
+use crate::memory::{Binding, Catalog};
+use crate::server::error::ApiError;
+
+/// A future of an object whose type is not known here.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Turns tokens into KV blocks that stay, and looks after them.
+pub trait CubeEngine: Send + Sync + 'static {
+    /// Sees to it that the blocks of `token_ids` are there: found ones are used, the others computed. With `durable` they
+    /// are on disk when this returns. They stay at least until the caller has had time to name them in a cube.
+    fn materialize(
+        &self,
+        token_ids: Vec<u32>,
+        domain: String,
+        durable: bool,
+    ) -> BoxFuture<'_, Result<Materialized, ApiError>>;
+
+    /// Reads blocks and compares their digests.
+    fn verify<'a>(&'a self, blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified>;
+
+    /// What blocks computed now are valid for; in prefix form, in no domain yet. An error while it is not yet known.
+    fn binding(&self) -> Result<Binding, ApiError>;
+}
+
+/// The blocks of some tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Materialized {
+    /// The full blocks, in order of position.
+    pub blocks: Vec<BlockHash>,
+    /// The partial block behind them, when it was stored.
+    pub tail: Option<BlockHash>,
+    /// Tokens whose blocks were found.
+    pub restored_tokens: usize,
+    /// Tokens that the model was run over.
+    pub computed_tokens: usize,
+    /// Bytes of all blocks.
+    pub bytes: u64,
+}
+
+/// What became of some blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// There, with the digest they should have.
+    pub whole: usize,
+    /// Not there; the next use computes them.
+    pub missing: usize,
+    /// There with another digest; dropped, the next use computes them.
+    pub damaged: usize,
+}
+
+/// What the server has for cubes.
+#[derive(Clone)]
+pub struct CubeService {
+    /// The cubes.
+    pub catalog: Arc<Catalog>,
+    /// Computes their blocks.
+    pub engine: Arc<dyn CubeEngine>,
+}

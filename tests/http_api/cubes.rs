@@ -1,0 +1,422 @@
+//! MemCubes over HTTP: every route, every refusal, and what one principal learns of another's.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use mneme::server::ServerConfig;
+use serde_json::{Value, json};
+
+use crate::TestServer;
+use crate::client::Reply;
+use crate::fake_cubes::{BYTES_PER_TOKEN, FakeCubes, Prefill};
+use crate::fake_engine::{BOS, MAX_MODEL_LEN, Script, VOCAB_SIZE};
+
+struct Setup {
+    server: TestServer,
+    cubes: Arc<FakeCubes>,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let cubes = Arc::new(FakeCubes::default());
+        Self { server: TestServer::with_cubes(ServerConfig::default(), cubes.service()), cubes }
+    }
+
+    fn with_keys() -> Self {
+        let cubes = Arc::new(FakeCubes::default());
+        let api_keys = vec!["ana".to_owned(), "bert".to_owned()];
+        let config = ServerConfig { api_keys, ..ServerConfig::default() };
+        Self { server: TestServer::with_cubes(config, cubes.service()), cubes }
+    }
+
+    fn send(&self, method: &str, path: &str, key: &str, body: Option<Value>) -> Reply {
+        let body = body.map(|body| body.to_string());
+        let content = body.as_ref().map_or_else(String::new, |body| {
+            format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+        });
+        let end = if body.is_none() { "Content-Length: 0\r\n\r\n" } else { "" };
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n{content}{end}");
+        self.server.send(head.as_bytes())
+    }
+
+    fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+        let reply = self.send(method, path, "", body);
+        assert!([200, 201].contains(&reply.status), "{method} {path}: {}", reply.text());
+        reply.json()
+    }
+
+    fn create(&self, name: &str, text: &str) -> Value {
+        let reply = self.send("POST", "/v1/memcubes", "", Some(json!({ "name": name, "text": text })));
+        assert_eq!(reply.status, 201, "{}", reply.text());
+        reply.json()
+    }
+
+    fn get(&self, name: &str) -> Value {
+        self.ok("GET", &format!("/v1/memcubes/{name}"), None)
+    }
+
+    fn refused(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let reply = self.send(method, path, "", body);
+        (reply.status, reply.json()["error"].clone())
+    }
+}
+
+fn tokens(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).collect()
+}
+
+/// The tokens of a text cube: the template's head and the text.
+fn chat_tokens(text: &str) -> Vec<u32> {
+    [vec![BOS], tokens("system:"), tokens(text)].concat()
+}
+
+#[test]
+fn a_text_becomes_a_cube_with_blocks() {
+    let setup = Setup::new();
+    let text = "Ana likes tea and cycling.";
+    let made = setup.create("ana/notes", text);
+    let wanted = chat_tokens(text);
+    assert_eq!(setup.cubes.prefills(), [Prefill { token_ids: wanted.clone(), domain: "public".into(), durable: true }]);
+    for (field, value) in [
+        ("object", json!("memcube")),
+        ("name", json!("ana/notes")),
+        ("kind", json!("activation")),
+        ("version", json!(1)),
+        ("state", json!("generated")),
+        ("owner", json!("local")),
+        ("origin", json!("user_input")),
+        ("priority", json!(5)),
+        ("restored_tokens", json!(0)),
+        ("computed_tokens", json!(wanted.len())),
+        ("bytes", json!(wanted.len() as u64 * BYTES_PER_TOKEN)),
+        ("acl", json!({ "visibility": "private", "read": [], "write": [], "share": [] })),
+    ] {
+        assert_eq!(made[field], value, "{field}");
+    }
+    assert!(made["reason"].as_str().unwrap().contains("computed"));
+    assert_eq!(made["binding"]["num_tokens"], wanted.len());
+    assert_eq!(made["binding"]["form"], "prefix");
+    assert_eq!(made["binding"]["position_base"], 0);
+    assert!(made["binding"]["template"].is_string());
+    assert!(made.get("text").is_none(), "content is shown when asked for");
+    let again = setup.create("ana/same", text);
+    assert_eq!((again["restored_tokens"].as_u64(), again["computed_tokens"].as_u64()), (Some(34), Some(0)));
+    assert_ne!(again["id"], made["id"]);
+}
+
+#[test]
+fn messages_tokens_and_plain_text_are_kept_as_what_they_are() {
+    let setup = Setup::new();
+    let post = |body: Value| setup.ok("POST", "/v1/memcubes", Some(body));
+    let messages = json!([{ "role": "user", "content": "Who?" }, { "role": "assistant", "content": "Ana." }]);
+    post(json!({ "name": "ana/talk", "messages": messages }));
+    let talk = [vec![BOS], tokens("user:Who?"), vec![BOS + 1, BOS], tokens("assistant:Ana."), vec![BOS + 1]].concat();
+    assert_eq!(setup.cubes.prefills()[0].token_ids, talk);
+    let made = post(json!({ "name": "ana/ids", "token_ids": [1, 2, 3], "durable": false }));
+    assert_eq!(made["binding"]["template"], Value::Null);
+    let prefill = setup.cubes.prefills().remove(0);
+    assert_eq!((prefill.token_ids, prefill.durable), (vec![1, 2, 3], false));
+    post(json!({ "name": "ana/raw", "text": "Once", "target": "completion" }));
+    assert!(setup.cubes.prefills()[0].token_ids.ends_with(&tokens("Once")));
+    let plain = post(json!({ "name": "ana/plain", "text": "Once", "kind": "plaintext" }));
+    assert!(setup.cubes.prefills().is_empty(), "a plaintext cube needs no model");
+    assert_eq!((&plain["kind"], &plain["binding"], &plain["bytes"]), (&json!("plaintext"), &Value::Null, &json!(0)));
+    let shown = |name: &str| setup.get(&format!("{name}?include=payload"));
+    assert_eq!(shown("ana/talk")["messages"], messages);
+    assert_eq!(shown("ana/ids")["token_ids"], json!([1, 2, 3]));
+    assert_eq!(shown("ana/ids")["blocks"], json!([]));
+    assert_eq!(shown("ana/ids")["tail"].as_str().unwrap().len(), 64);
+    assert_eq!(shown("ana/plain")["text"], "Once");
+}
+
+#[test]
+fn cubes_are_listed_filtered_and_searched() {
+    let setup = Setup::new();
+    for name in ["ana/a", "ana/b", "bert/a"] {
+        setup.create(name, &format!("About {name}"));
+    }
+    setup.ok("PATCH", "/v1/memcubes/ana/b", Some(json!({ "tags": ["x", "y z"] })));
+    let names = |query: &str| -> Vec<String> {
+        let list = setup.ok("GET", &format!("/v1/memcubes{query}"), None);
+        assert_eq!((&list["object"], &list["principal"]), (&json!("list"), &json!("local")));
+        list["data"].as_array().unwrap().iter().map(|cube| cube["name"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(""), ["ana/a", "ana/b", "bert/a"]);
+    assert_eq!(names("?namespace=ana"), ["ana/a", "ana/b"]);
+    assert_eq!(names("?kind=activation&state=generated&tag=y%20z"), ["ana/b"]);
+    assert_eq!(names("?q=ABOUT%20BERT"), ["bert/a"]);
+    assert_eq!(names("?kind=parameter"), [String::new(); 0]);
+    let first = setup.ok("GET", "/v1/memcubes?limit=2", None);
+    assert_eq!(first["next_after"], "ana/b");
+    assert_eq!(names("?limit=2&after=ana/b"), ["bert/a"]);
+    for query in ["?kind=music", "?state=asleep", "?limit=-1", "?include=everything", "?after=ana"] {
+        assert_eq!(setup.refused("GET", &format!("/v1/memcubes{query}"), None).0, 400, "{query}");
+    }
+}
+
+#[test]
+fn appending_keeps_the_tokens_there_are() {
+    let setup = Setup::new();
+    setup.create("ana/notes", "Ana likes tea.");
+    setup.cubes.prefills();
+    let grown = setup.ok("POST", "/v1/memcubes/ana/notes/append", Some(json!({ "text": " And rain." })));
+    assert_eq!((&grown["version"], &grown["restored_tokens"]), (&json!(2), &json!(16)));
+    assert_eq!(setup.cubes.prefills()[0].token_ids, chat_tokens("Ana likes tea. And rain."));
+    assert_eq!(setup.get("ana/notes?include=payload")["text"], "Ana likes tea. And rain.");
+    let old = setup.get("ana/notes@1?include=payload");
+    assert_eq!((&old["text"], &old["newest_version"]), (&json!("Ana likes tea."), &json!(2)));
+    let messages = |role: &str, content: &str| json!([{ "role": role, "content": content }]);
+    let talk = json!({ "name": "ana/talk", "messages": messages("user", "Who?") });
+    setup.ok("POST", "/v1/memcubes", Some(talk));
+    let body = json!({ "messages": messages("assistant", "Ana.") });
+    setup.ok("POST", "/v1/memcubes/ana/talk/append", Some(body));
+    let whole = [vec![BOS], tokens("user:Who?"), vec![BOS + 1, BOS], tokens("assistant:Ana."), vec![BOS + 1]].concat();
+    assert_eq!(setup.cubes.prefills()[1].token_ids, whole);
+    setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/plain", "text": "a", "kind": "plaintext" })));
+    setup.ok("POST", "/v1/memcubes/ana/plain/append", Some(json!({ "text": "b" })));
+    assert_eq!(setup.get("ana/plain?include=payload")["text"], "ab");
+    for (name, body) in [
+        ("ana/notes", json!({ "messages": messages("user", "x") })),
+        ("ana/notes", json!({ "token_ids": [1] })),
+        ("ana/talk", json!({ "text": "x" })),
+        ("ana/plain", json!({ "messages": messages("user", "x") })),
+        ("ana/notes", json!({})),
+        ("ana/notes", json!({ "text": "x".repeat(MAX_MODEL_LEN) })),
+    ] {
+        let (status, error) = setup.refused("POST", &format!("/v1/memcubes/{name}/append"), Some(body.clone()));
+        assert_eq!(status, 400, "{name} {body}: {error}");
+    }
+    setup.cubes.has_other_vocabulary.store(true, Ordering::SeqCst);
+    let (status, _) = setup.refused("POST", "/v1/memcubes/ana/notes/append", Some(json!({ "text": "x" })));
+    assert_eq!(status, 409, "token ids of another vocabulary cannot be continued");
+}
+
+#[test]
+fn every_action_does_what_it_says() {
+    let setup = Setup::new();
+    setup.create("ana/a", "A text that is longer than a block.");
+    let post = |path: &str, body: Option<Value>| setup.ok("POST", &format!("/v1/memcubes/{path}"), body);
+    assert_eq!(post("ana/a/pin", None)["priority"], "pinned");
+    assert_eq!(post("ana/a/unpin", Some(json!({})))["priority"], 5);
+    let fork = post("ana/a/fork", Some(json!({ "name": "ana/deep/er" })));
+    assert_eq!(fork["parents"], json!([setup.get("ana/a")["id"]]));
+    assert_eq!(post("ana/deep/er/freeze", None)["state"], "frozen");
+    let (status, error) = setup.refused("DELETE", "/v1/memcubes/ana/deep/er", None);
+    assert_eq!((status, &error["type"]), (409, &json!("ConflictError")));
+    assert_ne!(post("ana/deep/er/unfreeze", None)["state"], "frozen");
+    assert_eq!(post("ana/deep/er/rename", Some(json!({ "name": "ana/b" })))["name"], "ana/b");
+    assert_eq!(setup.refused("GET", "/v1/memcubes/ana/deep/er", None).0, 404);
+    let whole = post("ana/b/verify", None);
+    assert_eq!((&whole["whole"], &whole["missing"], &whole["damaged"]), (&json!(3), &json!(0), &json!(0)));
+    setup.cubes.lose_blocks();
+    assert_eq!(post("ana/b@1/verify", None)["missing"], 3);
+    let lineage = setup.get("ana/a/lineage");
+    assert_eq!(lineage["descendants"][0]["name"], "ana/b");
+    let deleted = setup.ok("DELETE", "/v1/memcubes/ana/a", None);
+    assert_eq!((&deleted["deleted"], &deleted["name"]), (&json!(true), &json!("ana/a")));
+    assert_eq!(setup.get("ana/b/lineage")["ancestors"][0]["ending"], "deleted");
+    assert_eq!(setup.refused("DELETE", "/v1/memcubes/ana/a", None).0, 404);
+    let reply = setup.send("GET", "/v1/memcubes/events", "", None);
+    assert_eq!(reply.header("content-type"), Some("application/x-ndjson"));
+    let events: Vec<Value> = reply.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kinds: Vec<&str> = events.iter().map(|event| event["type"].as_str().unwrap()).collect();
+    let wanted = ["created", "pinned", "unpinned", "forked", "frozen", "unfrozen", "renamed", "deleted", "end"];
+    assert_eq!(kinds, wanted);
+    let since = |events: &[Value]| events.last().unwrap()["next_since"].as_u64().unwrap();
+    let path = format!("/v1/memcubes/events?since={}", since(&events));
+    assert_eq!(setup.send("GET", &path, "", None).text().lines().count(), 1);
+    assert_eq!(setup.send("GET", "/v1/memcubes/events?type=renamed&cube=ana/b", "", None).text().lines().count(), 2);
+}
+
+#[test]
+fn headers_are_changed_field_by_field() {
+    let setup = Setup::new();
+    setup.create("ana/a", "Text");
+    let patch = |body: Value| setup.ok("PATCH", "/v1/memcubes/ana/a", Some(body));
+    let changed = patch(json!({
+        "tags": ["b", "a"], "semantic_type": "fact", "ttl_s": 60, "half_life_s": 5, "priority": "pinned",
+        "sensitivity": ["medical"], "erase_on_free": true, "acl": { "visibility": "public" }, "unknown": 1
+    }));
+    assert_eq!(changed["tags"], json!(["a", "b"]));
+    assert!(changed["expires_at"].is_string());
+    let changed = patch(json!({ "ttl_s": null, "semantic_type": null }));
+    assert_eq!(
+        (&changed["ttl_s"], &changed["expires_at"], &changed["semantic_type"]),
+        (&Value::Null, &Value::Null, &Value::Null)
+    );
+    assert_eq!((&changed["half_life_s"], &changed["priority"]), (&json!(5), &json!("pinned")));
+    for (field, value) in [
+        ("ttl_s", json!(0)),
+        ("ttl_s", json!(-1)),
+        ("half_life_s", json!("long")),
+        ("priority", json!(10)),
+        ("semantic_type", json!("song")),
+        ("tags", json!("a")),
+        ("tags", json!(["a\n"])),
+        ("tags", json!((0..100).map(|i| i.to_string()).collect::<Vec<_>>())),
+        ("acl", json!({ "visibility": "private", "read": ["bert"] })),
+        ("acl", json!({ "visibility": "shared", "read": ["a b"] })),
+        ("name", json!("ana/b")),
+        ("owner", json!("bert")),
+        ("kind", json!("plaintext")),
+    ] {
+        let (status, error) = setup.refused("PATCH", "/v1/memcubes/ana/a", Some(json!({ field: value })));
+        assert_eq!(status, 400, "{field} {value}: {error}");
+        assert!(error["param"].as_str().is_some_and(|param| param.starts_with(field)), "{field} {value}: {error}");
+    }
+}
+
+#[test]
+fn bad_requests_reach_no_engine() {
+    let setup = Setup::new();
+    setup.create("ana/a", "Text");
+    setup.cubes.prefills();
+    for (param, status, body) in [
+        ("name", 400, json!({ "text": "x" })),
+        ("name", 400, json!({ "name": "ana", "text": "x" })),
+        ("name", 400, json!({ "name": "../a", "text": "x" })),
+        ("name", 400, json!({ "name": "ana/lineage", "text": "x" })),
+        ("name", 400, json!({ "name": "Ana/a", "text": "x" })),
+        ("text", 400, json!({ "name": "ana/b" })),
+        ("text", 400, json!({ "name": "ana/b", "text": "x", "token_ids": [1] })),
+        ("text", 400, json!({ "name": "ana/b", "text": "" })),
+        ("text", 400, json!({ "name": "ana/b", "text": 7 })),
+        ("text", 400, json!({ "name": "ana/b", "text": "x".repeat(MAX_MODEL_LEN) })),
+        ("messages", 400, json!({ "name": "ana/b", "messages": [] })),
+        ("messages[0].role", 400, json!({ "name": "ana/b", "messages": [{ "content": "x" }] })),
+        (
+            "messages",
+            400,
+            json!({ "name": "ana/b", "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }),
+        ),
+        ("token_ids", 400, json!({ "name": "ana/b", "token_ids": [] })),
+        ("token_ids", 400, json!({ "name": "ana/b", "token_ids": [VOCAB_SIZE] })),
+        ("token_ids", 400, json!({ "name": "ana/b", "token_ids": [1], "kind": "plaintext" })),
+        ("kind", 400, json!({ "name": "ana/b", "text": "x", "kind": "music" })),
+        ("kind", 501, json!({ "name": "ana/b", "text": "x", "kind": "parameter" })),
+        ("target", 400, json!({ "name": "ana/b", "text": "x", "target": "radio" })),
+        ("parents[0]", 400, json!({ "name": "ana/b", "text": "x", "parents": ["ana/a"] })),
+        ("", 409, json!({ "name": "ana/a", "text": "x" })),
+    ] {
+        let (found, error) = setup.refused("POST", "/v1/memcubes", Some(body.clone()));
+        assert_eq!(found, status, "{body}: {error}");
+        assert_eq!(error["param"].as_str().unwrap_or_default(), param, "{body}: {error}");
+    }
+    assert!(setup.cubes.prefills().is_empty());
+    for (method, path, status) in [
+        ("GET", "/v1/memcubes/ana", 400),
+        ("GET", "/v1/memcubes/ana/a@0", 400),
+        ("GET", "/v1/memcubes/ana/a@2", 404),
+        ("GET", "/v1/memcubes/ana/../a", 400),
+        ("GET", "/v1/memcubes/ana%2f..%2fa", 400),
+        ("GET", "/v1/memcubes/ana%2fa", 200),
+        ("GET", "/v1/memcubes/ana/b/lineage", 404),
+        ("POST", "/v1/memcubes/ana/a", 404),
+        ("POST", "/v1/memcubes/ana/a/explode", 404),
+        ("POST", "/v1/memcubes/ana/a/distill", 501),
+        ("POST", "/v1/memcubes/ana/b/pin", 404),
+        ("PUT", "/v1/memcubes/ana/a", 405),
+        ("DELETE", "/v1/memcubes/ana/a@1", 400),
+    ] {
+        assert_eq!(setup.send(method, path, "", None).status, status, "{method} {path}");
+    }
+    setup.cubes.is_loading.store(true, Ordering::SeqCst);
+    assert_eq!(setup.refused("POST", "/v1/memcubes", Some(json!({ "name": "ana/b", "text": "x" }))).0, 503);
+}
+
+#[test]
+fn a_server_without_cubes_says_so() {
+    let server = TestServer::start(Script::say("a"));
+    for path in ["/v1/memcubes", "/v1/memcubes/ana/a", "/v1/memcubes/events"] {
+        let reply = server.get(path);
+        assert_eq!((reply.status, &reply.json()["error"]["type"]), (501, &json!("NotImplementedError")), "{path}");
+    }
+    assert_eq!(server.post("/v1/memcubes", &json!({ "name": "ana/a", "text": "x" })).status, 501);
+}
+
+#[test]
+fn one_key_learns_nothing_of_anothers_cubes() {
+    let setup = Setup::with_keys();
+    let ana = |method: &str, path: &str, body: Option<Value>| setup.send(method, path, "ana", body);
+    let bert = |method: &str, path: &str, body: Option<Value>| setup.send(method, path, "bert", body);
+    let reply = ana("POST", "/v1/memcubes", Some(json!({ "name": "ana/secret", "text": "The code is 4711." })));
+    assert_eq!(reply.status, 201, "{}", reply.text());
+    assert_eq!(setup.cubes.prefills()[0].domain, "ana", "with keys every namespace is a domain");
+    let name = json!({ "name": "bert/copy" });
+    for (method, action, body) in [
+        ("GET", "", None),
+        ("GET", "@1", None),
+        ("GET", "?include=payload", None),
+        ("GET", "/lineage", None),
+        ("PATCH", "", Some(json!({ "tags": [] }))),
+        ("PATCH", "", Some(json!({ "acl": { "visibility": "public" } }))),
+        ("DELETE", "", None),
+        ("POST", "/append", Some(json!({ "text": "x" }))),
+        ("POST", "/fork", Some(name.clone())),
+        ("POST", "/rename", Some(name.clone())),
+        ("POST", "/freeze", None),
+        ("POST", "/unfreeze", None),
+        ("POST", "/pin", None),
+        ("POST", "/unpin", None),
+        ("POST", "/verify", None),
+    ] {
+        let hidden = bert(method, &format!("/v1/memcubes/ana/secret{action}"), body.clone());
+        let missing = bert(method, &format!("/v1/memcubes/ana/nothing{action}"), body);
+        assert_eq!(hidden.status, 404, "{method} {action}");
+        assert_eq!(hidden.text().replace("secret", "nothing"), missing.text(), "{method} {action}");
+    }
+    let taken = |name: &str| bert("POST", "/v1/memcubes", Some(json!({ "name": name, "text": "x" })));
+    assert_eq!(taken("ana/secret").status, 403);
+    assert_eq!(taken("ana/secret").text(), taken("ana/nothing").text());
+    assert_eq!(bert("GET", "/v1/memcubes?q=4711", None).json()["data"], json!([]));
+    assert_eq!(bert("GET", "/v1/memcubes/events", None).text().lines().count(), 1);
+    assert_eq!(setup.send("GET", "/v1/memcubes", "wrong", None).status, 401);
+
+    let principal = bert("GET", "/v1/memcubes", None).json()["principal"].as_str().unwrap().to_owned();
+    let shared = json!({ "acl": { "visibility": "shared", "read": [principal] } });
+    assert_eq!(ana("PATCH", "/v1/memcubes/ana/secret", Some(shared)).status, 200);
+    let seen = bert("GET", "/v1/memcubes/ana/secret", None).json();
+    assert_eq!(seen["acl"], json!({ "visibility": "shared" }), "who else may read is not for readers");
+    let denied = bert("DELETE", "/v1/memcubes/ana/secret", None);
+    assert_eq!((denied.status, &denied.json()["error"]["type"]), (403, &json!("PermissionDeniedError")));
+    assert_eq!(bert("POST", "/v1/memcubes/ana/secret/fork", Some(name)).status, 201);
+}
+
+#[test]
+fn cubes_outlive_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let cubes = Arc::new(FakeCubes::default());
+    let (service, vault) = cubes.service_in(folder.path());
+    let setup = Setup { server: TestServer::with_cubes(ServerConfig::default(), service), cubes: Arc::clone(&cubes) };
+    let made = setup.create("ana/notes", "Ana likes tea and cycling.");
+    setup.create("ana/gone", "x");
+    setup.ok("DELETE", "/v1/memcubes/ana/gone", None);
+    setup.server.thread.shutdown();
+    let Setup { server, .. } = setup;
+    server.thread.join().unwrap();
+    drop(vault);
+    let (service, _vault) = cubes.service_in(folder.path());
+    let setup = Setup { server: TestServer::with_cubes(ServerConfig::default(), service), cubes };
+    let found = setup.get("ana/notes");
+    assert_eq!((&found["id"], &found["state"]), (&made["id"], &json!("archived")));
+    assert_eq!(setup.refused("GET", "/v1/memcubes/ana/gone", None).0, 404);
+    assert_eq!(setup.create("ana/other", "Ana likes tea and cycling.")["computed_tokens"], 0);
+}
+
+#[test]
+fn the_openapi_document_has_the_routes_of_cubes() {
+    let setup = Setup::new();
+    let document = setup.ok("GET", "/openapi.json", None);
+    for (path, method) in [
+        ("/v1/memcubes", "post"),
+        ("/v1/memcubes", "get"),
+        ("/v1/memcubes/events", "get"),
+        ("/v1/memcubes/{name}", "get"),
+        ("/v1/memcubes/{name}", "patch"),
+        ("/v1/memcubes/{name}", "delete"),
+        ("/v1/memcubes/{name}/lineage", "get"),
+        ("/v1/memcubes/{name}/{action}", "post"),
+    ] {
+        assert!(document["paths"][path][method].is_object(), "{method} {path}");
+    }
+}
