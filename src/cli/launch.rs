@@ -11,13 +11,12 @@ use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{Backend, GpuInfo};
 use mneme::engine::{Engine, EngineConfig, EngineHandle, TierConfig};
 use mneme::hub::{Cache, ModelRef, ResolvedModel, Resolver, stderr_progress};
-use mneme::memory::Vault;
 use mneme::models::{Checkpoint, Model};
 
 use super::device::Chosen;
 use super::engine_args::EngineArgs;
 use super::text_assets::TextAssets;
-use super::tiers::{Numerics, TierArgs};
+use super::tiers::{Numerics, OpenVault, TierArgs};
 
 /// A running engine with everything that turns text into its requests.
 pub(crate) struct Launched {
@@ -26,7 +25,7 @@ pub(crate) struct Launched {
     pub(crate) handle: EngineHandle,
     pub(crate) assets: TextAssets,
     /// Where memory survives, when it does; open as long as the engine runs.
-    pub(crate) vault: Option<Arc<Vault>>,
+    pub(crate) vault: Option<Arc<OpenVault>>,
     thread: JoinHandle<mneme::Result<()>>,
 }
 

@@ -2,18 +2,21 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use clap::Args;
-use mneme::server::{ServedModel, ServerConfig, ServerThread};
+use mneme::server::{CubeService, ServedModel, ServerConfig, ServerThread, VaultEngine};
 use mneme::text::GrammarEngine;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine_args::EngineArgs;
 use super::launch::{Launched, launch};
-use super::tiers::TierArgs;
+use super::tiers::{OpenVault, TierArgs};
+
+/// Between two looks at cubes whose lifetime may be over.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Arguments of `mneme serve`.
 #[derive(Debug, Args)]
@@ -84,6 +87,16 @@ impl ServeArgs {
         })
     }
 
+    /// Cubes over the vault, and a thread that looks after them.
+    fn cubes(&self, open: &OpenVault, launched: &Launched) -> anyhow::Result<CubeService> {
+        let catalog = Arc::clone(open.vault.catalog());
+        let engine = VaultEngine::new(launched.handle.clone(), Arc::clone(&catalog), Arc::clone(&open.blocks));
+        let engine = Arc::new(engine);
+        let swept = Arc::downgrade(&engine);
+        std::thread::Builder::new().name("mneme-sweeper".into()).spawn(move || sweep(&swept))?;
+        Ok(CubeService { catalog, engine })
+    }
+
     fn served_model(&self, launched: &Launched) -> anyhow::Result<ServedModel> {
         let mut names = self.served_model_name.clone();
         if names.is_empty() {
@@ -100,7 +113,7 @@ impl ServeArgs {
             default_sampling: assets.default_sampling.clone(),
             created,
             root: launched.model.path.display().to_string(),
-            cubes: None,
+            cubes: launched.vault.as_ref().map(|open| self.cubes(open, launched)).transpose()?,
         })
     }
 }
@@ -112,6 +125,15 @@ fn prepare_grammars(grammar: Arc<GrammarEngine>) {
             tracing::warn!(%error, "structured output will not work");
         }
     });
+}
+
+/// Looks after cubes every so often, for as long as anybody serves them.
+fn sweep(engine: &Weak<VaultEngine>) {
+    while let Some(engine) = engine.upgrade() {
+        engine.look_after();
+        drop(engine);
+        std::thread::sleep(SWEEP_INTERVAL);
+    }
 }
 
 /// Returns at SIGTERM, or at Ctrl-C.

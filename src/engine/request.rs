@@ -183,6 +183,17 @@ pub enum FetchDecision {
 }
 
 impl Reuse {
+    /// Adds what another prompt of the same call reused; the decision is the last one that was one.
+    pub fn add(&mut self, other: &Self) {
+        self.device_tokens += other.device_tokens;
+        self.host_tokens += other.host_tokens;
+        self.disk_tokens += other.disk_tokens;
+        self.fetch_ms += other.fetch_ms;
+        if other.decision != FetchDecision::NothingBelow {
+            self.decision = other.decision;
+        }
+    }
+
     /// Takes note of `num_tokens` tokens that were found in `tier`.
     pub(super) fn count(&mut self, tier: Tier, num_tokens: usize) {
         match tier {

@@ -28,7 +28,7 @@ use tokio::sync::Notify;
 
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
-pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, OpenBlocks, VaultEngine, Verified};
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
 use self::hosts::Hosts;
 use self::json::JsonBody;
