@@ -145,7 +145,7 @@ fn cubes_are_listed_filtered_and_searched() {
     assert_eq!(names("?namespace=ana"), ["ana/a", "ana/b"]);
     assert_eq!(names("?kind=activation&state=generated&tag=y%20z"), ["ana/b"]);
     assert_eq!(names("?q=ABOUT%20BERT"), ["bert/a"]);
-    assert_eq!(names("?kind=parameter"), [String::new(); 0]);
+    assert!(names("?kind=parameter").is_empty());
     let first = setup.ok("GET", "/v1/memcubes?limit=2", None);
     assert_eq!(first["next_after"], "ana/b");
     assert_eq!(names("?limit=2&after=ana/b"), ["bert/a"]);

@@ -231,6 +231,6 @@ impl TokenizedContent {
         let work = Work::of(&found);
         let blocks = Blocks { full: found.blocks, tail: found.tail, num_bytes: found.bytes };
         let activation = Activation::new(self.twin, binding, self.token_ids, blocks)?;
-        Ok((Payload::Activation(activation), work))
+        Ok((Payload::Activation(Box::new(activation)), work))
     }
 }
