@@ -208,14 +208,15 @@ fn every_action_does_what_it_says() {
     assert_eq!(setup.refused("GET", "/v1/memcubes/ana/deep/er", None).0, 404);
     let whole = post("ana/b/verify", None);
     assert_eq!((&whole["whole"], &whole["missing"], &whole["damaged"]), (&json!(3), &json!(0), &json!(0)));
-    setup.cubes.lose_blocks();
-    assert_eq!(post("ana/b@1/verify", None)["missing"], 3);
     let lineage = setup.get("ana/a/lineage");
     assert_eq!(lineage["descendants"][0]["name"], "ana/b");
     let deleted = setup.ok("DELETE", "/v1/memcubes/ana/a", None);
     assert_eq!((&deleted["deleted"], &deleted["name"]), (&json!(true), &json!("ana/a")));
     assert_eq!(setup.get("ana/b/lineage")["ancestors"][0]["ending"], "deleted");
     assert_eq!(setup.refused("DELETE", "/v1/memcubes/ana/a", None).0, 404);
+    assert_eq!(post("ana/b/verify", None)["whole"], 3, "the fork keeps the blocks");
+    setup.cubes.lose_blocks();
+    assert_eq!(post("ana/b@1/verify", None)["missing"], 3);
     let reply = setup.send("GET", "/v1/memcubes/events", "", None);
     assert_eq!(reply.header("content-type"), Some("application/x-ndjson"));
     let events: Vec<Value> = reply.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -401,6 +402,13 @@ fn cubes_outlive_the_server() {
     assert_eq!((&found["id"], &found["state"]), (&made["id"], &json!("archived")));
     assert_eq!(setup.refused("GET", "/v1/memcubes/ana/gone", None).0, 404);
     assert_eq!(setup.create("ana/other", "Ana likes tea and cycling.")["computed_tokens"], 0);
+    setup.ok("DELETE", "/v1/memcubes/ana/other", None);
+    setup.ok("DELETE", "/v1/memcubes/ana/notes", None);
+    assert_eq!(
+        setup.create("ana/notes", "Ana likes tea and cycling.")["restored_tokens"],
+        0,
+        "the last one releases them"
+    );
 }
 
 #[test]

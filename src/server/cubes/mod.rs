@@ -13,6 +13,7 @@ pub(super) mod read;
 mod content;
 mod object;
 mod service;
+mod sweep;
 
 use axum::Router;
 use axum::routing::{get, post};
@@ -22,6 +23,7 @@ use super::{App, AppRef};
 use crate::memory::CubeName;
 
 pub use self::service::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+pub(super) use self::sweep::sweep;
 
 /// The routes.
 pub(super) fn routes() -> Router<AppRef> {
