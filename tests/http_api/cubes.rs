@@ -411,6 +411,46 @@ fn cubes_outlive_the_server() {
     );
 }
 
+/// What `mneme cube` printed, and whether it went well.
+fn command(setup: &Setup, arguments: &[&str]) -> (bool, String) {
+    let url = format!("http://{}/v1", setup.server.address());
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_mneme"))
+        .args(["cube", "--url", &url, "--api-key", "ana"])
+        .args(arguments)
+        .output()
+        .expect("the program runs");
+    let printed = if output.status.success() { output.stdout } else { output.stderr };
+    (output.status.success(), String::from_utf8(printed).expect("output is UTF-8"))
+}
+
+#[test]
+fn the_command_line_does_the_same() {
+    let setup = Setup::with_keys();
+    for (arguments, wanted) in [
+        ("create ana/a --text Tea --tag x", "ana/a@1\trestored 0, computed 11 tokens\n"),
+        ("append ana/a --text Time", "ana/a@2\trestored 0, computed 15 tokens\n"),
+        ("fork ana/a@1 ana/b", "ana/b@1\tpriority 5\n"),
+        ("pin ana/b", "ana/b@1\tpriority \"pinned\"\n"),
+        ("unpin ana/b", "ana/b@1\tpriority 5\n"),
+        ("rename ana/b ana/c", "ana/c@1\tpriority 5\n"),
+        ("verify ana/a", "ana/a@2\t1 blocks whole, 0 missing, 0 damaged\n"),
+        (
+            "list --namespace ana --tag x",
+            "ana/a\t2\tactivation\tgenerated\t15\t1500\nana/c\t1\tactivation\tgenerated\t11\t1100\n",
+        ),
+        ("delete ana/c", "ana/c\tdeleted\n"),
+    ] {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        assert_eq!(command(&setup, &arguments), (true, wanted.to_owned()), "{arguments:?}");
+    }
+    let (_, shown) = command(&setup, &["show", "ana/a", "--payload"]);
+    assert!(shown.contains("text\tTeaTime\n") && shown.contains("version\t2\n"), "{shown}");
+    let (_, json) = command(&setup, &["--json", "show", "ana/a@1"]);
+    assert_eq!(serde_json::from_str::<Value>(&json).unwrap()["version"], 1);
+    let (succeeded, error) = command(&setup, &["show", "ana/c"]);
+    assert!(!succeeded && error.contains("There is no cube `ana/c`."), "{error}");
+}
+
 #[test]
 fn the_openapi_document_has_the_routes_of_cubes() {
     let setup = Setup::new();
