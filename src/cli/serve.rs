@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
@@ -14,9 +14,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::engine_args::EngineArgs;
 use super::launch::{Launched, launch};
 use super::tiers::{OpenVault, TierArgs};
-
-/// Between two looks at cubes whose lifetime may be over.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Arguments of `mneme serve`.
 #[derive(Debug, Args)]
@@ -87,14 +84,11 @@ impl ServeArgs {
         })
     }
 
-    /// Cubes over the vault, and a thread that looks after them.
-    fn cubes(&self, open: &OpenVault, launched: &Launched) -> anyhow::Result<CubeService> {
+    /// Cubes over the vault.
+    fn cubes(open: &OpenVault, launched: &Launched) -> CubeService {
         let catalog = Arc::clone(open.vault.catalog());
         let engine = VaultEngine::new(launched.handle.clone(), Arc::clone(&catalog), Arc::clone(&open.blocks));
-        let engine = Arc::new(engine);
-        let swept = Arc::downgrade(&engine);
-        std::thread::Builder::new().name("mneme-sweeper".into()).spawn(move || sweep(&swept))?;
-        Ok(CubeService { catalog, engine })
+        CubeService { catalog, engine: Arc::new(engine) }
     }
 
     fn served_model(&self, launched: &Launched) -> anyhow::Result<ServedModel> {
@@ -113,7 +107,7 @@ impl ServeArgs {
             default_sampling: assets.default_sampling.clone(),
             created,
             root: launched.model.path.display().to_string(),
-            cubes: launched.vault.as_ref().map(|open| self.cubes(open, launched)).transpose()?,
+            cubes: launched.vault.as_ref().map(|open| Self::cubes(open, launched)),
         })
     }
 }
@@ -125,15 +119,6 @@ fn prepare_grammars(grammar: Arc<GrammarEngine>) {
             tracing::warn!(%error, "structured output will not work");
         }
     });
-}
-
-/// Looks after cubes every so often, for as long as anybody serves them.
-fn sweep(engine: &Weak<VaultEngine>) {
-    while let Some(engine) = engine.upgrade() {
-        engine.look_after();
-        drop(engine);
-        std::thread::sleep(SWEEP_INTERVAL);
-    }
 }
 
 /// Returns at SIGTERM, or at Ctrl-C.

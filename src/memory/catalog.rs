@@ -145,19 +145,28 @@ impl Catalog {
 
     /// The cubes that `principal` may read.
     pub fn list(&self, principal: &Principal, filter: &CubeFilter) -> CubePage {
-        let (index, now) = (self.read(), self.clock.now());
         let limit = filter.limit.clamp(1, self.limits.max_page);
-        let query = filter.query.as_ref().map(|query| query.to_lowercase());
-        let found = index
-            .named_from(filter.namespace.as_deref(), filter.after.as_ref())
-            .filter(|entry| entry.is_visible(principal, now))
-            .map(|entry| entry.view(now))
-            .filter(|view| filter.accepts(view, query.as_deref()));
-        let mut cubes: Vec<CubeView> = found.take(limit + 1).collect();
+        let mut cubes = match filter.query.as_ref().map(|query| query.to_lowercase()) {
+            None => self.candidates(principal, filter, limit + 1),
+            Some(query) => {
+                // Texts are searched when the index is free again.
+                let all = self.candidates(principal, filter, usize::MAX);
+                all.into_iter().filter(|view| mentions(&view.cube, &query)).take(limit + 1).collect()
+            }
+        };
         let has_more = cubes.len() > limit;
         cubes.truncate(limit);
         let next_after = cubes.last().filter(|_| has_more).map(|view| view.cube.name.clone());
         CubePage { cubes, next_after }
+    }
+
+    /// At most `limit` cubes that pass all of the filter but its query.
+    fn candidates(&self, principal: &Principal, filter: &CubeFilter, limit: usize) -> Vec<CubeView> {
+        let (index, now) = (self.read(), self.clock.now());
+        let visible = index
+            .named_from(filter.namespace.as_deref(), filter.after.as_ref())
+            .filter(|entry| entry.is_visible(principal, now));
+        visible.map(|entry| entry.view(now)).filter(|view| filter.accepts(view)).take(limit).collect()
     }
 
     /// What happened behind event `since`, to cubes that `principal` may read.
@@ -213,12 +222,12 @@ impl Catalog {
 }
 
 impl CubeFilter {
-    fn accepts(&self, view: &CubeView, query: Option<&str>) -> bool {
+    /// Whether a cube passes, its text aside.
+    fn accepts(&self, view: &CubeView) -> bool {
         let cube = &view.cube;
         self.kind.is_none_or(|kind| cube.payload.kind() == kind)
             && self.state.is_none_or(|state| view.state == state)
             && self.tag.as_ref().is_none_or(|tag| cube.tags.has(tag))
-            && query.is_none_or(|query| mentions(cube, query))
     }
 }
 

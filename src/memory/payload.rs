@@ -28,7 +28,7 @@ pub enum Payload {
     /// Text alone.
     Plaintext(Twin),
     /// Tokens and their blocks.
-    Activation(Activation),
+    Activation(Box<Activation>),
 }
 
 /// What people wrote, from which blocks can be computed again.

@@ -181,7 +181,7 @@ fn cut_at(prompt: &str, mark: char) -> Result<CubePrompt<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::text::tokenizer::samples::byte_level;
+    use crate::text::tokenizer::samples::{byte_level, sentence_piece};
 
     fn template(source: &str) -> ChatTemplate {
         ChatTemplate::new(Some(source), Some("<bos>"), Some("<eos>")).unwrap()
@@ -311,9 +311,18 @@ mod tests {
         assert_eq!(prompt.cube, chat_cube_tokens(&template, &tokenizer, &twin).unwrap());
         assert_eq!(prompt.cube, tokenizer.encode("<|im_start|>system\nAna", false).unwrap());
         assert!(!prompt.rest.is_empty());
-        let prompt = completion_prompt(&tokenizer, "Ana", " likes").unwrap();
-        assert_eq!(prompt.cube[0], tokenizer.bos_id().unwrap());
-        assert_eq!(prompt.cube[1..], tokenizer.encode("Ana", false).unwrap());
-        assert_eq!(prompt.rest, tokenizer.encode(" likes", false).unwrap());
+    }
+
+    #[test]
+    fn a_completion_begins_as_the_vocabulary_wants_it() {
+        for tokenizer in [byte_level(), sentence_piece(true), sentence_piece(false)] {
+            let prompt = completion_prompt(&tokenizer, "ab", " a").unwrap();
+            assert_eq!(prompt.cube, tokenizer.encode("ab", true).unwrap());
+            assert_eq!(prompt.rest, tokenizer.encode(" a", false).unwrap());
+        }
+        let (with_bos, without) = (sentence_piece(false), byte_level());
+        let cube = |tokenizer: &Tokenizer| completion_cube_tokens(tokenizer, "ab").unwrap();
+        assert_eq!(cube(&with_bos)[0], with_bos.bos_id().unwrap());
+        assert_ne!(cube(&without)[0], without.bos_id().unwrap());
     }
 }

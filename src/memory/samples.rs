@@ -42,7 +42,8 @@ pub(super) fn blocks(tokens: &[u32]) -> Blocks {
 
 pub(super) fn activation_payload(text: &str, tokens: &[u32]) -> Payload {
     let twin = Some(Twin::Text(text.to_owned()));
-    Payload::Activation(Activation::new(twin, binding(), tokens.to_vec(), blocks(tokens)).expect("an activation"))
+    let activation = Activation::new(twin, binding(), tokens.to_vec(), blocks(tokens)).expect("an activation");
+    Payload::Activation(Box::new(activation))
 }
 
 fn cube(name: &str, number: u32, payload: Payload) -> Cube {

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, Semaphore};
 
 use super::config::{ServedModel, ServerConfig};
 use super::limits::ConnectionLimits;
-use super::{App, AppRef, routes};
+use super::{App, AppRef, cubes, routes};
 use crate::{Error, Result};
 
 /// How long connections may take to close once their last call has ended.
@@ -37,6 +37,7 @@ pub async fn serve(
     let connections = Connections::new(&app);
     tokio::select! {
         () = connections.accept_from(&listener) => {}
+        () = cubes::sweep(Arc::clone(&app)) => {}
         () = shutdown => {}
     }
     app.start_draining();

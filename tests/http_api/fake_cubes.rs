@@ -85,6 +85,11 @@ impl CubeEngine for FakeCubes {
         })
     }
 
+    fn release(&self, released: Vec<BlockHash>) {
+        let mut blocks = self.blocks.lock().expect("no test panics here");
+        released.iter().for_each(|hash| assert!(blocks.remove(hash), "a released block was there"));
+    }
+
     fn binding(&self) -> Result<Binding, ApiError> {
         if self.is_loading.load(Ordering::SeqCst) {
             return Err(ApiError::unavailable("The weights are still being read."));

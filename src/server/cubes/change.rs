@@ -126,9 +126,11 @@ pub(in crate::server) async fn delete(
     Extension(principal): Extension<Principal>,
     Path(name): Path<String>,
 ) -> Result<Json<DeletedCube>, ApiError> {
-    let (catalog, name) = (service(&app)?.catalog.clone(), name.parse::<CubeName>()?);
+    let service = service(&app)?;
+    let (catalog, name) = (service.catalog.clone(), name.parse::<CubeName>()?);
     let target = name.clone();
     let ended = blocking(move || catalog.delete(&principal, &target)).await?;
     let id = *ended.ids.first().expect("a deletion ends one cube");
+    service.engine.release(ended.unreferenced);
     Ok(Json(DeletedCube { id, name, deleted: true, restored_tokens: 0, reason: "The cube was deleted." }))
 }

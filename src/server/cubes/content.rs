@@ -5,9 +5,11 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::object::Work;
+use super::service;
 use super::service::CubeService;
 use crate::memory::{
-    Activation, Binding, Blocks, ChatSetting, Payload, Twin, chat_cube_tokens, completion_cube_tokens, cube_prompt,
+    Activation, Binding, Blocks, ChatSetting, Digest, Payload, Twin, chat_cube_tokens, completion_cube_tokens,
+    cube_prompt,
 };
 use crate::server::App;
 use crate::server::config::ServedModel;
@@ -51,8 +53,8 @@ pub(super) enum Content {
 pub(super) struct TokenizedContent {
     twin: Option<Twin>,
     token_ids: Vec<u32>,
-    /// Whether the chat template took part.
-    uses_template: bool,
+    /// Digest of the chat template, if it took part.
+    template: Option<Digest>,
 }
 
 impl ContentRequest {
@@ -129,10 +131,11 @@ impl Content {
     pub(super) fn tokenize(self, app: &App) -> Result<TokenizedContent, ApiError> {
         let (field, model) = (self.field(), &app.model);
         let tokenized = match self {
-            Self::Tokens(token_ids) => TokenizedContent { twin: None, token_ids, uses_template: false },
+            Self::Tokens(token_ids) => TokenizedContent { twin: None, token_ids, template: None },
             Self::Written(twin, target) => {
                 let token_ids = tokens_of(model, &twin, target).map_err(|error| error.with_param(field))?;
-                TokenizedContent { twin: Some(twin), token_ids, uses_template: target == Target::Chat }
+                let template = service(app)?.engine.binding()?.template.filter(|_| target == Target::Chat);
+                TokenizedContent { twin: Some(twin), token_ids, template }
             }
         };
         check_context(field, tokenized, app)
@@ -141,7 +144,7 @@ impl Content {
     /// The tokens of `cube` with this behind it: the cube's own tokens stay as they are.
     pub(super) fn tokenize_behind(self, cube: &Activation, app: &App) -> Result<TokenizedContent, ApiError> {
         let (field, model) = (self.field(), &app.model);
-        let uses_template = cube.binding().template.is_some();
+        let template = cube.binding().template;
         let (twin, suffix) = match (cube.twin(), self) {
             (None, Self::Tokens(suffix)) => (None, suffix),
             (None, Self::Written(Twin::Text(text), _)) => (None, model.tokenizer.encode(&text, false)?),
@@ -155,7 +158,7 @@ impl Content {
             (twin, _) => return Err(mixed(field, twin)),
         };
         let token_ids = [cube.token_ids(), &suffix].concat();
-        check_context(field, TokenizedContent { twin, token_ids, uses_template }, app)
+        check_context(field, TokenizedContent { twin, token_ids, template }, app)
     }
 
     /// The text of `cube` with this behind it.
@@ -225,12 +228,11 @@ impl TokenizedContent {
         durable: bool,
     ) -> Result<(Payload, Work), ApiError> {
         let known = service.engine.binding()?;
-        let template = known.template.filter(|_| self.uses_template);
-        let binding = Binding { template, domain: domain.parse()?, ..known };
+        let binding = Binding { template: self.template, domain: domain.parse()?, ..known };
         let found = service.engine.materialize(self.token_ids.clone(), domain, durable).await?;
         let work = Work::of(&found);
         let blocks = Blocks { full: found.blocks, tail: found.tail, num_bytes: found.bytes };
         let activation = Activation::new(self.twin, binding, self.token_ids, blocks)?;
-        Ok((Payload::Activation(activation), work))
+        Ok((Payload::Activation(Box::new(activation)), work))
     }
 }

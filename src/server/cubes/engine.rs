@@ -1,6 +1,6 @@
 //! MemCubes over the real engine and the vault's block store.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -35,9 +35,12 @@ pub struct VaultEngine {
 }
 
 impl VaultEngine {
-    /// Cubes of `catalog`, computed by `engine`; `open` is filled when the vault has been opened.
+    /// Cubes of `catalog`, computed by `engine`; `open` is filled when the vault has been opened, and its store then has
+    /// been told to keep what the catalog names.
     pub fn new(engine: EngineHandle, catalog: Arc<Catalog>, open: Arc<OnceLock<OpenBlocks>>) -> Self {
-        Self { engine, catalog, open, pinned: Mutex::default() }
+        let now = Instant::now();
+        let pinned = catalog.block_references().into_iter().map(|hash| (hash, now)).collect();
+        Self { engine, catalog, open, pinned: Mutex::new(pinned) }
     }
 
     fn open(&self) -> Result<&OpenBlocks, ApiError> {
@@ -49,35 +52,15 @@ impl VaultEngine {
         self.pinned.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Ends cubes whose lifetime is over, has the store keep what cubes name and let go of what none does any more. To be
-    /// called every so often.
-    pub fn look_after(&self) {
-        if let Err(error) = self.catalog.expire() {
-            tracing::warn!(%error, "cubes whose lifetime is over could not be ended");
-        }
-        self.follow_catalog();
-    }
-
-    fn follow_catalog(&self) {
-        let Some(OpenBlocks { store, .. }) = self.open.get() else { return };
-        let wanted: HashSet<BlockHash> = self.catalog.block_references().into_iter().collect();
-        let mut pinned = self.pinned();
-        let added: Vec<BlockHash> = wanted.iter().filter(|hash| !pinned.contains_key(hash)).copied().collect();
-        store.pin(&added);
-        let now = Instant::now();
-        pinned.extend(added.into_iter().map(|hash| (hash, now)));
-        let is_over = |hash: &BlockHash, since: &Instant| !wanted.contains(hash) && now - *since > GRACE;
-        let released: Vec<BlockHash> =
-            pinned.extract_if(|hash, since| is_over(hash, since)).map(|(hash, _)| hash).collect();
-        store.unpin(&released);
-    }
-
-    /// Keeps blocks until the catalog can be asked for them.
+    /// Keeps blocks until the catalog names them, and lets go of those that it never came to name.
     fn hold(&self, store: &BlockStore, blocks: impl Iterator<Item = BlockHash>) {
         let now = Instant::now();
         let mut pinned = self.pinned();
         let added: Vec<BlockHash> = blocks.filter(|hash| pinned.insert(*hash, now).is_none()).collect();
         store.pin(&added);
+        let is_stray = |hash: &BlockHash, since: &Instant| now - *since > GRACE && !self.catalog.is_referenced(hash);
+        let stray = pinned.extract_if(|hash, since| is_stray(hash, since));
+        store.unpin(&stray.map(|(hash, _)| hash).collect::<Vec<_>>());
     }
 
     async fn deposit(&self, token_ids: Vec<u32>, domain: String, durable: bool) -> Result<Materialized, ApiError> {
@@ -142,6 +125,14 @@ impl CubeEngine for VaultEngine {
 
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {
         Box::pin(async move { self.check_blocks(token_ids, blocks) })
+    }
+
+    fn release(&self, blocks: Vec<BlockHash>) {
+        let mut pinned = self.pinned();
+        let released: Vec<BlockHash> = blocks.into_iter().filter(|hash| pinned.remove(hash).is_some()).collect();
+        if let Some(OpenBlocks { store, .. }) = self.open.get() {
+            store.unpin(&released);
+        }
     }
 
     fn binding(&self) -> Result<Binding, ApiError> {

@@ -14,6 +14,7 @@ mod content;
 mod engine;
 mod object;
 mod service;
+mod sweep;
 
 use axum::Router;
 use axum::routing::{get, post};
@@ -24,6 +25,7 @@ use crate::memory::{CubeName, Principal};
 
 pub use self::engine::{OpenBlocks, VaultEngine};
 pub use self::service::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+pub(super) use self::sweep::sweep;
 
 /// The domain of a server without keys.
 const PUBLIC_DOMAIN: &str = "public";

@@ -24,6 +24,9 @@ pub trait CubeEngine: Send + Sync + 'static {
     /// Reads the blocks of `token_ids`, the partial one last, and compares their digests.
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified>;
 
+    /// Takes note of blocks that no cube references any more: they need not be kept. Returns at once.
+    fn release(&self, blocks: Vec<BlockHash>);
+
     /// What blocks computed now are valid for; in prefix form, in no domain yet. An error while it is not yet known.
     fn binding(&self) -> Result<Binding, ApiError>;
 }
