@@ -4,10 +4,10 @@ use mneme::engine::{Deposited, FinishReason, GenerateRequest, SharedPrefix, Task
 use mneme::paging::Found;
 use mneme::paging::faulty::Fault;
 
-use super::vault::Tiers;
 use crate::support::engine::{Output, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::vault::Tiers;
 
 fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
     let request = GenerateRequest { domain: domain.into(), ..request(prompt, Task::Deposit { is_durable }) };

@@ -7,3 +7,19 @@ mod deposits;
 mod support;
 mod tiers;
 mod vault;
+
+use std::path::Path;
+
+use mneme::backend::cpu::CpuBackend;
+use mneme::engine::TierConfig;
+use support::engine::{Setup, TestEngine};
+use support::tiny_model::Family;
+
+/// The families that every tier is tested with.
+const FAMILIES: &[Family] = &Family::ALL;
+
+/// Starts an engine on the device that these tests are about.
+fn start_with_tiers(path: &Path, setup: Setup, tiers: TierConfig) -> TestEngine {
+    let backend = CpuBackend::new(setup.isa, setup.num_threads).unwrap();
+    TestEngine::start_with_tiers(backend, path, setup, tiers)
+}

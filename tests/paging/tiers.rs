@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use mneme::engine::{FetchDecision, SamplingParams, TokenLogprobs};
 
-use super::vault::Tiers;
 use crate::support::engine::{Output, TestEngine, collect, limits};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::vault::Tiers;
 
 const NUM_OUTPUT: usize = 24;
 
@@ -40,7 +40,7 @@ fn flood(engine: &TestEngine) {
 
 #[test]
 fn every_tier_gives_the_same_bits() {
-    for family in Family::ALL {
+    for &family in crate::FAMILIES {
         let model = TinyModel::new(family, 3).write();
         for num_shared in [1, 15, 16, 17, 64, 100] {
             let (first, second) = prompts(num_shared);
@@ -69,7 +69,7 @@ fn every_tier_gives_the_same_bits() {
 #[test]
 fn the_host_tier_gives_the_same_bits() {
     let mut num_host_tokens = 0;
-    for family in Family::ALL {
+    for &family in crate::FAMILIES {
         let model = TinyModel::new(family, 3).write();
         let (first, second) = prompts(96);
         let mut tiers = Tiers::new(family);

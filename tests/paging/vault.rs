@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use mneme::backend::cpu::CpuBackend;
-use mneme::engine::TierConfig;
+use mneme::engine::{Task, TierConfig};
 use mneme::paging::faulty::FaultyFiles;
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig};
 
@@ -46,10 +45,9 @@ impl Tiers {
         let store = Arc::new(self.open_store());
         let open = move || Ok(OpenedVault { identity: b"test".to_vec(), store: Some(store) });
         let tiers = TierConfig { host_bytes: self.host_bytes, num_io_threads: 2, open_vault: Some(Box::new(open)) };
-        let backend = CpuBackend::new(self.setup.isa, self.setup.num_threads).unwrap();
-        let engine = TestEngine::start_with_tiers(backend, model, self.setup.clone(), tiers);
+        let engine = crate::start_with_tiers(model, self.setup.clone(), tiers);
         // The vault opens beside the first requests: one that asks for it is refused until then.
-        while collect(engine.handle.submit(request(&[1], mneme::engine::Task::Deposit { is_durable: true })).unwrap())
+        while collect(engine.handle.submit(request(&[1], Task::Deposit { is_durable: true })).unwrap())
             .deposited
             .is_none()
         {}

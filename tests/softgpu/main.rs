@@ -11,16 +11,24 @@ mod golden;
 mod invariance;
 #[path = "../generation/lifecycle.rs"]
 mod lifecycle;
+#[path = "../paging/deposits.rs"]
+mod paging_deposits;
+#[path = "../paging/tiers.rs"]
+mod paging_tiers;
 #[path = "../generation/parameters.rs"]
 mod parameters;
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../paging/vault.rs"]
+mod vault;
 
 use std::path::Path;
 
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
+use mneme::engine::TierConfig;
 use support::engine::{Setup, TestEngine};
+use support::tiny_model::Family;
 
 /// Random workloads for every family: a step takes thousands of times longer than on a GPU.
 const NUM_WORKLOADS: u64 = 1;
@@ -28,6 +36,15 @@ const NUM_WORKLOADS: u64 = 1;
 /// Starts an engine on the device that these tests are about.
 fn start(path: &Path, setup: Setup) -> TestEngine {
     TestEngine::start_on_softgpu(path, setup)
+}
+
+/// The families that every tier is tested with: one with a sliding window, whose kernels the others' are a part of.
+const FAMILIES: &[Family] = &[Family::Gemma3];
+
+/// The same with tiers below the device.
+fn start_with_tiers(path: &Path, setup: Setup, tiers: TierConfig) -> TestEngine {
+    let backend = support::softgpu::backend(setup.kv_dtype);
+    TestEngine::start_with_tiers(backend, path, setup, tiers)
 }
 
 /// What the tests of invariance go through: f16 runs through the same kernels with other conversions, which
