@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::backend::DType;
+use crate::models::ModelConfig;
 
 /// Writes GGUF files field by field, as the specification lists them.
 struct Writer {
@@ -264,6 +265,25 @@ fn unknown_tensor_types_are_unsupported() {
 fn bad_alignment_is_refused() {
     let zero = Writer::new().entry("general.alignment", 4, &0u32.to_le_bytes()).finish();
     assert!(message(zero).contains("power of two"));
+}
+
+/// Stored keys are moved by rotations, which change no length; and angles must be proportional to the position.
+#[test]
+fn rope_scalings_that_cannot_be_moved_are_refused() {
+    let error = |key: &str, code: u32, payload: &[u8]| {
+        let mut writer = Writer::new().string("general.architecture", "llama");
+        for key in ["embedding_length", "attention.head_count", "block_count", "feed_forward_length", "context_length"]
+        {
+            writer = writer.entry(&format!("llama.{key}"), 4, &64u32.to_le_bytes());
+        }
+        let bytes = writer.entry(key, code, payload).tensor("token_embd.weight", &[64, 2], 0, &[0; 512]).finish();
+        ModelConfig::from_gguf(&parse(bytes).unwrap()).map_err(|error| error.to_string())
+    };
+    let factor = |factor: f32| error("llama.rope.scaling.attn_factor", 6, &factor.to_le_bytes());
+    assert!(factor(1.19).unwrap_err().contains("attention factor 1.19"));
+    assert!(factor(1.0).err().is_none_or(|error| !error.contains("attention factor")));
+    let kind = [&4u64.to_le_bytes()[..], b"yarn"].concat();
+    assert!(error("llama.rope.scaling.type", 8, &kind).unwrap_err().contains("yarn"));
 }
 
 /// Touches everything a parsed file offers, so that a lazy decoder cannot hide a panic.
