@@ -36,6 +36,15 @@ pub struct FinishedReason {
     pub finished_reason: &'static str,
 }
 
+/// A tier, as a label.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Source {
+    /// `device`, `host` or `disk`.
+    pub source: &'static str,
+}
+
+const SOURCES: [&str; 3] = ["device", "host", "disk"];
+
 /// What the engine counts. Times are seconds, sizes tokens.
 pub struct EngineMetrics {
     registry: Registry,
@@ -53,6 +62,8 @@ pub struct EngineMetrics {
     pub num_preemptions: Counter,
     /// Prompt tokens of requests that got their first token, cached ones included.
     pub prompt_tokens: Counter,
+    /// Prompt tokens whose KV was not computed, by the tier it came from.
+    pub cached_by_source: Family<Source, Counter>,
     /// Output tokens sampled.
     pub generation_tokens: Counter,
     /// Requests by how they ended.
@@ -105,6 +116,12 @@ impl EngineMetrics {
                 "Prompt tokens, cached ones included",
                 Counter::default(),
             ),
+            cached_by_source: register(
+                registry,
+                "prompt_tokens_cached_by_source",
+                "Prompt tokens whose KV was not computed, by tier",
+                Family::default(),
+            ),
             generation_tokens: register(registry, "generation_tokens", "Tokens generated", Counter::default()),
             request_success: register(registry, "request_success", "Requests ended, by reason", Family::default()),
             time_to_first_token: seconds(registry, "time_to_first_token", "Arrival to first token", &TTFT_BUCKETS),
@@ -127,6 +144,8 @@ impl EngineMetrics {
             num_steps: AtomicU64::new(0),
             registry: Registry::default(),
         };
+        // The step loop finds all its labels there.
+        metrics.count_cached([0; SOURCES.len()]);
         Self { registry: root, ..metrics }
     }
 
@@ -140,6 +159,13 @@ impl EngineMetrics {
     /// Counts a finished request.
     pub fn count_finished(&self, finished_reason: &'static str) {
         self.request_success.get_or_create(&FinishedReason { finished_reason }).inc();
+    }
+
+    /// Counts prompt tokens whose KV came from the device, the host and the disk.
+    pub fn count_cached(&self, num_tokens: [usize; 3]) {
+        for (source, num_tokens) in SOURCES.into_iter().zip(num_tokens) {
+            self.cached_by_source.get_or_create(&Source { source }).inc_by(num_tokens as u64);
+        }
     }
 
     /// Counts a step that ran `num_tokens`.

@@ -431,6 +431,8 @@ fn observe_token(metrics: &EngineMetrics, sequence: &mut Sequence) {
             let cached_tokens = sequence.num_cached_tokens.unwrap_or(0) as u64;
             metrics.prefix_cache_queries.inc_by(sequence.num_prompt_tokens as u64);
             metrics.prefix_cache_hits.inc_by(cached_tokens);
+            let reuse = &sequence.reuse;
+            metrics.count_cached([reuse.device_tokens, reuse.host_tokens, reuse.disk_tokens]);
             metrics.prompt_tokens.inc_by(sequence.num_prompt_tokens as u64);
         }
     }

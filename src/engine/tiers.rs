@@ -24,6 +24,9 @@ const MIN_WAIT: Duration = Duration::from_millis(250);
 /// A fetch that would take longer than computing is tried all the same every so often: what it costs may have changed.
 const DECLINED_BEFORE_RETRY: usize = 16;
 
+/// What has gone to disk is made durable this long after the first of it did.
+const SEAL_AFTER: Duration = Duration::from_secs(10);
+
 /// One block in so many may be on its way down at a time, lest sequences find none.
 const POOL_SHARE_OF_SAVES: usize = 8;
 
@@ -49,6 +52,8 @@ pub(super) struct Tiers {
     backlog: VecDeque<(BlockId, Tier)>,
     in_backlog: Vec<bool>,
     max_saves: usize,
+    /// When something went to disk that would not survive a crash yet.
+    unsealed_since: Option<Instant>,
     num_declined: usize,
     block_size: usize,
 }
@@ -103,6 +108,7 @@ impl Tiers {
             backlog: VecDeque::with_capacity(if is_enabled { num_blocks } else { 0 }),
             in_backlog: vec![false; if is_enabled { num_blocks } else { 0 }],
             max_saves: (num_blocks / POOL_SHARE_OF_SAVES).max(1),
+            unsealed_since: None,
             num_declined: 0,
             block_size,
         }
@@ -138,7 +144,15 @@ impl Tiers {
 
     /// When to look again if nothing happens.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
-        self.fetches.iter().filter(|fetch| fetch.sequence.is_some()).map(|fetch| fetch.deadline).min()
+        let fetches = self.fetches.iter().filter(|fetch| fetch.sequence.is_some()).map(|fetch| fetch.deadline);
+        fetches.chain(self.unsealed_since.map(|since| since + SEAL_AFTER)).min()
+    }
+
+    /// Makes what has gone to disk durable once in a while, without being asked.
+    fn seal_when_due(&mut self) {
+        if self.unsealed_since.is_some_and(|since| since.elapsed() >= SEAL_AFTER) {
+            self.unsealed_since = self.pager.seal().is_none().then(Instant::now);
+        }
     }
 
     /// Whether lower tiers hold what follows a sequence's blocks, up to block `num_shareable`, and are worth asking.
@@ -265,8 +279,10 @@ impl Tiers {
                     } else {
                         self.deposits.iter_mut().any(|deposit| deposit.absorb_saved(ticket, is_there));
                     }
-                    if tier == Tier::Host {
-                        self.queue_save_to(block, Tier::Disk);
+                    match tier {
+                        Tier::Host => self.queue_save_to(block, Tier::Disk),
+                        _ if is_there => drop(self.unsealed_since.get_or_insert_with(Instant::now)),
+                        _ => {}
                     }
                 }
                 Completion::Loaded { ticket, block, is_whole } => {
@@ -280,6 +296,7 @@ impl Tiers {
                 Completion::Opened { identity } => return Some(Arrival::Opened(identity)),
             }
         }
+        self.seal_when_due();
         self.poll_empty_fetch(pool).or_else(|| self.poll_deposits()).or_else(|| self.poll_late(Instant::now()))
     }
 
