@@ -191,7 +191,7 @@ fn mode_of(references: &[CubeReference], compose: Option<Compose>) -> Result<Com
     match wanted {
         Compose::Link | Compose::Blend => {
             let message = "Composition by link or blend is not served yet; use prefix for one cube, or text.";
-            Err(ApiError::not_implemented(message).with_param("memory.compose"))
+            Err(ApiError::invalid_field("memory.compose", message))
         }
         Compose::Prefix if references.len() > 1 => {
             Err(invalid("Only one cube can stand at the beginning of a prompt; compose several with text."))
