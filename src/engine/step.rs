@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, at, bounded, never, select};
+use uuid::Uuid;
 
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
@@ -52,6 +53,8 @@ pub struct Engine<B: Backend> {
     stopped: Arc<AtomicBool>,
     metrics: Arc<EngineMetrics>,
     hash_identity: Vec<u8>,
+    /// Whether that is the model's, for good.
+    is_identified: bool,
     num_arrived: u64,
     num_preemptions: u64,
 }
@@ -91,7 +94,8 @@ impl<B: Backend> Engine<B> {
             num_blocks: limits.num_blocks,
         };
         let stopped = Arc::new(AtomicBool::new(false));
-        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
+        // Of this process alone: what is hashed before the model's identity is known is found by nobody later.
+        let hash_identity = Uuid::new_v4().as_bytes().to_vec();
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
         let pager = runner.start_pager(tiers, limits, &waker)?;
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
@@ -106,6 +110,7 @@ impl<B: Backend> Engine<B> {
             stopped,
             metrics,
             hash_identity,
+            is_identified: false,
             num_arrived: 0,
             num_preemptions: 0,
             config,
@@ -128,8 +133,8 @@ impl<B: Backend> Engine<B> {
 
     fn serve(&mut self) -> Result<()> {
         loop {
-            self.accept_submissions();
             self.absorb_arrivals();
+            self.accept_submissions();
             if self.scheduler.has_queued() && self.step()? {
                 continue;
             }
@@ -163,6 +168,7 @@ impl<B: Backend> Engine<B> {
         if let Some(identity) = self.scheduler.absorb_arrivals() {
             tracing::debug!("the vault is open");
             self.hash_identity = identity;
+            self.is_identified = true;
         }
     }
 
@@ -193,6 +199,9 @@ impl<B: Backend> Engine<B> {
         let longest = if matches!(request.task, Task::Generate(_)) { most - 1 } else { most };
         if len == 0 || len > longest {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
+        }
+        if matches!(request.task, Task::Deposit { is_durable: true }) && !self.is_identified {
+            return Err(Error::Exhausted("nothing can be kept before the vault is open; try again".into()));
         }
         let vocab_size = self.runner.model().config().vocab_size;
         match request.prompt.iter().find(|&&token| token as usize >= vocab_size) {
