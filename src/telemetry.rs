@@ -86,6 +86,9 @@ pub struct EngineMetrics {
     pub num_steps: AtomicU64,
 }
 
+/// Every value of [`FinishedReason`].
+const FINISHED_REASONS: [&str; 4] = ["stop", "length", "abort", "error"];
+
 impl EngineMetrics {
     /// All at zero, labelled with the served model's name.
     pub fn new(model_name: &str, block_size: usize, num_blocks: usize) -> Self {
@@ -144,7 +147,10 @@ impl EngineMetrics {
             num_steps: AtomicU64::new(0),
             registry: Registry::default(),
         };
-        // The step loop finds all its labels there.
+        // At zero from the start: a rate needs a first value, and the engine thread makes no label while it runs.
+        for finished_reason in FINISHED_REASONS {
+            drop(metrics.request_success.get_or_create(&FinishedReason { finished_reason }));
+        }
         metrics.count_cached([0; SOURCES.len()]);
         Self { registry: root, ..metrics }
     }
