@@ -46,7 +46,8 @@ fn main() -> anyhow::Result<()> {
         prompt: tokenizer.encode(&prompt, true)?,
         task: Task::Generate(Box::new(sampling)),
         priority: 0,
-        cache_salt: None,
+        domain: String::new(),
+        shared_prefix: None,
     })?;
     let mut out = std::io::stdout().lock();
     write!(out, "{prompt}")?;

@@ -3,8 +3,9 @@
 //   qkv          [num_tokens, (num_heads + 2 num_kv_heads) D] T, q normalised and rotated (kv_store.cu)
 //   blocks       KV blocks; kv_store.cu says how they lie, block_stride and layer_offset count numbers of T
 //   block_tables [num_seqs, max_blocks] i32; entries past the context are not read
-//   context_lens [num_seqs] i32, this step's tokens included
+//   context_lens [num_seqs] i32, one past the position of the last query
 //   cu_seqlens_q [num_seqs + 1] i32
+//   positions    [num_tokens] i32, ascending in a sequence, gaps allowed: a query sees the keys up to its own position
 //   out          [num_tokens, num_heads D] T
 //
 // A row is one query token and one of the `group` q heads of a KV head: row r of a sequence is token r / group, head
@@ -37,7 +38,7 @@ template <class T> struct Arguments {
     T* out;
     float* partials;
     const T *qkv, *blocks;
-    const int *block_tables, *context_lens, *cu_seqlens_q;
+    const int *block_tables, *context_lens, *cu_seqlens_q, *positions;
     u64 block_stride, layer_offset;
     int max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window;
     float scale;
@@ -46,10 +47,12 @@ template <class T> struct Arguments {
 // The rows of one sequence and KV head, and what they see.
 struct Rows {
     int sequence, kv_head, group, first_token, num_queries, context_len, window;
+    const int* positions;
 
-    __device__ __forceinline__ Rows(const int* context_lens, const int* cu_seqlens_q, int num_heads, int num_kv_heads,
-                                    int window_or_none)
-        : sequence(blockIdx.z), kv_head(blockIdx.y), group(num_heads / num_kv_heads), window(window_or_none) {
+    __device__ __forceinline__ Rows(const int* context_lens, const int* cu_seqlens_q, const int* query_positions,
+                                    int num_heads, int num_kv_heads, int window_or_none)
+        : sequence(blockIdx.z), kv_head(blockIdx.y), group(num_heads / num_kv_heads), window(window_or_none),
+          positions(query_positions) {
         first_token = cu_seqlens_q[sequence];
         num_queries = cu_seqlens_q[sequence + 1] - first_token;
         context_len = context_lens[sequence];
@@ -59,10 +62,10 @@ struct Rows {
     __device__ __forceinline__ int head(int row) const { return kv_head * group + row % group; }
     // Positions [begin, end) that a row sees; none when there is no such row.
     __device__ __forceinline__ int end(int row) const {
-        return row < count() ? context_len - num_queries + row / group + 1 : 0;
+        return row < count() ? positions[token(row)] + 1 : 0;
     }
     __device__ __forceinline__ int begin(int row) const { return window > 0 ? max(end(row) - window, 0) : 0; }
-    // Chunks that some row sees.
+    // From the first chunk that some row sees to the last.
     __device__ __forceinline__ int first_chunk() const { return begin(0) / CHUNK; }
     __device__ __forceinline__ int end_chunk() const { return ceil_div(context_len, CHUNK); }
 };
@@ -384,7 +387,8 @@ __device__ __forceinline__ void store_rows(const Arguments<T>& args, const Rows&
 
 template <int D, class T> __device__ __forceinline__ void decode(const Arguments<T>& args) {
     constexpr int THREADS = 128, WARPS = 4, N = (D / 8 + WARPS - 1) / WARPS;
-    const Rows rows(args.context_lens, args.cu_seqlens_q, args.num_heads, args.num_kv_heads, args.window);
+    const Rows rows(args.context_lens, args.cu_seqlens_q, args.positions, args.num_heads, args.num_kv_heads,
+                    args.window);
     const bool is_split = args.partials != nullptr;
     const int chunk = blockIdx.x, warp = threadIdx.x / 32;
     if (rows.count() == 0 || rows.count() > args.decode_rows) return;
@@ -477,7 +481,8 @@ template <int D> constexpr int PREFILL_THREADS = D > 128 ? 256 : 128;
 
 template <int D, class T> __device__ __forceinline__ void prefill(const Arguments<T>& args) {
     constexpr int THREADS = PREFILL_THREADS<D>, N = D / 8 / (THREADS / 128);
-    const Rows rows(args.context_lens, args.cu_seqlens_q, args.num_heads, args.num_kv_heads, args.window);
+    const Rows rows(args.context_lens, args.cu_seqlens_q, args.positions, args.num_heads, args.num_kv_heads,
+                    args.window);
     const int first_row = blockIdx.x * TILE;
     if (rows.count() <= args.decode_rows || first_row >= rows.count()) return;
 
@@ -517,11 +522,12 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
 
 #define ATTENTION_PARAMETERS(T)                                                                                        \
     T *out, float *partials, const T *qkv, const T *blocks, const int *block_tables, const int *context_lens,          \
-        const int *cu_seqlens_q, u64 block_stride, u64 layer_offset, int max_blocks, int block_size, int num_heads,    \
-        int num_kv_heads, int decode_rows, int window, float scale
+        const int *cu_seqlens_q, const int *positions, u64 block_stride, u64 layer_offset, int max_blocks,             \
+        int block_size, int num_heads, int num_kv_heads, int decode_rows, int window, float scale
 #define ATTENTION_ARGUMENTS                                                                                            \
-    {out,          partials,   qkv,        blocks,    block_tables, context_lens, cu_seqlens_q, block_stride,          \
-     layer_offset, max_blocks, block_size, num_heads, num_kv_heads, decode_rows,  window,       scale}
+    {out,          partials,     qkv,        blocks,     block_tables, context_lens, cu_seqlens_q, positions,          \
+     block_stride, layer_offset, max_blocks, block_size, num_heads,    num_kv_heads, decode_rows,  window,             \
+     scale}
 
 #define ATTENTION_KERNELS(T, D)                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) attention_decode_##T##_d##D(ATTENTION_PARAMETERS(T)) {           \
@@ -535,9 +541,9 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
 #define COMBINE_AND_ATTENTION_KERNELS(T)                                                                               \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
     attention_combine_##T(T* out, const float* partials, const int* context_lens, const int* cu_seqlens_q,             \
-                          int num_chunks, int num_heads, int num_kv_heads, int head_dim, int decode_rows,              \
-                          int window) {                                                                                \
-        const Rows rows(context_lens, cu_seqlens_q, num_heads, num_kv_heads, window);                                  \
+                          const int* positions, int num_chunks, int num_heads, int num_kv_heads, int head_dim,         \
+                          int decode_rows, int window) {                                                               \
+        const Rows rows(context_lens, cu_seqlens_q, positions, num_heads, num_kv_heads, window);                       \
         combine(out, partials, rows, num_chunks, num_heads, head_dim, decode_rows);                                    \
     }                                                                                                                  \
     ATTENTION_KERNELS(T, 16)                                                                                           \

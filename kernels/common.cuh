@@ -1,5 +1,5 @@
 // What every kernel is written with: the two 16-bit types, tensor-core and asynchronous-copy instructions of sm_80,
-// and reductions whose order is fixed. Includes nothing, so that NVRTC compiles it without an include path.
+// reductions whose order is fixed, and where the KV cache keeps a token. Includes nothing, so that NVRTC compiles it without an include path.
 //
 // Where the bits of a result must not depend on which kernel computed it, products and sums are spelled with the
 // intrinsics __fmul_rn, __fadd_rn and __fmaf_rn, which the compiler neither fuses nor splits.
@@ -56,6 +56,10 @@ template <class T> __device__ __forceinline__ Eight load8(const T* source) {
     const uint4 words = *reinterpret_cast<const uint4*>(source);
     const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
     return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+__device__ __forceinline__ Eight load8(const float* source) {
+    const float4 a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
 }
 template <class T> __device__ __forceinline__ void store8(T* target, const Eight& x) {
     *reinterpret_cast<uint4*>(target) = make_uint4(pack<T>(x.at[0], x.at[1]), pack<T>(x.at[2], x.at[3]),
@@ -147,3 +151,36 @@ template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
 
 // Dynamic shared memory of a kernel.
 extern __shared__ __align__(16) u8 shared_bytes[];
+
+// A block of the KV cache is [layer][kv_head][K tile | V tile], a tile [token][head_dim] of T. block_stride and
+// layer_offset count numbers of T.
+struct CacheShape {
+    int num_kv_heads, head_dim, block_size;
+    u64 block_stride, layer_offset;
+};
+
+// Where the cache keeps a token's key, or value, of one head.
+template <class T>
+__device__ __forceinline__ T* cache_row(T* blocks, const CacheShape& shape, int slot, int kv_head, bool is_value) {
+    const u64 tile = static_cast<u64>(shape.block_size) * shape.head_dim;
+    const int block = slot / shape.block_size, token = slot % shape.block_size;
+    return blocks + block * shape.block_stride + shape.layer_offset + (2 * kv_head + is_value) * tile +
+           static_cast<u64>(token) * shape.head_dim;
+}
+
+// Lanes of a head in kernels that rotate: the power of two not below head_dim / 16. A lane has 8 numbers of the lower
+// half and their partners in the upper.
+__device__ __forceinline__ int rotation_lanes(int head_dim) {
+    const int wanted = head_dim / 16;
+    return wanted <= 1 ? 1 : 1 << (32 - __clz(wanted - 1));
+}
+
+// Turns eight pairs of numbers; `sign` is 1, or -1 to turn backwards.
+__device__ __forceinline__ void rotate(Eight& low, Eight& high, const Eight& cos, const Eight& sin, float sign) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float a = low.at[j], b = high.at[j], sine = __fmul_rn(sin.at[j], sign);
+        low.at[j] = __fmaf_rn(a, cos.at[j], -__fmul_rn(b, sine));
+        high.at[j] = __fmaf_rn(b, cos.at[j], __fmul_rn(a, sine));
+    }
+}

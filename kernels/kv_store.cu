@@ -7,38 +7,17 @@
 // taken apart first.
 //
 //   qkv          [num_tokens, (num_heads + 2 num_kv_heads) head_dim] T; q and k are changed in place
-//   blocks       the cache; block_stride and layer_offset count numbers of T:
-//                layer_offset = layer * num_kv_heads * 2 * block_size * head_dim
+//   blocks       the cache; layer_offset = layer * num_kv_heads * 2 * block_size * head_dim
 //   positions    [num_tokens] i32
 //   slot_mapping [num_tokens] i32, block * block_size + offset; a negative slot stores nothing
 //   angles       [max_positions][cosines | sines][head_dim / 2] f32
 //   q_norm       [head_dim] f32, or null; k_norm likewise
 //
-// head_dim is a multiple of 16, at most 256. A head has `lanes` neighbouring lanes, the power of two not below
-// head_dim / 16; each has 8 numbers of the lower half and their partners in the upper. Grid
+// head_dim is a multiple of 16, at most 256. A head has `lanes` neighbouring lanes (`rotation_lanes`). Grid
 // (ceil(num_tokens * (num_heads + 2 num_kv_heads) / (128 / lanes))), block 128.
 // Equals `cpu::rope_and_store_kv` on numbers rounded to T; the sum of squares is in another order.
 
 #include "common.cuh"
-
-struct StoreShape {
-    int num_tokens, num_heads, num_kv_heads, head_dim, block_size;
-    u64 block_stride, layer_offset;
-};
-
-// Where the cache keeps a token's key, or value, of one head.
-template <class T>
-__device__ __forceinline__ T* cache_row(T* blocks, const StoreShape& shape, int slot, int kv_head, bool is_value) {
-    const u64 tile = static_cast<u64>(shape.block_size) * shape.head_dim;
-    const int block = slot / shape.block_size, token = slot % shape.block_size;
-    return blocks + block * shape.block_stride + shape.layer_offset + (2 * kv_head + is_value) * tile +
-           static_cast<u64>(token) * shape.head_dim;
-}
-
-__device__ __forceinline__ Eight load8(const float* source) {
-    const float4 a = load4(source), b = load4(source + 4);
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-}
 
 // Scales a head to a root mean square of 1, then by `weight`. All lanes of the warp take part in the sum.
 __device__ __forceinline__ void norm_head(Eight& low, Eight& high, const float* weight, int first, int head_dim,
@@ -58,29 +37,18 @@ __device__ __forceinline__ void norm_head(Eight& low, Eight& high, const float* 
     }
 }
 
-__device__ __forceinline__ void rotate(Eight& low, Eight& high, const float* cosines, int half) {
-    const Eight cos = load8(cosines), sin = load8(cosines + half);
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-        const float a = low.at[j], b = high.at[j];
-        low.at[j] = __fmaf_rn(a, cos.at[j], -__fmul_rn(b, sin.at[j]));
-        high.at[j] = __fmaf_rn(b, cos.at[j], __fmul_rn(a, sin.at[j]));
-    }
-}
-
 template <class T>
 __device__ __forceinline__ void rope_store_kv(T* qkv, T* blocks, const int* positions, const int* slot_mapping,
                                               const float* angles, const float* q_norm, const float* k_norm,
-                                              float epsilon, const StoreShape& shape) {
-    const int half = shape.head_dim / 2, wanted = half / 8;
-    const int lanes = wanted <= 1 ? 1 : 1 << (32 - __clz(wanted - 1));
-    const int heads = shape.num_heads + 2 * shape.num_kv_heads;
+                                              float epsilon, int num_tokens, int num_heads, const CacheShape& shape) {
+    const int half = shape.head_dim / 2, lanes = rotation_lanes(shape.head_dim);
+    const int heads = num_heads + 2 * shape.num_kv_heads;
     const u64 thread = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
     const u64 index = thread / lanes;
     const int first = static_cast<int>(thread % lanes) * 8;
-    const bool exists = index < static_cast<u64>(shape.num_tokens) * heads && first < half;
+    const bool exists = index < static_cast<u64>(num_tokens) * heads && first < half;
     const int token = exists ? static_cast<int>(index / heads) : 0, head = exists ? static_cast<int>(index % heads) : 0;
-    const bool is_query = head < shape.num_heads, is_value = head >= shape.num_heads + shape.num_kv_heads;
+    const bool is_query = head < num_heads, is_value = head >= num_heads + shape.num_kv_heads;
 
     T* row = qkv + (static_cast<u64>(token) * heads + head) * shape.head_dim + first;
     Eight low = {}, high = {};
@@ -93,13 +61,14 @@ __device__ __forceinline__ void rope_store_kv(T* qkv, T* blocks, const int* posi
     norm_head(low, high, weight, first, shape.head_dim, epsilon, lanes, is_normed);
     if (!exists) return;
     if (!is_value) {
-        rotate(low, high, angles + static_cast<u64>(positions[token]) * shape.head_dim + first, half);
+        const float* cosines = angles + static_cast<u64>(positions[token]) * shape.head_dim + first;
+        rotate(low, high, load8(cosines), load8(cosines + half), 1.0f);
         store8(row, low);
         store8(row + half, high);
     }
     const int slot = slot_mapping[token];
     if (is_query || slot < 0) return;
-    const int kv_head = head - shape.num_heads - (is_value ? shape.num_kv_heads : 0);
+    const int kv_head = head - num_heads - (is_value ? shape.num_kv_heads : 0);
     T* target = cache_row(blocks, shape, slot, kv_head, is_value) + first;
     store8(target, low);
     store8(target + half, high);
@@ -110,8 +79,8 @@ __device__ __forceinline__ void rope_store_kv(T* qkv, T* blocks, const int* posi
     rope_store_kv_##T(T* qkv, T* blocks, const int* positions, const int* slot_mapping, const float* angles,           \
                       const float* q_norm, const float* k_norm, float epsilon, u64 block_stride, u64 layer_offset,     \
                       int num_tokens, int num_heads, int num_kv_heads, int head_dim, int block_size) {                 \
-        rope_store_kv(qkv, blocks, positions, slot_mapping, angles, q_norm, k_norm, epsilon,                           \
-                      {num_tokens, num_heads, num_kv_heads, head_dim, block_size, block_stride, layer_offset});        \
+        rope_store_kv(qkv, blocks, positions, slot_mapping, angles, q_norm, k_norm, epsilon, num_tokens, num_heads,    \
+                      {num_kv_heads, head_dim, block_size, block_stride, layer_offset});                               \
     }
 
 STORE_KERNEL(bf16)

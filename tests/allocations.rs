@@ -1,4 +1,5 @@
-//! The step loop allocates nothing: memory is taken when a request arrives and when the engine starts.
+//! The step loop allocates nothing: memory is taken when a request arrives and when the engine starts, for the largest
+//! step there can be.
 //!
 //! The allocator counts what every thread but the test's own asks for while counting is on, so kernels on the pool's
 //! threads are covered as well.
@@ -9,6 +10,7 @@ mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mneme::backend::DType;
@@ -155,6 +157,36 @@ fn check_prefill(engine: &TestEngine, what: &str) {
     panic!("{what}: the test thread never saw ten steps of a prefill");
 }
 
+/// Allocations in the steps that are the first to have a full budget of tokens and a long context: memory for them was
+/// taken at start. The prompt waits for a place while it is taken in, so that nothing but steps is counted.
+fn check_first_large_steps(model: &Path, setup: &Setup, what: &str) {
+    let random = &mut Random::new(3);
+    let limits = SchedulerLimits { max_num_seqs: 2, ..engine_limits() };
+    let mut fewest = None;
+    for _ in 0..20 {
+        let engine = TestEngine::start_on_cpu(model, Setup { limits, ..setup.clone() });
+        let num_waiting = || engine.handle.metrics().num_requests_waiting.get();
+        let mut running = [2000, 300].map(|count| engine.submit(&random.tokens(20, VOCAB), greedy(count)));
+        running.iter_mut().for_each(|stream| read_tokens(stream, 5));
+        let mut large = engine.submit(&random.tokens(1500, VOCAB), greedy(2));
+        while num_waiting() == 0 && large.try_next().is_none() {
+            std::thread::yield_now();
+        }
+        let mut was_waiting = false;
+        let num_allocations = allocations_during(|| {
+            was_waiting = num_waiting() == 1;
+            drop(large.blocking_next());
+        });
+        match (was_waiting, num_allocations) {
+            (true, 0) => return,
+            // As above: whichever thread sleeps for the first time.
+            (true, found) => fewest = fewest.min(Some(found)).or(Some(found)),
+            (false, _) => {}
+        }
+    }
+    panic!("{what}: the first large steps allocate, {fewest:?} times at least");
+}
+
 /// One test: counting is for the whole process.
 #[test]
 fn steps_allocate_nothing() {
@@ -169,6 +201,7 @@ fn steps_allocate_nothing() {
         let model = TinyModel::new(family, 1).write();
         for isa in Isa::available() {
             let setup = Setup { limits: engine_limits(), isa, ..Setup::default() };
+            check_first_large_steps(model.path(), &setup, &format!("{family:?} {isa}"));
             let engine = TestEngine::start_on_cpu(model.path(), setup);
             check_decode(&engine, &format!("{family:?} {isa}"));
             check_prefill(&engine, &format!("{family:?} {isa}"));
@@ -176,8 +209,9 @@ fn steps_allocate_nothing() {
     }
     let model = TinyModel::new(Family::Llama, 1).write_gguf(quantised);
     for dtype in [None, Some(DType::F32)] {
-        let engine =
-            TestEngine::start_on_cpu(model.path(), Setup { limits: engine_limits(), dtype, ..Setup::default() });
+        let setup = Setup { limits: engine_limits(), dtype, ..Setup::default() };
+        check_first_large_steps(model.path(), &setup, "quantised");
+        let engine = TestEngine::start_on_cpu(model.path(), setup);
         check_decode(&engine, "quantised");
         check_prefill(&engine, "quantised");
     }

@@ -8,21 +8,27 @@
 mod support;
 
 use std::path::Path;
+use std::sync::Arc;
 
-use mneme::backend::sim::{SimBackend, mix};
-use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task};
+use mneme::backend::sim::{SimBackend, mix, rotated};
+use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task, TierConfig};
+use mneme::paging::faulty::{Fault, FaultyFiles};
+use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, VaultOpener};
 use support::engine::{Output, Setup, TestEngine, greedy, limits, metric, request};
 use support::random::Random;
 use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_LAYERS: usize = 2;
 
-/// The double's model, sequence by sequence: every layer keeps, per position, the mix of what came in and the position,
-/// and hands on the fold of all of them up to there.
+/// Of a block of 32 tokens of the tiny model.
+const MAX_BLOCK_BYTES: usize = 8192;
+
+/// The double's model, sequence by sequence: every layer keeps, per position, what came in rotated to the position, and
+/// hands on the fold of all of them up to there.
 #[derive(Clone, Default)]
 struct Oracle {
     folds: [u64; NUM_LAYERS],
-    num_tokens: u64,
+    num_tokens: i64,
 }
 
 impl Oracle {
@@ -30,7 +36,7 @@ impl Oracle {
     fn feed(&mut self, token: u32) -> u32 {
         let mut payload = mix(0, u64::from(token));
         for fold in &mut self.folds {
-            *fold = mix(*fold, mix(payload, self.num_tokens));
+            *fold = mix(*fold, rotated(payload, self.num_tokens));
             payload = *fold;
         }
         self.num_tokens += 1;
@@ -58,6 +64,10 @@ struct Reached {
     num_preemptions: u64,
     num_cached_tokens: usize,
     num_refused: usize,
+    num_host_tokens: usize,
+    num_disk_tokens: usize,
+    num_restarts: usize,
+    num_restored_tokens: usize,
 }
 
 struct Running {
@@ -82,6 +92,8 @@ impl Running {
         assert_eq!(self.output.tokens, wanted, "seed {seed}: {} prompt tokens", self.prompt.len());
         reached.num_finished += 1;
         reached.num_cached_tokens += self.output.cached_tokens;
+        reached.num_host_tokens += self.output.reuse.host_tokens;
+        reached.num_disk_tokens += self.output.reuse.disk_tokens;
     }
 }
 
@@ -90,6 +102,10 @@ struct Simulation {
     seed: u64,
     random: Random,
     limits: SchedulerLimits,
+    host_bytes: usize,
+    /// Where the disk tier lies, in lives that have one.
+    files: Option<FaultyFiles>,
+    max_store_blocks: usize,
     shared: Vec<Vec<u32>>,
     running: Vec<Running>,
     embeddings: Vec<OutputStream>,
@@ -112,17 +128,81 @@ impl Simulation {
             prefix_caching: !random.once_in(4),
             ..limits()
         };
+        let host_bytes = if random.once_in(2) { 0 } else { random.within(1, 3 * limits.num_blocks) * MAX_BLOCK_BYTES };
         let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
-        Self { seed, random, limits, shared, running: vec![], embeddings: vec![], reached: Reached::default() }
+        let files = (!random.once_in(3)).then(|| FaultyFiles::new(seed));
+        let max_store_blocks = random.within(8, 4 * limits.num_blocks + 8);
+        Self {
+            seed,
+            random,
+            limits,
+            host_bytes,
+            files,
+            max_store_blocks,
+            shared,
+            running: vec![],
+            embeddings: vec![],
+            reached: Reached::default(),
+        }
     }
 
+    /// One life of an engine or, where there is a disk, two: the second one finds what survived of the first.
     fn run(mut self, model: &Path) -> Reached {
-        let engine = TestEngine::start(SimBackend::default(), model, Setup { limits: self.limits, ..Setup::default() });
+        self.live(model);
+        if let Some(files) = self.files.clone() {
+            files.inject(None);
+            files.restart();
+            let num_before = self.reached.num_disk_tokens;
+            self.live(model);
+            self.reached.num_restarts += 1;
+            self.reached.num_restored_tokens += self.reached.num_disk_tokens - num_before;
+        }
+        self.reached
+    }
+
+    fn start(&self, model: &Path) -> TestEngine {
+        let setup = Setup { limits: self.limits, ..Setup::default() };
+        let open_vault = self.files.clone().map(|files| self.open_vault(files));
+        let tiers = TierConfig { host_bytes: self.host_bytes, num_io_threads: 2, open_vault };
+        TestEngine::start_with_tiers(SimBackend::default(), model, setup, tiers)
+    }
+
+    fn open_vault(&self, files: FaultyFiles) -> VaultOpener {
+        let block_size = self.limits.block_size;
+        let block_bytes = MAX_BLOCK_BYTES * block_size / 32;
+        let format = BlockFormat { block_bytes, block_size, layout: "sim".into() };
+        let max_bytes = (self.max_store_blocks * (block_bytes + 4096)) as u64 + (64 << 10);
+        let config = StoreConfig { format, max_bytes, segment_bytes: max_bytes / 4 };
+        Box::new(move || {
+            let (store, _) = BlockStore::open(Arc::new(files), Path::new("/vault/segments"), config)?;
+            Ok(OpenedVault { identity: b"sim".to_vec(), store: Some(Arc::new(store)) })
+        })
+    }
+
+    /// The disk breaks, or works again with one bit of it wrong.
+    fn break_disk(&mut self) {
+        let Some(files) = self.files.clone() else { return };
+        let faults = [Fault::NoSpace, Fault::WriteError, Fault::SyncError, Fault::ReadError, Fault::ShortRead];
+        let fault = (!self.random.once_in(3)).then(|| faults[self.random.below(faults.len())]);
+        files.inject(fault);
+        let paths = files.paths();
+        if fault.is_none() && !paths.is_empty() {
+            let path = &paths[self.random.below(paths.len())];
+            let num_bits = files.contents(path).map_or(0, |contents| 8 * contents.len());
+            if num_bits > 0 {
+                files.flip_bit(path, self.random.below(num_bits) as u64);
+            }
+        }
+    }
+
+    fn live(&mut self, model: &Path) {
+        let engine = self.start(model);
         for _ in 0..self.random.within(20, 60) {
-            match self.random.below(8) {
-                0..=4 => self.submit(&engine),
-                5 => self.cancel(),
-                6 => self.listen(),
+            match self.random.below(16) {
+                0..=8 => self.submit(&engine),
+                9..=10 => self.cancel(),
+                11..=12 => self.listen(),
+                13 => self.break_disk(),
                 _ => self.finish_one(),
             }
         }
@@ -132,8 +212,7 @@ impl Simulation {
         self.embeddings.drain(..).for_each(|stream| drop(Output::default().finish(stream)));
         let handle = engine.stop();
         assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "seed {}: blocks are left", self.seed);
-        self.reached.num_preemptions = metric(&handle, "num_preemptions_total") as u64;
-        self.reached
+        self.reached.num_preemptions += metric(&handle, "num_preemptions_total") as u64;
     }
 
     fn prompt(&mut self) -> Vec<u32> {
@@ -156,10 +235,10 @@ impl Simulation {
         let max_tokens = self.random.within(1, (self.limits.max_model_len - prompt.len()).min(60));
         let embeds = self.random.once_in(10);
         let task = if embeds { Task::Embed } else { Task::Generate(Box::new(greedy(max_tokens))) };
-        let salts = [None, None, Some("a".to_owned()), Some("b".to_owned())];
+        let salts = ["", "", "a", "b"];
         let request = GenerateRequest {
             priority: self.random.below(3) as i32,
-            cache_salt: salts[self.random.below(4)].clone(),
+            domain: salts[self.random.below(4)].to_owned(),
             ..request(&prompt, task)
         };
         match engine.handle.submit(request) {
@@ -214,12 +293,18 @@ fn random_lives_end_as_predicted() {
         total.num_preemptions += reached.num_preemptions;
         total.num_cached_tokens += reached.num_cached_tokens;
         total.num_refused += reached.num_refused;
+        total.num_host_tokens += reached.num_host_tokens;
+        total.num_disk_tokens += reached.num_disk_tokens;
+        total.num_restarts += reached.num_restarts;
+        total.num_restored_tokens += reached.num_restored_tokens;
     }
     eprintln!("{total:?}");
     if num_seeds >= 100 {
-        let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, .. } = total;
+        let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, num_host_tokens, .. } = total;
         assert!(num_finished > 100 && num_cancelled > 100, "{total:?}");
         assert!(num_preemptions > 100 && num_cached_tokens > 1000, "{total:?}");
+        assert!(num_host_tokens > 1000 && total.num_disk_tokens > 500, "{total:?}");
+        assert!(total.num_restored_tokens > 100, "{total:?}");
     }
 }
 

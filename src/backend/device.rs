@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use super::DType;
+use super::{DType, Transfer};
 use crate::{Result, invalid};
 
 /// What a stream is for. Devices may run copies beside compute.
@@ -30,12 +30,17 @@ pub trait Device: Send + 'static {
     type Stream: Send + 'static;
     /// A point in a stream.
     type Event: Send + 'static;
+    /// One I/O thread's way to and from device memory.
+    type Transfer: Transfer<Buffer = Self::Buffer>;
 
     /// `bytes` of zeroed device memory.
     fn allocate(&self, bytes: usize) -> Result<Self::Buffer>;
 
     /// `bytes` of zeroed host memory.
     fn allocate_host(&self, bytes: usize) -> Result<Self::HostBuffer>;
+
+    /// A way to device memory for a thread of its own.
+    fn create_transfer(&self) -> Result<Self::Transfer>;
 
     /// A new stream.
     fn create_stream(&self, kind: StreamKind) -> Result<Self::Stream>;

@@ -86,6 +86,12 @@ impl KvLayout {
         Ok(Self { order, num_layers, num_kv_heads, head_dim, block_size, dtype })
     }
 
+    /// Where every number of a block lies, in words: blocks of one name can stand for each other.
+    pub fn name(&self) -> String {
+        let Self { order, num_layers, num_kv_heads, head_dim, block_size, dtype } = self;
+        format!("{order:?} {dtype} {num_layers}x{num_kv_heads}x{block_size}x{head_dim}").to_lowercase()
+    }
+
     /// How the numbers of a tile follow each other.
     pub fn order(&self) -> KvOrder {
         self.order

@@ -13,6 +13,7 @@ mod host_tensor;
 mod layout;
 mod rope;
 pub mod sim;
+mod transfer;
 
 pub use cpu::dequantize::dequantize_row;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
@@ -21,8 +22,13 @@ pub use gpu::{GpuInfo, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use layout::{KvLayout, KvOrder};
 pub use rope::{RopeConfig, RopeScaling};
+pub use transfer::Transfer;
 
 use crate::{Result, invalid};
+
+/// Raised whenever a kernel's results change in any bit, so that KV blocks from before are not taken for what they would
+/// be now.
+pub const NUMERICS_VERSION: u32 = 1;
 
 /// A device that can run the layers of a transformer. All methods queue work on `stream` and may return before it is
 /// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step.
@@ -53,6 +59,12 @@ pub trait Backend: Device {
 
     /// Angles for positions `[0, max_positions)`.
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;
+
+    /// Takes the memory that steps within `bounds` need beside the buffers they are given, so that none is taken later.
+    /// Called once the matrices are loaded; a device that took it when it was opened has nothing to do.
+    fn reserve(&self, _bounds: &StepBounds<'_>) -> Result<()> {
+        Ok(())
+    }
 
     /// `out[t] = scale * table[ids[t]]`; `ids` is `[1, T]` i32, `out` `[T, K]` f32.
     fn embed(
@@ -108,8 +120,9 @@ pub trait Backend: Device {
     where
         Self: Sized;
 
-    /// Causal attention of the q heads of `qkv` over the KV cache; `out` is `[T, num_heads head_dim]`. A row's result
-    /// does not depend on how its sequence is chunked or what else is in the batch.
+    /// Causal attention of the q heads of `qkv` over the KV cache; `out` is `[T, num_heads head_dim]`. The query at
+    /// position `p` sees the keys of `[0, p]`, cut by the window. A row's result does not depend on how its sequence is
+    /// chunked, which other queries it has in the step, or what else is in the batch.
     fn attention(
         &self,
         stream: &Self::Stream,
@@ -117,6 +130,32 @@ pub trait Backend: Device {
         shape: &AttentionShape,
         kv: &KvLayer<'_, Self::Buffer>,
         metadata: &AttentionMetadata<Self::Buffer>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
+
+    /// Copies tokens of one layer of the KV cache to other slots and positions. V is copied; every K head is rotated by
+    /// the token's delta: in f32, from what is stored, and rounded once. A delta of 0 copies the bits. Reading originals
+    /// and rounding once keeps the error of a token that is moved often as small as that of one that is moved once.
+    fn rotate_gather(
+        &self,
+        stream: &Self::Stream,
+        kv: &KvLayer<'_, Self::Buffer>,
+        copies: &RotatedCopies<Self::Buffer>,
+        rope: &Self::RopeTable,
+    ) -> Result<()>;
+
+    /// How far freshly computed tokens are from stored ones: `out[t]`, of `[1, T]` f32, is the sum over KV heads of the
+    /// squared differences between the k and v of row `t` of `qkv`, as [`rope_and_store_kv`](Self::rope_and_store_kv)
+    /// leaves it but rounded to the type of the cache, and those in slot `slots[t]`; `slots` is `[1, T]` i32. A negative
+    /// slot stores nothing, so its deviation is infinite. What `rope_and_store_kv` has just stored deviates by 0: to
+    /// compare with older keys, it is given negative slots first.
+    fn kv_deviation(
+        &self,
+        stream: &Self::Stream,
+        qkv: &Tensor<Self::Buffer>,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, Self::Buffer>,
+        slots: &Tensor<Self::Buffer>,
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
@@ -158,6 +197,21 @@ pub struct Norm<'a, B> {
     pub weight: &'a Tensor<B>,
     /// Added to the mean square.
     pub epsilon: f32,
+}
+
+/// The most that one step holds.
+#[derive(Debug, Clone, Copy)]
+pub struct StepBounds<'a> {
+    /// Tokens, `T`; also rows of logits.
+    pub max_tokens: usize,
+    /// Sequences, `S`.
+    pub max_sequences: usize,
+    /// Tokens of a sequence in the cache.
+    pub max_context_len: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Where numbers lie in a KV block.
+    pub layout: &'a KvLayout,
 }
 
 /// How the q, k and v of one token divide into heads.
@@ -226,11 +280,13 @@ pub struct AttentionMetadata<B> {
     pub max_context_len: usize,
     /// `[1, S + 1]`: sequence `s` has the token rows `[cu_seqlens_q[s], cu_seqlens_q[s + 1])`.
     pub cu_seqlens_q: Tensor<B>,
-    /// `[1, S]`: tokens in the cache after this step.
+    /// `[1, S]`: one past the position of the sequence's last new token. From the first position that the first new
+    /// token sees up to there, the cache is filled after this step's store.
     pub context_lens: Tensor<B>,
     /// `[S, max_blocks]`: block ids in order of position; entries past the context are ignored.
     pub block_tables: Tensor<B>,
-    /// `[1, T]`: position of each token in its sequence.
+    /// `[1, T]`: position of each token in its sequence, ascending within it. There may be gaps: tokens between are in
+    /// the cache already.
     pub positions: Tensor<B>,
     /// `[1, T]`: `block * block_size + offset` of each token.
     pub slot_mapping: Tensor<B>,
@@ -245,5 +301,38 @@ impl<B: Clone> AttentionMetadata<B> {
         block_tables.expect("block_tables", num_seqs, block_tables.columns(), DType::I32)?;
         self.positions.expect("positions", 1, num_tokens, DType::I32)?;
         self.slot_mapping.expect("slot_mapping", 1, num_tokens, DType::I32)
+    }
+}
+
+/// Tokens to be copied within the KV cache, each to another slot and position. All arrays are `[1, N]` i32 on the device.
+///
+/// No block has both a source and a target, and no two targets are the same: targets lie in new blocks of one owner.
+#[derive(Debug, Clone)]
+pub struct RotatedCopies<B> {
+    /// `block * block_size + offset` of the stored token.
+    pub source_slots: Tensor<B>,
+    /// Where the copy goes.
+    pub target_slots: Tensor<B>,
+    /// Position of the copy minus that of the stored token; may be negative. Its absolute value lies inside the table of
+    /// rotary angles.
+    pub position_deltas: Tensor<B>,
+}
+
+impl<B: Clone> RotatedCopies<B> {
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.source_slots.columns()
+    }
+
+    /// Whether there is nothing to copy.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// An error unless the arrays are equally long.
+    fn check(&self) -> Result<()> {
+        self.source_slots.expect("source_slots", 1, self.len(), DType::I32)?;
+        self.target_slots.expect("target_slots", 1, self.len(), DType::I32)?;
+        self.position_deltas.expect("position_deltas", 1, self.len(), DType::I32)
     }
 }

@@ -11,7 +11,9 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
 }
 
-/// Changes to the plain angles, by the names Hugging Face configs use.
+/// Changes to the plain angles, by the names Hugging Face configs use. All of them keep an angle proportional to the
+/// position, so that stored keys can be moved (`Backend::rotate_gather`); one that does not, or that scales the rotated
+/// numbers, must refuse that.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// None.

@@ -3,18 +3,18 @@
 //! Every row of activations carries one number, its payload, in its first eight bytes. Embedding turns a token id into
 //! a payload, the KV store writes it into the block that the slot mapping names, and attention replaces a row's payload
 //! by a hash of all payloads it finds *through the block table*. A block mapped, swapped, shared or freed wrongly
-//! therefore changes the next token, which is the payload modulo the vocabulary. [`mix`] is all a test needs to predict
-//! it without any of this code.
+//! therefore changes the next token, which is the payload modulo the vocabulary. [`mix`] and [`rotated`] are all a test
+//! needs to predict it without any of this code.
 //!
 //! Copies on a copy stream run only when somebody waits for them or, one at a time, asks whether they are done.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor,
+    KvLayer, KvOrder, Norm, RopeConfig, RotatedCopies, StreamKind, Tensor, Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -26,6 +26,12 @@ pub fn mix(a: u64, b: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// What is stored of a token with payload `payload` at position `positions`; and of a stored token that is moved by so
+/// many positions, because rotations add up: `rotated(rotated(x, a), b) == rotated(x, a + b)`.
+pub fn rotated(payload: u64, positions: i64) -> u64 {
+    payload.wrapping_add((positions as u64).wrapping_mul(0xa076_1d64_78bd_642f))
 }
 
 /// The double.
@@ -46,6 +52,38 @@ pub struct SimStream {
 pub struct SimEvent {
     queue: Arc<Mutex<CopyQueue>>,
     after: u64,
+}
+
+/// Transfers of the double.
+pub struct SimTransfer;
+
+impl Transfer for SimTransfer {
+    type Buffer = SimBuffer;
+
+    fn fill(
+        &mut self,
+        target: &SimBuffer,
+        offset: usize,
+        bytes: usize,
+        write: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        // Not under the lock: a slow file must not hold up a step.
+        let mut staging = vec![0; bytes];
+        write(&mut staging)?;
+        target.lock()[offset..offset + bytes].copy_from_slice(&staging);
+        Ok(())
+    }
+
+    fn show(
+        &mut self,
+        source: &SimBuffer,
+        offset: usize,
+        bytes: usize,
+        read: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let staging = source.lock()[offset..offset + bytes].to_vec();
+        read(&staging)
+    }
 }
 
 /// Shape of a projection; its numbers do not matter.
@@ -131,6 +169,7 @@ impl Device for SimBackend {
     type HostBuffer = Vec<u8>;
     type Stream = SimStream;
     type Event = SimEvent;
+    type Transfer = SimTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
         Ok(SimBuffer(Arc::new(Mutex::new(vec![0; bytes]))))
@@ -138,6 +177,10 @@ impl Device for SimBackend {
 
     fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {
         Ok(vec![0; bytes])
+    }
+
+    fn create_transfer(&self) -> Result<SimTransfer> {
+        Ok(SimTransfer)
     }
 
     fn create_stream(&self, kind: StreamKind) -> Result<SimStream> {
@@ -286,13 +329,14 @@ impl Backend for SimBackend {
         kv: &KvLayer<'_, SimBuffer>,
         metadata: &AttentionMetadata<SimBuffer>,
     ) -> Result<()> {
-        let positions = indices(&metadata.positions);
+        let positions = indices(&metadata.positions).into_iter().map(i64::from);
         let slots = indices(&metadata.slot_mapping);
-        let rows = payloads(qkv);
+        let rows: Vec<u64> = payloads(qkv).into_iter().zip(positions).map(|(row, at)| rotated(row, at)).collect();
+        set_payloads(qkv, rows.iter().copied());
         let mut blocks = kv.blocks.lock();
-        for (row, (position, slot)) in rows.into_iter().zip(positions.into_iter().zip(slots)) {
+        for (row, slot) in rows.into_iter().zip(slots) {
             if let Ok(slot) = usize::try_from(slot) {
-                write_u64(&mut blocks, payload_offset(kv, slot), mix(row, position as u64));
+                write_u64(&mut blocks, payload_offset(kv, slot), row);
             }
         }
         Ok(())
@@ -308,16 +352,16 @@ impl Backend for SimBackend {
         out: &SimTensor,
     ) -> Result<()> {
         let (starts, lens) = (indices(&metadata.cu_seqlens_q), indices(&metadata.context_lens));
-        let tables = indices(&metadata.block_tables);
+        let (positions, tables) = (indices(&metadata.positions), indices(&metadata.block_tables));
         let max_blocks = metadata.block_tables.columns();
         let blocks = kv.blocks.lock();
         let block_size = kv.layout.block_size();
         let mut hashes = Vec::with_capacity(metadata.num_tokens);
         for sequence in 0..metadata.num_seqs {
             let table = &tables[sequence * max_blocks..(sequence + 1) * max_blocks];
-            let num_queries = (starts[sequence + 1] - starts[sequence]) as usize;
-            let context_len = lens[sequence] as usize;
-            for end in context_len - num_queries + 1..=context_len {
+            let positions = &positions[starts[sequence] as usize..starts[sequence + 1] as usize];
+            check_queries(positions, lens[sequence])?;
+            for end in positions.iter().map(|position| *position as usize + 1) {
                 let start = end - shape.window.unwrap_or(end).min(end);
                 let slots = (start..end).map(|at| table[at / block_size] as usize * block_size + at % block_size);
                 hashes.push(slots.fold(0, |hash, slot| mix(hash, read_u64(&blocks, payload_offset(kv, slot)))));
@@ -325,6 +369,48 @@ impl Backend for SimBackend {
         }
         drop(blocks);
         set_payloads(out, hashes);
+        Ok(())
+    }
+
+    fn rotate_gather(
+        &self,
+        _: &SimStream,
+        kv: &KvLayer<'_, SimBuffer>,
+        copies: &RotatedCopies<SimBuffer>,
+        _rope: &(),
+    ) -> Result<()> {
+        copies.check()?;
+        let (sources, targets) = (indices(&copies.source_slots), indices(&copies.target_slots));
+        check_copies(&sources, &targets, kv.layout.block_size())?;
+        let mut blocks = kv.blocks.lock();
+        for ((source, target), delta) in sources.into_iter().zip(targets).zip(indices(&copies.position_deltas)) {
+            let stored = read_u64(&blocks, payload_offset(kv, source as usize));
+            write_u64(&mut blocks, payload_offset(kv, target as usize), rotated(stored, i64::from(delta)));
+        }
+        Ok(())
+    }
+
+    fn kv_deviation(
+        &self,
+        _: &SimStream,
+        qkv: &SimTensor,
+        _shape: &AttentionShape,
+        kv: &KvLayer<'_, SimBuffer>,
+        slots: &SimTensor,
+        out: &SimTensor,
+    ) -> Result<()> {
+        expect_shape("slots", slots, 1, qkv.rows())?;
+        expect_shape("deviations", out, 1, qkv.rows())?;
+        let blocks = kv.blocks.lock();
+        let deviation = |(row, slot): (u64, i32)| match usize::try_from(slot) {
+            Ok(slot) => deviation(row, read_u64(&blocks, payload_offset(kv, slot))),
+            Err(_) => f32::INFINITY,
+        };
+        let found: Vec<u8> =
+            payloads(qkv).into_iter().zip(indices(slots)).map(deviation).flat_map(f32::to_le_bytes).collect();
+        drop(blocks);
+        let start = out.offset_bytes();
+        out.buffer().lock()[start..start + found.len()].copy_from_slice(&found);
         Ok(())
     }
 
@@ -355,6 +441,38 @@ impl Backend for SimBackend {
     }
 }
 
+/// How far a freshly computed token is from the stored one: nothing when they are the same, else a number in [1, 2) that
+/// depends on both.
+pub fn deviation(fresh: u64, stored: u64) -> f32 {
+    if fresh == stored { 0.0 } else { 1.0 + (mix(fresh, stored) >> 41) as f32 / (1u64 << 23) as f32 }
+}
+
+fn check_queries(positions: &[i32], context_len: i32) -> Result<()> {
+    let is_valid = positions.first().is_none_or(|first| *first >= 0)
+        && positions.is_sorted_by(|a, b| a < b)
+        && positions.last().is_none_or(|last| last + 1 == context_len);
+    match is_valid {
+        true => Ok(()),
+        false => Err(invalid!("queries at {positions:?} are not in order and end a context of {context_len} tokens")),
+    }
+}
+
+/// Targets differ and share no block with a source.
+fn check_copies(sources: &[i32], targets: &[i32], block_size: usize) -> Result<()> {
+    if let Some(slot) = sources.iter().chain(targets).find(|slot| **slot < 0) {
+        return Err(invalid!("slot {slot} of a copy does not exist"));
+    }
+    let block = |slot: &i32| *slot as usize / block_size;
+    let source_blocks: HashSet<usize> = sources.iter().map(block).collect();
+    if let Some(slot) = targets.iter().find(|slot| source_blocks.contains(&block(slot))) {
+        return Err(invalid!("slot {slot} is written in a block that is read by the same copy"));
+    }
+    match targets.iter().collect::<HashSet<_>>().len() == targets.len() {
+        true => Ok(()),
+        false => Err(invalid!("two tokens are copied to one slot")),
+    }
+}
+
 /// Payloads lie `[layer][token]` at the beginning of a block.
 fn payload_offset(kv: &KvLayer<'_, SimBuffer>, slot: usize) -> usize {
     let block_size = kv.layout.block_size();
@@ -362,4 +480,147 @@ fn payload_offset(kv: &KvLayer<'_, SimBuffer>, slot: usize) -> usize {
     let within = (kv.layer * block_size + token) * PAYLOAD_BYTES;
     assert!(within + PAYLOAD_BYTES <= kv.layout.block_bytes(), "the double needs room for one payload per token");
     block * kv.layout.block_bytes() + within
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::KvLayout;
+
+    /// A cache of a few blocks, and a stream.
+    struct World {
+        backend: SimBackend,
+        stream: SimStream,
+        layout: KvLayout,
+        blocks: SimBuffer,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let backend = SimBackend::default();
+            let layout = KvLayout::new(2, 1, 16, 16, DType::BF16).unwrap();
+            let stream = backend.create_stream(StreamKind::Compute).unwrap();
+            let blocks = backend.allocate(8 * layout.block_bytes()).unwrap();
+            Self { backend, stream, layout, blocks }
+        }
+
+        fn kv(&self) -> KvLayer<'_, SimBuffer> {
+            KvLayer { blocks: &self.blocks, layout: &self.layout, layer: 1 }
+        }
+
+        fn indices(&self, values: &[i32]) -> SimTensor {
+            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            let buffer = SimBuffer(Arc::new(Mutex::new(bytes)));
+            Tensor::new(buffer, 0, 1, values.len(), DType::I32)
+        }
+
+        fn rows(&self, values: &[u64]) -> SimTensor {
+            let rows = Tensor::new(self.backend.allocate(values.len() * 192).unwrap(), 0, values.len(), 48, DType::F32);
+            set_payloads(&rows, values.iter().copied());
+            rows
+        }
+
+        fn step(&self, positions: &[i32], slots: &[i32], table: &[i32]) -> AttentionMetadata<SimBuffer> {
+            let num_tokens = positions.len();
+            let context_len = positions.last().map_or(0, |last| last + 1);
+            AttentionMetadata {
+                num_seqs: 1,
+                num_tokens,
+                max_query_len: num_tokens,
+                max_context_len: context_len as usize,
+                cu_seqlens_q: self.indices(&[0, num_tokens as i32]),
+                context_lens: self.indices(&[context_len]),
+                block_tables: self.indices(table),
+                positions: self.indices(positions),
+                slot_mapping: self.indices(slots),
+            }
+        }
+
+        /// Stores tokens with these payloads and gives back qkv.
+        fn store(&self, payloads: &[u64], positions: &[i32], slots: &[i32]) -> SimTensor {
+            let qkv = self.rows(payloads);
+            let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, window: None };
+            let heads = HeadTransform { shape, q_norm: None, k_norm: None, rope: &() };
+            let metadata = self.step(positions, slots, &[0, 1]);
+            self.backend.rope_and_store_kv(&self.stream, &qkv, &heads, &self.kv(), &metadata).unwrap();
+            qkv
+        }
+
+        fn attend(&self, positions: &[i32], table: &[i32], window: Option<usize>) -> Result<Vec<u64>> {
+            let (qkv, out) = (self.rows(&vec![0; positions.len()]), self.rows(&vec![0; positions.len()]));
+            let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, window };
+            let metadata = self.step(positions, positions, table);
+            self.backend.attention(&self.stream, &qkv, &shape, &self.kv(), &metadata, &out)?;
+            Ok(payloads(&out))
+        }
+
+        fn gather(&self, sources: &[i32], targets: &[i32], deltas: &[i32]) -> Result<()> {
+            let copies = RotatedCopies {
+                source_slots: self.indices(sources),
+                target_slots: self.indices(targets),
+                position_deltas: self.indices(deltas),
+            };
+            self.backend.rotate_gather(&self.stream, &self.kv(), &copies, &())
+        }
+
+        fn stored(&self, slot: usize) -> u64 {
+            read_u64(&self.blocks.lock(), payload_offset(&self.kv(), slot))
+        }
+    }
+
+    #[test]
+    fn moving_a_token_is_storing_it_elsewhere() {
+        let world = World::new();
+        for (position, delta) in [(0, 0), (0, 5), (7, -7), (100, 3000), (100, -99)] {
+            world.store(&[42], &[position], &[3]);
+            world.gather(&[3], &[70], &[delta]).unwrap();
+            assert_eq!(world.stored(70), rotated(42, i64::from(position + delta)));
+            assert_eq!(world.stored(3), rotated(42, i64::from(position)), "the original stays");
+        }
+        assert_ne!(rotated(42, 1), rotated(42, 2));
+    }
+
+    #[test]
+    fn copies_onto_each_other_are_refused() {
+        let world = World::new();
+        for (sources, targets) in [([0, 1], [5, 40]), ([0, 1], [40, 40]), ([-1, 1], [40, 41]), ([0, 1], [40, -41])] {
+            assert!(world.gather(&sources, &targets, &[0, 0]).is_err(), "{sources:?} to {targets:?}");
+        }
+        assert!(world.gather(&[0, 0], &[40, 41], &[1, 2]).is_ok());
+    }
+
+    #[test]
+    fn a_query_sees_what_lies_before_it_whatever_else_is_new() {
+        let world = World::new();
+        let all: Vec<i32> = (0..32).collect();
+        world.store(&(100..132).collect::<Vec<u64>>(), &all, &all);
+        for window in [None, Some(1), Some(10)] {
+            let whole = world.attend(&all, &[0, 1], window).unwrap();
+            for some in [vec![31], vec![0, 5, 6, 20], vec![15, 16]] {
+                let wanted: Vec<u64> = some.iter().map(|position| whole[*position as usize]).collect();
+                assert_eq!(world.attend(&some, &[0, 1], window).unwrap(), wanted, "{window:?}");
+            }
+        }
+        assert!(world.attend(&[5, 3], &[0, 1], None).unwrap_err().to_string().contains("[5, 3]"));
+    }
+
+    #[test]
+    fn a_token_deviates_from_another_and_not_from_itself() {
+        let world = World::new();
+        let qkv = world.store(&[1, 2, 3, 4], &[0, 1, 2, 3], &[0, 1, 2, -1]);
+        let moved = world.store(&[3], &[9], &[-1]);
+        let deviations = |qkv: &SimTensor, slots: &[i32]| {
+            let out = world.indices(&vec![0; slots.len()]);
+            let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, window: None };
+            let slots = world.indices(slots);
+            world.backend.kv_deviation(&world.stream, qkv, &shape, &world.kv(), &slots, &out).unwrap();
+            indices(&out).into_iter().map(|bits| f32::from_bits(bits as u32)).collect::<Vec<f32>>()
+        };
+        assert_eq!(deviations(&qkv, &[0, 1, 2, -1]), [0.0, 0.0, 0.0, f32::INFINITY]);
+        let others = deviations(&qkv, &[1, 0, 2, 0]);
+        assert_eq!(others[0], deviation(rotated(1, 0), rotated(2, 1)));
+        assert!(others[0] >= 1.0 && others[1] >= 1.0 && others[2] == 0.0 && others[3] >= 1.0, "{others:?}");
+        world.gather(&[2], &[100], &[7]).unwrap();
+        assert_eq!(deviations(&moved, &[100]), [0.0], "moved is as if computed there");
+    }
 }

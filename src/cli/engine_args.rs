@@ -176,7 +176,7 @@ pub(crate) fn num_physical_cores() -> usize {
     (logical / per_core.clamp(1, 8)).max(1)
 }
 
-fn parse_bytes(text: &str) -> Result<usize, String> {
+pub(super) fn parse_bytes(text: &str) -> Result<usize, String> {
     let (digits, shift) = match text.to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
         upper if upper.ends_with('K') => (upper[..upper.len() - 1].to_owned(), 10),
         upper if upper.ends_with('M') => (upper[..upper.len() - 1].to_owned(), 20),

@@ -1,5 +1,6 @@
 //! From a model's name to a running engine.
 
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -8,13 +9,14 @@ use mneme::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{Backend, GpuInfo};
-use mneme::engine::{Engine, EngineConfig, EngineHandle};
+use mneme::engine::{Engine, EngineConfig, EngineHandle, TierConfig};
 use mneme::hub::{Cache, ModelRef, ResolvedModel, Resolver, stderr_progress};
 use mneme::models::{Checkpoint, Model};
 
 use super::device::Chosen;
 use super::engine_args::EngineArgs;
 use super::text_assets::TextAssets;
+use super::tiers::{Numerics, OpenVault, TierArgs};
 
 /// A running engine with everything that turns text into its requests.
 pub(crate) struct Launched {
@@ -22,6 +24,8 @@ pub(crate) struct Launched {
     pub(crate) model: ResolvedModel,
     pub(crate) handle: EngineHandle,
     pub(crate) assets: TextAssets,
+    /// Where memory survives, when it does; open as long as the engine runs.
+    pub(crate) vault: Option<Arc<OpenVault>>,
     thread: JoinHandle<mneme::Result<()>>,
 }
 
@@ -37,7 +41,7 @@ impl Launched {
 }
 
 /// Finds or fetches the model, loads it and starts its engine.
-pub(crate) fn launch(args: &EngineArgs) -> anyhow::Result<Launched> {
+pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Result<Launched> {
     let device = args.device.choose()?;
     let reference = ModelRef::parse(args.model())?;
     let model = Resolver::new(Cache::from_env()?).resolve(&reference, stderr_progress().as_mut())?;
@@ -47,31 +51,38 @@ pub(crate) fn launch(args: &EngineArgs) -> anyhow::Result<Launched> {
                 tracing::info!("computing on the CPU: {reason}");
             }
             let make = || CpuBackend::new(args.isa(), args.num_threads());
-            launch_on(args, model, make)
+            launch_on(args, tiers, model, make)
         }
-        Chosen::Gpu(gpu) => launch_on_gpu(args, model, &gpu),
+        Chosen::Gpu(gpu) => launch_on_gpu(args, tiers, model, &gpu),
     }
 }
 
 #[cfg(feature = "cuda")]
-fn launch_on_gpu(args: &EngineArgs, model: ResolvedModel, gpu: &GpuInfo) -> anyhow::Result<Launched> {
+fn launch_on_gpu(
+    args: &EngineArgs,
+    tiers: Option<&TierArgs>,
+    model: ResolvedModel,
+    gpu: &GpuInfo,
+) -> anyhow::Result<Launched> {
     tracing::info!("computing on CUDA {gpu}");
-    launch_on(args, model, || CudaBackend::new(gpu.ordinal, args.dtype.on_gpu()))
+    launch_on(args, tiers, model, || CudaBackend::new(gpu.ordinal, args.dtype.on_gpu()))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn launch_on_gpu(_: &EngineArgs, _: ResolvedModel, gpu: &GpuInfo) -> anyhow::Result<Launched> {
+fn launch_on_gpu(_: &EngineArgs, _: Option<&TierArgs>, _: ResolvedModel, gpu: &GpuInfo) -> anyhow::Result<Launched> {
     anyhow::bail!("{gpu} cannot be used: this build has no CUDA")
 }
 
 /// Loads the model onto the device that `make_backend` opens.
 fn launch_on<B: Backend>(
     args: &EngineArgs,
+    tiers: Option<&TierArgs>,
     model: ResolvedModel,
     make_backend: impl FnOnce() -> mneme::Result<B>,
 ) -> anyhow::Result<Launched> {
     let started_at = Instant::now();
-    let checkpoint = Checkpoint::open(&model.path)?;
+    let vault = tiers.map(TierArgs::open_vault).transpose()?.flatten();
+    let checkpoint = Arc::new(Checkpoint::open(&model.path)?);
     let backend = make_backend()?;
     let kv_dtype = args.kv_cache_dtype.dtype().unwrap_or_else(|| backend.kv_dtype());
     let limits = args.limits(checkpoint.config(), backend.kv_order(), kv_dtype)?;
@@ -94,8 +105,19 @@ fn launch_on<B: Backend>(
         max_model_len = config.limits.max_model_len, num_blocks = config.limits.num_blocks,
         load_ms = started_at.elapsed().as_millis() as u64, "model loaded"
     );
-    let (engine, handle) = Engine::new(backend, weights?, config)?;
+    let weights = weights?;
+    let numerics = Numerics {
+        backend: backend.name(),
+        layout: weights.kv_layout(&backend, limits.block_size, kv_dtype)?,
+        weight_dtype: format!("{:?}", args.dtype.target()),
+        assets: &assets,
+    };
+    let tiers = match tiers {
+        Some(tiers) if limits.prefix_caching => tiers.config(vault.as_ref(), &checkpoint, &numerics)?,
+        _ => TierConfig::default(),
+    };
+    let (engine, handle) = Engine::with_tiers(backend, weights, config, tiers)?;
     let thread =
         thread::Builder::new().name("engine".into()).spawn(|| engine.run()).context("cannot start the engine")?;
-    Ok(Launched { model, handle, assets, thread })
+    Ok(Launched { model, handle, assets, vault, thread })
 }

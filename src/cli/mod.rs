@@ -11,6 +11,7 @@ pub(crate) mod models;
 pub(crate) mod pull;
 pub(crate) mod serve;
 mod text_assets;
+mod tiers;
 
 use clap::{Parser, Subcommand};
 

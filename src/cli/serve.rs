@@ -7,24 +7,30 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use clap::Args;
-use mneme::server::{ServedModel, ServerConfig, ServerThread};
+use mneme::server::{CubeService, ServedModel, ServerConfig, ServerThread, VaultEngine};
 use mneme::text::GrammarEngine;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::engine_args::EngineArgs;
 use super::launch::{Launched, launch};
+use super::tiers::{OpenVault, TierArgs};
 
 /// Arguments of `mneme serve`.
 #[derive(Debug, Args)]
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    tiers: TierArgs,
     /// Address to listen on; loopback unless told otherwise
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
+    /// Names in the Host header, besides localhost and --host, that a server on loopback without keys answers to
+    #[arg(long, num_args = 1..)]
+    allowed_host: Vec<String>,
     /// Names the model answers to, the first in answers [default: the model's own name]
     #[arg(long, num_args = 1..)]
     served_model_name: Vec<String>,
@@ -45,7 +51,7 @@ pub(crate) struct ServeArgs {
 /// Runs the command: until SIGTERM or Ctrl-C.
 pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.server_config()?;
-    let launched = launch(&args.engine)?;
+    let launched = launch(&args.engine, Some(&args.tiers))?;
     let model = args.served_model(&launched)?;
     let name = model.name().to_owned();
     let grammar = Arc::clone(&model.grammar);
@@ -70,11 +76,19 @@ impl ServeArgs {
         Ok(ServerConfig {
             host: self.host.clone(),
             port: self.port,
+            allowed_hosts: self.allowed_host.clone(),
             api_keys,
             owned_by: self.owned_by.clone(),
             drain_timeout: Duration::from_secs(self.shutdown_timeout),
             ..ServerConfig::default()
         })
+    }
+
+    /// Cubes over the vault.
+    fn cubes(open: &OpenVault, launched: &Launched) -> CubeService {
+        let catalog = Arc::clone(open.vault.catalog());
+        let engine = VaultEngine::new(launched.handle.clone(), Arc::clone(&catalog), Arc::clone(&open.blocks));
+        CubeService { catalog, engine: Arc::new(engine) }
     }
 
     fn served_model(&self, launched: &Launched) -> anyhow::Result<ServedModel> {
@@ -93,7 +107,7 @@ impl ServeArgs {
             default_sampling: assets.default_sampling.clone(),
             created,
             root: launched.model.path.display().to_string(),
-            cubes: None,
+            cubes: launched.vault.as_ref().map(|open| Self::cubes(open, launched)),
         })
     }
 }

@@ -1,17 +1,16 @@
 //! How other threads reach the engine: a bounded queue in, one bounded stream per request out.
 //!
-//! The engine thread never waits for a reader: a stream has room for every event its request can produce. Dropping a
+//! The engine thread never waits for a reader: a stream has room for every token its request can produce. Dropping a
 //! stream cancels its request; the engine sees the flag at its next step.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Poll;
 
 use crossbeam::channel::{Receiver, Sender, TrySendError};
-use crossbeam::queue::ArrayQueue;
-use tokio::sync::Notify;
 
-use super::request::{GenerateRequest, OutputEvent, Task};
+use super::output::output_channel;
+pub use super::output::{OutputSink, OutputStream};
+use super::request::{GenerateRequest, Task};
 use crate::telemetry::EngineMetrics;
 
 /// A cheap, cloneable way to the engine thread.
@@ -92,7 +91,7 @@ impl EngineHandle {
         if self.stopping.load(Ordering::Acquire) {
             return Err(SubmitError::ShuttingDown);
         }
-        let (sink, stream) = output_channel(self.max_events(&request));
+        let (sink, stream) = output_channel(self.max_output_tokens(&request));
         self.submissions.try_send(Submission { request, sink }).map_err(|error| match error {
             TrySendError::Full(_) => SubmitError::QueueFull,
             TrySendError::Disconnected(_) => SubmitError::ShuttingDown,
@@ -134,107 +133,11 @@ impl EngineHandle {
         self.stopping.load(Ordering::Acquire)
     }
 
-    /// `Started`, one event per token, `Finished`.
-    fn max_events(&self, request: &GenerateRequest) -> usize {
+    fn max_output_tokens(&self, request: &GenerateRequest) -> usize {
         let room = self.info.max_model_len.saturating_sub(request.prompt.len());
         match &request.task {
-            Task::Generate(sampling) => sampling.max_tokens.min(room) + 3,
-            Task::Embed => 3,
+            Task::Generate(sampling) => sampling.max_tokens.min(room),
+            Task::Embed | Task::Deposit { .. } => 0,
         }
-    }
-}
-
-struct Shared {
-    events: ArrayQueue<OutputEvent>,
-    arrived: Notify,
-    cancelled: AtomicBool,
-    closed: AtomicBool,
-}
-
-/// The engine's end of a request.
-pub struct OutputSink {
-    shared: Arc<Shared>,
-}
-
-/// The caller's end of a request.
-pub struct OutputStream {
-    shared: Arc<Shared>,
-}
-
-fn output_channel(capacity: usize) -> (OutputSink, OutputStream) {
-    let shared = Arc::new(Shared {
-        events: ArrayQueue::new(capacity),
-        arrived: Notify::new(),
-        cancelled: AtomicBool::new(false),
-        closed: AtomicBool::new(false),
-    });
-    (OutputSink { shared: Arc::clone(&shared) }, OutputStream { shared })
-}
-
-impl OutputSink {
-    /// Hands an event over. The stream has room for all a request can produce.
-    pub fn send(&self, event: OutputEvent) {
-        let full = self.shared.events.push(event).is_err();
-        assert!(!full, "a request produced more events than its limits allow");
-        self.shared.arrived.notify_one();
-    }
-
-    /// Whether the caller dropped its stream.
-    pub fn is_cancelled(&self) -> bool {
-        self.shared.cancelled.load(Ordering::Acquire)
-    }
-}
-
-impl Drop for OutputSink {
-    fn drop(&mut self) {
-        self.shared.closed.store(true, Ordering::Release);
-        self.shared.arrived.notify_one();
-    }
-}
-
-impl OutputStream {
-    /// The next event; `None` after `Finished`, or when the engine ended without one.
-    pub async fn next(&mut self) -> Option<OutputEvent> {
-        loop {
-            if let Some(event) = self.shared.events.pop() {
-                return Some(event);
-            }
-            if self.shared.closed.load(Ordering::Acquire) {
-                return self.shared.events.pop();
-            }
-            self.shared.arrived.notified().await;
-        }
-    }
-
-    /// An event that is already here, without waiting.
-    pub fn try_next(&mut self) -> Option<OutputEvent> {
-        self.shared.events.pop()
-    }
-
-    /// Waits on the calling thread, for programs without an async runtime.
-    pub fn blocking_next(&mut self) -> Option<OutputEvent> {
-        let waker = Arc::new(ThreadWaker(std::thread::current())).into();
-        let mut context = std::task::Context::from_waker(&waker);
-        let mut next = std::pin::pin!(self.next());
-        loop {
-            match next.as_mut().poll(&mut context) {
-                Poll::Ready(event) => return event,
-                Poll::Pending => std::thread::park(),
-            }
-        }
-    }
-}
-
-impl Drop for OutputStream {
-    fn drop(&mut self) {
-        self.shared.cancelled.store(true, Ordering::Release);
-    }
-}
-
-struct ThreadWaker(std::thread::Thread);
-
-impl std::task::Wake for ThreadWaker {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
     }
 }

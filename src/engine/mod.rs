@@ -1,15 +1,22 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
+mod deposit;
 mod generation;
 pub mod handle;
+mod output;
 pub mod request;
 mod runner;
 mod sampling;
 mod scheduler;
 mod sequence;
 mod step;
+mod tiers;
 
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
-pub use request::{FinishReason, GenerateRequest, OutputEvent, SamplingParams, Task, TokenLogprob, TokenLogprobs};
+pub use request::{
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, SharedPrefix, Task,
+    TokenLogprob, TokenLogprobs,
+};
 pub use scheduler::SchedulerLimits;
 pub use step::{Engine, EngineConfig};
+pub use tiers::TierConfig;

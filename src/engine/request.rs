@@ -1,5 +1,7 @@
 //! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
 
+use crate::kv::BlockHash;
+use crate::paging::Tier;
 use crate::text::grammar::GrammarState;
 
 /// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
@@ -12,8 +14,32 @@ pub struct GenerateRequest {
     pub task: Task,
     /// Lower runs first; equal priorities run in order of arrival.
     pub priority: i32,
-    /// Separates the prefix cache: only requests with the same salt share blocks.
-    pub cache_salt: Option<String>,
+    /// The cache domain: only requests of the same one share blocks.
+    pub domain: String,
+    /// A beginning of the prompt whose blocks belong to another domain, which the caller may read.
+    pub shared_prefix: Option<SharedPrefix>,
+}
+
+/// A beginning of a prompt that others share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedPrefix {
+    /// Tokens of it.
+    pub num_tokens: usize,
+    /// The domain of its full blocks.
+    pub domain: String,
+}
+
+/// What has been kept for a [`Task::Deposit`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Deposited {
+    /// Full blocks, in order of position.
+    pub blocks: Vec<BlockHash>,
+    /// The partial block behind them.
+    pub tail: Option<BlockHash>,
+    /// Tokens whose blocks were there before.
+    pub restored_tokens: usize,
+    /// Tokens that were computed.
+    pub computed_tokens: usize,
 }
 
 /// What a request wants from the model.
@@ -22,6 +48,11 @@ pub enum Task {
     Generate(Box<SamplingParams>),
     /// The mean of the final hidden states of all prompt tokens.
     Embed,
+    /// The prompt's KV on disk.
+    Deposit {
+        /// Whether it has to survive a crash before the answer comes.
+        is_durable: bool,
+    },
 }
 
 /// How to choose tokens. The defaults are greedy-free OpenAI defaults: temperature 1, nothing cut off.
@@ -93,13 +124,15 @@ impl Default for SamplingParams {
     }
 }
 
-/// What comes back, in order: `Started`, any number of `Token`s, one `Finished`; or `Embedding`, `Finished`.
+/// What comes back, in order: `Started`, any number of `Token`s, one `Finished`; or `Embedding` or `Deposited`, `Finished`.
 #[derive(Debug, Clone)]
 pub enum OutputEvent {
     /// The prompt has been computed.
     Started {
-        /// Prompt tokens whose KV came from the prefix cache.
+        /// Prompt tokens whose KV was not computed for this request.
         cached_tokens: usize,
+        /// Where it came from.
+        reuse: Reuse,
         /// One entry per prompt token, the first `None`; empty unless asked for.
         prompt_logprobs: Vec<Option<TokenLogprobs>>,
     },
@@ -112,8 +145,63 @@ pub enum OutputEvent {
     },
     /// Mean-pooled hidden state, not normalised; `[hidden_size]`.
     Embedding(Vec<f32>),
+    /// The blocks of a prompt are kept.
+    Deposited(Box<Deposited>),
     /// Nothing follows.
     Finished(FinishReason),
+}
+
+/// Where the KV of a request's prompt came from, and what was decided about lower tiers.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Reuse {
+    /// Tokens found on the device.
+    pub device_tokens: usize,
+    /// Tokens brought up from the host's memory.
+    pub host_tokens: usize,
+    /// Tokens brought up from disk.
+    pub disk_tokens: usize,
+    /// Milliseconds the request waited for them.
+    pub fetch_ms: f64,
+    /// What became of the question.
+    pub decision: FetchDecision,
+}
+
+/// Whether blocks in lower tiers were taken.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum FetchDecision {
+    /// There was nothing to take there.
+    #[default]
+    NothingBelow,
+    /// They were brought up.
+    Fetched,
+    /// They would have taken longer than computing, by the rates measured so far.
+    RecomputeIsCheaper,
+    /// They did not arrive in time.
+    Late,
+    /// Some were damaged or gone.
+    Lost,
+}
+
+impl Reuse {
+    /// Adds what another prompt of the same call reused; the decision is the last one that was one.
+    pub fn add(&mut self, other: &Self) {
+        self.device_tokens += other.device_tokens;
+        self.host_tokens += other.host_tokens;
+        self.disk_tokens += other.disk_tokens;
+        self.fetch_ms += other.fetch_ms;
+        if other.decision != FetchDecision::NothingBelow {
+            self.decision = other.decision;
+        }
+    }
+
+    /// Takes note of `num_tokens` tokens that were found in `tier`.
+    pub(super) fn count(&mut self, tier: Tier, num_tokens: usize) {
+        match tier {
+            Tier::Device => self.device_tokens += num_tokens,
+            Tier::Host => self.host_tokens += num_tokens,
+            Tier::Disk => self.disk_tokens += num_tokens,
+        }
+    }
 }
 
 /// Log-probabilities at one position, from the model's own logits (before penalties and temperature).

@@ -1,12 +1,15 @@
 //! Turns scheduled sequences into one forward pass and brings back what the host needs of it.
 
+use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
+use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, StreamKind, Tensor};
+use crate::backend::{AttentionMetadata, Backend, DType, StepBounds, StreamKind, Tensor};
 use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
+use crate::paging::{Pager, PagingConfig};
 
 /// Runs the model. Owns the KV blocks, the buffers of a step and the stream they are used on.
 pub(super) struct ModelRunner<B: Backend> {
@@ -80,6 +83,13 @@ impl<B: Backend> ModelRunner<B> {
         let max_logits = limits.max_num_seqs + limits.max_prompt_logits;
         let step = StepLimits { max_tokens: limits.max_num_batched_tokens, max_logits };
         let workspace = Workspace::new(&backend, model.config(), step)?;
+        backend.reserve(&StepBounds {
+            max_tokens: limits.max_num_batched_tokens.max(max_logits),
+            max_sequences: limits.max_num_seqs,
+            max_context_len: limits.max_model_len,
+            num_heads: model.config().num_heads,
+            layout: &layout,
+        })?;
         let stream = backend.create_stream(StreamKind::Compute)?;
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size);
         let capacity = 4 * limits.max_num_batched_tokens
@@ -104,6 +114,19 @@ impl<B: Backend> ModelRunner<B> {
             workspace,
             stream,
         })
+    }
+
+    /// Starts the tiers below the blocks of this runner.
+    pub(super) fn start_pager(&self, tiers: TierConfig, limits: &SchedulerLimits, waker: &Sender<()>) -> Result<Pager> {
+        let block_bytes = self.kv.layout.block_bytes();
+        let config = PagingConfig {
+            block_bytes,
+            block_size: limits.block_size,
+            num_host_blocks: tiers.host_bytes / block_bytes,
+            num_threads: tiers.num_io_threads,
+            open: tiers.open_vault,
+        };
+        Pager::start(&self.backend, &self.kv.blocks, limits.num_blocks, config, waker)
     }
 
     pub(super) fn model(&self) -> &Model<B> {
@@ -191,7 +214,7 @@ impl<B: Backend> ModelRunner<B> {
         for entry in scheduled {
             let sequence = &running[entry.index];
             let mut output = SequenceOutput::default();
-            if !is_embedding(sequence) {
+            if matches!(sequence.work, Work::Generate(_)) {
                 logits_row += output_range(sequence, entry.num_tokens).len();
                 if entry.num_tokens == sequence.num_uncomputed_tokens() {
                     output.logits_row = Some(logits_row - 1);
@@ -310,7 +333,7 @@ fn needs_logits_on_host(sequence: &Sequence) -> bool {
         Work::Generate(generation) => {
             generation.wants_prompt_logits() || !generation.is_plain_greedy(sequence.num_output_tokens())
         }
-        Work::Embed { .. } => false,
+        Work::Embed { .. } | Work::Deposit { .. } => false,
     }
 }
 
@@ -321,6 +344,6 @@ fn output_range(sequence: &Sequence, num_tokens: usize) -> std::ops::Range<usize
         Work::Embed { .. } => 0..num_tokens,
         Work::Generate(generation) if generation.wants_prompt_logits() => 0..num_tokens,
         Work::Generate(_) if completes => num_tokens - 1..num_tokens,
-        Work::Generate(_) => 0..0,
+        Work::Generate(_) | Work::Deposit { .. } => 0..0,
     }
 }

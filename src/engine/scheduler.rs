@@ -12,7 +12,9 @@ use std::time::Instant;
 
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus};
-use crate::kv::{BlockHash, BlockPool, PrefixCache};
+use super::tiers::{Arrival, Plan, Tiers};
+use crate::kv::{BlockHash, CachedPool};
+use crate::paging::{Pager, Tier};
 
 /// Bounds of a step and of the queue.
 #[derive(Debug, Clone, Copy)]
@@ -52,21 +54,21 @@ pub(super) struct Scheduler {
     /// In order of rank.
     running: Vec<Box<Sequence>>,
     scheduled: Vec<ScheduledSequence>,
-    pool: BlockPool,
-    prefix_cache: PrefixCache,
-    /// Blocks that running sequences are about to fill.
+    pool: CachedPool,
+    tiers: Tiers,
+    /// Blocks that running sequences are about to fill, or that are on their way up.
     promised: HashSet<BlockHash>,
     num_preemptions: u64,
 }
 
 impl Scheduler {
-    pub(super) fn new(limits: SchedulerLimits) -> Self {
+    pub(super) fn new(limits: SchedulerLimits, pager: Pager) -> Self {
         Self {
             waiting: VecDeque::with_capacity(limits.max_num_waiting + limits.max_num_seqs),
             running: Vec::with_capacity(limits.max_num_seqs),
             scheduled: Vec::with_capacity(limits.max_num_seqs),
-            pool: BlockPool::new(limits.num_blocks),
-            prefix_cache: PrefixCache::new(limits.num_blocks, limits.block_size),
+            pool: CachedPool::new(limits.num_blocks, limits.block_size),
+            tiers: Tiers::new(pager, limits.num_blocks, limits.block_size),
             promised: HashSet::with_capacity(limits.num_blocks * 2),
             num_preemptions: 0,
             limits,
@@ -84,9 +86,14 @@ impl Scheduler {
         self.waiting.insert(at, sequence);
     }
 
-    /// Whether there is anything to run.
+    /// Whether there is anything to schedule.
+    pub(super) fn has_queued(&self) -> bool {
+        !self.waiting.is_empty() || !self.running.is_empty()
+    }
+
+    /// Whether nobody waits for anything.
     pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        !self.has_queued() && self.tiers.num_sequences() == 0
     }
 
     pub(super) fn num_waiting(&self) -> usize {
@@ -101,7 +108,7 @@ impl Scheduler {
         self.num_preemptions
     }
 
-    pub(super) fn pool(&self) -> &BlockPool {
+    pub(super) fn pool(&self) -> &CachedPool {
         &self.pool
     }
 
@@ -126,25 +133,44 @@ impl Scheduler {
             }
         }
         self.remove_finished();
-        self.waiting.retain_mut(|sequence| {
-            let cancelled = sequence.sink.is_cancelled();
-            if cancelled {
-                sequence.finish(FinishReason::Abort);
+        let cancelled = self.tiers.take_cancelled();
+        let num_fetching = cancelled.len();
+        cancelled.into_iter().for_each(|sequence| self.abort(sequence));
+        let mut at = 0;
+        while at < self.waiting.len() {
+            match self.waiting[at].sink.is_cancelled().then(|| self.waiting.remove(at)).flatten() {
+                Some(sequence) => self.abort(sequence),
+                None => at += 1,
             }
-            !cancelled
-        });
-        num_before - self.running.len() - self.waiting.len()
+        }
+        num_before + num_fetching - self.running.len() - self.waiting.len()
+    }
+
+    fn abort(&mut self, mut sequence: Box<Sequence>) {
+        self.release(&mut sequence);
+        sequence.finish(FinishReason::Abort);
+    }
+
+    /// Has the blocks of a running sequence, which is computed, kept on disk.
+    pub(super) fn begin_deposit(&mut self, index: usize) {
+        self.running[index].status = SequenceStatus::Depositing;
     }
 
     /// Releases the blocks of finished sequences and forgets them.
     pub(super) fn remove_finished(&mut self) {
         let mut index = 0;
         while index < self.running.len() {
-            if self.running[index].status == SequenceStatus::Finished {
-                let mut sequence = self.running.remove(index);
-                self.release(&mut sequence);
-            } else {
-                index += 1;
+            match self.running[index].status {
+                SequenceStatus::Finished => {
+                    let mut sequence = self.running.remove(index);
+                    self.release(&mut sequence);
+                }
+                SequenceStatus::Depositing => {
+                    let mut sequence = self.running.remove(index);
+                    self.withdraw_promises(&mut sequence);
+                    self.tiers.start_deposit(sequence);
+                }
+                _ => index += 1,
             }
         }
     }
@@ -152,8 +178,9 @@ impl Scheduler {
     /// Takes out everything, running or waiting; its blocks are free afterwards.
     pub(super) fn drain(&mut self) -> Vec<Box<Sequence>> {
         let mut sequences = std::mem::take(&mut self.running);
-        sequences.iter_mut().for_each(|sequence| self.release(sequence));
         sequences.extend(self.waiting.drain(..));
+        sequences.extend(self.tiers.take_all());
+        sequences.iter_mut().for_each(|sequence| self.release(sequence));
         self.scheduled.clear();
         sequences
     }
@@ -176,8 +203,10 @@ impl Scheduler {
         while index < self.running.len() {
             let num_tokens = budget.grant(&self.running[index]);
             while index < self.running.len() && !self.ensure_blocks(index, num_tokens) {
-                self.preempt_last();
-                preempted = true;
+                if !self.reclaim_waiting() {
+                    self.preempt_last();
+                    preempted = true;
+                }
             }
             if index < self.running.len() && num_tokens > 0 {
                 budget.spend(&self.running[index], num_tokens);
@@ -190,9 +219,9 @@ impl Scheduler {
 
     fn schedule_waiting(&mut self, budget: &mut Budget) {
         let mut at = 0;
-        while at < self.waiting.len() && self.running.len() < self.limits.max_num_seqs && budget.tokens > 0 {
+        while at < self.waiting.len() && self.has_place() && budget.tokens > 0 {
             match self.try_admit(at, budget) {
-                Admission::Admitted => {}
+                Admission::Admitted | Admission::Fetching => {}
                 Admission::Deferred => at += 1,
                 Admission::NoRoom => break,
             }
@@ -208,13 +237,18 @@ impl Scheduler {
         if use_cache {
             self.attach_cached_blocks(&mut sequence);
         }
+        let num_missing = sequence.tokens.len().div_ceil(self.limits.block_size) - sequence.blocks.len();
+        while self.pool.num_free() < num_missing && self.reclaim_waiting() {}
         let num_tokens = budget.grant(&sequence);
-        let num_blocks = sequence.tokens.len().div_ceil(self.limits.block_size);
-        if num_tokens == 0 || self.pool.num_free() + sequence.blocks.len() < num_blocks {
+        if num_tokens == 0 || self.pool.num_free() < num_missing {
             self.release(&mut sequence);
             sequence.reset();
             self.waiting.insert(at, sequence);
             return Admission::NoRoom;
+        }
+        if use_cache && let Plan::Fetch(num_blocks) = self.plan_fetch(&mut sequence) {
+            self.start_fetch(sequence, num_blocks);
+            return Admission::Fetching;
         }
         self.promise_blocks(&mut sequence);
         sequence.scheduled_at.get_or_insert_with(Instant::now);
@@ -235,10 +269,9 @@ impl Scheduler {
         let block_size = self.limits.block_size;
         let sequence = &mut self.waiting[at];
         sequence.chain.extend(&sequence.tokens, block_size);
-        let num_shareable = (sequence.tokens.len() - 1) / block_size;
-        (0..num_shareable)
+        (0..sequence.num_shareable_blocks(block_size))
             .filter_map(|index| Some((index, sequence.chain.get(index)?)))
-            .find(|(index, hash)| self.prefix_cache.find(hash, block_tokens(sequence, *index, block_size)).is_none())
+            .find(|(index, hash)| self.pool.find(hash, sequence.block_tokens(*index, block_size)).is_none())
             .is_some_and(|(_, hash)| self.promised.contains(hash))
     }
 
@@ -246,12 +279,11 @@ impl Scheduler {
     fn attach_cached_blocks(&mut self, sequence: &mut Sequence) {
         let block_size = self.limits.block_size;
         sequence.chain.extend(&sequence.tokens, block_size);
-        let num_shareable = (sequence.tokens.len() - 1) / block_size;
-        for index in 0..num_shareable {
+        for index in sequence.blocks.len()..sequence.num_shareable_blocks(block_size) {
             let Some(hash) = sequence.chain.get(index) else { break };
-            let Some(block) = self.prefix_cache.find(hash, block_tokens(sequence, index, block_size)) else { break };
-            self.pool.share(block);
+            let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
             sequence.blocks.push(block);
+            sequence.count_reuse(Tier::Device, block_size);
         }
         sequence.num_computed_tokens = sequence.blocks.len() * block_size;
         sequence.chain.num_published = sequence.blocks.len();
@@ -283,7 +315,7 @@ impl Scheduler {
         sequence.chain.extend(&sequence.tokens[..num_full * block_size], block_size);
         for at in sequence.chain.num_published..num_full {
             if let Some(hash) = sequence.chain.get(at) {
-                self.prefix_cache.insert(*hash, block_tokens(sequence, at, block_size), sequence.blocks[at]);
+                self.pool.insert(*hash, sequence.block_tokens(at, block_size), sequence.blocks[at]);
                 self.promised.remove(hash);
             }
         }
@@ -299,9 +331,7 @@ impl Scheduler {
             return false;
         }
         for _ in 0..num_missing {
-            let block = self.pool.allocate().expect("free blocks were counted");
-            self.prefix_cache.forget(block);
-            sequence.blocks.push(block);
+            sequence.blocks.push(self.pool.allocate().expect("free blocks were counted"));
         }
         true
     }
@@ -317,30 +347,110 @@ impl Scheduler {
         }
     }
 
-    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest.
-    fn release(&mut self, sequence: &mut Sequence) {
+    /// Whether another sequence may begin, those that wait for blocks counted.
+    fn has_place(&self) -> bool {
+        self.running.len() + self.tiers.num_fetching() < self.limits.max_num_seqs
+    }
+
+    fn plan_fetch(&mut self, sequence: &mut Sequence) -> Plan {
+        let num_shareable = sequence.num_shareable_blocks(self.limits.block_size);
+        self.tiers.plan(sequence, num_shareable)
+    }
+
+    fn start_fetch(&mut self, sequence: Box<Sequence>, num_blocks: usize) {
+        self.tiers.start_fetch(&mut self.pool, sequence, num_blocks);
+        self.promised.extend(self.tiers.last_promised());
+    }
+
+    /// Takes note of what has become of copies between tiers. Sequences whose blocks are there wait in the queue again;
+    /// the model's identity is returned when it has become known.
+    pub(super) fn absorb_arrivals(&mut self) -> Option<Vec<u8>> {
+        let mut identity = None;
+        while let Some(arrival) = self.tiers.poll(&mut self.pool) {
+            match arrival {
+                Arrival::Ready(mut sequence, promised) => {
+                    self.break_promises(&promised);
+                    sequence.num_computed_tokens = sequence.blocks.len() * self.limits.block_size;
+                    sequence.chain.num_published = sequence.blocks.len();
+                    sequence.chain.num_promised = sequence.blocks.len();
+                    self.add(sequence);
+                }
+                Arrival::Abandoned(promised) => self.break_promises(&promised),
+                Arrival::Ended(mut sequence) => self.release(&mut sequence),
+                Arrival::Opened(found) => identity = Some(found),
+            }
+        }
+        self.pump_saves();
+        identity
+    }
+
+    /// Starts as many copies down as may be under way.
+    pub(super) fn pump_saves(&mut self) {
+        self.tiers.pump_saves(&mut self.pool);
+    }
+
+    fn break_promises(&mut self, promised: &[BlockHash]) {
+        for hash in promised {
+            self.promised.remove(hash);
+        }
+    }
+
+    /// Takes the blocks of the waiting sequence of the last rank that has some; `false` when none has. What they hold
+    /// stays cached for the time being.
+    fn reclaim_waiting(&mut self) -> bool {
+        let Some(at) = self.waiting.iter().rposition(|sequence| !sequence.blocks.is_empty()) else { return false };
+        let Some(mut sequence) = self.waiting.remove(at) else { return false };
+        self.release(&mut sequence);
+        sequence.reset();
+        self.waiting.insert(at, sequence);
+        true
+    }
+
+    /// Copies between tiers, and what they cost.
+    pub(super) fn tiers(&self) -> &Tiers {
+        &self.tiers
+    }
+
+    /// The same, to change.
+    pub(super) fn tiers_mut(&mut self) -> &mut Tiers {
+        &mut self.tiers
+    }
+
+    /// What it has not computed by now others need not wait for.
+    fn withdraw_promises(&mut self, sequence: &mut Sequence) {
         for index in sequence.chain.num_published..sequence.chain.num_promised {
             if let Some(hash) = sequence.chain.get(index) {
                 self.promised.remove(hash);
             }
         }
+        sequence.chain.num_promised = sequence.chain.num_promised.min(sequence.chain.num_published);
+    }
+
+    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest.
+    fn release(&mut self, sequence: &mut Sequence) {
+        self.withdraw_promises(sequence);
         while let Some(block) = sequence.blocks.pop() {
             self.pool.release(block);
+            self.tiers.queue_save(block);
         }
     }
 
     /// Panics where block tables, reference counts and promises disagree. For tests and debug builds.
     pub(super) fn check_integrity(&self) {
-        let num_held = self.running.iter().map(|sequence| sequence.blocks.len()).sum();
+        let queued = self.running.iter().chain(&self.waiting);
+        let num_held = queued.map(|sequence| sequence.blocks.len()).sum::<usize>() + self.tiers.num_held();
         self.pool.check_integrity(num_held);
+        self.tiers.check_integrity();
         assert!(self.running.is_sorted_by_key(|sequence| sequence.rank()), "running sequences are out of order");
-        assert!(self.waiting.iter().all(|sequence| sequence.blocks.is_empty()), "a waiting sequence holds blocks");
-        assert!(!self.running.is_empty() || self.promised.is_empty(), "promises outlive their sequences");
+        let is_anyone_active = !self.running.is_empty() || self.tiers.num_held() > 0;
+        assert!(is_anyone_active || self.promised.is_empty(), "promises outlive their sequences");
     }
 }
 
 enum Admission {
     Admitted,
+    /// Its blocks are on their way up.
+    Fetching,
     /// Somebody is computing its next block.
     Deferred,
     /// It has to wait, and so have those behind it.
@@ -366,8 +476,4 @@ impl Budget {
             self.prompt_logits -= num_tokens;
         }
     }
-}
-
-fn block_tokens(sequence: &Sequence, index: usize, block_size: usize) -> &[u32] {
-    &sequence.tokens[index * block_size..(index + 1) * block_size]
 }

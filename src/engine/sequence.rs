@@ -4,14 +4,17 @@ use std::time::Instant;
 
 use super::generation::Generation;
 use super::handle::OutputSink;
-use super::request::{FinishReason, OutputEvent};
+use super::request::{FinishReason, OutputEvent, Reuse};
 use crate::kv::{BlockHash, BlockTable};
+use crate::paging::Tier;
 
 /// Where a sequence stands. A preempted one is waiting again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SequenceStatus {
     Waiting,
     Running,
+    /// Computed; its blocks are on their way to disk.
+    Depositing,
     Finished,
 }
 
@@ -19,6 +22,8 @@ pub(super) enum SequenceStatus {
 pub(super) enum Work {
     /// Sampling tokens.
     Generate(Box<Generation>),
+    /// Computing its KV, to be kept on disk; durably or not.
+    Deposit { is_durable: bool },
     /// Summing final hidden states; `[hidden_size]`.
     Embed { sum: Vec<f32> },
 }
@@ -36,6 +41,10 @@ pub(super) struct Sequence {
     pub(super) num_computed_tokens: usize,
     /// Prompt tokens that came from the prefix cache when it was first scheduled.
     pub(super) num_cached_tokens: Option<usize>,
+    /// Where the KV of its prompt came from.
+    pub(super) reuse: Reuse,
+    /// Whether lower tiers may be asked: not again after they failed it.
+    pub(super) may_fetch: bool,
     pub(super) blocks: BlockTable,
     pub(super) chain: HashChain,
     pub(super) work: Work,
@@ -49,6 +58,8 @@ pub(super) struct Sequence {
 /// The hashes of a sequence's full blocks, computed as they fill.
 pub(super) struct HashChain {
     root: BlockHash,
+    /// The block from which on the chain runs in a domain of its own, and that domain.
+    own: Option<(usize, String)>,
     hashes: Vec<BlockHash>,
     /// Blocks `[0, num_published)` can be found by others.
     pub(super) num_published: usize,
@@ -57,17 +68,30 @@ pub(super) struct HashChain {
 }
 
 impl HashChain {
-    /// An empty chain with room for `max_blocks`.
-    pub(super) fn new(root: BlockHash, max_blocks: usize) -> Self {
-        Self { root, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
+    /// An empty chain with room for `max_blocks`, which from the block given in `own` on runs in another domain.
+    pub(super) fn new(root: BlockHash, own: Option<(usize, String)>, max_blocks: usize) -> Self {
+        Self { root, own, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
     }
 
     /// Extends the chain over all full blocks of `tokens`.
     pub(super) fn extend(&mut self, tokens: &[u32], block_size: usize) {
         for block in tokens.chunks_exact(block_size).skip(self.hashes.len()) {
-            let parent = self.hashes.last().unwrap_or(&self.root);
-            self.hashes.push(parent.child(block));
+            self.hashes.push(self.parent().child(block));
         }
+    }
+
+    /// What the next block follows.
+    fn parent(&self) -> BlockHash {
+        let last = *self.hashes.last().unwrap_or(&self.root);
+        match &self.own {
+            Some((first, domain)) if *first == self.hashes.len() => last.in_domain(domain.as_bytes()),
+            _ => last,
+        }
+    }
+
+    /// What block `index` follows, when that is the last one hashed. Partial blocks belong to the domain before them.
+    pub(super) fn before(&self, index: usize) -> Option<&BlockHash> {
+        (index == self.hashes.len()).then(|| self.hashes.last().unwrap_or(&self.root))
     }
 
     /// The hash of block `index`, if the chain reaches it.
@@ -87,6 +111,23 @@ impl Sequence {
         self.tokens.len() - self.num_computed_tokens
     }
 
+    /// Takes note of `num_tokens` tokens that need not be computed before it is first scheduled.
+    pub(super) fn count_reuse(&mut self, tier: Tier, num_tokens: usize) {
+        if self.num_cached_tokens.is_none() {
+            self.reuse.count(tier, num_tokens);
+        }
+    }
+
+    /// The tokens of full block `index`.
+    pub(super) fn block_tokens(&self, index: usize, block_size: usize) -> &[u32] {
+        &self.tokens[index * block_size..(index + 1) * block_size]
+    }
+
+    /// Full blocks that others may share with it: its last token has to be computed, for its logits.
+    pub(super) fn num_shareable_blocks(&self, block_size: usize) -> usize {
+        (self.tokens.len() - 1) / block_size
+    }
+
     /// Tokens sampled so far.
     pub(super) fn num_output_tokens(&self) -> usize {
         self.tokens.len() - self.num_prompt_tokens
@@ -96,13 +137,13 @@ impl Sequence {
     pub(super) fn wants_prompt_logits(&self) -> bool {
         match &self.work {
             Work::Generate(generation) => generation.wants_prompt_logits(),
-            Work::Embed { .. } => false,
+            Work::Embed { .. } | Work::Deposit { .. } => false,
         }
     }
 
     /// Whether the KV of cached blocks would be enough for its prompt.
     pub(super) fn can_use_cached_blocks(&self) -> bool {
-        matches!(self.work, Work::Generate(_)) && !self.wants_prompt_logits()
+        !matches!(self.work, Work::Embed { .. }) && !self.wants_prompt_logits()
     }
 
     /// The order in which sequences are served.
@@ -113,11 +154,16 @@ impl Sequence {
     /// Starts over: its KV is gone.
     pub(super) fn reset(&mut self) {
         self.num_computed_tokens = 0;
+        self.may_fetch = true;
+        if self.num_cached_tokens.is_none() {
+            self.reuse = Reuse { fetch_ms: self.reuse.fetch_ms, decision: self.reuse.decision, ..Reuse::default() };
+        }
         self.chain.num_published = 0;
         self.chain.num_promised = 0;
         match &mut self.work {
             Work::Generate(generation) => generation.prompt_logprobs.clear(),
             Work::Embed { sum } => sum.fill(0.0),
+            Work::Deposit { .. } => {}
         }
     }
 

@@ -2,17 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Receiver, bounded, select};
+use crossbeam::channel::{Receiver, at, bounded, never, select};
 
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
-use super::request::{FinishReason, GenerateRequest, OutputEvent, Task};
+use super::request::{FinishReason, GenerateRequest, OutputEvent, Reuse, Task};
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
 use super::scheduler::{Scheduler, SchedulerLimits};
 use super::sequence::{HashChain, Sequence, SequenceStatus, Work};
+use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
 use crate::kv::BlockHash;
 use crate::models::Model;
@@ -34,8 +35,9 @@ pub struct EngineConfig {
     pub seed: u64,
 }
 
-/// Submissions that are under way to the engine thread, beside those that wait in it.
-const SUBMISSION_QUEUE: usize = 64;
+/// Submissions that are under way to the engine thread, beside those that wait in it: more than one call can make, so
+/// that an idle engine never refuses one.
+const SUBMISSION_QUEUE: usize = 512;
 
 /// The only owner of scheduler, pools and block tables. Runs on one thread; takes no lock, reads no file.
 pub struct Engine<B: Backend> {
@@ -55,8 +57,18 @@ pub struct Engine<B: Backend> {
 }
 
 impl<B: Backend> Engine<B> {
-    /// Allocates everything the step loop uses. `run` it on a thread of its own.
+    /// An engine without tiers below the device.
     pub fn new(backend: B, model: Model<B>, config: EngineConfig) -> Result<(Self, EngineHandle)> {
+        Self::with_tiers(backend, model, config, TierConfig::default())
+    }
+
+    /// Allocates everything the step loop uses. `run` it on a thread of its own.
+    pub fn with_tiers(
+        backend: B,
+        model: Model<B>,
+        config: EngineConfig,
+        tiers: TierConfig,
+    ) -> Result<(Self, EngineHandle)> {
         let limits = &config.limits;
         if limits.max_model_len > limits.num_blocks * limits.block_size {
             return Err(invalid!(
@@ -79,13 +91,15 @@ impl<B: Backend> Engine<B> {
             num_blocks: limits.num_blocks,
         };
         let stopped = Arc::new(AtomicBool::new(false));
+        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
+        let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
+        let pager = runner.start_pager(tiers, limits, &waker)?;
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped));
-        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
         let engine = Self {
-            scheduler: Scheduler::new(*limits),
-            sampler: Sampler::new(model.config().vocab_size, config.eos_token_ids.clone()),
-            runner: ModelRunner::new(backend, model, config.kv_dtype, limits)?,
+            scheduler: Scheduler::new(*limits, pager),
+            sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
+            runner,
             submissions,
             wake,
             stopping,
@@ -115,24 +129,41 @@ impl<B: Backend> Engine<B> {
     fn serve(&mut self) -> Result<()> {
         loop {
             self.accept_submissions();
-            if !self.scheduler.is_idle() {
-                self.step()?;
-            } else if self.stopping.load(Ordering::Acquire) || !self.wait() {
+            self.absorb_arrivals();
+            if self.scheduler.has_queued() && self.step()? {
+                continue;
+            }
+            self.scheduler.pump_saves();
+            self.record_usage();
+            let is_settled = self.scheduler.is_idle() && self.scheduler.tiers().is_settled();
+            let is_over = is_settled && self.stopping.load(Ordering::Acquire);
+            if is_over || !self.wait() {
                 return Ok(());
             }
         }
     }
 
-    /// The one place where the engine blocks: nothing is runnable. `false` when no handle is left.
+    /// The one place where the engine blocks: nothing is runnable. Requests, completions of copies, a drain and the next
+    /// deadline end it. `false` when no handle is left.
     fn wait(&mut self) -> bool {
+        let timer = self.scheduler.tiers().next_deadline().map_or_else(never, at);
         select! {
             recv(self.submissions) -> submission => match submission {
                 Ok(submission) => self.accept(submission),
                 Err(_) => return false,
             },
             recv(self.wake) -> _ => {}
+            recv(timer) -> _ => {}
         }
         true
+    }
+
+    /// Takes note of copies that have ended. Once the model's identity is known, what comes is hashed under it.
+    fn absorb_arrivals(&mut self) {
+        if let Some(identity) = self.scheduler.absorb_arrivals() {
+            tracing::debug!("the vault is open");
+            self.hash_identity = identity;
+        }
     }
 
     fn accept_submissions(&mut self) {
@@ -159,7 +190,7 @@ impl<B: Backend> Engine<B> {
 
     fn check(&self, request: &GenerateRequest) -> Result<()> {
         let (len, most) = (request.prompt.len(), self.config.limits.max_model_len);
-        let longest = if matches!(request.task, Task::Embed) { most } else { most - 1 };
+        let longest = if matches!(request.task, Task::Generate(_)) { most - 1 } else { most };
         if len == 0 || len > longest {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
         }
@@ -173,8 +204,9 @@ impl<B: Backend> Engine<B> {
     fn make_sequence(&self, request: GenerateRequest, sink: super::handle::OutputSink) -> Sequence {
         let limits = &self.config.limits;
         let num_prompt_tokens = request.prompt.len();
-        let domain = request.cache_salt.as_deref().unwrap_or("");
+        let (root, own) = self.chain_of(&request);
         let (work, room) = match request.task {
+            Task::Deposit { is_durable } => (Work::Deposit { is_durable }, 0),
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
             Task::Generate(mut params) => {
                 params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);
@@ -194,8 +226,10 @@ impl<B: Backend> Engine<B> {
             num_prompt_tokens,
             num_computed_tokens: 0,
             num_cached_tokens: None,
+            reuse: Reuse::default(),
+            may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
-            chain: HashChain::new(BlockHash::root(&self.hash_identity, domain.as_bytes()), max_blocks),
+            chain: HashChain::new(root, own, max_blocks),
             work,
             sink,
             arrived_at: Instant::now(),
@@ -204,19 +238,34 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// One step: schedule, run, commit.
-    fn step(&mut self) -> Result<()> {
+    /// Where the chain of a request's block hashes begins, and from which block on it leaves the domain of what it shares.
+    fn chain_of(&self, request: &GenerateRequest) -> (BlockHash, Option<(usize, String)>) {
+        let shared = request.shared_prefix.as_ref().filter(|shared| shared.domain != request.domain);
+        let first_domain = shared.map_or(&request.domain, |shared| &shared.domain);
+        let own = shared.map(|shared| (shared.num_tokens / self.config.limits.block_size, request.domain.clone()));
+        (BlockHash::root(&self.hash_identity, first_domain.as_bytes()), own)
+    }
+
+    /// One step: schedule, run, commit. `false` when nothing can run before a copy has ended.
+    fn step(&mut self) -> Result<bool> {
         for _ in 0..self.scheduler.drop_cancelled() {
             self.metrics.count_finished("abort");
         }
         self.scheduler.schedule();
+        if self.scheduler.scheduled().is_empty() {
+            let is_waiting = !self.scheduler.has_queued() || self.scheduler.tiers().num_held() > 0;
+            assert!(is_waiting, "sequences wait and nothing is under way");
+            return Ok(false);
+        }
+        let started_at = Instant::now();
         self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
+        let took = started_at.elapsed();
         self.commit()?;
-        self.record_step();
+        self.record_step(took);
         if cfg!(debug_assertions) {
             self.scheduler.check_integrity();
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Takes the results over: computed tokens, sampled tokens, ended sequences.
@@ -245,6 +294,10 @@ impl<B: Backend> Engine<B> {
                 let mean = sum.iter().map(|value| value / num_tokens).collect();
                 sequence.sink.send(OutputEvent::Embedding(mean));
                 self.end(index, FinishReason::Stop { token: None });
+                Ok(())
+            }
+            Work::Deposit { .. } => {
+                self.scheduler.begin_deposit(index);
                 Ok(())
             }
             Work::Generate(_) => self.commit_token(index, output),
@@ -309,7 +362,7 @@ impl<B: Backend> Engine<B> {
                     }
                 }
             }
-            Work::Generate(_) => {}
+            Work::Generate(_) | Work::Deposit { .. } => {}
         }
     }
 
@@ -328,14 +381,19 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn record_step(&mut self) {
-        let metrics = &self.metrics;
+    fn record_usage(&self) {
+        let pool = self.scheduler.pool();
+        self.metrics.kv_cache_usage_perc.set(1.0 - pool.num_free() as f64 / pool.num_blocks() as f64);
+    }
+
+    fn record_step(&mut self, took: Duration) {
         let num_tokens = self.scheduler.scheduled().iter().map(|entry| entry.num_tokens).sum();
+        self.scheduler.tiers_mut().pager_mut().observe_step(num_tokens, took);
+        self.record_usage();
+        let metrics = &self.metrics;
         metrics.count_step(num_tokens);
         metrics.num_requests_running.set(self.scheduler.num_running() as i64);
         metrics.num_requests_waiting.set(self.scheduler.num_waiting() as i64);
-        let pool = self.scheduler.pool();
-        metrics.kv_cache_usage_perc.set(1.0 - pool.num_free() as f64 / pool.num_blocks() as f64);
         let num_preemptions = self.scheduler.num_preemptions();
         metrics.num_preemptions.inc_by(num_preemptions - self.num_preemptions);
         self.num_preemptions = num_preemptions;
@@ -358,7 +416,7 @@ fn start(sequence: &mut Sequence) {
     if !generation.started {
         generation.started = true;
         let prompt_logprobs = std::mem::take(&mut generation.prompt_logprobs);
-        sequence.sink.send(OutputEvent::Started { cached_tokens, prompt_logprobs });
+        sequence.sink.send(OutputEvent::Started { cached_tokens, reuse: sequence.reuse, prompt_logprobs });
     }
 }
 

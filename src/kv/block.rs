@@ -38,6 +38,24 @@ impl BlockHash {
         Self(hasher.finalize().into())
     }
 
+    /// The hash of the `tokens` that follow and do not fill a block. No full block has it.
+    pub fn tail(&self, tokens: &[u32]) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("mneme partial block v1");
+        hasher.update(&self.0);
+        for token in tokens {
+            hasher.update(&token.to_le_bytes());
+        }
+        Self(hasher.finalize().into())
+    }
+
+    /// Where a chain goes on in another domain: nobody else's blocks follow from there.
+    pub fn in_domain(&self, domain: &[u8]) -> Self {
+        let mut hasher = blake3::Hasher::new_derive_key("mneme block chain domain v1");
+        hasher.update(&self.0);
+        hasher.update(domain);
+        Self(hasher.finalize().into())
+    }
+
     /// A hash that was written down.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)

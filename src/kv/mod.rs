@@ -1,9 +1,11 @@
 //! Who owns which KV block. Knows no bytes, no device and no request.
 
 mod block;
+mod cached_pool;
 mod pool;
 mod prefix;
 
 pub use block::{BlockHash, BlockId, BlockTable};
+pub use cached_pool::CachedPool;
 pub use pool::BlockPool;
 pub use prefix::PrefixCache;

@@ -53,10 +53,9 @@ impl PrefixCache {
         }
     }
 
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        self.blocks.clear();
-        self.contents.fill(None);
+    /// What can be found in `block`.
+    pub fn content(&self, block: BlockId) -> Option<(&BlockHash, &[u32])> {
+        self.contents[block.index()].as_ref().map(|hash| (hash, self.tokens_of(block)))
     }
 
     /// Blocks that can be found.

@@ -168,6 +168,24 @@ impl std::io::Write for ByteCounter {
     }
 }
 
+impl Twin {
+    /// The text, when it is one.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            Self::Messages(_) => None,
+        }
+    }
+
+    /// The messages, when it is a conversation.
+    pub fn messages(&self) -> Option<&[Map<String, Value>]> {
+        match self {
+            Self::Text(_) => None,
+            Self::Messages(messages) => Some(messages),
+        }
+    }
+}
+
 impl Payload {
     /// Which kind this is.
     pub fn kind(&self) -> Kind {

@@ -36,6 +36,11 @@ impl<B: Backend> GemmaLayers<B> {
         })
     }
 
+    /// Angles of one layer.
+    pub(super) fn rope(&self, layer: usize) -> &B::RopeTable {
+        if self.layers[layer].slides { &self.sliding_rope } else { &self.rope }
+    }
+
     /// From embeddings in `residual` to final hidden states in `normed`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
@@ -47,7 +52,7 @@ impl<B: Backend> GemmaLayers<B> {
         let Some(first) = self.layers.first() else { return Ok(()) };
         backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            layer.attention.forward(pass, if layer.slides { &self.sliding_rope } else { &self.rope })?;
+            layer.attention.forward(pass, self.rope(index))?;
             join(&layer.post_attention_norm, &layer.pre_feedforward_norm)?;
             layer.feed_forward.forward(pass)?;
             let next = self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.input_norm);

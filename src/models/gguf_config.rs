@@ -83,6 +83,9 @@ impl<'a> GgufConfig<'a> {
     }
 
     fn rope_scaling(&self) -> Result<RopeScaling> {
+        if let Some(factor) = self.find_number("rope.scaling.attn_factor")?.filter(|factor| *factor != 1.0) {
+            return Err(unsupported!("a GGUF file with RoPE attention factor {factor} is not supported; only 1 is"));
+        }
         if self.gguf.tensor_info("rope_freqs.weight").is_some() {
             let tensor = self.gguf.tensor("rope_freqs.weight")?;
             let mut factors = vec![0.0; tensor.rows() * tensor.columns()];

@@ -197,6 +197,16 @@ mod tests {
         assert!(error.contains("low_freq_factor"), "{error}");
     }
 
+    /// Stored keys are moved by rotations, which needs angles that are proportional to the position.
+    #[test]
+    fn scalings_that_depend_on_the_length_are_refused() {
+        for kind in ["dynamic", "yarn", "longrope"] {
+            let text = format!("{LLAMA}, \"rope_scaling\": {{\"rope_type\": \"{kind}\", \"factor\": 8.0}}}}");
+            let error = ModelConfig::from_hf_json(&text).unwrap_err().to_string();
+            assert!(error.contains(kind) && error.contains("llama3"), "{error}");
+        }
+    }
+
     #[test]
     fn impossible_and_unknown_models_are_refused() {
         for (from, to, wanted) in [

@@ -30,6 +30,11 @@ impl<B: Backend> LlamaLayers<B> {
         })
     }
 
+    /// Angles of every layer.
+    pub(super) fn rope(&self) -> &B::RopeTable {
+        &self.rope
+    }
+
     /// From embeddings in `residual` to final hidden states in `normed`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;

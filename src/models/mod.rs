@@ -7,6 +7,7 @@ mod gemma;
 pub mod gguf;
 mod gguf_config;
 mod hf_config;
+mod identity;
 mod layers;
 mod llama;
 mod model;
@@ -14,5 +15,6 @@ mod weights;
 
 pub use batch::{ForwardBatch, KvCache, StepLimits, Workspace};
 pub use config::{Architecture, ModelConfig, SlidingWindow};
+pub use identity::{WeightsDigest, weights_digest};
 pub use model::Model;
 pub use weights::Checkpoint;

@@ -7,7 +7,7 @@ use super::layers::{Loader, Pass};
 use super::llama::LlamaLayers;
 use super::weights::Checkpoint;
 use crate::Result;
-use crate::backend::{Backend, DType, KvLayout};
+use crate::backend::{Backend, DType, KvLayer, KvLayout, RotatedCopies};
 
 /// A model on a device. Written once for every backend.
 pub struct Model<B: Backend> {
@@ -53,6 +53,25 @@ impl<B: Backend> Model<B> {
     pub fn kv_layout(&self, backend: &B, block_size: usize, dtype: DType) -> Result<KvLayout> {
         let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = self.config;
         KvLayout::with_order(backend.kv_order(), num_layers, num_kv_heads, head_dim, block_size, dtype)
+    }
+
+    /// Queues copies of stored tokens to other slots and positions, all layers of them, each turned by its own angles.
+    pub fn rotate_gather(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        kv: &KvCache<B::Buffer>,
+        copies: &RotatedCopies<B::Buffer>,
+    ) -> Result<()> {
+        for layer in 0..self.config.num_layers {
+            let rope = match &self.layers {
+                Layers::Llama(layers) => layers.rope(),
+                Layers::Gemma(layers) => layers.rope(layer),
+            };
+            let kv = KvLayer { blocks: &kv.blocks, layout: &kv.layout, layer };
+            backend.rotate_gather(stream, &kv, copies, rope)?;
+        }
+        Ok(())
     }
 
     /// Queues one step. Afterwards `workspace` has the final hidden states of the output rows, and the logits of the

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -36,9 +37,45 @@ enum Files {
 }
 
 struct Shard {
+    path: PathBuf,
     bytes: SharedBytes,
     data_start: usize,
     metadata: Metadata,
+}
+
+/// A tensor as its file describes it.
+pub(super) struct StoredTensor {
+    pub(super) name: String,
+    /// Type and shape.
+    pub(super) kind: String,
+    pub(super) source: SharedBytes,
+    pub(super) range: Range<usize>,
+}
+
+impl StoredTensor {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &(*self.source).as_ref()[self.range.clone()]
+    }
+}
+
+fn stored_in_gguf(gguf: &Gguf) -> Vec<StoredTensor> {
+    let stored = gguf.tensors().map(|(name, info)| StoredTensor {
+        name: name.to_owned(),
+        kind: format!("{} {:?}", info.dtype, info.dims),
+        source: gguf.shared_bytes().clone(),
+        range: info.range.clone(),
+    });
+    stored.collect()
+}
+
+impl Shard {
+    fn stored_tensors(&self) -> impl Iterator<Item = StoredTensor> {
+        self.metadata.tensors().into_iter().map(|(name, info)| {
+            let (start, end) = info.data_offsets;
+            let range = self.data_start + start..self.data_start + end;
+            StoredTensor { name, kind: format!("{:?} {:?}", info.dtype, info.shape), source: self.bytes.clone(), range }
+        })
+    }
 }
 
 impl Checkpoint {
@@ -64,6 +101,24 @@ impl Checkpoint {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The files its weights lie in.
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        match &self.files {
+            Files::Gguf(_) => vec![self.path.clone()],
+            Files::Safetensors(shards) => shards.iter().map(|shard| shard.path.clone()).collect(),
+        }
+    }
+
+    /// Every tensor as it is stored, whether the model uses it or not, in order of name.
+    pub(super) fn stored_tensors(&self) -> Vec<StoredTensor> {
+        let mut tensors: Vec<StoredTensor> = match &self.files {
+            Files::Gguf(gguf) => stored_in_gguf(gguf),
+            Files::Safetensors(shards) => shards.iter().flat_map(Shard::stored_tensors).collect(),
+        };
+        tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        tensors
     }
 
     /// What it says about the model.
@@ -210,7 +265,7 @@ fn open_shard(path: &Path) -> Result<Shard> {
     let bytes = map_file(path)?;
     let (header_bytes, metadata) = safetensors::SafeTensors::read_metadata((*bytes).as_ref())
         .map_err(|error| malformed!("{}: not a safetensors file: {error}", path.display()))?;
-    Ok(Shard { bytes, data_start: header_bytes + 8, metadata })
+    Ok(Shard { path: path.to_owned(), bytes, data_start: header_bytes + 8, metadata })
 }
 
 /// Maps a file for reading.

@@ -1,5 +1,40 @@
 //! Moves KV blocks between tiers: device, host memory, disk. Knows blocks by content and bytes, and no requests.
 
+pub mod faulty;
 mod files;
+mod host;
+mod io;
+mod pager;
+mod rates;
+mod store;
 
 pub use files::{FileHandle, Files, SystemFiles};
+pub use io::Ticket;
+pub use pager::{Completion, OpenedVault, Pager, VaultOpener};
+pub use rates::Rates;
+pub use store::{BlockFormat, BlockStore, Found, OpenReport, StoreConfig, StoreStats, Stored};
+
+/// Where a block can lie, fastest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tier {
+    /// The memory that kernels read.
+    Device,
+    /// The host's memory.
+    Host,
+    /// Files of the vault.
+    Disk,
+}
+
+/// What a [`Pager`] is started with.
+pub struct PagingConfig {
+    /// Bytes of a block.
+    pub block_bytes: usize,
+    /// Tokens of a block.
+    pub block_size: usize,
+    /// Blocks of the host tier; 0 for none.
+    pub num_host_blocks: usize,
+    /// Threads that copy.
+    pub num_threads: usize,
+    /// Opens the disk tier; none without it.
+    pub open: Option<VaultOpener>,
+}

@@ -60,6 +60,8 @@ pub struct ServerConfig {
     pub host: String,
     /// Port to listen on; 0 takes a free one.
     pub port: u16,
+    /// Names in `Host`, besides those of loopback and `host`, that a server on loopback without keys answers to.
+    pub allowed_hosts: Vec<String>,
     /// Keys that open the server; none means open to all.
     pub api_keys: Vec<String>,
     /// `owned_by` of the models; gateways that look for an engine they know want `vllm` here.
@@ -81,6 +83,7 @@ impl Default for ServerConfig {
         Self {
             host: "127.0.0.1".into(),
             port: 8000,
+            allowed_hosts: Vec::new(),
             api_keys: Vec::new(),
             owned_by: "mneme".into(),
             metrics: true,

@@ -63,7 +63,7 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message).with_code("invalid_api_key")
     }
 
-    /// 403: the caller may see the thing, but not do that to it.
+    /// 403: who asks may not.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "PermissionDeniedError", message)
     }

@@ -31,7 +31,9 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let drain_timeout = config.drain_timeout;
-    let app = App::new(config, model);
+    let address =
+        listener.local_addr().map_err(|source| Error::Io { context: "cannot tell where it listens".into(), source })?;
+    let app = App::new(config, model, address);
     let connections = Connections::new(&app);
     tokio::select! {
         () = connections.accept_from(&listener) => {}

@@ -8,6 +8,7 @@ mod config;
 mod cubes;
 mod error;
 mod health;
+mod hosts;
 mod json;
 mod limits;
 mod listener;
@@ -19,6 +20,7 @@ mod routes;
 mod sse;
 mod tokenize;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -26,8 +28,9 @@ use tokio::sync::Notify;
 
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
-pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, OpenBlocks, VaultEngine, Verified};
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
+use self::hosts::Hosts;
 use self::json::JsonBody;
 pub use self::limits::{ConnectionLimits, RequestLimits};
 pub use self::listener::{ServerThread, serve};
@@ -37,6 +40,7 @@ pub(crate) struct App {
     pub(crate) config: ServerConfig,
     pub(crate) model: ServedModel,
     pub(crate) api_keys: ApiKeys,
+    hosts: Hosts,
     calls: Calls,
     engine_ended: AtomicBool,
 }
@@ -55,9 +59,11 @@ struct Calls {
 pub(crate) struct CallGuard(AppRef);
 
 impl App {
-    fn new(config: ServerConfig, model: ServedModel) -> AppRef {
-        let api_keys = ApiKeys::new(&config.api_keys);
-        Arc::new(Self { config, model, api_keys, calls: Calls::default(), engine_ended: AtomicBool::new(false) })
+    /// `address` is where the server listens.
+    fn new(config: ServerConfig, model: ServedModel, address: SocketAddr) -> AppRef {
+        let (api_keys, hosts) = (ApiKeys::new(&config.api_keys), Hosts::new(&config, address));
+        let (calls, engine_ended) = (Calls::default(), AtomicBool::new(false));
+        Arc::new(Self { config, model, api_keys, hosts, calls, engine_ended })
     }
 
     /// Whether new calls are taken.

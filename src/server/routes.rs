@@ -11,7 +11,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::openai::{chat, completions, embeddings, models};
-use super::{AppRef, auth, cubes, health, metrics, openapi, request_id, tokenize};
+use super::{AppRef, auth, cubes, health, hosts, metrics, openapi, request_id, tokenize};
 
 /// All routes. A request meets the layers from the last one named to the first.
 pub(super) fn router(app: AppRef) -> Router {
@@ -36,6 +36,7 @@ pub(super) fn router(app: AppRef) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(app.clone(), refuse_while_draining))
         .layer(middleware::from_fn_with_state(app.clone(), auth::require_key))
+        .layer(middleware::from_fn_with_state(app.clone(), hosts::require_known_host))
         .layer(CatchPanicLayer::custom(panic_answer))
         .layer(middleware::from_fn(request_id::assign))
         .with_state(app)

@@ -95,7 +95,7 @@ fn a_prompt_that_arrives_many_times_is_computed_once() {
 fn salts_separate_the_prefix_cache() {
     let engine = start(limits());
     let cached = |salt: Option<&str>| {
-        let request = GenerateRequest { cache_salt: salt.map(str::to_owned), ..generate(&prompt(64), 2) };
+        let request = GenerateRequest { domain: salt.unwrap_or_default().to_owned(), ..generate(&prompt(64), 2) };
         let output = collect(engine.handle.submit(request).unwrap());
         (output.cached_tokens, output.tokens)
     };
@@ -154,6 +154,7 @@ fn cancelled_requests_leave_nothing_behind() {
 fn task_again(task: &Task) -> Task {
     match task {
         Task::Embed => Task::Embed,
+        Task::Deposit { is_durable } => Task::Deposit { is_durable: *is_durable },
         Task::Generate(sampling) => Task::Generate(sampling.clone()),
     }
 }

@@ -28,7 +28,12 @@ fn an_answer_has_what_openai_requires() {
         reply["usage"],
         json!({
             "prompt_tokens": PROMPT_TOKENS, "completion_tokens": 5, "total_tokens": PROMPT_TOKENS + 5,
-            "prompt_tokens_details": { "cached_tokens": CACHED_TOKENS },
+            "prompt_tokens_details": {
+                "cached_tokens": CACHED_TOKENS,
+                "device_cached_tokens": 0,
+                "host_cached_tokens": 0,
+                "storage_cached_tokens": 0,
+            },
         })
     );
 }
@@ -189,7 +194,7 @@ fn priority_and_salt_reach_the_engine() {
     let id = server.chat(json!({ "priority": -3, "cache_salt": "pepper", "request_id": "mine" })).json()["id"].clone();
     assert_eq!(id, "chatcmpl-mine");
     let request = server.requests.recv().unwrap();
-    assert_eq!((request.priority, request.cache_salt.as_deref()), (-3, Some("pepper")));
+    assert_eq!((request.priority, request.domain.as_str()), (-3, "salt/pepper"));
 }
 
 #[test]

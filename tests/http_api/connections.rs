@@ -69,7 +69,7 @@ fn requests_may_come_in_chunks() {
     let server = TestServer::start(Script::say("ab"));
     let mut connection = server.connect();
     connection.send(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
     );
     for piece in completion_body(json!({})).to_string().as_bytes().chunks(5) {
         connection.send(format!("{:x}\r\n", piece.len()).as_bytes());
@@ -83,8 +83,8 @@ fn requests_may_come_in_chunks() {
 #[test]
 fn what_is_no_http_is_refused() {
     let server = TestServer::start(Script::say("a"));
-    let long = format!("GET /health HTTP/1.1\r\nHost: x\r\nX-Long: {}\r\n\r\n", "x".repeat(100 << 10));
-    let many = format!("GET /health HTTP/1.1\r\nHost: x\r\n{}\r\n", "X-Many: x\r\n".repeat(200));
+    let long = format!("GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: {}\r\n\r\n", "x".repeat(100 << 10));
+    let many = format!("GET /health HTTP/1.1\r\nHost: localhost\r\n{}\r\n", "X-Many: x\r\n".repeat(200));
     for (request, status) in [("nonsense\r\n\r\n", 400), (&long, 431), (&many, 431)] {
         assert_eq!(server.send(request.as_bytes()).status, status);
     }

@@ -35,7 +35,8 @@ impl Setup {
             format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
         });
         let end = if body.is_none() { "Content-Length: 0\r\n\r\n" } else { "" };
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n{content}{end}");
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n{content}{end}");
         self.server.send(head.as_bytes())
     }
 

@@ -77,7 +77,7 @@ impl CubeEngine for FakeCubes {
         Box::pin(async move { Ok(self.add(Prefill { token_ids, domain, durable })) })
     }
 
-    fn verify<'a>(&'a self, blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {
+    fn verify<'a>(&'a self, _token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {
         Box::pin(async move {
             let known = self.blocks.lock().expect("no test panics here");
             let whole = blocks.iter().filter(|hash| known.contains(*hash)).count();

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use crossbeam::channel::Receiver;
 use mneme::engine::handle::{EngineHandle, EngineInfo, Submission};
 use mneme::engine::request::{
-    FinishReason, GenerateRequest, OutputEvent, SamplingParams, Task, TokenLogprob, TokenLogprobs,
+    FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, Task, TokenLogprob, TokenLogprobs,
 };
 use mneme::telemetry::EngineMetrics;
 use mneme::text::Tokenizer;
@@ -85,7 +85,11 @@ pub(crate) fn start(script: Script, queue_len: usize) -> FakeEngine {
 }
 
 fn hang(submission: Submission, cancelled: &mpsc::Sender<String>) {
-    submission.sink.send(OutputEvent::Started { cached_tokens: 0, prompt_logprobs: Vec::new() });
+    submission.sink.send(OutputEvent::Started {
+        cached_tokens: 0,
+        reuse: Reuse::default(),
+        prompt_logprobs: Vec::new(),
+    });
     submission.sink.send(OutputEvent::Token { id: b'x'.into(), logprobs: None });
     while !submission.sink.is_cancelled() {
         std::thread::yield_now();
@@ -97,6 +101,7 @@ fn run(script: &Script, submission: &Submission) {
     let request = &submission.request;
     match &request.task {
         Task::Embed => embed(submission),
+        Task::Deposit { .. } => panic!("cubes have an engine of their own here"),
         Task::Generate(sampling) => {
             start_output(submission, sampling);
             match script {
@@ -119,7 +124,11 @@ fn start_output(submission: &Submission, sampling: &SamplingParams) {
         None => Vec::new(),
         Some(num) => prompt.iter().enumerate().map(|(index, id)| (index > 0).then(|| logprobs_of(*id, num))).collect(),
     };
-    submission.sink.send(OutputEvent::Started { cached_tokens: CACHED_TOKENS, prompt_logprobs });
+    submission.sink.send(OutputEvent::Started {
+        cached_tokens: CACHED_TOKENS,
+        reuse: Reuse::default(),
+        prompt_logprobs,
+    });
 }
 
 fn generate(submission: &Submission, sampling: &SamplingParams, ids: impl Iterator<Item = u32>) {

@@ -10,6 +10,7 @@ mod connections;
 mod cubes;
 mod embeddings;
 mod errors;
+mod hosts;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -99,7 +100,7 @@ impl TestServer {
     fn next_sampling(&self) -> SamplingParams {
         match self.requests.recv().expect("the engine runs").task {
             Task::Generate(sampling) => *sampling,
-            Task::Embed => panic!("an embedding was asked for"),
+            Task::Embed | Task::Deposit { .. } => panic!("something else was asked for"),
         }
     }
 }

@@ -49,6 +49,11 @@ impl Shape {
     }
 }
 
+/// Those of the new tokens.
+fn last_positions((num_queries, context_len): &Lengths) -> Vec<usize> {
+    (context_len - num_queries..*context_len).collect()
+}
+
 fn rope(head_dim: usize) -> RopeConfig {
     RopeConfig { head_dim, theta: THETA, scaling: RopeScaling::Plain }
 }
@@ -115,27 +120,33 @@ impl<'a> World<'a> {
     }
 
     fn metadata(&self, sequences: &[usize], parts: &[Lengths]) -> AttentionMetadata<CudaBuffer> {
+        self.metadata_at(sequences, &parts.iter().map(last_positions).collect::<Vec<_>>())
+    }
+
+    /// The step whose queries have these positions in their sequences.
+    fn metadata_at(&self, sequences: &[usize], parts: &[Vec<usize>]) -> AttentionMetadata<CudaBuffer> {
         let block_size = self.shape.block_size;
         let max_blocks = self.tables.iter().map(Vec::len).max().unwrap() + 1;
         let (mut starts, mut tables, mut positions, mut slots) = (vec![0i32], vec![], vec![], vec![]);
-        for (sequence, (num_queries, context_len)) in sequences.iter().zip(parts) {
+        let context_len = |part: &Vec<usize>| part.last().unwrap() + 1;
+        for (sequence, part) in sequences.iter().zip(parts) {
             let table = &self.tables[*sequence];
-            for position in context_len - num_queries..*context_len {
+            for &position in part {
                 positions.push(position as i32);
                 slots.push(table[position / block_size] * block_size as i32 + (position % block_size) as i32);
             }
             starts.push(positions.len() as i32);
-            let needed = context_len.div_ceil(block_size);
+            let needed = context_len(part).div_ceil(block_size);
             tables.extend_from_slice(&table[..needed]);
             tables.extend(std::iter::repeat_n(-1, max_blocks - needed));
         }
-        let lens: Vec<i32> = parts.iter().map(|part| part.1 as i32).collect();
+        let lens: Vec<i32> = parts.iter().map(|part| context_len(part) as i32).collect();
         let (num_seqs, num_tokens) = (parts.len(), positions.len());
         AttentionMetadata {
             num_seqs,
             num_tokens,
-            max_query_len: parts.iter().map(|part| part.0).max().unwrap(),
-            max_context_len: parts.iter().map(|part| part.1).max().unwrap(),
+            max_query_len: parts.iter().map(Vec::len).max().unwrap(),
+            max_context_len: parts.iter().map(context_len).max().unwrap(),
             cu_seqlens_q: self.gpu.indices(&starts, 1, num_seqs + 1),
             context_lens: self.gpu.indices(&lens, 1, num_seqs),
             block_tables: self.gpu.indices(&tables, num_seqs, max_blocks),
@@ -150,11 +161,15 @@ impl<'a> World<'a> {
     }
 
     fn attend_with(&self, sequences: &[usize], parts: &[Lengths], metadata: &AttentionMetadata<CudaBuffer>) -> Output {
+        self.attend_at(sequences, &parts.iter().map(last_positions).collect::<Vec<_>>(), metadata)
+    }
+
+    fn attend_at(&self, sequences: &[usize], parts: &[Vec<usize>], metadata: &AttentionMetadata<CudaBuffer>) -> Output {
         let (gpu, shape) = (self.gpu, self.shape);
         let columns = shape.columns();
         let mut numbers = Vec::new();
-        for (sequence, (num_queries, context_len)) in sequences.iter().zip(parts) {
-            for position in context_len - num_queries..*context_len {
+        for (sequence, part) in sequences.iter().zip(parts) {
+            for &position in part {
                 let row = &self.rows[*sequence][position * columns..(position + 1) * columns];
                 let q_size = shape.num_heads() * shape.head_dim;
                 numbers.extend_from_slice(&row[..q_size]);
@@ -170,11 +185,11 @@ impl<'a> World<'a> {
     }
 
     /// What attention is defined as, for the queries of one sequence.
-    fn reference(&self, sequence: usize, (num_queries, context_len): Lengths) -> Vec<f64> {
+    fn reference(&self, sequence: usize, positions: &[usize]) -> Vec<f64> {
         let Shape { head_dim, window, group, .. } = self.shape;
         let scale = f64::from(self.shape.of_backend().scale);
         let mut out = Vec::new();
-        for position in context_len - num_queries..context_len {
+        for &position in positions {
             let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
             for head in 0..self.shape.num_heads() {
                 let q = self.head(sequence, position, head);
@@ -212,7 +227,7 @@ fn check_attention(gpu: &Gpu, shape: Shape, parts: &[Lengths], seed: u64) {
     let world = World::new(gpu, shape, &lens, random);
     let sequences: Vec<usize> = (0..parts.len()).collect();
     let found = world.attend(&sequences, parts).numbers(gpu);
-    let wanted: Vec<f64> = sequences.iter().flat_map(|at| world.reference(*at, parts[*at])).collect();
+    let wanted: Vec<f64> = sequences.iter().flat_map(|at| world.reference(*at, &last_positions(&parts[*at]))).collect();
     // The output is rounded, and so is every weight: at most that share of the largest value, and values are normal.
     let tolerance = epsilon(gpu.dtype());
     assert_close(&format!("{} {shape:?} {parts:?}", gpu.dtype()), &found, &wanted, tolerance, 3.0 * tolerance);
@@ -299,6 +314,36 @@ fn a_row_has_the_same_bits_however_it_is_computed() {
             // A context so long that its chunks would not fit: they are then walked by one block.
             let metadata = AttentionMetadata { max_context_len: 1 << 28, ..world.metadata(&[0], &parts) };
             assert_eq!(world.attend_with(&[0], &parts, &metadata).bytes(gpu), alone, "unsplit, window {window:?}");
+        }
+    }
+}
+
+/// New tokens need not be the last of their sequence: each sees what lies before it, whichever others are new.
+#[test]
+fn new_tokens_with_gaps_see_what_lies_before_them() {
+    for gpu in gpu::shared() {
+        for (at, window) in [None, Some(1), Some(40), Some(300)].into_iter().enumerate() {
+            // Decode attention takes 16 rows of a KV head at most, but one new token only.
+            for group in [1, 3, 20] {
+                let random = &mut Random::new(80 + at as u64);
+                let shape = Shape { num_kv_heads: 2, group, window, ..SMALL };
+                let world = World::new(gpu, shape, &[600, 70, 33], random);
+                let spread = [5, 6, 80, 255, 256, 257, 300, 511, 590];
+                let dense: Vec<usize> = (0..70).filter(|_| random.below(3) > 0).collect();
+                let parts = [spread.to_vec(), dense, vec![20]];
+                let metadata = world.metadata_at(&[0, 1, 2], &parts);
+                let found = world.attend_at(&[0, 1, 2], &parts, &metadata);
+                let wanted: Vec<f64> = (0..3).flat_map(|at| world.reference(at, &parts[at])).collect();
+                let tolerance = epsilon(gpu.dtype());
+                let what = format!("{} {shape:?}", gpu.dtype());
+                assert_close(&what, &found.numbers(gpu), &wanted, tolerance, 3.0 * tolerance);
+                let bytes = found.bytes(gpu);
+                let row_bytes = shape.num_heads() * shape.head_dim * 2;
+                for (row, position) in spread.into_iter().enumerate() {
+                    let alone = world.attend(&[0], &[(1, position + 1)]).bytes(gpu);
+                    assert_eq!(bytes[row * row_bytes..][..row_bytes], alone, "{what}, position {position}");
+                }
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod attention;
+mod compose;
 mod elementwise;
 mod gpu;
 mod linear;

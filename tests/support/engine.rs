@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::backend::{Backend, DType};
 use mneme::engine::{
-    Engine, EngineConfig, EngineHandle, FinishReason, GenerateRequest, OutputEvent, OutputStream, SamplingParams,
-    SchedulerLimits, Task, TokenLogprobs,
+    Deposited, Engine, EngineConfig, EngineHandle, FinishReason, GenerateRequest, OutputEvent, OutputStream, Reuse,
+    SamplingParams, SchedulerLimits, Task, TierConfig, TokenLogprobs,
 };
 use mneme::models::{Checkpoint, Model};
 
@@ -23,6 +23,8 @@ pub struct Setup {
     pub eos_token_ids: Vec<u32>,
     pub isa: Isa,
     pub num_threads: usize,
+    /// Bytes of the host tier.
+    pub host_bytes: usize,
 }
 
 impl Default for Setup {
@@ -35,6 +37,7 @@ impl Default for Setup {
             eos_token_ids: vec![],
             isa: Isa::best(),
             num_threads: 2,
+            host_bytes: 0,
         }
     }
 }
@@ -66,13 +69,21 @@ pub struct Output {
     pub logprobs: Vec<TokenLogprobs>,
     pub prompt_logprobs: Vec<Option<TokenLogprobs>>,
     pub cached_tokens: usize,
+    pub reuse: Reuse,
     pub embedding: Vec<f32>,
+    pub deposited: Option<Deposited>,
     pub reason: Option<FinishReason>,
 }
 
 impl TestEngine {
     /// Loads a checkpoint onto `backend`; the setup's instruction set and threads were the caller's to use.
     pub fn start<B: Backend>(backend: B, path: &Path, setup: Setup) -> Self {
+        let tiers = TierConfig { host_bytes: setup.host_bytes, num_io_threads: 2, open_vault: None };
+        Self::start_with_tiers(backend, path, setup, tiers)
+    }
+
+    /// The same with tiers below the device.
+    pub fn start_with_tiers<B: Backend>(backend: B, path: &Path, setup: Setup, tiers: TierConfig) -> Self {
         let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, .. } = setup;
         let mut checkpoint = Checkpoint::open(path).unwrap();
         if tied {
@@ -80,7 +91,7 @@ impl TestEngine {
         }
         let model = Model::load(&backend, &checkpoint, dtype, limits.max_model_len).unwrap();
         let config = EngineConfig { model_name: "test".into(), limits, kv_dtype, eos_token_ids, seed: 1 };
-        let (engine, handle) = Engine::new(backend, model, config).unwrap();
+        let (engine, handle) = Engine::with_tiers(backend, model, config, tiers).unwrap();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run().unwrap()).unwrap();
         Self { handle, thread: Some(thread) }
     }
@@ -144,7 +155,14 @@ pub fn metric(handle: &EngineHandle, name: &str) -> f64 {
 }
 
 pub fn request(prompt: &[u32], task: Task) -> GenerateRequest {
-    GenerateRequest { id: "test".into(), prompt: prompt.to_vec(), task, priority: 0, cache_salt: None }
+    GenerateRequest {
+        id: "test".into(),
+        prompt: prompt.to_vec(),
+        task,
+        priority: 0,
+        domain: String::new(),
+        shared_prefix: None,
+    }
 }
 
 pub fn greedy(max_tokens: usize) -> SamplingParams {
@@ -156,8 +174,9 @@ impl Output {
     pub fn absorb(&mut self, event: OutputEvent) {
         assert!(self.reason.is_none(), "an event behind the last one: {event:?}");
         match event {
-            OutputEvent::Started { cached_tokens, prompt_logprobs } => {
+            OutputEvent::Started { cached_tokens, reuse, prompt_logprobs } => {
                 self.cached_tokens = cached_tokens;
+                self.reuse = reuse;
                 self.prompt_logprobs = prompt_logprobs;
             }
             OutputEvent::Token { id, logprobs } => {
@@ -165,6 +184,7 @@ impl Output {
                 self.logprobs.extend(logprobs.map(|boxed| *boxed));
             }
             OutputEvent::Embedding(embedding) => self.embedding = embedding,
+            OutputEvent::Deposited(deposited) => self.deposited = Some(*deposited),
             OutputEvent::Finished(reason) => self.reason = Some(reason),
         }
     }

@@ -56,7 +56,7 @@ pub(super) fn amx_gemm(
         return;
     };
     let num_steps = weights.num_columns().div_ceil(STEP_COLUMNS);
-    let lines = grown(scratch, x.num_rows * num_steps * lines_per_step(x.num_rows), Line::ZERO);
+    let lines = grown(scratch, x.num_rows * row_lines(weights, x.num_rows), Line::ZERO);
     lay_out(pool, x, weights.num_columns(), num_steps, lines);
     let block_rows = if x.num_rows > MANY_ROWS { BLOCK_ROWS } else { x.num_rows };
     let work = AmxGemm { isa, weights, target, lines, num_rows: x.num_rows, num_steps, block_rows };
@@ -81,6 +81,11 @@ fn streams(num_rows: usize) -> usize {
         ..=TILE_ROWS => 2,
         _ => 1,
     }
+}
+
+/// Lines of a row of x among `num_rows`.
+pub(super) fn row_lines(weights: &PackedMatrix, num_rows: usize) -> usize {
+    weights.num_columns().div_ceil(STEP_COLUMNS) * lines_per_step(num_rows)
 }
 
 /// Lines of a row for a step: 32 numbers as bf16, or as f32.

@@ -10,16 +10,16 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::attention_amx::{self, AmxTileKernel};
+use super::attention_fold::{MergeKernel, TileTarget, partial_stride};
 use super::attention_tile::{
-    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, MergeKernel, Tile, TileKernel, TileScratch,
-    TileTarget, partial_stride,
+    Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, Tile, TileKernel, TileScratch,
 };
 use super::disjoint::DisjointSlice;
 use super::line::Line;
 use super::pool::MAX_TASKS;
 use super::simd::{LANES, dispatch};
 use super::{Isa, KvArena, ThreadPool};
-use crate::backend::{DType, KvLayout};
+use crate::backend::{DType, KvLayout, StepBounds};
 
 /// Work below this many products is not worth waking other threads.
 const MIN_PARALLEL_PRODUCTS: usize = 128 * 1024;
@@ -30,6 +30,9 @@ const TILES_PER_TASK: usize = 4;
 /// Tasks for each thread when heads are divided into runs of chunks.
 const TASKS_PER_THREAD: usize = 4;
 
+/// Most lines of partial results, 32 MiB: heads for which there is no room are not divided, which changes no bits.
+const MAX_PARTIAL_LINES: usize = (32 << 20) / size_of::<Line>();
+
 /// The sequences of a step. `S` sequences, `T` query tokens in all.
 #[derive(Clone, Copy)]
 pub struct AttentionBatch<'a> {
@@ -39,7 +42,11 @@ pub struct AttentionBatch<'a> {
     pub num_q_heads: usize,
     /// Row of the first query of each sequence, and `T`: `[S + 1]`.
     pub cu_seqlens_q: &'a [i32],
-    /// Tokens of each sequence that are in the cache, its queries included: `[S]`.
+    /// Position of each query in its sequence, `[T]`: it sees the keys up to there, its own included. Ascending in a
+    /// sequence, not necessarily without gaps.
+    pub positions: &'a [i32],
+    /// One past the last query's position, for each sequence that has queries: `[S]`. Keys and values up to there are in
+    /// the cache.
     pub context_lens: &'a [i32],
     /// Blocks of each sequence, `[S, max_blocks]`; entries that no query needs may hold anything.
     pub block_tables: &'a [i32],
@@ -53,7 +60,7 @@ pub struct AttentionBatch<'a> {
     pub window: Option<usize>,
 }
 
-/// Memory that calls share, so that a step allocates nothing once it has seen its largest shape.
+/// Memory that calls share. Unless it was reserved it grows to the largest shape seen.
 #[derive(Default)]
 pub struct AttentionScratch {
     threads: Vec<TileScratch>,
@@ -86,20 +93,19 @@ struct Merge {
 #[derive(Clone, Copy)]
 pub(super) struct SequenceRows<'a> {
     first_token: usize,
-    num_queries: usize,
-    context_len: usize,
+    positions: &'a [i32],
     group: usize,
     block_table: &'a [i32],
 }
 
 impl SequenceRows<'_> {
     fn num_rows(&self) -> usize {
-        self.num_queries * self.group
+        self.positions.len() * self.group
     }
 
     /// Positions a row sees.
     pub(super) fn key_range(&self, batch: &AttentionBatch, row: usize) -> Range<usize> {
-        let end = self.context_len - self.num_queries + row / self.group + 1;
+        let end = self.positions[row / self.group] as usize + 1;
         batch.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
@@ -137,8 +143,7 @@ impl<'a> AttentionBatch<'a> {
         let (start, end) = (number(self.cu_seqlens_q[index]), number(self.cu_seqlens_q[index + 1]));
         SequenceRows {
             first_token: start,
-            num_queries: end - start,
-            context_len: number(self.context_lens[index]),
+            positions: &self.positions[start..end],
             group: self.num_q_heads / layout.num_kv_heads(),
             block_table: &self.block_tables[index * self.max_blocks..(index + 1) * self.max_blocks],
         }
@@ -155,8 +160,12 @@ impl<'a> AttentionBatch<'a> {
         let num_tokens = self.cu_seqlens_q.last().map_or(0, |last| *last as usize);
         assert_eq!(self.qkv.len(), num_tokens * (heads + 2 * layout.num_kv_heads()) * head_dim, "qkv has T rows");
         assert_eq!(out_len, num_tokens * heads * head_dim, "the output has T rows");
+        assert_eq!(self.positions.len(), num_tokens, "each query has a position");
         for (queries, context_len) in self.cu_seqlens_q.windows(2).zip(self.context_lens) {
-            assert!(queries[1] - queries[0] <= *context_len, "queries are part of the context");
+            let positions = &self.positions[queries[0] as usize..queries[1] as usize];
+            assert!(positions.first().is_none_or(|first| *first >= 0), "positions are not negative");
+            assert!(positions.is_sorted_by(|a, b| a < b), "queries of a sequence are in order of position");
+            assert!(positions.last().is_none_or(|last| last + 1 == *context_len), "a context ends with its last query");
         }
     }
 }
@@ -175,8 +184,7 @@ pub fn attention(
     let head_dim = cache.layout().head_dim();
     let max_rows = max_rows(isa, cache.layout());
     scratch.plan(batch, cache.layout(), max_rows, pool.num_threads());
-    scratch.threads.resize_with(pool.num_threads().max(scratch.threads.len()), TileScratch::default);
-    scratch.threads.iter_mut().for_each(|thread| thread.reserve(head_dim, scratch_lines(isa, cache.layout())));
+    scratch.prepare_threads(isa, pool.num_threads(), cache.layout());
     let AttentionScratch { threads, tasks, merges, partials } = scratch;
     let (out, partials) = (DisjointSlice::new(out), DisjointSlice::new(partials));
     let threads = DisjointSlice::new(threads);
@@ -210,6 +218,32 @@ pub fn attention(
 }
 
 impl AttentionScratch {
+    /// Takes the memory for calls within `bounds`; pages are touched when used.
+    ///
+    /// As `plan` divides, runs of rows make `T group / (rows of a task) + S` tasks for each head at most. A head that is
+    /// divided by chunks makes at most `1 + 2 cost / task_cost`, and all heads together cost no more than
+    /// `2 TASKS_PER_THREAD num_threads` times `task_cost`, which was rounded down. Only heads that cost more than
+    /// `task_cost` are divided: fewer than `TASKS_PER_THREAD num_threads`.
+    pub(super) fn reserve(&mut self, isa: Isa, num_threads: usize, bounds: &StepBounds) {
+        let (layout, max_rows) = (bounds.layout, max_rows(isa, bounds.layout));
+        let (num_kv_heads, head_dim) = (layout.num_kv_heads(), layout.head_dim());
+        let num_rows = bounds.max_tokens * (bounds.num_heads / num_kv_heads);
+        let num_runs = num_rows.div_ceil(TILES_PER_TASK * max_rows) + bounds.max_sequences;
+        self.tasks.reserve_exact(num_kv_heads * num_runs + 4 * TASKS_PER_THREAD * num_threads);
+        let num_divided = (bounds.max_sequences * num_kv_heads).min(TASKS_PER_THREAD * num_threads);
+        self.merges.reserve_exact(num_divided);
+        let head_lines = bounds.max_context_len.div_ceil(CHUNK) * max_rows * partial_stride(head_dim) / LANES;
+        self.partials.reserve_exact((num_divided * head_lines).min(MAX_PARTIAL_LINES));
+        self.prepare_threads(isa, num_threads, layout);
+    }
+
+    /// Makes room for the tiles of every thread.
+    fn prepare_threads(&mut self, isa: Isa, num_threads: usize, layout: &KvLayout) {
+        self.threads.resize_with(num_threads.max(self.threads.len()), TileScratch::default);
+        let lines = scratch_lines(isa, layout);
+        self.threads.iter_mut().for_each(|thread| thread.reserve(layout.head_dim(), lines));
+    }
+
     /// Divides the batch into tasks, the costly ones first.
     fn plan(&mut self, batch: &AttentionBatch, layout: &KvLayout, max_rows: usize, num_threads: usize) {
         self.tasks.clear();
@@ -253,9 +287,11 @@ impl AttentionScratch {
         let chunks = sequence.chunks(batch, &rows);
         let chunk_cost = rows.len() * CHUNK;
         let step = (task_cost / chunk_cost).max(1);
-        let is_split = step < chunks.len();
         let chunk_lines = rows.len() * partial_stride(layout.head_dim()) / LANES;
         let first_line = *num_lines;
+        let has_room = first_line + chunks.len() * chunk_lines <= MAX_PARTIAL_LINES;
+        let is_split = step < chunks.len() && has_room;
+        let step = if is_split { step } else { chunks.len() };
         for start in chunks.clone().step_by(step) {
             let part = start..chunks.end.min(start + step);
             let cost = part.len() * chunk_cost;

@@ -9,7 +9,8 @@
 use std::arch::x86_64::*;
 
 use super::amx::{GatheredProduct, STEP_COLUMNS, TILE_ROWS, TileProduct, TileRegisters};
-use super::attention_tile::{CHUNK, Groups, HeadRows, RowState, Tile, normalise};
+use super::attention_fold::RowState;
+use super::attention_tile::{CHUNK, Groups, HeadRows, Tile, normalise};
 use super::line::{Line, numbers_of};
 use super::simd::{Kernel, LANES, Simd};
 use crate::backend::{DType, KvLayout};

@@ -10,13 +10,14 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::copy_stream::{CpuEvent, CpuStream};
 use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
+use super::transfer::CpuTransfer;
 use super::{
-    AttentionBatch, AttentionScratch, GateKind, GemmScratch, Isa, KvArena, KvStoreBatch, PackedMatrix, RopeTable, Rows,
-    RowsMut, ThreadPool,
+    AttentionBatch, AttentionScratch, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch, KvStoreBatch,
+    PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut, ThreadPool,
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, StreamKind, Tensor, dequantize_row,
+    KvLayer, KvOrder, Norm, RopeConfig, RotatedCopies, StepBounds, StreamKind, Tensor, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -62,6 +63,7 @@ impl Device for CpuBackend {
     type HostBuffer = CpuHostBuffer;
     type Stream = CpuStream;
     type Event = CpuEvent;
+    type Transfer = CpuTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<CpuBuffer> {
         CpuBuffer::allocate(bytes)
@@ -69,6 +71,10 @@ impl Device for CpuBackend {
 
     fn allocate_host(&self, bytes: usize) -> Result<CpuHostBuffer> {
         CpuHostBuffer::allocate(bytes)
+    }
+
+    fn create_transfer(&self) -> Result<CpuTransfer> {
+        Ok(CpuTransfer)
     }
 
     fn create_stream(&self, kind: StreamKind) -> Result<CpuStream> {
@@ -152,7 +158,10 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<PackedMatrix> {
-        PackedMatrix::pack(parts, dtype, &mut self.workers().pool)
+        let Workers { pool, gemm, .. } = &mut *self.workers();
+        let matrix = PackedMatrix::pack(parts, dtype, pool)?;
+        gemm.note(self.isa, &matrix);
+        Ok(matrix)
     }
 
     fn load_vector(&self, parts: &[HostTensor], convert: &dyn Fn(f32) -> f32) -> Result<CpuTensor> {
@@ -168,6 +177,13 @@ impl Backend for CpuBackend {
 
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<RopeTable> {
         RopeTable::new(config, max_positions)
+    }
+
+    fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
+        let Workers { pool, gemm, attention } = &mut *self.workers();
+        gemm.reserve(bounds.max_tokens);
+        attention.reserve(self.isa, pool.num_threads(), bounds);
+        Ok(())
     }
 
     fn embed(
@@ -290,6 +306,7 @@ impl Backend for CpuBackend {
                 qkv: numbers(qkv),
                 num_q_heads: shape.num_heads,
                 cu_seqlens_q: numbers(&metadata.cu_seqlens_q),
+                positions: numbers(&metadata.positions),
                 context_lens: numbers(&metadata.context_lens),
                 block_tables: numbers(&metadata.block_tables),
                 max_blocks: metadata.block_tables.columns(),
@@ -302,6 +319,64 @@ impl Backend for CpuBackend {
         // SAFETY: as above.
         let (arena, out) = unsafe { (arena(kv), numbers_mut(out)) };
         super::attention(pool, self.isa, attention, &batch, &arena, out);
+        Ok(())
+    }
+
+    fn rotate_gather(
+        &self,
+        _stream: &CpuStream,
+        kv: &KvLayer<'_, CpuBuffer>,
+        copies: &RotatedCopies<CpuBuffer>,
+        rope: &RopeTable,
+    ) -> Result<()> {
+        copies.check()?;
+        check_order(kv)?;
+        // SAFETY: index arrays and KV blocks are different buffers, and work before is done.
+        let (batch, arena) = unsafe {
+            let batch = RotateGatherBatch {
+                source_slots: numbers(&copies.source_slots),
+                target_slots: numbers(&copies.target_slots),
+                position_deltas: numbers(&copies.position_deltas),
+                table: rope,
+                layer: kv.layer,
+            };
+            (batch, arena(kv))
+        };
+        let num_slots = arena.num_blocks() * kv.layout.block_size();
+        expect_indices("source slot", batch.source_slots, num_slots)?;
+        expect_indices("target slot", batch.target_slots, num_slots)?;
+        let max_len = rope.max_len();
+        if let Some(delta) = batch.position_deltas.iter().find(|delta| delta.unsigned_abs() as usize >= max_len) {
+            return Err(invalid!("a key cannot be moved by {delta} positions: the model has {max_len}"));
+        }
+        super::rotate_gather(&mut self.workers().pool, self.isa, &batch, &arena);
+        Ok(())
+    }
+
+    fn kv_deviation(
+        &self,
+        _stream: &CpuStream,
+        qkv: &CpuTensor,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, CpuBuffer>,
+        slots: &CpuTensor,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        shape.check(qkv, kv.layout, qkv.rows(), DType::F32)?;
+        check_order(kv)?;
+        slots.expect("slots", 1, qkv.rows(), DType::I32)?;
+        out.expect("deviations", 1, qkv.rows(), DType::F32)?;
+        // SAFETY: four different buffers, and work before is done.
+        let (batch, arena, out) = unsafe {
+            let batch = KvDeviationBatch {
+                qkv: numbers(qkv),
+                num_q_heads: shape.num_heads,
+                slots: numbers(slots),
+                layer: kv.layer,
+            };
+            (batch, arena(kv), numbers_mut(out))
+        };
+        super::kv_deviation(&mut self.workers().pool, &batch, &arena, out);
         Ok(())
     }
 
@@ -353,6 +428,10 @@ fn check_heads(
 ) -> Result<()> {
     metadata.check()?;
     shape.check(qkv, kv.layout, metadata.num_tokens, DType::F32)?;
+    check_order(kv)
+}
+
+fn check_order(kv: &KvLayer<'_, CpuBuffer>) -> Result<()> {
     match kv.layout.order() {
         KvOrder::Pairs => Ok(()),
         order => Err(invalid!("the CPU keeps the KV cache in pairs, not {order:?}")),
@@ -360,8 +439,8 @@ fn check_heads(
 }
 
 /// # Safety
-/// Nobody else touches the blocks while the arena lives.
+/// Nobody else touches the blocks of the step while the arena lives. Transfers may touch others.
 unsafe fn arena<'a>(kv: &KvLayer<'a, CpuBuffer>) -> KvArena<'a> {
-    // SAFETY: the caller's promise.
-    KvArena::new(unsafe { kv.blocks.bytes_mut(0, kv.blocks.len()) }, *kv.layout)
+    // SAFETY: the buffer outlives the borrow, and the caller's promise.
+    unsafe { KvArena::from_raw(kv.blocks.start(), kv.blocks.len(), *kv.layout) }
 }

@@ -77,7 +77,41 @@ pub(super) fn float_gemm(
     });
 }
 
+/// Numbers of the widest row of x in each layout.
+#[derive(Default)]
+pub(super) struct RowLens {
+    plain: usize,
+    bf16: usize,
+}
+
+impl RowLens {
+    fn plain(weights: &PackedMatrix) -> usize {
+        weights.num_columns().next_multiple_of(2)
+    }
+
+    /// Pairs of bf16 take the place of a number.
+    fn bf16(weights: &PackedMatrix) -> usize {
+        weights.num_columns().div_ceil(2)
+    }
+
+    /// Widens them to what products with `weights` lay out.
+    pub(super) fn note(&mut self, isa: Isa, weights: &PackedMatrix) {
+        for segment in segments(weights, isa, Family::Plain) {
+            if uses_bf16_dot(isa, segment.dtype) {
+                self.bf16 = self.bf16.max(Self::bf16(weights));
+            } else {
+                self.plain = self.plain.max(Self::plain(weights));
+            }
+        }
+    }
+}
+
 impl Scratch {
+    pub(super) fn reserve(&mut self, row_lens: &RowLens, max_rows: usize) {
+        self.tiles.reserve_exact(max_rows * row_lens.plain);
+        self.bf16_tiles.reserve_exact(max_rows * row_lens.bf16);
+    }
+
     /// Lays out x as the kernels for these weights read it.
     fn prepare(&mut self, pool: &mut ThreadPool, isa: Isa, x: Rows, weights: &PackedMatrix, plan: TilePlan) {
         let num_columns = weights.num_columns();
@@ -85,11 +119,11 @@ impl Scratch {
         if plain().any(|segment| !uses_bf16_dot(isa, segment.dtype))
             && (plan.num_rows > 1 || !num_columns.is_multiple_of(2))
         {
-            let tiles = grown(&mut self.tiles, plan.num_rows * num_columns.next_multiple_of(2), 0.0);
+            let tiles = grown(&mut self.tiles, plan.num_rows * RowLens::plain(weights), 0.0);
             pack_tiles(pool, x, num_columns, plan, tiles);
         }
         if plain().any(|segment| uses_bf16_dot(isa, segment.dtype)) {
-            let tiles = grown(&mut self.bf16_tiles, plan.num_rows * num_columns.div_ceil(2), 0.0);
+            let tiles = grown(&mut self.bf16_tiles, plan.num_rows * RowLens::bf16(weights), 0.0);
             pack_bf16_tiles(pool, x, num_columns, plan, tiles);
         }
     }

@@ -10,12 +10,12 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx_gemm::amx_gemm;
+use super::amx_gemm::{self, amx_gemm};
 use super::float_gemm::{self, float_gemm};
 use super::input_tiles::{Rows, RowsMut};
 use super::line::Line;
 use super::packed::{PackedMatrix, Segment};
-use super::quant_gemm::quant_gemm;
+use super::quant_gemm::{self, quant_gemm};
 use super::{Isa, ThreadPool, pool};
 use crate::backend::DType;
 
@@ -24,12 +24,48 @@ pub(super) const BLOCK_BYTES: usize = 128 << 10;
 /// Weights of one task when there are few rows: enough to make claiming it cheap.
 const TASK_BYTES: usize = 64 << 10;
 
-/// Memory a multiply works in. It grows to the largest sizes seen and is then reused.
+/// Memory a multiply works in. It grows to the largest sizes seen, unless it was reserved, and is then reused.
 #[derive(Default)]
 pub struct GemmScratch {
     pub(super) float: float_gemm::Scratch,
     pub(super) quantised: Vec<u32>,
     pub(super) rounded: Vec<Line>,
+    /// What a row of x takes in each of them.
+    row_lens: RowLens,
+}
+
+/// What a row of the widest x takes, laid out for the weights that were noted.
+#[derive(Default)]
+struct RowLens {
+    float: float_gemm::RowLens,
+    quantised: usize,
+    /// Of one row alone, which is laid out less densely, and of a row among others.
+    rounded: (usize, usize),
+}
+
+impl GemmScratch {
+    /// Remembers that x will be multiplied by `weights`.
+    pub(super) fn note(&mut self, isa: Isa, weights: &PackedMatrix) {
+        let has = |family| segments(weights, isa, family).next().is_some();
+        if has(Family::Plain) {
+            self.row_lens.float.note(isa, weights);
+        }
+        if has(Family::Quantised) {
+            self.row_lens.quantised = self.row_lens.quantised.max(quant_gemm::row_words(weights));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if has(Family::Tiles) {
+            let (alone, among) = (amx_gemm::row_lines(weights, 1), amx_gemm::row_lines(weights, 2));
+            self.row_lens.rounded = (self.row_lens.rounded.0.max(alone), self.row_lens.rounded.1.max(among));
+        }
+    }
+
+    /// Takes the memory for products of up to `max_rows` rows with the weights noted. Pages are touched when used.
+    pub(super) fn reserve(&mut self, max_rows: usize) {
+        self.float.reserve(&self.row_lens.float, max_rows);
+        self.quantised.reserve_exact(max_rows * self.row_lens.quantised);
+        self.rounded.reserve_exact(self.row_lens.rounded.0.max(max_rows * self.row_lens.rounded.1));
+    }
 }
 
 /// The first `len` elements, after making the buffer that long.

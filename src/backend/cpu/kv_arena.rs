@@ -27,6 +27,14 @@ impl<'a> KvArena<'a> {
         Self { start: bytes.as_mut_ptr(), num_blocks, layout, _borrow: PhantomData }
     }
 
+    /// The same over memory that others may touch meanwhile, as long as they keep to other blocks than the kernels.
+    ///
+    /// # Safety
+    /// `num_bytes` bytes from `start` on are there for `'a`, and nobody else touches the blocks that kernels are given.
+    pub(super) unsafe fn from_raw(start: *mut u8, num_bytes: usize, layout: KvLayout) -> Self {
+        Self { start, num_blocks: num_bytes / layout.block_bytes(), layout, _borrow: PhantomData }
+    }
+
     /// Blocks there are.
     pub fn num_blocks(&self) -> usize {
         self.num_blocks

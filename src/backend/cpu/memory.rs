@@ -69,6 +69,11 @@ impl CpuBuffer {
         unsafe { slice::from_raw_parts_mut(self.0.start.as_ptr().add(offset), len) }
     }
 
+    /// The first byte. What may be touched through it is for callers to agree on.
+    pub(super) fn start(&self) -> *mut u8 {
+        self.0.start.as_ptr()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.0.len
     }

@@ -13,6 +13,7 @@ mod argmax;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_amx;
+mod attention_fold;
 mod attention_tile;
 mod backend;
 mod copy_stream;
@@ -31,6 +32,7 @@ mod gemm_tests;
 mod input_tiles;
 mod isa;
 mod kv_arena;
+mod kv_deviation;
 mod kv_store;
 mod line;
 mod memory;
@@ -45,11 +47,13 @@ mod quant_gemm;
 mod quant_tile;
 mod quantize;
 mod rope;
+mod rotate_gather;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx2;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx512;
+mod transfer;
 
 pub use activation::{GateKind, gated};
 pub use argmax::argmax;
@@ -59,8 +63,11 @@ pub use gemm::{GemmScratch, gemm};
 pub use input_tiles::{Rows, RowsMut};
 pub use isa::Isa;
 pub use kv_arena::KvArena;
+pub use kv_deviation::{KvDeviationBatch, kv_deviation};
 pub use kv_store::{KvStoreBatch, rope_and_store_kv};
 pub use norm::{add_rms_norm, rms_norm};
 pub use packed::PackedMatrix;
 pub use pool::ThreadPool;
 pub use rope::RopeTable;
+pub use rotate_gather::{RotateGatherBatch, rotate_gather};
+pub use transfer::CpuTransfer;

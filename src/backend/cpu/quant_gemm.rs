@@ -40,7 +40,7 @@ pub(super) fn quant_gemm(
     let Some(panel_bytes) = segments(weights, isa, Family::Quantised).map(|segment| segment.panel_bytes).max() else {
         return;
     };
-    let row_words = weights.num_columns() / BLOCK * RECORD_WORDS;
+    let row_words = row_words(weights);
     let plan = TilePlan::new(x.num_rows, max_rows(isa));
     let tiles = grown(scratch, x.num_rows * row_words, 0);
     quantise_tiles(pool, isa, x, weights.num_columns(), plan, tiles);
@@ -51,6 +51,11 @@ pub(super) fn quant_gemm(
     pool.run(tasks_per_block * blocks.num_tiles, |task, _| {
         work.run(task / tasks_per_block, grouping.panels(task % tasks_per_block));
     });
+}
+
+/// Words of a quantised row of x.
+pub(super) fn row_words(weights: &PackedMatrix) -> usize {
+    weights.num_columns() / BLOCK * RECORD_WORDS
 }
 
 impl QuantGemm<'_> {

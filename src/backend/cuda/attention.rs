@@ -57,6 +57,11 @@ fn check(
 ) -> Result<()> {
     metadata.check()?;
     shape.check(qkv, kv.layout, metadata.num_tokens, backend.dtype())?;
+    check_layer(backend, kv)
+}
+
+/// An error unless the cache is kept as kernels read it, and has the layer.
+pub(super) fn check_layer(backend: &CudaBackend, kv: &KvLayer<'_, CudaBuffer>) -> Result<()> {
     let layout = kv.layout;
     if (layout.order(), layout.dtype()) != (KvOrder::Rows, backend.dtype()) {
         let (order, dtype, own) = (layout.order(), layout.dtype(), backend.dtype());
@@ -69,7 +74,7 @@ fn check(
 }
 
 /// Numbers from one block to the next, and from the beginning of a block to its layer.
-fn strides(kv: &KvLayer<'_, CudaBuffer>) -> (usize, usize) {
+pub(super) fn strides(kv: &KvLayer<'_, CudaBuffer>) -> (usize, usize) {
     let number_bytes = kv.layout.dtype().block_bytes();
     (kv.layout.block_bytes() / number_bytes, kv.layout.k_tile_offset(kv.layer, 0) / number_bytes)
 }
@@ -190,6 +195,7 @@ impl Call<'_> {
             .buffer(partials)?
             .tensor(&self.metadata.context_lens)?
             .tensor(&self.metadata.cu_seqlens_q)?
+            .tensor(&self.metadata.positions)?
             .int(num_chunks)?
             .int(num_heads)?
             .int(num_kv_heads)?
@@ -198,8 +204,8 @@ impl Call<'_> {
             .int(window.unwrap_or(0))?;
         let blocks = (self.decode_rows, num_kv_heads, self.metadata.num_seqs);
         let kernel = &backend.kernels().attention_combine;
-        // SAFETY: attention_combine(out, partials, context_lens, cu_seqlens_q, num_chunks, num_heads, num_kv_heads,
-        // head_dim, decode_rows, window), shapes as checked, behind the decode kernel on the same stream.
+        // SAFETY: attention_combine(out, partials, context_lens, cu_seqlens_q, positions, num_chunks, num_heads,
+        // num_kv_heads, head_dim, decode_rows, window), shapes as checked, behind the decode kernel on the same stream.
         unsafe { backend.launch(stream, kernel, blocks, head_dim.next_multiple_of(32), arguments) }
     }
 
@@ -217,8 +223,8 @@ impl Call<'_> {
         unsafe { backend.launch(stream, &kernels.prefill, blocks, kernels.prefill_threads, arguments) }
     }
 
-    /// `out, partials, qkv, blocks, block_tables, context_lens, cu_seqlens_q, block_stride, layer_offset, max_blocks,
-    /// block_size, num_heads, num_kv_heads, decode_rows, window, scale`.
+    /// `out, partials, qkv, blocks, block_tables, context_lens, cu_seqlens_q, positions, block_stride, layer_offset,
+    /// max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window, scale`.
     fn arguments(&self, partials: Option<&CudaBuffer>) -> Result<Arguments> {
         let (block_stride, layer_offset) = strides(self.kv);
         let arguments = Arguments::new().tensor(self.out)?;
@@ -232,6 +238,7 @@ impl Call<'_> {
             .tensor(&self.metadata.block_tables)?
             .tensor(&self.metadata.context_lens)?
             .tensor(&self.metadata.cu_seqlens_q)?
+            .tensor(&self.metadata.positions)?
             .long(block_stride)
             .long(layer_offset)
             .int(self.metadata.block_tables.columns())?

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use cudarc::driver::{CudaContext, CudaFunction};
 
 use super::attention::{self, Partials};
+use super::compose;
 use super::driver::{driver_error, open};
 use super::kernels::{Kernel, Kernels};
 use super::launch::{Arguments, Grid};
@@ -20,7 +21,7 @@ use super::upload::Uploader;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
-    KvOrder, Norm, RopeConfig, Tensor,
+    KvOrder, Norm, RopeConfig, RotatedCopies, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -297,6 +298,28 @@ impl Backend for CudaBackend {
         out: &CudaTensor,
     ) -> Result<()> {
         attention::attention(self, stream, qkv, shape, kv, metadata, out)
+    }
+
+    fn rotate_gather(
+        &self,
+        stream: &CudaStream,
+        kv: &KvLayer<'_, CudaBuffer>,
+        copies: &RotatedCopies<CudaBuffer>,
+        rope: &CudaRopeTable,
+    ) -> Result<()> {
+        compose::rotate_gather(self, stream, kv, copies, rope)
+    }
+
+    fn kv_deviation(
+        &self,
+        stream: &CudaStream,
+        qkv: &CudaTensor,
+        shape: &AttentionShape,
+        kv: &KvLayer<'_, CudaBuffer>,
+        slots: &CudaTensor,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        compose::kv_deviation(self, stream, qkv, shape, kv, slots, out)
     }
 
     fn gated_activation(

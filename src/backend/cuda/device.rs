@@ -10,6 +10,7 @@ use super::backend::CudaBackend;
 use super::driver::driver_error;
 use super::memory::{CudaBuffer, CudaHostBuffer, address};
 use super::stream::{CudaEvent, CudaStream};
+use super::transfer::CudaTransfer;
 use crate::backend::{BufferCopy, Device, StreamKind, Tensor};
 use crate::{Result, invalid};
 
@@ -18,6 +19,7 @@ impl Device for CudaBackend {
     type HostBuffer = CudaHostBuffer;
     type Stream = CudaStream;
     type Event = CudaEvent;
+    type Transfer = CudaTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<CudaBuffer> {
         CudaBuffer::allocate(self.context(), bytes)
@@ -25,6 +27,10 @@ impl Device for CudaBackend {
 
     fn allocate_host(&self, bytes: usize) -> Result<CudaHostBuffer> {
         CudaHostBuffer::allocate(self.context(), bytes)
+    }
+
+    fn create_transfer(&self) -> Result<CudaTransfer> {
+        CudaTransfer::new(self.context())
     }
 
     fn create_stream(&self, _kind: StreamKind) -> Result<CudaStream> {

@@ -65,6 +65,8 @@ pub(super) struct Kernels {
     pub(super) rms_norm_rows: Kernel,
     pub(super) add_rms_norm: Kernel,
     pub(super) rope_store_kv: Kernel,
+    pub(super) rotate_gather: Kernel,
+    pub(super) kv_deviation: Kernel,
     pub(super) attention: Vec<AttentionKernels>,
     pub(super) attention_combine: Kernel,
     /// Outputs in the element type of the inputs.
@@ -91,6 +93,8 @@ impl Kernels {
             rms_norm_rows: plain("norm", format!("rms_norm_{dtype}_rows"))?,
             add_rms_norm: plain("norm", format!("add_rms_norm_{dtype}"))?,
             rope_store_kv: plain("kv_store", format!("rope_store_kv_{dtype}"))?,
+            rotate_gather: plain("rotate_gather", format!("rotate_gather_{dtype}"))?,
+            kv_deviation: plain("kv_deviation", format!("kv_deviation_{dtype}"))?,
             attention: HEAD_DIMS
                 .into_iter()
                 .map(|head_dim| AttentionKernels::find(&modules, dtype, head_dim))

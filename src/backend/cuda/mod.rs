@@ -5,6 +5,7 @@
 
 mod attention;
 mod backend;
+mod compose;
 mod device;
 mod driver;
 mod kernels;
@@ -12,6 +13,7 @@ mod launch;
 mod memory;
 mod modules;
 mod stream;
+mod transfer;
 mod upload;
 mod weights;
 
@@ -20,4 +22,5 @@ pub(super) use driver::find_gpus;
 pub use memory::{CudaBuffer, CudaHostBuffer};
 pub(super) use modules::kernel_source;
 pub use stream::{CudaEvent, CudaStream};
+pub use transfer::CudaTransfer;
 pub use weights::{CudaMatrix, CudaRopeTable};

@@ -29,7 +29,7 @@ pub(super) struct InFlight {
 impl InProcess {
     /// Starts the engine and checks that it can hold such requests.
     pub(super) fn start(args: &EngineArgs, input_len: usize, output_len: usize) -> anyhow::Result<Self> {
-        let launched = launch(args)?;
+        let launched = launch(args, None)?;
         let info = launched.handle.info();
         let (total, most) = (input_len.saturating_add(output_len), info.max_model_len);
         anyhow::ensure!(
@@ -60,7 +60,8 @@ impl InProcess {
             prompt,
             task: Task::Generate(Box::new(sampling)),
             priority: 0,
-            cache_salt: None,
+            domain: String::new(),
+            shared_prefix: None,
         };
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })
@@ -79,7 +80,7 @@ impl InFlight {
                     let num_tokens = self.watch.num_arrivals();
                     return self.watch.finish(self.num_input_tokens, num_tokens).context("the engine made no token");
                 }
-                OutputEvent::Started { .. } | OutputEvent::Embedding(_) => {}
+                OutputEvent::Started { .. } | OutputEvent::Embedding(_) | OutputEvent::Deposited(_) => {}
             }
         }
         anyhow::bail!("the engine stopped before the request was done")

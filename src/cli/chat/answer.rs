@@ -47,7 +47,7 @@ pub(super) async fn write_answer(
                 }
             }
             Some(OutputEvent::Finished(reason)) => break end_of(reason)?,
-            Some(OutputEvent::Started { .. } | OutputEvent::Embedding(_)) => {}
+            Some(OutputEvent::Started { .. } | OutputEvent::Embedding(_) | OutputEvent::Deposited(_)) => {}
             None => anyhow::bail!("the engine has stopped"),
         }
     };

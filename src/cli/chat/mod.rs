@@ -39,7 +39,7 @@ pub(crate) struct ChatArgs {
 
 /// Runs the command.
 pub(crate) fn run(args: ChatArgs) -> anyhow::Result<()> {
-    let launched = launch(&args.engine)?;
+    let launched = launch(&args.engine, None)?;
     let mode = match (args.raw, &launched.assets.template) {
         (true, _) => Mode::Raw,
         (false, Some(template)) => Mode::Chat(template.clone()),

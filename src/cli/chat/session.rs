@@ -150,7 +150,8 @@ impl Session {
             prompt,
             task: Task::Generate(Box::new(self.sampling.clone())),
             priority: 0,
-            cache_salt: None,
+            domain: String::new(),
+            shared_prefix: None,
         };
         let options = DetokenizerOptions { skip_special: true, stop: self.stop.clone(), include_stop: false };
         let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), options);

@@ -122,6 +122,11 @@ impl Gguf {
         HostTensor::new(name, source, info.range.clone(), info.dtype, info.rows(), info.columns())
     }
 
+    /// The whole file.
+    pub(in crate::models) fn shared_bytes(&self) -> &SharedBytes {
+        &self.bytes
+    }
+
     fn bytes(&self) -> &[u8] {
         (*self.bytes).as_ref()
     }

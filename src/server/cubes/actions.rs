@@ -162,7 +162,8 @@ async fn verify(app: &App, principal: &Principal, address: CubeAddress) -> Resul
     let service: &CubeService = service(app)?;
     let cube = service.catalog.get(principal, &address)?.cube;
     let blocks: Vec<BlockHash> = cube.payload.blocks().copied().collect();
-    let Verified { whole, missing, damaged } = service.engine.verify(&blocks).await;
+    let token_ids = cube.payload.activation().map_or(&[][..], |activation| activation.token_ids());
+    let Verified { whole, missing, damaged } = service.engine.verify(token_ids, &blocks).await;
     let reason = match (whole, missing + damaged) {
         (0, 0) => "The cube has no blocks.",
         (_, 0) => "All blocks are whole.",

@@ -11,6 +11,7 @@ pub(super) mod events;
 pub(super) mod read;
 
 mod content;
+mod engine;
 mod object;
 mod service;
 mod sweep;
@@ -20,10 +21,14 @@ use axum::routing::{get, post};
 
 use super::error::ApiError;
 use super::{App, AppRef};
-use crate::memory::CubeName;
+use crate::memory::{CubeName, Principal};
 
+pub use self::engine::{OpenBlocks, VaultEngine};
 pub use self::service::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 pub(super) use self::sweep::sweep;
+
+/// The domain of a server without keys.
+const PUBLIC_DOMAIN: &str = "public";
 
 /// The routes.
 pub(super) fn routes() -> Router<AppRef> {
@@ -34,7 +39,7 @@ pub(super) fn routes() -> Router<AppRef> {
 }
 
 /// What the server has for cubes; without a catalog there are none.
-fn service(app: &App) -> Result<&CubeService, ApiError> {
+pub(super) fn service(app: &App) -> Result<&CubeService, ApiError> {
     let message = "This server keeps no memory cubes; start it without --no-vault.";
     app.model.cubes.as_ref().ok_or_else(|| ApiError::not_implemented(message))
 }
@@ -51,5 +56,15 @@ async fn blocking<T: Send + 'static>(
 
 /// The cache domain of a cube's blocks. Without keys everybody is one, and so is the domain.
 fn domain_of(app: &App, name: &CubeName) -> String {
-    if app.api_keys.is_open() { "public".to_owned() } else { name.namespace().to_owned() }
+    if app.api_keys.is_open() { PUBLIC_DOMAIN.to_owned() } else { name.namespace().to_owned() }
+}
+
+/// The cache domain of a request. No namespace has a slash in it, so no salt and no key leads into a cube's domain.
+pub(super) fn request_domain(app: &App, principal: &Principal, salt: Option<&str>) -> String {
+    match (app.api_keys.is_open(), salt) {
+        (true, None) => PUBLIC_DOMAIN.to_owned(),
+        (true, Some(salt)) => format!("salt/{salt}"),
+        (false, None) => format!("key/{principal}"),
+        (false, Some(salt)) => format!("key/{principal}/{salt}"),
+    }
 }

@@ -21,8 +21,8 @@ pub trait CubeEngine: Send + Sync + 'static {
         durable: bool,
     ) -> BoxFuture<'_, Result<Materialized, ApiError>>;
 
-    /// Reads blocks and compares their digests.
-    fn verify<'a>(&'a self, blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified>;
+    /// Reads the blocks of `token_ids`, the partial one last, and compares their digests.
+    fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified>;
 
     /// Takes note of blocks that no cube references any more: they need not be kept. Returns at once.
     fn release(&self, blocks: Vec<BlockHash>);

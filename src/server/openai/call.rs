@@ -1,11 +1,17 @@
 //! What chats and completions share besides sampling: how many answers, in which order, and in what form they return.
 
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use super::memory::{CallMemory, MemoryRequest, split_model};
 use super::prompt::Truncation;
 use super::unix_time;
+use crate::engine::request::SharedPrefix;
+use crate::memory::Principal;
 use crate::server::App;
+use crate::server::cubes::request_domain;
 use crate::server::error::ApiError;
 use crate::server::request_id::RequestId;
 
@@ -23,9 +29,14 @@ pub(super) struct CallRequest {
     stream_options: Option<StreamOptions>,
     /// Lower runs first.
     priority: Option<i32>,
+    /// Cubes that stand before the prompt.
+    #[schema(inline)]
+    memory: Option<MemoryRequest>,
     /// Only calls with the same salt share cached prompt blocks.
+    #[schema(min_length = 1)]
     cache_salt: Option<String>,
     /// Becomes part of the answer's id.
+    #[schema(min_length = 1, max_length = 128, pattern = "^[!-~]+$")]
     request_id: Option<String>,
     /// Also return the ids of prompt and output tokens.
     return_token_ids: Option<bool>,
@@ -49,9 +60,38 @@ pub(super) struct Call {
     pub(super) stream: bool,
     pub(super) usage: UsageChunks,
     pub(super) priority: i32,
-    pub(super) cache_salt: Option<String>,
+    /// The cache domain of what is its own.
+    pub(super) domain: String,
+    pub(super) memory: Option<CallMemory>,
     pub(super) return_token_ids: bool,
     pub(super) truncation: Option<Truncation>,
+}
+
+/// Who calls.
+#[derive(Debug, Clone)]
+pub(in crate::server) struct Caller {
+    pub(super) request_id: RequestId,
+    pub(super) principal: Principal,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = ApiError;
+
+    /// Both were attached before any handler runs.
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let (request_id, principal) = (parts.extensions.get::<RequestId>(), parts.extensions.get::<Principal>());
+        match (request_id.cloned(), principal.cloned()) {
+            (Some(request_id), Some(principal)) => Ok(Self { request_id, principal }),
+            _ => Err(ApiError::internal("The server failed; its log says why.")),
+        }
+    }
+}
+
+impl Call {
+    /// The beginning of a prompt that others share, when its first `num_cube_tokens` tokens are a cube's.
+    pub(super) fn shared_prefix(&self, num_cube_tokens: usize) -> Option<SharedPrefix> {
+        self.memory.as_ref().and_then(|memory| memory.shared_prefix(num_cube_tokens))
+    }
 }
 
 /// Where a stream carries token counts.
@@ -70,8 +110,11 @@ pub(super) struct AnswerHead {
 
 impl CallRequest {
     /// Checks the fields; `id_prefix` and the request's id make the answer's id.
-    pub(super) fn check(self, app: &App, id_prefix: &str, header_id: &RequestId) -> Result<Call, ApiError> {
-        app.model.check_name(self.model.as_deref())?;
+    pub(super) fn check(self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
+        let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
+        app.model.check_name(Some(name).filter(|name| !name.is_empty()))?;
+        let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal)?;
+        let salt = check_salt(self.cache_salt)?;
         let stream = self.stream.unwrap_or(false);
         if self.stream_options.is_some() && !stream {
             let message = "stream_options can only be given together with stream=true.";
@@ -79,7 +122,12 @@ impl CallRequest {
         }
         let options = self.stream_options.unwrap_or_default();
         let include_usage = options.include_usage.unwrap_or(false);
-        let request_id = request_id(self.request_id, header_id)?;
+        let request_id = request_id(self.request_id, &caller.request_id)?;
+        let truncation = Truncation::new(self.truncate_prompt_tokens, app.model.engine.info().max_model_len)?;
+        if truncation.is_some() && memory.is_some() {
+            let message = "truncate_prompt_tokens would cut off the cubes, which stand first.";
+            return Err(ApiError::invalid_field("truncate_prompt_tokens", message));
+        }
         Ok(Call {
             head: AnswerHead {
                 id: format!("{id_prefix}-{}", request_id.0),
@@ -93,9 +141,10 @@ impl CallRequest {
                 in_every_chunk: include_usage && options.continuous_usage_stats.unwrap_or(false),
             },
             priority: self.priority.unwrap_or(0),
-            cache_salt: check_salt(self.cache_salt)?,
+            domain: request_domain(app, &caller.principal, salt.as_deref()),
+            memory,
             return_token_ids: self.return_token_ids.unwrap_or(false),
-            truncation: Truncation::new(self.truncate_prompt_tokens, app.model.engine.info().max_model_len)?,
+            truncation,
         })
     }
 }

@@ -1,17 +1,18 @@
 //! `/v1/chat/completions`: a conversation in, the assistant's next message out.
 
 use axum::Json;
-use axum::extract::{Extension, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::SYSTEM_FINGERPRINT;
-use super::call::{Call, CallRequest};
+use super::call::{Call, CallRequest, Caller};
 use super::chat_stream::ChatStream;
 use super::choice::{FinishKind, FinishedChoice, StopReason, collect};
 use super::generation::{Generation, RenderedPrompt};
 use super::logprobs::{ChatLogprobs, PromptLogprobs, prompt_logprobs};
+use super::memory::MemoryAnswer;
 use super::messages::ChatPromptRequest;
 use super::sampling::{SamplingRequest, num_logprobs};
 use super::stop::StopRequest;
@@ -23,7 +24,6 @@ use crate::server::config::ServedModel;
 use crate::server::error::{ApiError, ErrorBody};
 use crate::server::json::JsonBody;
 use crate::server::limits::RequestLimits;
-use crate::server::request_id::RequestId;
 use crate::server::{App, AppRef, sse};
 use crate::text::tool_calls::ToolFormat;
 
@@ -72,6 +72,8 @@ pub(in crate::server) struct ChatResponse<'a> {
     choices: Vec<ChatChoice>,
     usage: Usage,
     #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<MemoryAnswer>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Option<Object>>>)]
     prompt_logprobs: Option<PromptLogprobs>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -119,10 +121,10 @@ pub(super) struct ChatPlan {
 )]
 pub(in crate::server) async fn create(
     State(app): State<AppRef>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let plan = app.prepare(body, move |app, body| plan(app, body, &request_id)).await?;
+    let plan = app.prepare(body, move |app, body| plan(app, body, &caller)).await?;
     let outputs = plan.generation.submit(&app, &plan.call)?;
     if plan.call.stream {
         let writer = ChatStream::new(&app, plan);
@@ -141,17 +143,17 @@ pub(in crate::server) async fn create(
 )]
 pub(in crate::server) async fn render(
     State(app): State<AppRef>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Json<RenderedPrompt>, ApiError> {
-    let plan = app.prepare(body, move |app, body| plan(app, body, &request_id)).await?;
+    let plan = app.prepare(body, move |app, body| plan(app, body, &caller)).await?;
     let prompt = plan.generation.into_rendered(&plan.call).into_iter().next().expect("a chat has one prompt");
     Ok(Json(prompt))
 }
 
-fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<ChatPlan, ApiError> {
+fn plan(app: &App, body: &JsonBody, caller: &Caller) -> Result<ChatPlan, ApiError> {
     let limits = &app.config.request_limits;
-    let call = body.parse::<CallRequest>()?.check(app, "chatcmpl", request_id)?;
+    let call = body.parse::<CallRequest>()?.check(app, "chatcmpl", caller)?;
     let prompt = body.parse::<ChatPromptRequest>()?.check(app)?;
     let output = body.parse::<ChatOutputRequest>()?;
     let mut sampling = body.parse::<SamplingRequest>()?.into_params(&app.model, limits)?;
@@ -167,9 +169,9 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<ChatPlan, 
     sampling.max_tokens = output.max_tokens()?.unwrap_or(sampling.max_tokens);
     let constraint = tools.constraint.or(format);
     sampling.grammar = constraint.map(|constraint| constraint.compile(&app.model)).transpose()?;
-    let prompt = prompt.tokenize(app, tools.definitions.as_ref())?;
+    let prompt = prompt.tokenize_behind(app, call.memory.as_ref(), tools.definitions.as_ref())?;
     let logprobs = sampling.logprobs.is_some();
-    let generation = Generation::new("messages", vec![prompt], &call, sampling, text, app)?;
+    let generation = Generation::new("messages", prompt, &call, sampling, text, app)?;
     Ok(ChatPlan { call, generation, tool_format: tools.format, logprobs, prompt_logprobs })
 }
 
@@ -199,7 +201,7 @@ impl ChatPlan {
     fn respond(&self, model: &ServedModel, choices: Vec<FinishedChoice>) -> Response {
         let mut usage = UsageCounter::new(&self.generation);
         for (index, choice) in choices.iter().enumerate() {
-            usage.add_started(index, choice.cached_tokens);
+            usage.add_started(index, choice.cached_tokens, &choice.reuse);
             usage.add_tokens(choice.token_ids.len());
         }
         let head = &self.call.head;
@@ -215,6 +217,7 @@ impl ChatPlan {
             system_fingerprint: SYSTEM_FINGERPRINT,
             choices: choices.into_iter().enumerate().map(|(index, choice)| self.choice(model, index, choice)).collect(),
             usage: usage.usage(),
+            memory: self.call.memory.as_ref().map(|memory| memory.answer(&usage)),
             prompt_logprobs,
             prompt_token_ids: self.call.return_token_ids.then(|| self.generation.prompt_of(0)),
         };

@@ -176,8 +176,8 @@ impl ChunkWriter for ChatStream {
 
     fn write(&mut self, (index, event): Self::Event, chunks: &mut Chunks) -> ControlFlow<()> {
         match event {
-            ChoiceEvent::Started { cached_tokens, .. } => {
-                self.usage.add_started(index, cached_tokens);
+            ChoiceEvent::Started { cached_tokens, reuse, .. } => {
+                self.usage.add_started(index, cached_tokens, &reuse);
                 self.write_role(index, chunks);
             }
             ChoiceEvent::Token { id, text, logprobs } => self.write_token(index, id, text, logprobs, chunks),

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::generation::{Generation, Outputs};
 use crate::engine::handle::OutputStream;
-use crate::engine::request::{FinishReason, OutputEvent, TokenLogprobs};
+use crate::engine::request::{FinishReason, OutputEvent, Reuse, TokenLogprobs};
 use crate::server::AppRef;
 use crate::server::error::ApiError;
 use crate::text::Detokenizer;
@@ -17,7 +17,7 @@ use crate::text::Detokenizer;
 /// What happens to a choice, in order: `Started`, `Token`s, then `Finished` or `Failed`.
 pub(super) enum ChoiceEvent {
     /// The prompt has been computed.
-    Started { cached_tokens: usize, prompt_logprobs: Vec<Option<TokenLogprobs>> },
+    Started { cached_tokens: usize, reuse: Reuse, prompt_logprobs: Vec<Option<TokenLogprobs>> },
     /// A token, with the text that is now certain: less than the token's own when characters are unfinished or a stop
     /// string may have begun.
     Token { id: u32, text: String, logprobs: Option<Box<TokenLogprobs>> },
@@ -111,17 +111,17 @@ impl Choice {
     /// Keeps `stream` while more can come; dropping it tells the engine to stop.
     fn on_event(&mut self, event: Option<OutputEvent>, stream: OutputStream) -> ChoiceEvent {
         match event {
-            Some(OutputEvent::Started { cached_tokens, prompt_logprobs }) => {
+            Some(OutputEvent::Started { cached_tokens, reuse, prompt_logprobs }) => {
                 self.state = match self.prompt_only {
                     true => State::Ending(Finish { reason: FinishKind::Length, stop_reason: None }),
                     false => State::Running(stream),
                 };
-                ChoiceEvent::Started { cached_tokens, prompt_logprobs }
+                ChoiceEvent::Started { cached_tokens, reuse, prompt_logprobs }
             }
             Some(OutputEvent::Token { id, logprobs }) => self.on_token(id, logprobs, stream),
             Some(OutputEvent::Finished(reason)) => self.on_finish(reason),
-            Some(OutputEvent::Embedding(_)) => {
-                tracing::error!("the engine answered a generation with an embedding");
+            Some(other @ (OutputEvent::Embedding(_) | OutputEvent::Deposited(_))) => {
+                tracing::error!(?other, "the engine answered a generation with something else");
                 ChoiceEvent::Failed(engine_failure())
             }
             None => {
@@ -183,6 +183,7 @@ pub(super) struct FinishedChoice {
     /// One per token if asked for.
     pub(super) logprobs: Vec<TokenLogprobs>,
     pub(super) cached_tokens: usize,
+    pub(super) reuse: Reuse,
     pub(super) prompt_logprobs: Vec<Option<TokenLogprobs>>,
     pub(super) finish: Finish,
 }
@@ -193,6 +194,7 @@ struct GrowingChoice {
     token_ids: Vec<u32>,
     logprobs: Vec<TokenLogprobs>,
     cached_tokens: usize,
+    reuse: Reuse,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
     finish: Option<Finish>,
 }
@@ -200,8 +202,9 @@ struct GrowingChoice {
 impl GrowingChoice {
     fn add(&mut self, event: ChoiceEvent) -> Result<(), ApiError> {
         match event {
-            ChoiceEvent::Started { cached_tokens, prompt_logprobs } => {
+            ChoiceEvent::Started { cached_tokens, reuse, prompt_logprobs } => {
                 self.cached_tokens = cached_tokens;
+                self.reuse = reuse;
                 self.prompt_logprobs = prompt_logprobs;
             }
             ChoiceEvent::Token { id, text, logprobs } => {
@@ -219,9 +222,9 @@ impl GrowingChoice {
     }
 
     fn end(self) -> Result<FinishedChoice, ApiError> {
-        let Self { text, token_ids, logprobs, cached_tokens, prompt_logprobs, finish } = self;
+        let Self { text, token_ids, logprobs, cached_tokens, reuse, prompt_logprobs, finish } = self;
         let finish = finish.ok_or_else(engine_failure)?;
-        Ok(FinishedChoice { text, token_ids, logprobs, cached_tokens, prompt_logprobs, finish })
+        Ok(FinishedChoice { text, token_ids, logprobs, cached_tokens, reuse, prompt_logprobs, finish })
     }
 }
 

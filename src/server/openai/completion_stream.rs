@@ -131,8 +131,8 @@ impl ChunkWriter for CompletionStream {
 
     fn write(&mut self, (index, event): Self::Event, chunks: &mut Chunks) -> ControlFlow<()> {
         match event {
-            ChoiceEvent::Started { cached_tokens, prompt_logprobs } => {
-                self.usage.add_started(index, cached_tokens);
+            ChoiceEvent::Started { cached_tokens, reuse, prompt_logprobs } => {
+                self.usage.add_started(index, cached_tokens, &reuse);
                 if let Err(error) = self.write_prompt(index, &prompt_logprobs, chunks) {
                     chunks.push_error(&error);
                     return ControlFlow::Break(());

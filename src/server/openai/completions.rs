@@ -1,18 +1,19 @@
 //! `/v1/completions`: text or tokens in, their continuation out.
 
 use axum::Json;
-use axum::extract::{Extension, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::SYSTEM_FINGERPRINT;
-use super::call::{Call, CallRequest};
+use super::call::{Call, CallRequest, Caller};
 use super::choice::{FinishKind, FinishedChoice, StopReason, collect};
 use super::completion_logprobs::CompletionLogprobs;
 use super::completion_stream::CompletionStream;
 use super::generation::{Generation, RenderedPrompt};
 use super::logprobs::{PromptLogprobs, prompt_logprobs};
+use super::memory::MemoryAnswer;
 use super::prompt::PromptInput;
 use super::sampling::{SamplingRequest, num_logprobs};
 use super::stop::StopRequest;
@@ -21,7 +22,6 @@ use super::usage::{Usage, UsageCounter};
 use crate::server::config::ServedModel;
 use crate::server::error::{ApiError, ErrorBody};
 use crate::server::json::JsonBody;
-use crate::server::request_id::RequestId;
 use crate::server::{App, AppRef, sse};
 
 /// OpenAI's default, which vLLM keeps.
@@ -72,6 +72,8 @@ pub(in crate::server) struct CompletionResponse<'a> {
     system_fingerprint: &'static str,
     choices: Vec<CompletionChoice>,
     usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<MemoryAnswer>,
 }
 
 /// One continuation.
@@ -115,10 +117,10 @@ pub(super) struct CompletionShow {
 )]
 pub(in crate::server) async fn create(
     State(app): State<AppRef>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let plan = app.prepare(body, move |app, body| plan(app, body, &request_id)).await?;
+    let plan = app.prepare(body, move |app, body| plan(app, body, &caller)).await?;
     let outputs = plan.generation.submit(&app, &plan.call)?;
     if plan.call.stream {
         let writer = CompletionStream::new(&app, plan);
@@ -137,16 +139,16 @@ pub(in crate::server) async fn create(
 )]
 pub(in crate::server) async fn render(
     State(app): State<AppRef>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Json<Vec<RenderedPrompt>>, ApiError> {
-    let plan = app.prepare(body, move |app, body| plan(app, body, &request_id)).await?;
+    let plan = app.prepare(body, move |app, body| plan(app, body, &caller)).await?;
     Ok(Json(plan.generation.into_rendered(&plan.call)))
 }
 
-fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<CompletionPlan, ApiError> {
+fn plan(app: &App, body: &JsonBody, caller: &Caller) -> Result<CompletionPlan, ApiError> {
     let limits = &app.config.request_limits;
-    let call = body.parse::<CallRequest>()?.check(app, "cmpl", request_id)?;
+    let call = body.parse::<CallRequest>()?.check(app, "cmpl", caller)?;
     let request = body.parse::<PromptRequest>()?;
     if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::invalid_field("suffix", "suffix is not supported: the model continues text only."));
@@ -169,7 +171,8 @@ fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<Completion
         sampling.prompt_logprobs = sampling.prompt_logprobs.max(sampling.logprobs);
     }
     sampling.grammar = constraint.map(|constraint| constraint.compile(&app.model)).transpose()?;
-    let prompts = request.prompt.tokenize("prompt", app, request.add_special_tokens.unwrap_or(true))?;
+    let add_special_tokens = request.add_special_tokens.unwrap_or(true);
+    let prompts = request.prompt.tokenize_behind("prompt", app, call.memory.as_ref(), add_special_tokens)?;
     let generation = Generation::new("prompt", prompts, &call, sampling, text, app)?;
     Ok(CompletionPlan { call, generation, show })
 }
@@ -178,7 +181,7 @@ impl CompletionPlan {
     fn respond(&self, model: &ServedModel, choices: Vec<FinishedChoice>) -> Result<Response, ApiError> {
         let mut usage = UsageCounter::new(&self.generation);
         for (index, choice) in choices.iter().enumerate() {
-            usage.add_started(index, choice.cached_tokens);
+            usage.add_started(index, choice.cached_tokens, &choice.reuse);
             usage.add_tokens(choice.token_ids.len());
         }
         let choices = choices.into_iter().enumerate().map(|(index, choice)| self.choice(model, index, choice));
@@ -192,6 +195,7 @@ impl CompletionPlan {
             system_fingerprint: SYSTEM_FINGERPRINT,
             choices,
             usage: usage.usage(),
+            memory: self.call.memory.as_ref().map(|memory| memory.answer(&usage)),
         };
         Ok(Json(response).into_response())
     }

@@ -1,20 +1,19 @@
 //! `/v1/embeddings`: texts or tokens in, unit vectors out.
 
 use axum::Json;
-use axum::extract::{Extension, State};
+use axum::extract::State;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::call::{Call, CallRequest};
+use super::call::{Call, CallRequest, Caller};
 use super::choice::engine_failure;
 use super::prompt::{PromptInput, check_prompt_len};
 use crate::engine::handle::OutputStream;
 use crate::engine::request::{FinishReason, GenerateRequest, OutputEvent, Task};
 use crate::server::error::{ApiError, ErrorBody};
 use crate::server::json::JsonBody;
-use crate::server::request_id::RequestId;
 use crate::server::{App, AppRef};
 
 /// Body of `POST /v1/embeddings`; fields not listed are ignored.
@@ -25,6 +24,7 @@ pub(in crate::server) struct EmbeddingRequest {
     /// Lists of numbers, or base64 of little-endian 32-bit floats.
     encoding_format: Option<EncodingFormat>,
     /// Keep only this many leading numbers, scaled to length 1 again.
+    #[schema(minimum = 1)]
     dimensions: Option<usize>,
     /// Add the tokens that texts begin with (BOS); on unless turned off.
     add_special_tokens: Option<bool>,
@@ -86,10 +86,10 @@ struct EmbeddingPlan {
 )]
 pub(in crate::server) async fn create(
     State(app): State<AppRef>,
-    Extension(request_id): Extension<RequestId>,
+    caller: Caller,
     body: JsonBody,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
-    let plan = app.prepare(body, move |app, body| plan(app, body, &request_id)).await?;
+    let plan = app.prepare(body, move |app, body| plan(app, body, &caller)).await?;
     let _guard = app.begin_call()?;
     let prompt_tokens = plan.inputs.iter().map(Vec::len).sum();
     let EmbeddingPlan { call, inputs, dimensions, format } = plan;
@@ -104,9 +104,12 @@ pub(in crate::server) async fn create(
     Ok(Json(EmbeddingResponse { id: head.id, object: "list", created: head.created, model: head.model, data, usage }))
 }
 
-fn plan(app: &App, body: &JsonBody, request_id: &RequestId) -> Result<EmbeddingPlan, ApiError> {
+fn plan(app: &App, body: &JsonBody, caller: &Caller) -> Result<EmbeddingPlan, ApiError> {
     let info = app.model.engine.info();
-    let call = body.parse::<CallRequest>()?.check(app, "embd", request_id)?;
+    let call = body.parse::<CallRequest>()?.check(app, "embd", caller)?;
+    if call.memory.is_some() {
+        return Err(ApiError::invalid_field("memory", "An embedding is of its input alone; it takes no cubes."));
+    }
     let request = body.parse::<EmbeddingRequest>()?;
     let dimensions = match request.dimensions {
         Some(num) if !(1..=info.hidden_size).contains(&num) => {
@@ -135,7 +138,8 @@ fn submit(app: &App, call: &Call, inputs: Vec<Vec<u32>>) -> Result<Vec<OutputStr
             prompt,
             task: Task::Embed,
             priority: call.priority,
-            cache_salt: call.cache_salt.clone(),
+            domain: call.domain.clone(),
+            shared_prefix: None,
         };
         app.model.engine.submit(request).map_err(ApiError::from)
     };

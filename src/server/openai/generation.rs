@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::call::Call;
 use super::choice::{Choice, ChoiceEvent, ChoiceStream};
-use super::prompt::check_prompt_len;
+use super::prompt::{Prompts, check_prompt_len};
 use crate::engine::request::{GenerateRequest, SamplingParams, Task};
 use crate::server::error::ApiError;
 use crate::server::{App, AppRef, CallGuard};
@@ -20,6 +20,8 @@ use crate::text::DetokenizerOptions;
 pub(super) struct Generation {
     /// Checked against the model's vocabulary and context.
     pub(super) prompts: Vec<Vec<u32>>,
+    /// The tokens at the beginning of every prompt that are a cube's.
+    num_cube_tokens: usize,
     /// Choices per prompt.
     pub(super) n: usize,
     /// The same for all, but for the seed.
@@ -32,7 +34,7 @@ impl Generation {
     /// Cuts the prompts as asked and refuses what the engine cannot hold.
     pub(super) fn new(
         field: &str,
-        mut prompts: Vec<Vec<u32>>,
+        Prompts { mut prompts, num_cube_tokens }: Prompts,
         call: &Call,
         sampling: SamplingParams,
         text: DetokenizerOptions,
@@ -54,7 +56,7 @@ impl Generation {
             }
             check_prompt_len(field, prompt, max_model_len)?;
         }
-        Ok(Self { prompts, n: call.n, sampling, text })
+        Ok(Self { prompts, num_cube_tokens, n: call.n, sampling, text })
     }
 
     pub(super) fn num_choices(&self) -> usize {
@@ -96,7 +98,8 @@ impl Generation {
             prompt: self.prompt_of(index).to_vec(),
             task: Task::Generate(Box::new(sampling)),
             priority: call.priority,
-            cache_salt: call.cache_salt.clone(),
+            domain: call.domain.clone(),
+            shared_prefix: call.shared_prefix(self.num_cube_tokens),
         }
     }
 }

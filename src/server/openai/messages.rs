@@ -4,6 +4,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::memory::CallMemory;
+use super::prompt::Prompts;
+use crate::memory::{ChatSetting, CubePrompt, Twin, cube_prompt};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::limits::check_len;
@@ -12,7 +15,7 @@ use crate::server::limits::check_len;
 #[derive(Debug, Deserialize, ToSchema)]
 pub(in crate::server) struct ChatPromptRequest {
     /// The conversation so far.
-    #[schema(value_type = Vec<ChatMessage>)]
+    #[schema(value_type = Vec<ChatMessage>, min_items = 1)]
     messages: Vec<Map<String, Value>>,
     /// End the prompt with the beginning of the assistant's turn; on unless turned off or the last message goes on.
     add_generation_prompt: Option<bool>,
@@ -102,11 +105,36 @@ fn final_text(messages: &[Map<String, Value>]) -> Result<String, ApiError> {
 }
 
 impl ChatPrompt {
+    /// Renders and tokenizes behind the cubes of a call.
+    pub(super) fn tokenize_behind(
+        self,
+        app: &App,
+        memory: Option<&CallMemory>,
+        tools: Option<&Value>,
+    ) -> Result<Prompts, ApiError> {
+        match memory.map(|memory| (memory.twin(), memory.token_ids())) {
+            None => Ok(Prompts { prompts: vec![self.tokenize(app, tools)?], num_cube_tokens: 0 }),
+            Some((None, ids)) => Ok(Prompts::behind(ids.unwrap_or_default(), vec![self.tokenize(app, tools)?])),
+            Some((Some(_), _)) if self.continued.is_some() => {
+                let message = "continue_final_message cannot be combined with memory cubes.";
+                Err(ApiError::invalid_field("continue_final_message", message))
+            }
+            Some((Some(twin), _)) => self.behind_twin(app, twin, tools),
+        }
+    }
+
+    fn behind_twin(self, app: &App, twin: &Twin, tools: Option<&Value>) -> Result<Prompts, ApiError> {
+        let template = app.model.template.as_ref().ok_or_else(no_template)?;
+        let setting =
+            ChatSetting { tools, add_generation_prompt: self.add_generation_prompt, variables: &self.variables };
+        let CubePrompt { cube, rest } = cube_prompt(template, &app.model.tokenizer, twin, &self.messages, setting)
+            .map_err(|error| ApiError::from(error).with_param("messages"))?;
+        Ok(Prompts::behind(&cube, vec![rest]))
+    }
+
     /// Renders and tokenizes.
     pub(in crate::server) fn tokenize(self, app: &App, tools: Option<&Value>) -> Result<Vec<u32>, ApiError> {
-        let template = app.model.template.as_ref().ok_or_else(|| {
-            ApiError::bad_request("This model has no chat template; use /v1/completions instead of a chat.")
-        })?;
+        let template = app.model.template.as_ref().ok_or_else(no_template)?;
         let messages = Value::Array(self.messages);
         let mut text = template
             .render(&messages, tools, self.add_generation_prompt, &self.variables)
@@ -116,6 +144,10 @@ impl ChatPrompt {
         }
         Ok(app.model.tokenizer.encode(&text, self.add_special_tokens)?)
     }
+}
+
+fn no_template() -> ApiError {
+    ApiError::bad_request("This model has no chat template; use /v1/completions instead of a chat.")
 }
 
 /// Removes what the template wrote after the last message.

@@ -12,6 +12,7 @@ mod completion_logprobs;
 mod completion_stream;
 mod generation;
 mod logprobs;
+mod memory;
 mod messages;
 mod prompt;
 mod sampling;

@@ -3,6 +3,8 @@
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use super::memory::CallMemory;
+use crate::memory::{Twin, completion_cube_tokens};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::limits::check_len;
@@ -24,7 +26,43 @@ pub(super) enum PromptInput {
     TokenLists(Vec<Vec<u32>>),
 }
 
+/// Prompts as token ids, and how many of their first tokens are a cube's.
+pub(super) struct Prompts {
+    pub(super) prompts: Vec<Vec<u32>>,
+    pub(super) num_cube_tokens: usize,
+}
+
+impl Prompts {
+    /// Prompts behind the tokens of cubes.
+    pub(super) fn behind(cube: &[u32], prompts: Vec<Vec<u32>>) -> Self {
+        let prompts = prompts.into_iter().map(|prompt| [cube, &prompt].concat()).collect();
+        Self { prompts, num_cube_tokens: cube.len() }
+    }
+}
+
 impl PromptInput {
+    /// Prompts behind the cubes of a call. Texts are tokenized on their own.
+    pub(super) fn tokenize_behind(
+        self,
+        field: &str,
+        app: &App,
+        memory: Option<&CallMemory>,
+        add_special_tokens: bool,
+    ) -> Result<Prompts, ApiError> {
+        let Some(memory) = memory else {
+            return Ok(Prompts { prompts: self.tokenize(field, app, add_special_tokens)?, num_cube_tokens: 0 });
+        };
+        let cube = match (memory.twin(), memory.token_ids()) {
+            (Some(Twin::Text(text)), _) => completion_cube_tokens(&app.model.tokenizer, text)?,
+            (None, Some(ids)) => ids.to_vec(),
+            _ => {
+                let message = "A cube of messages stands before a chat, not before a plain completion.";
+                return Err(ApiError::invalid_field("memory", message));
+            }
+        };
+        Ok(Prompts::behind(&cube, self.tokenize(field, app, false)?))
+    }
+
     /// Token lists, not yet checked against the model's context.
     pub(super) fn tokenize(self, field: &str, app: &App, add_special_tokens: bool) -> Result<Vec<Vec<u32>>, ApiError> {
         let model = &app.model;

@@ -56,6 +56,7 @@ pub(super) struct SamplingRequest {
     #[schema(minimum = 0, maximum = 20)]
     prompt_logprobs: Option<i64>,
     /// Only these tokens may be chosen.
+    #[schema(min_items = 1)]
     allowed_token_ids: Option<Vec<u32>>,
     /// Words that must not appear.
     bad_words: Option<Vec<String>>,

@@ -45,8 +45,10 @@ pub(super) fn without_extensions(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let (before, tag) = (&rest[..start], &rest[start..start + length + 2]);
+        // Behind the opening: in `{%}` the two share a character.
+        let Some(inner) = rest[start + 2..].find("%}") else { break };
+        let end = start + inner + 4;
+        let (before, tag) = (&rest[..start], &rest[start..end]);
         let name = tag[2..tag.len() - 2].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         out.push_str(before);
         match name {
@@ -54,7 +56,7 @@ pub(super) fn without_extensions(source: &str) -> String {
             "endgeneration" => out.push_str(&tag.replacen("endgeneration", "endif", 1)),
             _ => out.push_str(tag),
         }
-        rest = &rest[start + length + 2..];
+        rest = &rest[end..];
     }
     out.push_str(rest);
     out

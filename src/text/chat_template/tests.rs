@@ -124,3 +124,13 @@ fn hostile_templates_end_with_an_error() {
     assert!(ChatTemplate::new(Some(&nested), None, None).is_err());
     assert!(ChatTemplate::new(Some(&"x".repeat(MAX_SOURCE_BYTES + 1)), None, None).is_err());
 }
+
+/// Found by fuzzing: the search for tags took the `%` of `{%` for that of `%}` too, and cut a tag of negative length.
+#[test]
+fn an_opening_that_shares_its_percent_with_a_closing_is_no_tag() {
+    for source in ["{%}", "a{%}b", "{%}{% generation %}"] {
+        let error = ChatTemplate::new(Some(source), None, None).err().expect("the template is refused");
+        assert!(matches!(error, Error::Format(_)), "{error:?}");
+    }
+    assert_eq!(render("{% generation %}a{% endgeneration %}%}", json!([])).unwrap(), "a%}");
+}

@@ -11,7 +11,13 @@ struct Lengths {
     context_len: usize,
 }
 
-#[derive(Clone, Copy)]
+impl Lengths {
+    fn positions(&self) -> Vec<usize> {
+        (self.context_len - self.num_queries..self.context_len).collect()
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
 struct Shape {
     num_kv_heads: usize,
     group: usize,
@@ -92,30 +98,40 @@ impl World {
         number(0, sequence, position, head, dim)
     }
 
-    /// Attention of the listed sequences in one call.
+    /// Attention of the last queries of the listed sequences in one call.
     fn attend(&mut self, pool: &mut ThreadPool, isa: Isa, parts: &[(usize, Lengths)]) -> Vec<f32> {
+        let parts: Vec<_> = parts.iter().map(|(sequence, lengths)| (*sequence, lengths.positions())).collect();
+        self.attend_at(pool, isa, &parts)
+    }
+
+    /// Attention of the queries at some positions of the listed sequences in one call.
+    fn attend_at(&mut self, pool: &mut ThreadPool, isa: Isa, parts: &[(usize, Vec<usize>)]) -> Vec<f32> {
         let Shape { num_kv_heads, group, head_dim, block_size, window, .. } = self.shape;
         let num_q_heads = num_kv_heads * group;
         let max_blocks = self.tables.iter().map(Vec::len).max().unwrap_or(0) + 1;
         let (mut qkv, mut cu_seqlens_q, mut tables) = (Vec::new(), vec![0], Vec::new());
-        for (sequence, lengths) in parts {
-            for position in lengths.context_len - lengths.num_queries..lengths.context_len {
+        let (mut positions, mut context_lens) = (Vec::new(), Vec::new());
+        for (sequence, wanted) in parts {
+            for position in wanted {
+                positions.push(*position as i32);
                 for head in 0..num_q_heads {
-                    qkv.extend((0..head_dim).map(|dim| self.query(*sequence, position, head, dim)));
+                    qkv.extend((0..head_dim).map(|dim| self.query(*sequence, *position, head, dim)));
                 }
                 qkv.extend(std::iter::repeat_n(f32::NAN, 2 * num_kv_heads * head_dim));
             }
-            cu_seqlens_q.push(cu_seqlens_q.last().unwrap() + lengths.num_queries as i32);
-            let needed = lengths.context_len.div_ceil(block_size);
+            cu_seqlens_q.push(positions.len() as i32);
+            let context_len = wanted.last().map_or(0, |last| last + 1);
+            context_lens.push(context_len as i32);
+            let needed = context_len.div_ceil(block_size);
             tables.extend_from_slice(&self.tables[*sequence][..needed]);
             tables.extend(std::iter::repeat_n(-1, max_blocks - needed));
         }
-        let context_lens: Vec<i32> = parts.iter().map(|(_, lengths)| lengths.context_len as i32).collect();
         let mut out = vec![f32::NAN; *cu_seqlens_q.last().unwrap() as usize * num_q_heads * head_dim];
         let batch = AttentionBatch {
             qkv: &qkv,
             num_q_heads,
             cu_seqlens_q: &cu_seqlens_q,
+            positions: &positions,
             context_lens: &context_lens,
             block_tables: &tables,
             max_blocks,
@@ -287,6 +303,87 @@ fn in_chunks(world: &mut World, pool: &mut ThreadPool, isa: Isa, lens: &[usize],
     rows.concat()
 }
 
+/// Positions in order, each with one chance in `one_in` of being there; the last one always is.
+fn some_positions(len: usize, one_in: usize, seed: usize) -> Vec<usize> {
+    let mut state = seed as u64;
+    let mut is_taken = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33).is_multiple_of(one_in as u64)
+    };
+    (0..len).filter(|position| is_taken() || position + 1 == len).collect()
+}
+
+#[test]
+fn queries_with_gaps_see_what_lies_before_them() {
+    let lens = [1usize, 18, 300, 771];
+    for (num_kv_heads, group, head_dim, block_size) in
+        [(2, 1, 64, 16), (1, 3, 64, 32), (1, 8, 128, 16), (1, 5, 80, 16), (2, 7, 16, 48)]
+    {
+        for dtype in [DType::BF16, DType::F32] {
+            for window in [None, Some(1), Some(37), Some(300)] {
+                let mut world = World::new(Shape { num_kv_heads, group, head_dim, block_size, dtype, window }, &lens);
+                // The third sequence has ordinary queries.
+                let parts: Vec<_> = lens
+                    .iter()
+                    .enumerate()
+                    .map(|(at, len)| (at, if at == 2 { vec![298, 299] } else { some_positions(*len, 40, at) }))
+                    .collect();
+                for isa in Isa::available() {
+                    let out = world.attend_at(&mut ThreadPool::new(2), isa, &parts);
+                    let mut rows = out.chunks_exact(world.row_len());
+                    for (sequence, positions) in &parts {
+                        for position in positions {
+                            for (wanted, found) in
+                                world.reference(*sequence, *position).iter().zip(rows.next().unwrap())
+                            {
+                                let error = (wanted - f64::from(*found)).abs();
+                                assert!(error < tolerance(isa, &world.layout), "{isa} {position}: {wanted} {found}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What composition rests on: a recomputed token has the bits it has in a prefill, whichever others are recomputed.
+#[test]
+fn a_query_does_not_depend_on_the_others_of_its_sequence() {
+    let lens = [531usize, 60];
+    for shape in [
+        SMALL,
+        Shape { window: Some(20), ..SMALL },
+        Shape { window: Some(300), group: 8, head_dim: 128, ..SMALL },
+        Shape { group: 1, head_dim: 80, dtype: DType::F32, block_size: 32, ..SMALL },
+    ] {
+        let mut world = World::new(shape, &lens);
+        let row_len = world.row_len();
+        let mut pools: Vec<ThreadPool> = (1..4).map(ThreadPool::new).collect();
+        for isa in Isa::available().filter(|isa| *isa != Isa::Portable) {
+            let whole: Vec<Vec<u32>> = (0..lens.len())
+                .map(|at| bits(&world.attend_at(&mut pools[0], isa, &[(at, (0..lens[at]).collect())])))
+                .collect();
+            for (seed, one_in) in [1, 2, 3, 10, 50, 400].into_iter().enumerate() {
+                let parts: Vec<_> = (0..lens.len()).map(|at| (at, some_positions(lens[at], one_in, seed))).collect();
+                let found = bits(&world.attend_at(&mut pools[seed % 3], isa, &parts));
+                let wanted: Vec<u32> = parts
+                    .iter()
+                    .flat_map(|(at, positions)| positions.iter().map(|position| (*at, *position)))
+                    .flat_map(|(at, position)| whole[at][position * row_len..(position + 1) * row_len].to_vec())
+                    .collect();
+                assert!(found == wanted, "{isa}: one in {one_in} of {shape:?}");
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "in order of position")]
+fn queries_out_of_order_are_refused() {
+    World::new(SMALL, &[20]).attend_at(&mut ThreadPool::new(1), Isa::best(), &[(0, vec![7, 3, 19])]);
+}
+
 /// Blocks are reused without being cleared: nothing but the sequence's own tokens may reach its result.
 #[test]
 fn what_lies_beyond_the_context_does_not_matter() {
@@ -330,4 +427,69 @@ fn a_key_far_above_the_others_takes_all_the_weight() {
             assert_eq!(found, world.value(0, winner, 0, dim));
         }
     }
+}
+
+/// A batch at least as costly to plan for as most: of few tokens or many, short contexts or the longest.
+fn random_lengths(next: &mut impl FnMut(usize) -> usize, bounds: &StepBounds) -> Vec<Lengths> {
+    let mut num_tokens = bounds.max_tokens;
+    let longest = [1, 2, 17, bounds.max_tokens][next(4)];
+    let shortest = if next(2) == 0 { bounds.max_context_len } else { 1 };
+    (0..1 + next(bounds.max_sequences))
+        .map_while(|_| {
+            let num_queries = (1 + next(longest)).min(num_tokens);
+            num_tokens -= num_queries;
+            let least = shortest.max(num_queries);
+            let context_len = least + next(bounds.max_context_len - least + 1);
+            (num_queries > 0).then_some(Lengths { num_queries, context_len })
+        })
+        .collect()
+}
+
+#[test]
+fn reserved_scratch_holds_every_plan() {
+    let mut seed = 1u64;
+    let mut next = |below: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % below
+    };
+    let (mut most_tasks, mut most_partials) = (0.0f64, 0.0f64);
+    for isa in Isa::available() {
+        for (num_kv_heads, group, num_threads) in [(1, 1, 1), (1, 1, 64), (1, 4, 2), (3, 3, 2), (2, 7, 16)] {
+            let layout = KvLayout::new(2, num_kv_heads, 64, 16, DType::BF16).unwrap();
+            let num_heads = num_kv_heads * group;
+            let bounds =
+                StepBounds { max_tokens: 96, max_sequences: 24, max_context_len: 5000, num_heads, layout: &layout };
+            let mut scratch = AttentionScratch::default();
+            scratch.reserve(isa, num_threads, &bounds);
+            let capacities = |scratch: &AttentionScratch| {
+                (scratch.tasks.capacity(), scratch.merges.capacity(), scratch.partials.capacity())
+            };
+            let reserved = capacities(&scratch);
+            for _ in 0..300 {
+                let lengths = random_lengths(&mut next, &bounds);
+                let mut cu_seqlens_q = vec![0i32];
+                lengths.iter().for_each(|it| cu_seqlens_q.push(cu_seqlens_q.last().unwrap() + it.num_queries as i32));
+                let context_lens: Vec<i32> = lengths.iter().map(|it| it.context_len as i32).collect();
+                let ends = lengths.iter().map(|it| it.context_len - it.num_queries..it.context_len);
+                let positions: Vec<i32> = ends.flatten().map(|position| position as i32).collect();
+                let batch = AttentionBatch {
+                    qkv: &[],
+                    positions: &positions,
+                    num_q_heads: num_heads,
+                    cu_seqlens_q: &cu_seqlens_q,
+                    context_lens: &context_lens,
+                    block_tables: &[],
+                    max_blocks: 0,
+                    layer: LAYER,
+                    scale: 1.0,
+                    window: [None, Some(700)][next(2)],
+                };
+                scratch.plan(&batch, &layout, max_rows(isa, &layout), num_threads);
+                assert_eq!(capacities(&scratch), reserved, "{isa} {num_kv_heads} {group} {num_threads}");
+                most_tasks = most_tasks.max(scratch.tasks.len() as f64 / reserved.0 as f64);
+                most_partials = most_partials.max(scratch.partials.len() as f64 / reserved.2 as f64);
+            }
+        }
+    }
+    assert!(most_tasks > 0.5 && most_partials > 0.5, "the batches are too easy: {most_tasks}, {most_partials}");
 }

@@ -1,0 +1,142 @@
+//! Blocks that somebody wants kept: the full blocks of a computed sequence and the partial one behind them go to disk, and
+//! who asked is told when they are there.
+
+use std::collections::HashSet;
+
+use super::request::{Deposited, FinishReason, OutputEvent};
+use super::sequence::Sequence;
+use crate::kv::BlockHash;
+use crate::paging::{Pager, Ticket, Tier};
+
+const CLOSED: &str = "nothing can be kept: the vault is not open";
+const FULL: &str = "the vault has no room for these blocks; delete cubes, or give it more with --vault-size-bytes";
+const NOT_DURABLE: &str = "the blocks could not be made durable; the server's log says why";
+
+/// One sequence, all of it computed, which holds its blocks until they are on disk.
+pub(super) struct Deposit {
+    sequence: Box<Sequence>,
+    /// Whether they have to survive a crash before the caller is told.
+    is_durable: bool,
+    /// Blocks `[0, next)` are on disk or on their way.
+    next: usize,
+    under_way: HashSet<Ticket>,
+    seal: Option<Ticket>,
+    is_sealed: bool,
+    failure: Option<&'static str>,
+}
+
+/// How far a deposit has come.
+enum Progress {
+    Waiting,
+    Complete,
+    Failed(&'static str),
+}
+
+impl Deposit {
+    pub(super) fn new(sequence: Box<Sequence>, is_durable: bool) -> Self {
+        Self { sequence, is_durable, next: 0, under_way: HashSet::new(), seal: None, is_sealed: false, failure: None }
+    }
+
+    pub(super) fn sequence(&self) -> &Sequence {
+        &self.sequence
+    }
+
+    /// Copies under way that it waits for.
+    pub(super) fn num_saves(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// Starts what can be started. When it has ended, its caller has been told, and the sequence comes back with its
+    /// blocks.
+    pub(super) fn advance(mut self, pager: &mut Pager, block_size: usize) -> Result<Box<Sequence>, Self> {
+        match self.progress(pager, block_size) {
+            Progress::Waiting => Err(self),
+            Progress::Complete => {
+                let deposited = deposited(&self.sequence, block_size);
+                self.sequence.sink.send(OutputEvent::Deposited(Box::new(deposited)));
+                self.sequence.finish(FinishReason::Stop { token: None });
+                Ok(self.sequence)
+            }
+            Progress::Failed(why) => {
+                self.sequence.finish(FinishReason::Error(why.into()));
+                Ok(self.sequence)
+            }
+        }
+    }
+
+    fn progress(&mut self, pager: &mut Pager, block_size: usize) -> Progress {
+        match self.seal {
+            _ if !pager.has_disk() && self.is_durable => Progress::Failed(CLOSED),
+            _ if !pager.has_disk() || self.is_sealed => Progress::Complete,
+            _ if !self.under_way.is_empty() && self.failure.is_some() => Progress::Waiting,
+            _ if let Some(why) = self.failure => Progress::Failed(why),
+            Some(_) => Progress::Waiting,
+            None => {
+                self.save_more(pager, block_size);
+                match self.next == self.sequence.blocks.len() && self.under_way.is_empty() {
+                    true if !self.is_durable => Progress::Complete,
+                    true => {
+                        self.seal = pager.seal();
+                        Progress::Waiting
+                    }
+                    false => Progress::Waiting,
+                }
+            }
+        }
+    }
+
+    fn save_more(&mut self, pager: &mut Pager, block_size: usize) {
+        let num_computed = self.sequence.num_computed_tokens;
+        while self.next < self.sequence.blocks.len() && self.next * block_size < num_computed {
+            let Some((hash, tokens)) = block_of(&self.sequence, self.next, block_size) else { break };
+            if !pager.is_on_disk(&hash) {
+                let Some(ticket) = pager.save(hash, tokens, self.sequence.blocks[self.next], Tier::Disk) else {
+                    return;
+                };
+                self.under_way.insert(ticket);
+            }
+            self.next += 1;
+        }
+        if self.next * block_size >= num_computed {
+            self.next = self.sequence.blocks.len();
+        }
+    }
+
+    /// Whether the copy was one of its own.
+    pub(super) fn absorb_saved(&mut self, ticket: Ticket, is_there: bool) -> bool {
+        let is_own = self.under_way.remove(&ticket);
+        if is_own && !is_there {
+            self.failure = Some(FULL);
+        }
+        is_own
+    }
+
+    /// Takes note of what has become durable.
+    pub(super) fn absorb_sealed(&mut self, ticket: Ticket, is_durable: bool) {
+        if self.seal == Some(ticket) {
+            self.is_sealed = is_durable;
+            self.failure = (!is_durable).then_some(NOT_DURABLE);
+        }
+    }
+}
+
+/// What has been kept of a sequence.
+pub(super) fn deposited(sequence: &Sequence, block_size: usize) -> Deposited {
+    let num_blocks = sequence.tokens.len().div_ceil(block_size);
+    let num_full = sequence.tokens.len() / block_size;
+    let hashes = (0..num_blocks).filter_map(|index| block_of(sequence, index, block_size).map(|(hash, _)| hash));
+    let mut blocks: Vec<BlockHash> = hashes.collect();
+    let tail = (num_blocks > num_full).then(|| blocks.pop()).flatten();
+    let restored_tokens = sequence.num_cached_tokens.unwrap_or(0);
+    Deposited { blocks, tail, restored_tokens, computed_tokens: sequence.tokens.len() - restored_tokens }
+}
+
+/// The hash and the tokens of a block, the partial last one included.
+pub(super) fn block_of(sequence: &Sequence, index: usize, block_size: usize) -> Option<(BlockHash, &[u32])> {
+    let tokens = &sequence.tokens[index * block_size..sequence.tokens.len().min((index + 1) * block_size)];
+    match sequence.chain.get(index) {
+        Some(hash) => Some((*hash, tokens)),
+        None if tokens.len() < block_size => Some((sequence.chain.before(index)?.tail(tokens), tokens)),
+        None => None,
+    }
+}

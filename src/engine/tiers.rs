@@ -1,0 +1,367 @@
+//! The engine's side of paging: which sequences wait for blocks from lower tiers, which blocks are on their way down.
+//!
+//! A block under way is held: nobody else gets it before its copy has ended. A sequence whose blocks come up is not
+//! scheduled; when they are there, late or lost it goes back into the queue with what has arrived, and computes the
+//! rest. Only full, published blocks move, found again by content, so a preempted sequence needs no record of its own.
+
+#![allow(clippy::vec_box)] // sequences move between the queues, by pointer
+
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use super::deposit::Deposit;
+use super::request::FetchDecision;
+use super::sequence::{Sequence, Work};
+use crate::kv::{BlockHash, BlockId, CachedPool};
+use crate::paging::{Completion, Pager, Ticket, Tier, VaultOpener};
+
+/// A fetch that takes longer than this is not waited for, whatever it was expected to take.
+const MAX_WAIT: Duration = Duration::from_secs(10);
+
+/// A fetch may take this long in any case.
+const MIN_WAIT: Duration = Duration::from_millis(250);
+
+/// A fetch that would take longer than computing is tried all the same every so often: what it costs may have changed.
+const DECLINED_BEFORE_RETRY: usize = 16;
+
+/// One block in so many may be on its way down at a time, lest sequences find none.
+const POOL_SHARE_OF_SAVES: usize = 8;
+
+/// The tiers below the device.
+#[derive(Default)]
+pub struct TierConfig {
+    /// Bytes of the host's memory for blocks that the device has no room for; 0 for none.
+    pub host_bytes: usize,
+    /// Threads that copy between tiers; 0 takes one.
+    pub num_io_threads: usize,
+    /// Opens the disk tier; none without it.
+    pub open_vault: Option<VaultOpener>,
+}
+
+/// Blocks under way, and who waits for them.
+pub(super) struct Tiers {
+    pager: Pager,
+    fetches: Vec<Fetch>,
+    deposits: Vec<Deposit>,
+    /// Device blocks held while they are copied down.
+    saves: HashMap<Ticket, BlockId>,
+    /// Blocks to copy down as soon as there is room, if they still hold something then, and where to.
+    backlog: VecDeque<(BlockId, Tier)>,
+    in_backlog: Vec<bool>,
+    max_saves: usize,
+    num_declined: usize,
+    block_size: usize,
+}
+
+/// Blocks on their way up for one sequence.
+struct Fetch {
+    ticket: Ticket,
+    /// `None` when it has gone away or waits no longer.
+    sequence: Option<Box<Sequence>>,
+    blocks: Vec<FetchedBlock>,
+    /// What others wait for as long as this sequence does.
+    promised: Vec<BlockHash>,
+    num_pending: usize,
+    started_at: Instant,
+    deadline: Instant,
+}
+
+struct FetchedBlock {
+    block: BlockId,
+    hash: BlockHash,
+    tier: Tier,
+    is_whole: bool,
+}
+
+/// What a lower tier could give a sequence, and whether to take it.
+pub(super) enum Plan {
+    Compute,
+    /// Fetch so many blocks behind those it has.
+    Fetch(usize),
+}
+
+/// What has come to pass.
+pub(super) enum Arrival {
+    /// The blocks of a sequence are there, or are not waited for any longer; those it waited for.
+    Ready(Box<Sequence>, Vec<BlockHash>),
+    /// The blocks of a sequence are kept, or cannot be, and its caller knows.
+    Ended(Box<Sequence>),
+    /// Nobody computes or fetches these any more.
+    Abandoned(Vec<BlockHash>),
+    /// The identity of the model is known.
+    Opened(Vec<u8>),
+}
+
+impl Tiers {
+    pub(super) fn new(pager: Pager, num_blocks: usize, block_size: usize) -> Self {
+        let is_enabled = pager.is_enabled();
+        Self {
+            pager,
+            fetches: Vec::new(),
+            deposits: Vec::new(),
+            saves: HashMap::new(),
+            backlog: VecDeque::with_capacity(if is_enabled { num_blocks } else { 0 }),
+            in_backlog: vec![false; if is_enabled { num_blocks } else { 0 }],
+            max_saves: (num_blocks / POOL_SHARE_OF_SAVES).max(1),
+            num_declined: 0,
+            block_size,
+        }
+    }
+
+    pub(super) fn pager_mut(&mut self) -> &mut Pager {
+        &mut self.pager
+    }
+
+    /// Sequences that wait for blocks.
+    pub(super) fn num_fetching(&self) -> usize {
+        self.fetches.iter().filter(|fetch| fetch.sequence.is_some()).count()
+    }
+
+    /// Sequences that wait for copies of any kind.
+    pub(super) fn num_sequences(&self) -> usize {
+        self.num_fetching() + self.deposits.len()
+    }
+
+    /// Whether everything that is to go down has gone.
+    pub(super) fn is_settled(&self) -> bool {
+        let is_idle = self.fetches.is_empty() && self.deposits.is_empty();
+        is_idle && self.saves.is_empty() && self.backlog.is_empty()
+    }
+
+    /// Blocks that copies hold.
+    pub(super) fn num_held(&self) -> usize {
+        let fetched = self.fetches.iter().map(|fetch| fetch.blocks.len()).sum::<usize>();
+        let fetching = self.fetches.iter().filter_map(|fetch| fetch.sequence.as_deref());
+        let waiting = fetching.chain(self.deposits.iter().map(Deposit::sequence));
+        self.saves.len() + fetched + waiting.map(|sequence| sequence.blocks.len()).sum::<usize>()
+    }
+
+    /// When to look again if nothing happens.
+    pub(super) fn next_deadline(&self) -> Option<Instant> {
+        self.fetches.iter().filter(|fetch| fetch.sequence.is_some()).map(|fetch| fetch.deadline).min()
+    }
+
+    /// Whether lower tiers hold what follows a sequence's blocks, up to block `num_shareable`, and are worth asking.
+    pub(super) fn plan(&mut self, sequence: &mut Sequence, num_shareable: usize) -> Plan {
+        if !sequence.may_fetch || !self.pager.is_enabled() {
+            return Plan::Compute;
+        }
+        let (mut num_host, mut num_disk) = (0, 0);
+        for index in sequence.blocks.len()..num_shareable {
+            let Some(hash) = sequence.chain.get(index) else { break };
+            match self.pager.find(hash, sequence.block_tokens(index, self.block_size)) {
+                Some(Tier::Host) => num_host += 1,
+                Some(_) => num_disk += 1,
+                None => break,
+            }
+        }
+        let num_blocks = num_host + num_disk;
+        if num_blocks == 0 {
+            return Plan::Compute;
+        }
+        let rates = self.pager.rates();
+        let fetch_ms = rates.fetch_ms(num_host, num_disk, self.pager.num_threads());
+        let recompute_ms = rates.recompute_ms(num_blocks * self.block_size);
+        let is_dear = matches!((fetch_ms, recompute_ms), (Some(fetch), Some(compute)) if fetch > compute);
+        if is_dear && self.num_declined < DECLINED_BEFORE_RETRY {
+            self.num_declined += 1;
+            sequence.reuse.decision = FetchDecision::RecomputeIsCheaper;
+            return Plan::Compute;
+        }
+        self.num_declined = 0;
+        Plan::Fetch(num_blocks)
+    }
+
+    /// Starts bringing up the next `num_blocks` blocks of a sequence, which waits here until then.
+    pub(super) fn start_fetch(&mut self, pool: &mut CachedPool, sequence: Box<Sequence>, num_blocks: usize) {
+        let ticket = self.pager.new_ticket();
+        let first = sequence.blocks.len();
+        let mut blocks = Vec::with_capacity(num_blocks);
+        for index in first..first + num_blocks {
+            let tokens = sequence.block_tokens(index, self.block_size);
+            let Some(&hash) = sequence.chain.get(index) else { break };
+            let Some(tier) = self.pager.find(&hash, tokens) else { break };
+            let Some(block) = pool.allocate() else { break };
+            if !self.pager.load(ticket, hash, tokens, block) {
+                pool.release(block);
+                break;
+            }
+            blocks.push(FetchedBlock { block, hash, tier, is_whole: false });
+        }
+        let promised = blocks.iter().map(|fetched| fetched.hash).collect();
+        let started_at = Instant::now();
+        let expected_ms = self.pager.rates().recompute_ms(blocks.len() * self.block_size);
+        let wait = expected_ms.map_or(MAX_WAIT, |ms| Duration::from_secs_f64(ms * 2e-3).clamp(MIN_WAIT, MAX_WAIT));
+        let num_pending = blocks.len();
+        let deadline = started_at + wait;
+        let sequence = Some(sequence);
+        self.fetches.push(Fetch { ticket, sequence, blocks, promised, num_pending, started_at, deadline });
+    }
+
+    /// Blocks that the fetch which was started last will bring.
+    pub(super) fn last_promised(&self) -> &[BlockHash] {
+        self.fetches.last().map_or(&[], |fetch| &fetch.promised)
+    }
+
+    /// Has the blocks of a computed sequence kept on disk.
+    pub(super) fn start_deposit(&mut self, sequence: Box<Sequence>) {
+        let is_durable = matches!(sequence.work, Work::Deposit { is_durable: true });
+        self.deposits.push(Deposit::new(sequence, is_durable));
+    }
+
+    /// A deposit that has ended, after everything that could be started was.
+    fn poll_deposits(&mut self) -> Option<Arrival> {
+        let mut at = 0;
+        while at < self.deposits.len() {
+            match self.deposits.swap_remove(at).advance(&mut self.pager, self.block_size) {
+                Ok(sequence) => return Some(Arrival::Ended(sequence)),
+                Err(deposit) => {
+                    self.deposits.push(deposit);
+                    let last = self.deposits.len() - 1;
+                    self.deposits.swap(at, last);
+                    at += 1;
+                }
+            }
+        }
+        None
+    }
+
+    /// Wants a block copied down when there is room for that: to the host, and from there on to disk.
+    pub(super) fn queue_save(&mut self, block: BlockId) {
+        self.queue_save_to(block, if self.pager.has_host() { Tier::Host } else { Tier::Disk });
+    }
+
+    fn queue_save_to(&mut self, block: BlockId, tier: Tier) {
+        if let Some(is_queued) = self.in_backlog.get_mut(block.index()).filter(|is_queued| !**is_queued) {
+            *is_queued = true;
+            self.backlog.push_back((block, tier));
+        }
+    }
+
+    /// Starts as many copies down as may be under way.
+    pub(super) fn pump_saves(&mut self, pool: &mut CachedPool) {
+        while self.saves.len() < self.max_saves && self.pager.can_save() {
+            let Some((block, tier)) = self.backlog.pop_front() else { break };
+            self.in_backlog[block.index()] = false;
+            let Some((hash, tokens)) = pool.content(block) else { continue };
+            match self.pager.save(*hash, tokens, block, tier) {
+                Some(ticket) => {
+                    pool.share(block);
+                    self.saves.insert(ticket, block);
+                }
+                None if tier == Tier::Host => self.queue_save_to(block, Tier::Disk),
+                None => {}
+            }
+        }
+    }
+
+    /// The next thing that has come to pass, copies and deadlines alike.
+    pub(super) fn poll(&mut self, pool: &mut CachedPool) -> Option<Arrival> {
+        while let Some(completion) = self.pager.poll() {
+            match completion {
+                Completion::Saved { ticket, block, tier, is_there } => {
+                    if self.saves.remove(&ticket).is_some() {
+                        pool.release(block);
+                    } else {
+                        self.deposits.iter_mut().any(|deposit| deposit.absorb_saved(ticket, is_there));
+                    }
+                    if tier == Tier::Host {
+                        self.queue_save_to(block, Tier::Disk);
+                    }
+                }
+                Completion::Loaded { ticket, block, is_whole } => {
+                    if let Some(arrival) = self.absorb_loaded(pool, ticket, block, is_whole) {
+                        return Some(arrival);
+                    }
+                }
+                Completion::Sealed { ticket, is_durable } => {
+                    self.deposits.iter_mut().for_each(|deposit| deposit.absorb_sealed(ticket, is_durable));
+                }
+                Completion::Opened { identity } => return Some(Arrival::Opened(identity)),
+            }
+        }
+        self.poll_empty_fetch(pool).or_else(|| self.poll_deposits()).or_else(|| self.poll_late(Instant::now()))
+    }
+
+    fn absorb_loaded(
+        &mut self,
+        pool: &mut CachedPool,
+        ticket: Ticket,
+        block: BlockId,
+        is_whole: bool,
+    ) -> Option<Arrival> {
+        let at = self.fetches.iter().position(|fetch| fetch.ticket == ticket)?;
+        let fetch = &mut self.fetches[at];
+        if let Some(fetched) = fetch.blocks.iter_mut().find(|fetched| fetched.block == block) {
+            fetched.is_whole = is_whole;
+        }
+        fetch.num_pending -= 1;
+        (fetch.num_pending == 0).then(|| self.finish(pool, at))
+    }
+
+    /// A fetch that could not even begin.
+    fn poll_empty_fetch(&mut self, pool: &mut CachedPool) -> Option<Arrival> {
+        let at = self.fetches.iter().position(|fetch| fetch.num_pending == 0)?;
+        Some(self.finish(pool, at))
+    }
+
+    /// All copies of a fetch have ended: its sequence gets what is whole up to the first block that is not.
+    fn finish(&mut self, pool: &mut CachedPool, at: usize) -> Arrival {
+        let Fetch { sequence, blocks, promised, started_at, .. } = self.fetches.swap_remove(at);
+        let Some(mut sequence) = sequence else {
+            blocks.iter().for_each(|fetched| pool.release(fetched.block));
+            return Arrival::Abandoned(promised);
+        };
+        let num_whole = blocks.iter().take_while(|fetched| fetched.is_whole).count();
+        for (number, fetched) in blocks.iter().enumerate() {
+            if number < num_whole {
+                let index = sequence.blocks.len();
+                pool.insert(fetched.hash, sequence.block_tokens(index, self.block_size), fetched.block);
+                sequence.blocks.push(fetched.block);
+                sequence.count_reuse(fetched.tier, self.block_size);
+            } else {
+                pool.release(fetched.block);
+            }
+        }
+        let is_complete = num_whole == blocks.len() && num_whole > 0;
+        sequence.may_fetch = is_complete;
+        sequence.reuse.decision = if is_complete { FetchDecision::Fetched } else { FetchDecision::Lost };
+        sequence.reuse.fetch_ms += started_at.elapsed().as_secs_f64() * 1e3;
+        Arrival::Ready(sequence, promised)
+    }
+
+    /// A sequence that has waited long enough computes what it waited for.
+    fn poll_late(&mut self, now: Instant) -> Option<Arrival> {
+        let late = |fetch: &&mut Fetch| fetch.sequence.is_some() && fetch.deadline <= now;
+        let fetch = self.fetches.iter_mut().find(late)?;
+        let mut sequence = fetch.sequence.take()?;
+        sequence.may_fetch = false;
+        sequence.reuse.decision = FetchDecision::Late;
+        sequence.reuse.fetch_ms += fetch.started_at.elapsed().as_secs_f64() * 1e3;
+        Some(Arrival::Ready(sequence, std::mem::take(&mut fetch.promised)))
+    }
+
+    /// Sequences whose callers have gone; their copies go on without them.
+    pub(super) fn take_cancelled(&mut self) -> Vec<Box<Sequence>> {
+        self.take_if(|sequence| sequence.sink.is_cancelled())
+    }
+
+    /// All sequences that wait for blocks.
+    pub(super) fn take_all(&mut self) -> Vec<Box<Sequence>> {
+        self.take_if(|_| true)
+    }
+
+    fn take_if(&mut self, wanted: impl Fn(&Sequence) -> bool) -> Vec<Box<Sequence>> {
+        let waiting = self.fetches.iter_mut().map(|fetch| &mut fetch.sequence);
+        waiting.filter_map(|sequence| sequence.take_if(|sequence| wanted(sequence))).collect()
+    }
+
+    /// For tests and debug builds.
+    pub(super) fn check_integrity(&self) {
+        let num_loads = self.fetches.iter().map(|fetch| fetch.num_pending).sum();
+        let num_saves = self.saves.len() + self.deposits.iter().map(Deposit::num_saves).sum::<usize>();
+        self.pager.check_integrity(num_saves, num_loads);
+        let num_queued = self.in_backlog.iter().filter(|is_queued| **is_queued).count();
+        assert_eq!(self.backlog.len(), num_queued, "the backlog and its flags disagree");
+    }
+}

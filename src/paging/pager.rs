@@ -1,0 +1,414 @@
+//! The engine's view of the tiers below the device: what lies where, which copies are under way, what a copy costs.
+//!
+//! Plain data with one owner, the engine's thread, which never waits here: it asks for copies and takes note of
+//! completions. Whoever asks for a copy keeps the device block to itself until the completion with its ticket arrives.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, Sender, bounded, select};
+
+use super::host::HostArena;
+use super::io::{BlockCopy, Completions, Done, IoThread, Job, Place, SharedStore, Ticket};
+use super::rates::Rates;
+use super::store::BlockStore;
+use super::{PagingConfig, Tier};
+use crate::backend::{Device, Transfer};
+use crate::kv::{BlockHash, BlockId, CachedPool};
+use crate::{Error, Result};
+
+/// Blocks on their way down at the same time; further ones are not saved for now.
+const MAX_SAVES: usize = 64;
+
+/// Requests to make things durable that are under way.
+const MAX_SEALS: usize = 64;
+
+/// The disk tier as a thread of its own opened it.
+pub struct OpenedVault {
+    /// Everything but the tokens that decides the bits of a block.
+    pub identity: Vec<u8>,
+    /// Where blocks are kept; `None` where nothing is to be kept on disk.
+    pub store: Option<Arc<BlockStore>>,
+}
+
+/// Finds out the identity of the model, which may take reading all of it, and opens the vault.
+pub type VaultOpener = Box<dyn FnOnce() -> Result<OpenedVault> + Send>;
+
+/// What a copy that was asked for has come to.
+#[derive(Debug)]
+pub enum Completion {
+    /// `block` may be touched again; whether a lower tier has its content now.
+    Saved {
+        /// As `save` returned it.
+        ticket: Ticket,
+        /// The device block.
+        block: BlockId,
+        /// Where to.
+        tier: Tier,
+        /// Whether the copy is there.
+        is_there: bool,
+    },
+    /// `block` holds what was asked for, or anything.
+    Loaded {
+        /// As `load` was given it.
+        ticket: Ticket,
+        /// The device block.
+        block: BlockId,
+        /// Whether it holds what was asked for.
+        is_whole: bool,
+    },
+    /// Everything saved before is durable, or not.
+    Sealed {
+        /// As `seal` returned it.
+        ticket: Ticket,
+        /// Whether it will survive a crash.
+        is_durable: bool,
+    },
+    /// The model's identity is known: blocks are hashed under it from now on, and the disk tier answers.
+    Opened {
+        /// Root of block hashes.
+        identity: Vec<u8>,
+    },
+}
+
+/// Residency and copies of blocks below the device.
+pub struct Pager {
+    io: Option<Io>,
+    /// What the slots of the host tier hold.
+    host: CachedPool,
+    disk: HashSet<BlockHash>,
+    saving: HashSet<BlockHash>,
+    rates: Rates,
+    num_saves: usize,
+    num_loads: usize,
+    num_seals: usize,
+    next_ticket: u64,
+}
+
+struct Io {
+    loads: Sender<Job>,
+    saves: Sender<Job>,
+    done: Receiver<Done>,
+    opened: Receiver<OpenedVault>,
+    store: SharedStore,
+    threads: Vec<JoinHandle<()>>,
+    num_threads: usize,
+}
+
+impl Pager {
+    /// A pager without lower tiers.
+    pub fn disabled() -> Self {
+        Self::new(None, CachedPool::new(0, 1))
+    }
+
+    fn new(io: Option<Io>, host: CachedPool) -> Self {
+        Self {
+            io,
+            host,
+            disk: HashSet::new(),
+            saving: HashSet::new(),
+            rates: Rates::default(),
+            num_saves: 0,
+            num_loads: 0,
+            num_seals: 0,
+            next_ticket: 0,
+        }
+    }
+
+    /// Starts the I/O threads over the `num_blocks` device blocks of `block_bytes` in `blocks`.
+    ///
+    /// # Errors
+    /// When the device gives no way to its memory, or the system no thread.
+    pub fn start<D: Device>(
+        device: &D,
+        blocks: &D::Buffer,
+        num_blocks: usize,
+        config: PagingConfig,
+        waker: &Sender<()>,
+    ) -> Result<Self> {
+        let PagingConfig { block_bytes, block_size, num_host_blocks, num_threads, open } = config;
+        if num_host_blocks == 0 && open.is_none() {
+            return Ok(Self::disabled());
+        }
+        let (loads, load_jobs) = bounded(num_blocks);
+        let (saves, save_jobs) = bounded(MAX_SAVES + MAX_SEALS);
+        let (done_sender, done) = bounded(num_blocks + MAX_SAVES + MAX_SEALS);
+        let completions = Completions { done: done_sender, waker: waker.clone() };
+        let (opened_sender, opened) = bounded(1);
+        let store = SharedStore::default();
+        let arena = Arc::new(HostArena::new(num_host_blocks));
+        let mut threads = Vec::with_capacity(num_threads + 1);
+        for _ in 0..num_threads.max(1) {
+            let thread = IoThread {
+                transfer: device.create_transfer()?,
+                blocks: blocks.clone(),
+                block_bytes,
+                host: Arc::clone(&arena),
+                store: Arc::clone(&store),
+            };
+            let (load_jobs, save_jobs, done) = (load_jobs.clone(), save_jobs.clone(), completions.clone());
+            threads.push(spawn("mneme-io", move || serve(thread, &load_jobs, &save_jobs, &done))?);
+        }
+        if let Some(open) = open {
+            let (store, waker) = (Arc::clone(&store), waker.clone());
+            threads.push(spawn("mneme-vault", move || open_vault(open, &store, &opened_sender, &waker))?);
+        }
+        let io = Io { loads, saves, done, opened, store, threads, num_threads: num_threads.max(1) };
+        Ok(Self::new(Some(io), CachedPool::new(num_host_blocks, block_size)))
+    }
+
+    /// Whether there is any tier below the device.
+    pub fn is_enabled(&self) -> bool {
+        self.io.is_some()
+    }
+
+    /// Copies under way.
+    pub fn num_in_flight(&self) -> usize {
+        self.num_saves + self.num_loads + self.num_seals
+    }
+
+    /// The fastest lower tier that holds `tokens` under `hash`.
+    pub fn find(&self, hash: &BlockHash, tokens: &[u32]) -> Option<Tier> {
+        self.place_of(hash, tokens).map(Place::tier)
+    }
+
+    /// Whether the disk holds `hash`.
+    pub fn is_on_disk(&self, hash: &BlockHash) -> bool {
+        self.disk.contains(hash)
+    }
+
+    fn place_of(&self, hash: &BlockHash, tokens: &[u32]) -> Option<Place> {
+        let host = self.host.find(hash, tokens).map(Place::Host);
+        host.or_else(|| self.disk.contains(hash).then_some(Place::Disk))
+    }
+
+    /// Whether the disk tier is open.
+    pub fn has_disk(&self) -> bool {
+        self.io.as_ref().is_some_and(|io| io.store.get().is_some())
+    }
+
+    /// Whether there is a host tier.
+    pub fn has_host(&self) -> bool {
+        self.host.num_blocks() > 0
+    }
+
+    /// A name for copies that belong together.
+    pub fn new_ticket(&mut self) -> Ticket {
+        self.next_ticket += 1;
+        Ticket(self.next_ticket)
+    }
+
+    /// Whether another copy down may begin.
+    pub fn can_save(&self) -> bool {
+        self.num_saves < MAX_SAVES
+    }
+
+    /// Starts copying `block`, which holds `tokens` under `hash`, down to `tier`. `None` when that is not possible now
+    /// (no such tier, too many copies under way), or not needed: it is there or on its way.
+    pub fn save(&mut self, hash: BlockHash, tokens: &[u32], block: BlockId, tier: Tier) -> Option<Ticket> {
+        if !self.can_save() || self.saving.contains(&hash) {
+            return None;
+        }
+        let place = match tier {
+            Tier::Disk if self.has_disk() && !self.disk.contains(&hash) => Place::Disk,
+            Tier::Host if self.host.find(&hash, tokens).is_none() => Place::Host(self.host.allocate()?),
+            _ => return None,
+        };
+        let ticket = self.new_ticket();
+        let copy = BlockCopy { ticket, hash, tokens: tokens.into(), block, place };
+        if self.send(|io| &io.saves, Job::Save(copy)) {
+            self.num_saves += 1;
+            self.saving.insert(hash);
+            return Some(ticket);
+        }
+        if let Place::Host(slot) = place {
+            self.host.release(slot);
+        }
+        None
+    }
+
+    /// Starts filling `block` with what a lower tier holds under `hash`; `false` when none does.
+    pub fn load(&mut self, ticket: Ticket, hash: BlockHash, tokens: &[u32], block: BlockId) -> bool {
+        let Some(place) = self.place_of(&hash, tokens) else { return false };
+        if let Place::Host(slot) = place {
+            self.host.share(slot);
+        }
+        let copy = BlockCopy { ticket, hash, tokens: tokens.into(), block, place };
+        let is_sent = self.send(|io| &io.loads, Job::Load(copy));
+        match place {
+            _ if is_sent => self.num_loads += 1,
+            Place::Host(slot) => self.host.release(slot),
+            Place::Disk => {}
+        }
+        is_sent
+    }
+
+    /// Starts making everything saved so far durable; `None` without a disk tier, or when too much is under way.
+    pub fn seal(&mut self) -> Option<Ticket> {
+        if !self.has_disk() || self.num_seals >= MAX_SEALS {
+            return None;
+        }
+        let ticket = self.new_ticket();
+        self.send(|io| &io.saves, Job::Seal(ticket)).then(|| {
+            self.num_seals += 1;
+            ticket
+        })
+    }
+
+    fn send(&self, queue: impl FnOnce(&Io) -> &Sender<Job>, job: Job) -> bool {
+        self.io.as_ref().is_some_and(|io| queue(io).try_send(job).is_ok())
+    }
+
+    /// What has come to pass since the last call, one at a time.
+    pub fn poll(&mut self) -> Option<Completion> {
+        let io = self.io.as_ref()?;
+        if let Ok(opened) = io.opened.try_recv() {
+            return Some(self.open(opened));
+        }
+        let done = io.done.try_recv().ok()?;
+        Some(self.absorb(done))
+    }
+
+    fn open(&mut self, opened: OpenedVault) -> Completion {
+        self.disk = opened.store.map(|store| store.hashes().into_iter().collect()).unwrap_or_default();
+        Completion::Opened { identity: opened.identity }
+    }
+
+    fn absorb(&mut self, done: Done) -> Completion {
+        match done {
+            Done::Saved { copy, is_there } => self.absorb_saved(&copy, is_there),
+            Done::Loaded { copy, is_whole, took } => self.absorb_loaded(&copy, is_whole, took),
+            Done::Sealed { ticket, is_durable } => {
+                self.num_seals -= 1;
+                Completion::Sealed { ticket, is_durable }
+            }
+        }
+    }
+
+    fn absorb_saved(&mut self, copy: &BlockCopy, is_there: bool) -> Completion {
+        self.num_saves -= 1;
+        self.saving.remove(&copy.hash);
+        match copy.place {
+            Place::Host(slot) => {
+                if is_there {
+                    self.host.insert(copy.hash, &copy.tokens, slot);
+                }
+                self.host.release(slot);
+            }
+            Place::Disk => {
+                self.forget_dropped();
+                if is_there {
+                    self.disk.insert(copy.hash);
+                }
+            }
+        }
+        Completion::Saved { ticket: copy.ticket, block: copy.block, tier: copy.place.tier(), is_there }
+    }
+
+    fn absorb_loaded(&mut self, copy: &BlockCopy, is_whole: bool, took: Duration) -> Completion {
+        self.num_loads -= 1;
+        if is_whole {
+            self.rates.observe_load(copy.place.tier(), took);
+        }
+        match copy.place {
+            Place::Host(slot) => self.host.release(slot),
+            Place::Disk if !is_whole => {
+                self.disk.remove(&copy.hash);
+            }
+            Place::Disk => {}
+        }
+        Completion::Loaded { ticket: copy.ticket, block: copy.block, is_whole }
+    }
+
+    /// What the store gave up to make room, or found damaged, is not there any more.
+    fn forget_dropped(&mut self) {
+        if let Some(store) = self.io.as_ref().and_then(|io| io.store.get()) {
+            for hash in store.take_dropped() {
+                self.disk.remove(&hash);
+            }
+        }
+    }
+
+    /// Costs as measured so far.
+    pub fn rates(&self) -> &Rates {
+        &self.rates
+    }
+
+    /// Takes note of a step that computed `num_tokens` tokens.
+    pub fn observe_step(&mut self, num_tokens: usize, took: Duration) {
+        self.rates.observe_step(num_tokens, took);
+    }
+
+    /// Threads that copy.
+    pub fn num_threads(&self) -> usize {
+        self.io.as_ref().map_or(0, |io| io.num_threads)
+    }
+
+    /// Blocks on the host, and on disk.
+    pub fn num_blocks(&self) -> (usize, usize) {
+        (self.host.num_cached(), self.disk.len())
+    }
+
+    /// For tests and debug builds: host slots are held by copies under way and by nothing else.
+    pub fn check_integrity(&self, num_saves: usize, num_loads: usize) {
+        assert_eq!((self.num_saves, self.num_loads), (num_saves, num_loads), "copies under way are miscounted");
+        let num_busy = self.host.num_blocks() - self.host.num_free();
+        assert!(num_busy <= num_saves + num_loads, "host slots are held by no copy");
+    }
+
+    /// Ends the threads once they have done what they were asked, and makes what they saved durable.
+    pub fn shut_down(&mut self) {
+        let Some(io) = self.io.take() else { return };
+        let Io { loads, saves, done, opened, store, threads, .. } = io;
+        drop((loads, saves));
+        for thread in threads {
+            // A panic has been reported by the panic hook, and the engine ends anyway.
+            let _ = thread.join();
+        }
+        drop((done, opened));
+        if let Some(Err(error)) = store.get().map(|store| store.seal()) {
+            tracing::warn!(%error, "the last KV blocks could not be made durable");
+        }
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.shut_down();
+    }
+}
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let error = |source| Error::Io { context: format!("cannot start the thread {name}"), source };
+    thread::Builder::new().name(name.into()).spawn(run).map_err(error)
+}
+
+/// Loads before saves: somebody waits for a load.
+fn serve<T: Transfer>(mut thread: IoThread<T>, loads: &Receiver<Job>, saves: &Receiver<Job>, done: &Completions) {
+    loop {
+        let job = match loads.try_recv() {
+            Ok(job) => Ok(job),
+            Err(_) => select! { recv(loads) -> job => job, recv(saves) -> job => job },
+        };
+        match job {
+            Ok(job) => done.send(thread.run(job)),
+            // One queue has ended, and with it the pager: what the other one still has is done, then it is over.
+            Err(_) => break loads.iter().chain(saves.iter()).for_each(|job| done.send(thread.run(job))),
+        }
+    }
+}
+
+fn open_vault(open: VaultOpener, store: &SharedStore, opened: &Sender<OpenedVault>, waker: &Sender<()>) {
+    match open() {
+        Ok(vault) => {
+            if let Some(opened) = &vault.store {
+                let _ = store.set(Arc::clone(opened));
+            }
+            let _ = opened.send(vault);
+            let _ = waker.try_send(());
+        }
+        Err(error) => tracing::warn!(%error, "the vault stays closed: KV blocks will not survive a restart"),
+    }
+}

@@ -1,0 +1,141 @@
+//! MemCubes over the real engine and the vault's block store.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
+
+use super::service::{BoxFuture, CubeEngine, Materialized, Verified};
+use crate::engine::handle::EngineHandle;
+use crate::engine::request::{FinishReason, GenerateRequest, OutputEvent, Task};
+use crate::kv::BlockHash;
+use crate::memory::{Binding, Catalog};
+use crate::paging::{BlockStore, Found};
+use crate::server::error::ApiError;
+
+/// Blocks that no cube names are kept for so long after they were asked for: somebody is writing the cube down.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// What is known once the vault is open.
+pub struct OpenBlocks {
+    /// Where blocks are kept.
+    pub store: Arc<BlockStore>,
+    /// What blocks computed now are valid for.
+    pub binding: Binding,
+    /// Bytes of a block.
+    pub block_bytes: usize,
+}
+
+/// The engine, as far as cubes need it.
+pub struct VaultEngine {
+    engine: EngineHandle,
+    catalog: Arc<Catalog>,
+    open: Arc<OnceLock<OpenBlocks>>,
+    /// What the store has been told to keep, and when.
+    pinned: Mutex<HashMap<BlockHash, Instant>>,
+}
+
+impl VaultEngine {
+    /// Cubes of `catalog`, computed by `engine`; `open` is filled when the vault has been opened, and its store then has
+    /// been told to keep what the catalog names.
+    pub fn new(engine: EngineHandle, catalog: Arc<Catalog>, open: Arc<OnceLock<OpenBlocks>>) -> Self {
+        let now = Instant::now();
+        let pinned = catalog.block_references().into_iter().map(|hash| (hash, now)).collect();
+        Self { engine, catalog, open, pinned: Mutex::new(pinned) }
+    }
+
+    fn open(&self) -> Result<&OpenBlocks, ApiError> {
+        let message = "The vault is being opened; try again in a moment.";
+        self.open.get().ok_or_else(|| ApiError::unavailable(message))
+    }
+
+    fn pinned(&self) -> MutexGuard<'_, HashMap<BlockHash, Instant>> {
+        self.pinned.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Keeps blocks until the catalog names them, and lets go of those that it never came to name.
+    fn hold(&self, store: &BlockStore, blocks: impl Iterator<Item = BlockHash>) {
+        let now = Instant::now();
+        let mut pinned = self.pinned();
+        let added: Vec<BlockHash> = blocks.filter(|hash| pinned.insert(*hash, now).is_none()).collect();
+        store.pin(&added);
+        let is_stray = |hash: &BlockHash, since: &Instant| now - *since > GRACE && !self.catalog.is_referenced(hash);
+        let stray = pinned.extract_if(|hash, since| is_stray(hash, since));
+        store.unpin(&stray.map(|(hash, _)| hash).collect::<Vec<_>>());
+    }
+
+    async fn deposit(&self, token_ids: Vec<u32>, domain: String, durable: bool) -> Result<Materialized, ApiError> {
+        let open = self.open()?;
+        let mut stream = self.engine.submit(GenerateRequest {
+            id: "memcube".into(),
+            prompt: token_ids,
+            task: Task::Deposit { is_durable: durable },
+            priority: 0,
+            domain,
+            shared_prefix: None,
+        })?;
+        let mut deposited = None;
+        while let Some(event) = stream.next().await {
+            match event {
+                OutputEvent::Deposited(found) => deposited = Some(*found),
+                OutputEvent::Finished(FinishReason::Error(why)) => return Err(ApiError::unavailable(why)),
+                _ => {}
+            }
+        }
+        let found = deposited.ok_or_else(|| ApiError::unavailable("The server is shutting down."))?;
+        self.hold(&open.store, found.blocks.iter().chain(&found.tail).copied());
+        let num_blocks = found.blocks.len() + usize::from(found.tail.is_some());
+        Ok(Materialized {
+            blocks: found.blocks,
+            tail: found.tail,
+            restored_tokens: found.restored_tokens,
+            computed_tokens: found.computed_tokens,
+            bytes: (num_blocks * open.block_bytes) as u64,
+        })
+    }
+
+    fn check_blocks(&self, token_ids: &[u32], blocks: &[BlockHash]) -> Verified {
+        let mut verified = Verified::default();
+        let Ok(OpenBlocks { store, block_bytes, .. }) = self.open() else {
+            return Verified { missing: blocks.len(), ..verified };
+        };
+        let mut bytes = vec![0; *block_bytes];
+        for (hash, tokens) in blocks.iter().zip(token_ids.chunks(self.engine.info().block_size)) {
+            match store.read(hash, tokens, &mut bytes) {
+                Found::Whole => verified.whole += 1,
+                Found::Missing => verified.missing += 1,
+                Found::Damaged(why) => {
+                    tracing::warn!(%why, "a block of a cube is damaged");
+                    verified.damaged += 1;
+                }
+            }
+        }
+        verified
+    }
+}
+
+impl CubeEngine for VaultEngine {
+    fn materialize(
+        &self,
+        token_ids: Vec<u32>,
+        domain: String,
+        durable: bool,
+    ) -> BoxFuture<'_, Result<Materialized, ApiError>> {
+        Box::pin(self.deposit(token_ids, domain, durable))
+    }
+
+    fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {
+        Box::pin(async move { self.check_blocks(token_ids, blocks) })
+    }
+
+    fn release(&self, blocks: Vec<BlockHash>) {
+        let mut pinned = self.pinned();
+        let released: Vec<BlockHash> = blocks.into_iter().filter(|hash| pinned.remove(hash).is_some()).collect();
+        if let Some(OpenBlocks { store, .. }) = self.open.get() {
+            store.unpin(&released);
+        }
+    }
+
+    fn binding(&self) -> Result<Binding, ApiError> {
+        Ok(self.open()?.binding.clone())
+    }
+}

@@ -1,0 +1,248 @@
+//! The cubes a call names: in its `memory` object or behind `@` in `model`, checked against who asks, and put before the
+//! prompt.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
+
+use super::usage::UsageCounter;
+use crate::engine::request::{FetchDecision, SharedPrefix};
+use crate::memory::{Cube, CubeAddress, Principal, Twin};
+use crate::server::App;
+use crate::server::cubes::service;
+use crate::server::error::ApiError;
+
+/// Cubes in one call.
+const MAX_CUBES: usize = 16;
+
+/// What a call wants of memory.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+pub(super) struct MemoryRequest {
+    /// Cubes whose content stands before the prompt, in order.
+    #[serde(default)]
+    cubes: Vec<CubeReference>,
+    /// `prefix` (the KV of one leading cube as it is; the default for one) or `text` (all tokens computed; the default for
+    /// several).
+    compose: Option<Compose>,
+}
+
+/// A cube by its name, or `name@version`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "invalid type, expected a cube's name or an object with `name`")]
+enum CubeReference {
+    Name(String),
+    Object { name: String, mode: Option<Compose> },
+}
+
+/// How the KV of a cube meets the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Compose {
+    Prefix,
+    Link,
+    Blend,
+    Text,
+}
+
+/// The cubes of a call, which the caller may read.
+pub(super) struct CallMemory {
+    cubes: Vec<Arc<Cube>>,
+    mode: Compose,
+    content: Content,
+}
+
+/// What the cubes hold together.
+enum Content {
+    Twin(Twin),
+    /// A cube that was made from token ids.
+    TokenIds(Vec<u32>),
+}
+
+/// What became of a call's cubes, as its answer tells.
+#[derive(Serialize, ToSchema)]
+pub(super) struct MemoryAnswer {
+    cubes: Vec<UsedCube>,
+    /// Whether the answer is what computing every token would have given, bit for bit.
+    exact: bool,
+    /// Prompt tokens whose KV was on the device.
+    device_tokens: usize,
+    /// Prompt tokens whose KV came from the host's memory.
+    host_tokens: usize,
+    /// Prompt tokens whose KV came from the vault.
+    disk_tokens: usize,
+    /// Prompt tokens that were computed.
+    recomputed_tokens: usize,
+    /// Milliseconds spent waiting for KV from below the device.
+    fetch_ms: f64,
+    /// What was decided about KV below the device, and why.
+    decision: &'static str,
+}
+
+#[derive(Serialize, ToSchema)]
+struct UsedCube {
+    name: String,
+    version: u32,
+    mode: Compose,
+}
+
+impl CubeReference {
+    fn name(&self) -> &str {
+        match self {
+            Self::Name(name) | Self::Object { name, .. } => name,
+        }
+    }
+
+    fn mode(&self) -> Option<Compose> {
+        match self {
+            Self::Name(_) => None,
+            Self::Object { mode, .. } => *mode,
+        }
+    }
+}
+
+/// Divides `model` at its first `@`: before it the model's name, behind it cubes, themselves separated by `@@`.
+pub(super) fn split_model(model: &str) -> (&str, impl Iterator<Item = &str>) {
+    let (name, cubes) = model.split_once('@').unwrap_or((model, ""));
+    (name, cubes.split("@@").filter(|cube| !cube.is_empty()))
+}
+
+impl CallMemory {
+    /// Finds the cubes named in `model` and in the `memory` object; `None` when there are none.
+    pub(super) fn resolve<'a>(
+        request: Option<MemoryRequest>,
+        in_model: impl Iterator<Item = &'a str>,
+        app: &App,
+        principal: &Principal,
+    ) -> Result<Option<Self>, ApiError> {
+        let request = request.unwrap_or_default();
+        let named = in_model.map(|name| CubeReference::Name(name.to_owned()));
+        let references: Vec<CubeReference> = named.chain(request.cubes).collect();
+        if references.is_empty() {
+            return Ok(None);
+        }
+        if references.len() > MAX_CUBES {
+            return Err(invalid(format!("A call may name {MAX_CUBES} cubes, this one names {}.", references.len())));
+        }
+        let mode = mode_of(&references, request.compose)?;
+        let catalog = &service(app)?.catalog;
+        let mut cubes = Vec::with_capacity(references.len());
+        for reference in &references {
+            let address: CubeAddress =
+                reference.name().parse().map_err(|error| ApiError::from(error).with_param("memory.cubes"))?;
+            let view =
+                catalog.get(principal, &address).map_err(|error| ApiError::from(error).with_param("memory.cubes"))?;
+            catalog.note_use(view.cube.id);
+            cubes.push(view.cube);
+        }
+        let content = content_of(&cubes)?;
+        Ok(Some(Self { cubes, mode, content }))
+    }
+
+    /// The beginning of the prompt that others share: the tokens of the one cube, in its own cache domain.
+    pub(super) fn shared_prefix(&self, num_tokens: usize) -> Option<SharedPrefix> {
+        let [cube] = &self.cubes[..] else { return None };
+        let activation = cube.payload.activation().filter(|_| self.mode == Compose::Prefix)?;
+        Some(SharedPrefix { num_tokens, domain: activation.binding().domain.to_string() })
+    }
+
+    /// What people wrote, if the cubes have it.
+    pub(super) fn twin(&self) -> Option<&Twin> {
+        match &self.content {
+            Content::Twin(twin) => Some(twin),
+            Content::TokenIds(_) => None,
+        }
+    }
+
+    /// The tokens of a cube without a text.
+    pub(super) fn token_ids(&self) -> Option<&[u32]> {
+        match &self.content {
+            Content::Twin(_) => None,
+            Content::TokenIds(ids) => Some(ids),
+        }
+    }
+
+    /// What became of it.
+    pub(super) fn answer(&self, usage: &UsageCounter) -> MemoryAnswer {
+        let reuse = usage.reuse();
+        let used =
+            |cube: &Arc<Cube>| UsedCube { name: cube.name.to_string(), version: cube.version.get(), mode: self.mode };
+        MemoryAnswer {
+            cubes: self.cubes.iter().map(used).collect(),
+            exact: true,
+            device_tokens: reuse.device_tokens,
+            host_tokens: reuse.host_tokens,
+            disk_tokens: reuse.disk_tokens,
+            recomputed_tokens: usage.num_recomputed_tokens(),
+            fetch_ms: reuse.fetch_ms,
+            decision: decision_text(reuse.decision),
+        }
+    }
+}
+
+fn invalid(message: impl Into<String>) -> ApiError {
+    ApiError::invalid_field("memory", message)
+}
+
+fn mode_of(references: &[CubeReference], compose: Option<Compose>) -> Result<Compose, ApiError> {
+    let default = if references.len() == 1 { Compose::Prefix } else { Compose::Text };
+    let wanted = references.iter().find_map(CubeReference::mode).or(compose).unwrap_or(default);
+    match wanted {
+        Compose::Link | Compose::Blend => {
+            let message = "Composition by link or blend is not served yet; use prefix for one cube, or text.";
+            Err(ApiError::not_implemented(message).with_param("memory.compose"))
+        }
+        Compose::Prefix if references.len() > 1 => {
+            Err(invalid("Only one cube can stand at the beginning of a prompt; compose several with text."))
+        }
+        mode => Ok(mode),
+    }
+}
+
+/// All texts one after the other, or all messages.
+fn content_of(cubes: &[Arc<Cube>]) -> Result<Content, ApiError> {
+    let twins: Option<Vec<&Twin>> = cubes.iter().map(|cube| cube.payload.twin()).collect();
+    let Some(twins) = twins else {
+        return match cubes {
+            [cube] => Ok(Content::TokenIds(cube.payload.activation().map_or(&[][..], |it| it.token_ids()).to_vec())),
+            _ => Err(invalid("A cube made from token ids has no text, so it cannot stand beside other cubes.")),
+        };
+    };
+    let texts: Option<Vec<&str>> = twins.iter().map(|twin| twin.text()).collect();
+    let messages: Option<Vec<&[Map<String, Value>]>> = twins.iter().map(|twin| twin.messages()).collect();
+    match (texts, messages) {
+        (Some(texts), _) => Ok(Content::Twin(Twin::Text(texts.join("\n\n")))),
+        (None, Some(messages)) => Ok(Content::Twin(Twin::Messages(messages.concat()))),
+        _ => Err(invalid("Cubes of text and cubes of messages cannot stand in one prompt.")),
+    }
+}
+
+fn decision_text(decision: FetchDecision) -> &'static str {
+    match decision {
+        FetchDecision::NothingBelow => "nothing_below",
+        FetchDecision::Fetched => "fetched",
+        FetchDecision::RecomputeIsCheaper => "recompute_is_cheaper",
+        FetchDecision::Late => "late",
+        FetchDecision::Lost => "lost",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_models_name_ends_where_cubes_begin() {
+        for (model, name, cubes) in [
+            ("m", "m", &[][..]),
+            ("m@team/handbook", "m", &["team/handbook"]),
+            ("m@a/b@3@@c/d", "m", &["a/b@3", "c/d"]),
+            ("@a/b", "", &["a/b"]),
+            ("m@", "m", &[]),
+        ] {
+            let (found, found_cubes) = split_model(model);
+            assert_eq!((found, found_cubes.collect::<Vec<_>>()), (name, cubes.to_vec()), "{model}");
+        }
+    }
+}

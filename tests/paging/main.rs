@@ -1,0 +1,9 @@
+//! KV blocks in every tier: wherever the blocks of a prompt come from, the answer has the same bits.
+
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod deposits;
+#[path = "../support/mod.rs"]
+mod support;
+mod tiers;
+mod vault;

@@ -1,0 +1,58 @@
+//! A disk tier for tests, over a file system that breaks when told to.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use mneme::backend::cpu::CpuBackend;
+use mneme::engine::TierConfig;
+use mneme::paging::faulty::FaultyFiles;
+use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig};
+
+use crate::support::engine::{Setup, TestEngine, collect, request};
+use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
+
+const FOLDER: &str = "/vault/segments";
+
+/// A tiny model's engine over tiers.
+pub struct Tiers {
+    pub files: FaultyFiles,
+    pub host_bytes: usize,
+    pub family: Family,
+    pub setup: Setup,
+}
+
+impl Tiers {
+    pub fn new(family: Family) -> Self {
+        Self { files: FaultyFiles::new(1), host_bytes: 0, family, setup: Setup::default() }
+    }
+
+    /// Bytes of a block, as the engine lays it out.
+    pub fn block_bytes(&self) -> usize {
+        let block_size = self.setup.limits.block_size;
+        let numbers = self.family.num_layers() * 2 * NUM_KV_HEADS * HEAD_DIM * block_size;
+        (numbers * self.setup.kv_dtype.block_bytes()).next_multiple_of(4096)
+    }
+
+    /// The disk tier alone.
+    pub fn open_store(&self) -> BlockStore {
+        let block_size = self.setup.limits.block_size;
+        let format = BlockFormat { block_bytes: self.block_bytes(), block_size, layout: "test".into() };
+        let config = StoreConfig { format, max_bytes: 64 << 20, segment_bytes: 4 << 20 };
+        BlockStore::open(Arc::new(self.files.clone()), Path::new(FOLDER), config).unwrap().0
+    }
+
+    /// An engine with a host tier if there is one, and with the disk tier; the vault is open when this returns.
+    pub fn start(&self, model: &Path) -> TestEngine {
+        let store = Arc::new(self.open_store());
+        let open = move || Ok(OpenedVault { identity: b"test".to_vec(), store: Some(store) });
+        let tiers = TierConfig { host_bytes: self.host_bytes, num_io_threads: 2, open_vault: Some(Box::new(open)) };
+        let backend = CpuBackend::new(self.setup.isa, self.setup.num_threads).unwrap();
+        let engine = TestEngine::start_with_tiers(backend, model, self.setup.clone(), tiers);
+        // The vault opens beside the first requests: one that asks for it is refused until then.
+        while collect(engine.handle.submit(request(&[1], mneme::engine::Task::Deposit { is_durable: true })).unwrap())
+            .deposited
+            .is_none()
+        {}
+        engine
+    }
+}
