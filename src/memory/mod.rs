@@ -7,6 +7,7 @@
 mod acl;
 mod catalog;
 mod changes;
+mod commit;
 mod cube;
 mod digest;
 mod event;

@@ -431,7 +431,7 @@ fn the_command_line_does_the_same() {
         ("create ana/a --text Tea --tag x", "ana/a@1\trestored 0, computed 11 tokens\n"),
         ("append ana/a --text Time", "ana/a@2\trestored 0, computed 15 tokens\n"),
         ("fork ana/a@1 ana/b", "ana/b@1\tpriority 5\n"),
-        ("pin ana/b", "ana/b@1\tpriority \"pinned\"\n"),
+        ("pin ana/b", "ana/b@1\tpriority pinned\n"),
         ("unpin ana/b", "ana/b@1\tpriority 5\n"),
         ("rename ana/b ana/c", "ana/c@1\tpriority 5\n"),
         ("verify ana/a", "ana/a@2\t1 blocks whole, 0 missing, 0 damaged\n"),
