@@ -17,8 +17,12 @@ use crate::cli::tiers::TierArgs;
 /// The vault opens beside the first requests, once the weights' digest is known.
 const VAULT_WAIT: Duration = Duration::from_secs(120);
 const BETWEEN_TRIES: Duration = Duration::from_millis(20);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(3);
 
-/// A running engine.
+/// Copies down of the blocks of one answer take no longer than this.
+const SETTLE_WAIT: Duration = Duration::from_secs(120);
+
+/// A running engine, which has nothing to do between two calls.
 pub(super) struct Session {
     pub(super) launched: Launched,
     runtime: Runtime,
@@ -57,7 +61,7 @@ impl Session {
             SamplingParams { temperature: 0.0, ignore_eos: true, max_tokens: 1, ..SamplingParams::default() };
         let started_at = Instant::now();
         let mut stream = self.submit(prompt, Task::Generate(Box::new(sampling)))?;
-        self.runtime.block_on(async move {
+        let answer = self.runtime.block_on(async move {
             let mut reuse = Reuse::default();
             while let Some(event) = stream.next().await {
                 match event {
@@ -70,14 +74,16 @@ impl Session {
                 }
             }
             anyhow::bail!("the engine stopped before the first token")
-        })
+        })?;
+        self.settle()?;
+        Ok(answer)
     }
 
     /// Has the KV of `tokens` kept on disk, durably.
     pub(super) fn deposit(&self, tokens: Vec<u32>, domain: &str) -> anyhow::Result<Deposited> {
         let prompt = Prompt { tokens, domain: domain.to_owned(), shared: None };
         let mut stream = self.submit(prompt, Task::Deposit { is_durable: true })?;
-        self.runtime.block_on(async move {
+        let deposited = self.runtime.block_on(async move {
             while let Some(event) = stream.next().await {
                 match event {
                     OutputEvent::Deposited(deposited) => return Ok(*deposited),
@@ -86,7 +92,23 @@ impl Session {
                 }
             }
             anyhow::bail!("the engine stopped before the blocks were on disk")
-        })
+        })?;
+        self.settle()?;
+        Ok(deposited)
+    }
+
+    /// Returns when nothing is on its way down any more: a block under way is in use. It has to be seen twice, since a
+    /// sequence's blocks are free for a moment before their copies begin.
+    fn settle(&self) -> anyhow::Result<()> {
+        let started_at = Instant::now();
+        let mut num_quiet = 0;
+        while num_quiet < 2 {
+            anyhow::ensure!(started_at.elapsed() < SETTLE_WAIT, "blocks were still being copied after {SETTLE_WAIT:?}");
+            thread::sleep(BETWEEN_LOOKS);
+            let is_quiet = self.launched.handle.metrics().kv_cache_usage_perc.get() == 0.0;
+            num_quiet = if is_quiet { num_quiet + 1 } else { 0 };
+        }
+        Ok(())
     }
 
     fn submit(&self, prompt: Prompt, task: Task) -> anyhow::Result<OutputStream> {
