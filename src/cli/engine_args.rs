@@ -60,6 +60,9 @@ pub(crate) struct EngineArgs {
     /// Seeds requests that bring no seed
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// KV blocks, where a command counts them itself.
+    #[arg(skip)]
+    num_kv_blocks: Option<usize>,
 }
 
 /// What matrices are kept as.
@@ -122,6 +125,16 @@ impl EngineArgs {
         self.positional_model.as_deref().or(self.model.as_deref()).unwrap_or(catalog::DEFAULT_MODEL)
     }
 
+    /// The same with a pool of `num_blocks` KV blocks, which one sequence may fill.
+    pub(crate) fn with_kv_blocks(&self, num_blocks: usize) -> Self {
+        Self { num_kv_blocks: Some(num_blocks), max_model_len: Some(num_blocks * self.block_size), ..self.clone() }
+    }
+
+    /// Whether requests share blocks.
+    pub(crate) fn prefix_caching(&self) -> bool {
+        !self.no_enable_prefix_caching
+    }
+
     /// Threads to compute on.
     pub(crate) fn num_threads(&self) -> usize {
         self.threads.map_or_else(num_physical_cores, NonZeroUsize::get)
@@ -142,7 +155,7 @@ impl EngineArgs {
     ) -> anyhow::Result<SchedulerLimits> {
         let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = *config;
         let layout = KvLayout::with_order(kv_order, num_layers, num_kv_heads, head_dim, self.block_size, kv_dtype)?;
-        let num_blocks = self.kv_cache_memory_bytes / layout.block_bytes();
+        let num_blocks = self.num_kv_blocks.unwrap_or(self.kv_cache_memory_bytes / layout.block_bytes());
         let capacity = num_blocks * self.block_size;
         let max_model_len = self.max_model_len.unwrap_or(config.max_position_embeddings.min(capacity));
         anyhow::ensure!(
@@ -163,7 +176,7 @@ impl EngineArgs {
             max_model_len,
             block_size: self.block_size,
             num_blocks,
-            prefix_caching: !self.no_enable_prefix_caching,
+            prefix_caching: self.prefix_caching(),
         })
     }
 }

@@ -20,7 +20,7 @@ use super::text_assets::TextAssets;
 const SEGMENT_BYTES: u64 = 128 << 20;
 
 /// Threads that copy blocks between tiers.
-const NUM_IO_THREADS: usize = 2;
+pub(crate) const NUM_IO_THREADS: usize = 2;
 
 /// Where KV blocks go that the device has no room for, and where memory survives.
 #[derive(Debug, Clone, Args)]
@@ -56,6 +56,11 @@ pub(crate) struct Numerics<'a> {
 }
 
 impl TierArgs {
+    /// Tiers that a command chooses itself: a vault of at most `vault_bytes` in `vault`, `host_bytes` of host memory.
+    pub(crate) fn new(vault: PathBuf, vault_bytes: usize, host_bytes: usize) -> Self {
+        Self { vault: Some(vault), no_vault: false, vault_size_bytes: vault_bytes, kv_host_memory_bytes: host_bytes }
+    }
+
     /// Opens the vault's folder for this process alone; `None` when nothing is to be kept.
     pub(crate) fn open_vault(&self) -> anyhow::Result<Option<Arc<OpenVault>>> {
         if self.no_vault {

@@ -4,6 +4,7 @@ pub mod faulty;
 mod files;
 mod host;
 mod io;
+pub mod page_cache;
 mod pager;
 mod rates;
 mod store;

@@ -36,10 +36,7 @@ impl InProcess {
             total <= most,
             "--input-len and --output-len add up to {total} tokens, more than the {most} of the model and its KV memory"
         );
-        let tokenizer = &launched.assets.tokenizer;
-        let num_ids = tokenizer.vocab_size().min(info.vocab_size) as u32;
-        let ids: Vec<u32> = (0..num_ids).filter(|id| !tokenizer.is_special(*id)).collect();
-        anyhow::ensure!(!ids.is_empty(), "the vocabulary has nothing but control tokens");
+        let ids = ordinary_token_ids(&launched)?;
         let shape = PromptShape { prefix_len: 0, input_len, seed: args.seed };
         let runtime = tokio::runtime::Builder::new_current_thread().build().context("cannot start a runtime")?;
         Ok(Self { launched, runtime, ids, shape, output_len })
@@ -66,6 +63,15 @@ impl InProcess {
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })
     }
+}
+
+/// The tokens of a model that are no control tokens; never none.
+pub(super) fn ordinary_token_ids(launched: &Launched) -> anyhow::Result<Vec<u32>> {
+    let tokenizer = &launched.assets.tokenizer;
+    let num_ids = tokenizer.vocab_size().min(launched.handle.info().vocab_size) as u32;
+    let ids: Vec<u32> = (0..num_ids).filter(|id| !tokenizer.is_special(*id)).collect();
+    anyhow::ensure!(!ids.is_empty(), "the vocabulary has nothing but control tokens");
+    Ok(ids)
 }
 
 impl InFlight {
