@@ -17,6 +17,7 @@ use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
 use crate::kv::BlockHash;
 use crate::models::Model;
+use crate::planted::{self, Bug};
 use crate::telemetry::EngineMetrics;
 use crate::{Error, Result, invalid};
 
@@ -51,7 +52,9 @@ pub struct Engine<B: Backend> {
     /// Nobody will look into `submissions` again.
     stopped: Arc<AtomicBool>,
     metrics: Arc<EngineMetrics>,
+    /// Root of block hashes: of this process alone until the model is known.
     hash_identity: Vec<u8>,
+    is_identified: bool,
     num_arrived: u64,
     num_preemptions: u64,
 }
@@ -91,13 +94,14 @@ impl<B: Backend> Engine<B> {
             num_blocks: limits.num_blocks,
         };
         let stopped = Arc::new(AtomicBool::new(false));
-        let hash_identity = format!("{} {}", config.model_name, backend.name()).into_bytes();
+        let hash_identity = format!("unknown {}", uuid::Uuid::new_v4()).into_bytes();
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
+        let max_fetch_wait = tiers.max_fetch_wait;
         let pager = runner.start_pager(tiers, limits, &waker)?;
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped));
         let engine = Self {
-            scheduler: Scheduler::new(*limits, pager),
+            scheduler: Scheduler::new(*limits, pager, max_fetch_wait),
             sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
             runner,
             submissions,
@@ -106,6 +110,7 @@ impl<B: Backend> Engine<B> {
             stopped,
             metrics,
             hash_identity,
+            is_identified: false,
             num_arrived: 0,
             num_preemptions: 0,
             config,
@@ -162,7 +167,10 @@ impl<B: Backend> Engine<B> {
     fn absorb_arrivals(&mut self) {
         if let Some(identity) = self.scheduler.absorb_arrivals() {
             tracing::debug!("the vault is open");
-            self.hash_identity = identity;
+            self.is_identified = true;
+            if !planted::is(Bug::IdentityNotTaken) {
+                self.hash_identity = identity;
+            }
         }
     }
 
@@ -229,7 +237,7 @@ impl<B: Backend> Engine<B> {
             reuse: Reuse::default(),
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
-            chain: HashChain::new(root, own, max_blocks),
+            chain: HashChain::new(root, own, max_blocks).provisional(!self.is_identified),
             work,
             sink,
             arrived_at: Instant::now(),
@@ -242,7 +250,9 @@ impl<B: Backend> Engine<B> {
     fn chain_of(&self, request: &GenerateRequest) -> (BlockHash, Option<(usize, String)>) {
         let shared = request.shared_prefix.as_ref().filter(|shared| shared.domain != request.domain);
         let first_domain = shared.map_or(&request.domain, |shared| &shared.domain);
-        let own = shared.map(|shared| (shared.num_tokens / self.config.limits.block_size, request.domain.clone()));
+        let round = if planted::is(Bug::SharedPrefixRoundedUp) { usize::div_ceil } else { usize::div_euclid };
+        let num_shared = |num_tokens| round(num_tokens, self.config.limits.block_size);
+        let own = shared.map(|shared| (num_shared(shared.num_tokens), request.domain.clone()));
         (BlockHash::root(&self.hash_identity, first_domain.as_bytes()), own)
     }
 
