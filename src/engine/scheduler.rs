@@ -346,6 +346,7 @@ impl Scheduler {
         if let Some(mut sequence) = self.running.pop() {
             self.release(&mut sequence);
             sequence.reset();
+            sequence.may_fetch = true;
             sequence.status = SequenceStatus::Waiting;
             self.num_preemptions += 1;
             self.add(sequence);

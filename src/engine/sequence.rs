@@ -167,12 +167,11 @@ impl Sequence {
         (self.priority, self.number)
     }
 
-    /// Starts over: its KV is gone.
+    /// Starts over: its KV is gone. Tiers that failed it are not asked again, or it would wait for them for ever.
     pub(super) fn reset(&mut self) {
         if !planted::is(Bug::PreemptedKeepsCount) {
             self.num_computed_tokens = 0;
         }
-        self.may_fetch = true;
         if self.num_cached_tokens.is_none() {
             self.reuse = Reuse { fetch_ms: self.reuse.fetch_ms, decision: self.reuse.decision, ..Reuse::default() };
         }

@@ -13,7 +13,7 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 fn start(tiers: &Tiers, seed: u64, identity: &[u8]) -> (TestEngine, Sender<()>) {
     let model = TinyModel::new(Family::Llama, seed).write();
     let (open, gate) = channel();
-    let engine = tiers.start_closed(model.path(), identity, move || drop(gate.recv()));
+    let engine = tiers.start_closed(model.path(), identity, move || gate.recv().unwrap());
     (engine, open)
 }
 

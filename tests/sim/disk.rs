@@ -87,14 +87,8 @@ impl Disk {
 
     /// It breaks, or works again with some of it wrong, or the machine is about to go down.
     pub fn harm(&mut self, random: &mut Random) {
-        const FAULTS: [Fault; 6] = [
-            Fault::NoSpace,
-            Fault::ReadOnly,
-            Fault::WriteError,
-            Fault::SyncError,
-            Fault::ReadError,
-            Fault::ShortRead,
-        ];
+        const FAULTS: [Fault; 6] =
+            [Fault::NoSpace, Fault::ReadOnly, Fault::WriteError, Fault::SyncError, Fault::ReadError, Fault::ShortRead];
         match random.below(6) {
             0..=1 => {
                 let fault = FAULTS[random.below(FAULTS.len())];

@@ -23,10 +23,12 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
+use disk::Disk;
 use life::{Reached, Simulation};
 use mneme::backend::sim::SimBackend;
+use mneme::engine::{SchedulerLimits, Task, TierConfig};
 use oracle::Oracle;
-use support::engine::{Setup, TestEngine};
+use support::engine::{Setup, TestEngine, collect, limits, request};
 use support::random::Random;
 use support::tiny_model::{Family, TinyModel, VOCAB};
 
@@ -120,6 +122,31 @@ fn random_lives_end_as_predicted() {
         ];
         assert!(places.iter().all(|(reached, least)| reached >= least), "{total:?}");
     }
+}
+
+/// Whose blocks do not come in time computes them, also where the late ones take the room that it needs for that.
+#[test]
+fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
+    let _turn = take_turn();
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let mut random = Random::new(1);
+    let prompt = random.tokens(71, VOCAB);
+    let limits = SchedulerLimits { num_blocks: 5, max_model_len: 80, ..limits() };
+    let disk = Disk::new(1, &mut random, limits.block_size, limits.num_blocks);
+    let start = |max_fetch_wait| {
+        let open_vault = Some(disk.opener(Duration::ZERO));
+        let tiers = TierConfig { num_io_threads: 1, open_vault, max_fetch_wait, ..TierConfig::default() };
+        let setup = Setup { limits, ..Setup::default() };
+        TestEngine::start_with_tiers(SimBackend::slow(1), model.path(), setup, tiers)
+    };
+    let deposit = |engine: &TestEngine, prompt: &[u32]| {
+        let ask = || engine.handle.submit(request(prompt, Task::Deposit { is_durable: true })).unwrap();
+        while collect(ask()).deposited.is_none() {}
+    };
+    deposit(&start(None), &prompt);
+    let engine = start(Some(Duration::ZERO));
+    deposit(&engine, &[1]);
+    assert_eq!(engine.greedy(&prompt, 8), Oracle::continuation(&prompt, 8));
 }
 
 /// The prediction is sharp: one other token anywhere in a prompt, or one in another place, changes what follows.
