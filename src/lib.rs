@@ -10,6 +10,7 @@ pub mod kv;
 pub mod memory;
 pub mod models;
 pub mod paging;
+pub mod planted;
 pub mod server;
 pub mod telemetry;
 pub mod text;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Rows from the bottom up; a module imports only from rows below its own, or from itself.
 const ROWS: [&[&str]; 7] = [
-    &["error", "config", "telemetry"],
+    &["error", "config", "telemetry", "planted"],
     &["backend", "kv", "text"],
     &["paging", "models", "adapters", "hub"],
     &["memory"],

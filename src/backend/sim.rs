@@ -6,11 +6,15 @@
 //! therefore changes the next token, which is the payload modulo the vocabulary. [`mix`] and [`rotated`] are all a test
 //! needs to predict it without any of this code.
 //!
-//! Copies on a copy stream run only when somebody waits for them or, one at a time, asks whether they are done.
+//! Copies on a copy stream run only when somebody waits for them or, one at a time, asks whether they are done. Transfers
+//! of a [`SimBackend::slow`] take a while, each another one, so that copies overtake each other.
 
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
@@ -36,7 +40,35 @@ pub fn rotated(payload: u64, positions: i64) -> u64 {
 
 /// The double.
 #[derive(Default)]
-pub struct SimBackend {}
+pub struct SimBackend {
+    delays: Option<Arc<Delays>>,
+}
+
+impl SimBackend {
+    /// A double whose transfers dawdle, how long follows from `seed` and their order.
+    pub fn slow(seed: u64) -> Self {
+        Self { delays: Some(Arc::new(Delays { seed, num_drawn: AtomicU64::new(0) })) }
+    }
+}
+
+/// The longest a transfer waits at one point.
+const MAX_DELAY: Duration = Duration::from_micros(300);
+
+/// How long transfers wait before and after they touch device memory.
+struct Delays {
+    seed: u64,
+    num_drawn: AtomicU64,
+}
+
+impl Delays {
+    /// Most often hardly at all.
+    fn wait(&self) {
+        let drawn = mix(self.seed, self.num_drawn.fetch_add(1, Ordering::Relaxed));
+        if drawn % 4 == 0 {
+            thread::sleep(MAX_DELAY.mul_f64((drawn >> 40) as f64 / (1u64 << 24) as f64));
+        }
+    }
+}
 
 /// Memory of the double.
 #[derive(Clone)]
@@ -55,7 +87,16 @@ pub struct SimEvent {
 }
 
 /// Transfers of the double.
-pub struct SimTransfer;
+#[derive(Default)]
+pub struct SimTransfer {
+    delays: Option<Arc<Delays>>,
+}
+
+impl SimTransfer {
+    fn wait(&self) {
+        self.delays.iter().for_each(|delays| delays.wait());
+    }
+}
 
 impl Transfer for SimTransfer {
     type Buffer = SimBuffer;
@@ -69,7 +110,9 @@ impl Transfer for SimTransfer {
     ) -> Result<()> {
         // Not under the lock: a slow file must not hold up a step.
         let mut staging = vec![0; bytes];
+        self.wait();
         write(&mut staging)?;
+        self.wait();
         target.lock()[offset..offset + bytes].copy_from_slice(&staging);
         Ok(())
     }
@@ -81,7 +124,9 @@ impl Transfer for SimTransfer {
         bytes: usize,
         read: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
+        self.wait();
         let staging = source.lock()[offset..offset + bytes].to_vec();
+        self.wait();
         read(&staging)
     }
 }
@@ -180,7 +225,7 @@ impl Device for SimBackend {
     }
 
     fn create_transfer(&self) -> Result<SimTransfer> {
-        Ok(SimTransfer)
+        Ok(SimTransfer { delays: self.delays.clone() })
     }
 
     fn create_stream(&self, kind: StreamKind) -> Result<SimStream> {

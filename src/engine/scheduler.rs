@@ -8,13 +8,14 @@
 #![allow(clippy::vec_box)] // sequences move between the queues, by pointer
 
 use std::collections::{HashSet, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus};
 use super::tiers::{Arrival, Plan, Tiers};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
+use crate::planted::{self, Bug};
 
 /// Bounds of a step and of the queue.
 #[derive(Debug, Clone, Copy)]
@@ -62,13 +63,13 @@ pub(super) struct Scheduler {
 }
 
 impl Scheduler {
-    pub(super) fn new(limits: SchedulerLimits, pager: Pager) -> Self {
+    pub(super) fn new(limits: SchedulerLimits, pager: Pager, max_fetch_wait: Option<Duration>) -> Self {
         Self {
             waiting: VecDeque::with_capacity(limits.max_num_waiting + limits.max_num_seqs),
             running: Vec::with_capacity(limits.max_num_seqs),
             scheduled: Vec::with_capacity(limits.max_num_seqs),
             pool: CachedPool::new(limits.num_blocks, limits.block_size),
-            tiers: Tiers::new(pager, limits.num_blocks, limits.block_size),
+            tiers: Tiers::new(pager, max_fetch_wait, limits.num_blocks, limits.block_size),
             promised: HashSet::with_capacity(limits.num_blocks * 2),
             num_preemptions: 0,
             limits,
@@ -153,7 +154,10 @@ impl Scheduler {
 
     /// Has the blocks of a running sequence, which is computed, kept on disk.
     pub(super) fn begin_deposit(&mut self, index: usize) {
-        self.running[index].status = SequenceStatus::Depositing;
+        let sequence = &mut self.running[index];
+        sequence.status = SequenceStatus::Depositing;
+        // Blocks go to disk by their hashes, also where none are shared on the device.
+        sequence.chain.extend(&sequence.tokens, self.limits.block_size);
     }
 
     /// Releases the blocks of finished sequences and forgets them.
@@ -311,7 +315,8 @@ impl Scheduler {
         if !self.limits.prefix_caching {
             return;
         }
-        let num_full = sequence.num_computed_tokens / block_size;
+        let num_early = if planted::is(Bug::PublishedEarly) { block_size / 2 } else { 0 };
+        let num_full = (sequence.num_computed_tokens + num_early).min(sequence.tokens.len()) / block_size;
         sequence.chain.extend(&sequence.tokens[..num_full * block_size], block_size);
         for at in sequence.chain.num_published..num_full {
             if let Some(hash) = sequence.chain.get(at) {
@@ -341,6 +346,7 @@ impl Scheduler {
         if let Some(mut sequence) = self.running.pop() {
             self.release(&mut sequence);
             sequence.reset();
+            sequence.may_fetch = true;
             sequence.status = SequenceStatus::Waiting;
             self.num_preemptions += 1;
             self.add(sequence);
@@ -418,6 +424,9 @@ impl Scheduler {
 
     /// What it has not computed by now others need not wait for.
     fn withdraw_promises(&mut self, sequence: &mut Sequence) {
+        if planted::is(Bug::PromiseKept) {
+            return;
+        }
         for index in sequence.chain.num_published..sequence.chain.num_promised {
             if let Some(hash) = sequence.chain.get(index) {
                 self.promised.remove(hash);

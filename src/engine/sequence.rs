@@ -7,6 +7,7 @@ use super::handle::OutputSink;
 use super::request::{FinishReason, OutputEvent, Reuse};
 use crate::kv::{BlockHash, BlockTable};
 use crate::paging::Tier;
+use crate::planted::{self, Bug};
 
 /// Where a sequence stands. A preempted one is waiting again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +59,8 @@ pub(super) struct Sequence {
 /// The hashes of a sequence's full blocks, computed as they fill.
 pub(super) struct HashChain {
     root: BlockHash,
+    /// Whether the model was not known yet when the chain began.
+    is_provisional: bool,
     /// The block from which on the chain runs in a domain of its own, and that domain.
     own: Option<(usize, String)>,
     hashes: Vec<BlockHash>,
@@ -70,7 +73,18 @@ pub(super) struct HashChain {
 impl HashChain {
     /// An empty chain with room for `max_blocks`, which from the block given in `own` on runs in another domain.
     pub(super) fn new(root: BlockHash, own: Option<(usize, String)>, max_blocks: usize) -> Self {
-        Self { root, own, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
+        let hashes = Vec::with_capacity(max_blocks);
+        Self { root, is_provisional: false, own, hashes, num_published: 0, num_promised: 0 }
+    }
+
+    /// The same, for as long as it is not known which model it is.
+    pub(super) fn provisional(self, is_provisional: bool) -> Self {
+        Self { is_provisional, ..self }
+    }
+
+    /// Whether these hashes say nothing about the model, so that they mean nothing to another process.
+    pub(super) fn is_provisional(&self) -> bool {
+        self.is_provisional
     }
 
     /// Extends the chain over all full blocks of `tokens`.
@@ -84,7 +98,9 @@ impl HashChain {
     fn parent(&self) -> BlockHash {
         let last = *self.hashes.last().unwrap_or(&self.root);
         match &self.own {
-            Some((first, domain)) if *first == self.hashes.len() => last.in_domain(domain.as_bytes()),
+            Some((first, domain)) if *first == self.hashes.len() && !planted::is(Bug::OwnDomainIgnored) => {
+                last.in_domain(domain.as_bytes())
+            }
             _ => last,
         }
     }
@@ -151,10 +167,11 @@ impl Sequence {
         (self.priority, self.number)
     }
 
-    /// Starts over: its KV is gone.
+    /// Starts over: its KV is gone. Tiers that failed it are not asked again, or it would wait for them for ever.
     pub(super) fn reset(&mut self) {
-        self.num_computed_tokens = 0;
-        self.may_fetch = true;
+        if !planted::is(Bug::PreemptedKeepsCount) {
+            self.num_computed_tokens = 0;
+        }
         if self.num_cached_tokens.is_none() {
             self.reuse = Reuse { fetch_ms: self.reuse.fetch_ms, decision: self.reuse.decision, ..Reuse::default() };
         }

@@ -18,6 +18,7 @@ use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
 use crate::kv::BlockHash;
 use crate::models::Model;
+use crate::planted::{self, Bug};
 use crate::telemetry::EngineMetrics;
 use crate::{Error, Result, invalid};
 
@@ -52,6 +53,7 @@ pub struct Engine<B: Backend> {
     /// Nobody will look into `submissions` again.
     stopped: Arc<AtomicBool>,
     metrics: Arc<EngineMetrics>,
+    /// Root of block hashes: of this process alone until the model is known.
     hash_identity: Vec<u8>,
     /// Whether that is the model's, for good.
     is_identified: bool,
@@ -97,11 +99,12 @@ impl<B: Backend> Engine<B> {
         // Of this process alone: what is hashed before the model's identity is known is found by nobody later.
         let hash_identity = Uuid::new_v4().as_bytes().to_vec();
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
+        let max_fetch_wait = tiers.max_fetch_wait;
         let pager = runner.start_pager(tiers, limits, &waker)?;
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped));
         let engine = Self {
-            scheduler: Scheduler::new(*limits, pager),
+            scheduler: Scheduler::new(*limits, pager, max_fetch_wait),
             sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
             runner,
             submissions,
@@ -167,8 +170,10 @@ impl<B: Backend> Engine<B> {
     fn absorb_arrivals(&mut self) {
         if let Some(identity) = self.scheduler.absorb_arrivals() {
             tracing::debug!("the vault is open");
-            self.hash_identity = identity;
             self.is_identified = true;
+            if !planted::is(Bug::IdentityNotTaken) {
+                self.hash_identity = identity;
+            }
         }
     }
 
@@ -238,7 +243,7 @@ impl<B: Backend> Engine<B> {
             reuse: Reuse::default(),
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
-            chain: HashChain::new(root, own, max_blocks),
+            chain: HashChain::new(root, own, max_blocks).provisional(!self.is_identified),
             work,
             sink,
             arrived_at: Instant::now(),
@@ -251,7 +256,9 @@ impl<B: Backend> Engine<B> {
     fn chain_of(&self, request: &GenerateRequest) -> (BlockHash, Option<(usize, String)>) {
         let shared = request.shared_prefix.as_ref().filter(|shared| shared.domain != request.domain);
         let first_domain = shared.map_or(&request.domain, |shared| &shared.domain);
-        let own = shared.map(|shared| (shared.num_tokens / self.config.limits.block_size, request.domain.clone()));
+        let round = if planted::is(Bug::SharedPrefixRoundedUp) { usize::div_ceil } else { usize::div_euclid };
+        let num_shared = |num_tokens| round(num_tokens, self.config.limits.block_size);
+        let own = shared.map(|shared| (num_shared(shared.num_tokens), request.domain.clone()));
         (BlockHash::root(&self.hash_identity, first_domain.as_bytes()), own)
     }
 

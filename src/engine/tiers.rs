@@ -14,6 +14,7 @@ use super::request::FetchDecision;
 use super::sequence::{Sequence, Work};
 use crate::kv::{BlockHash, BlockId, CachedPool};
 use crate::paging::{Completion, Pager, Ticket, Tier, VaultOpener};
+use crate::planted::{self, Bug};
 
 /// A fetch that takes longer than this is not waited for, whatever it was expected to take.
 const MAX_WAIT: Duration = Duration::from_secs(10);
@@ -39,6 +40,8 @@ pub struct TierConfig {
     pub num_io_threads: usize,
     /// Opens the disk tier; none without it.
     pub open_vault: Option<VaultOpener>,
+    /// No request waits longer for blocks from below; `None` for ten seconds.
+    pub max_fetch_wait: Option<Duration>,
 }
 
 /// Blocks under way, and who waits for them.
@@ -54,6 +57,7 @@ pub(super) struct Tiers {
     max_saves: usize,
     /// When something went to disk that would not survive a crash yet.
     unsealed_since: Option<Instant>,
+    max_wait: Duration,
     num_declined: usize,
     block_size: usize,
 }
@@ -98,7 +102,7 @@ pub(super) enum Arrival {
 }
 
 impl Tiers {
-    pub(super) fn new(pager: Pager, num_blocks: usize, block_size: usize) -> Self {
+    pub(super) fn new(pager: Pager, max_wait: Option<Duration>, num_blocks: usize, block_size: usize) -> Self {
         let is_enabled = pager.is_enabled();
         Self {
             pager,
@@ -109,6 +113,7 @@ impl Tiers {
             in_backlog: vec![false; if is_enabled { num_blocks } else { 0 }],
             max_saves: (num_blocks / POOL_SHARE_OF_SAVES).max(1),
             unsealed_since: None,
+            max_wait: max_wait.unwrap_or(MAX_WAIT),
             num_declined: 0,
             block_size,
         }
@@ -200,6 +205,9 @@ impl Tiers {
                 pool.release(block);
                 break;
             }
+            if planted::is(Bug::FetchPublishedEarly) {
+                pool.insert(hash, tokens, block);
+            }
             blocks.push(FetchedBlock { block, hash, tier, is_whole: false });
         }
         let promised = blocks.iter().map(|fetched| fetched.hash).collect();
@@ -207,7 +215,7 @@ impl Tiers {
         let expected_ms = self.pager.rates().recompute_ms(blocks.len() * self.block_size);
         let wait = expected_ms.map_or(MAX_WAIT, |ms| Duration::from_secs_f64(ms * 2e-3).clamp(MIN_WAIT, MAX_WAIT));
         let num_pending = blocks.len();
-        let deadline = started_at + wait;
+        let deadline = started_at + wait.min(self.max_wait);
         let sequence = Some(sequence);
         self.fetches.push(Fetch { ticket, sequence, blocks, promised, num_pending, started_at, deadline });
     }
@@ -260,7 +268,9 @@ impl Tiers {
             let Some((hash, tokens)) = pool.content(block) else { continue };
             match self.pager.save(*hash, tokens, block, tier) {
                 Some(ticket) => {
-                    pool.share(block);
+                    if !planted::is(Bug::SavedBlockFreed) {
+                        pool.share(block);
+                    }
                     self.saves.insert(ticket, block);
                 }
                 None if tier == Tier::Host => self.queue_save_to(block, Tier::Disk),
@@ -275,7 +285,9 @@ impl Tiers {
             match completion {
                 Completion::Saved { ticket, block, tier, is_there } => {
                     if self.saves.remove(&ticket).is_some() {
-                        pool.release(block);
+                        if !planted::is(Bug::SavedBlockFreed) {
+                            pool.release(block);
+                        }
                     } else {
                         self.deposits.iter_mut().any(|deposit| deposit.absorb_saved(ticket, is_there));
                     }
@@ -310,10 +322,11 @@ impl Tiers {
         let at = self.fetches.iter().position(|fetch| fetch.ticket == ticket)?;
         let fetch = &mut self.fetches[at];
         if let Some(fetched) = fetch.blocks.iter_mut().find(|fetched| fetched.block == block) {
-            fetched.is_whole = is_whole;
+            fetched.is_whole = is_whole || planted::is(Bug::LossIgnored);
         }
         fetch.num_pending -= 1;
-        (fetch.num_pending == 0).then(|| self.finish(pool, at))
+        let is_over = fetch.num_pending == 0 || planted::is(Bug::CopyNotAwaited);
+        is_over.then(|| self.finish(pool, at))
     }
 
     /// A fetch that could not even begin.
@@ -326,7 +339,9 @@ impl Tiers {
     fn finish(&mut self, pool: &mut CachedPool, at: usize) -> Arrival {
         let Fetch { sequence, blocks, promised, started_at, .. } = self.fetches.swap_remove(at);
         let Some(mut sequence) = sequence else {
-            blocks.iter().for_each(|fetched| pool.release(fetched.block));
+            if !planted::is(Bug::AbandonedFetchLeaks) {
+                blocks.iter().for_each(|fetched| pool.release(fetched.block));
+            }
             return Arrival::Abandoned(promised);
         };
         let num_whole = blocks.iter().take_while(|fetched| fetched.is_whole).count();
@@ -352,6 +367,9 @@ impl Tiers {
         let late = |fetch: &&mut Fetch| fetch.sequence.is_some() && fetch.deadline <= now;
         let fetch = self.fetches.iter_mut().find(late)?;
         let mut sequence = fetch.sequence.take()?;
+        if planted::is(Bug::LateBlocksTaken) {
+            sequence.blocks.extend(fetch.blocks.drain(..).map(|fetched| fetched.block));
+        }
         sequence.may_fetch = false;
         sequence.reuse.decision = FetchDecision::Late;
         sequence.reuse.fetch_ms += fetch.started_at.elapsed().as_secs_f64() * 1e3;

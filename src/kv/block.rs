@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::planted::{self, Bug};
+
 /// A block's place in the device pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
@@ -21,6 +23,8 @@ impl BlockHash {
     /// The root of a chain: `identity` names the model and the numerics, `domain` separates those who must not share.
     pub fn root(identity: &[u8], domain: &[u8]) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("mneme block chain root v1");
+        let identity = if planted::is(Bug::IdentityIgnored) { b"" } else { identity };
+        let domain = if planted::is(Bug::DomainIgnored) { b"" } else { domain };
         for part in [identity, domain] {
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part);
@@ -31,7 +35,9 @@ impl BlockHash {
     /// The hash of the block that follows this one and holds `tokens`.
     pub fn child(&self, tokens: &[u32]) -> Self {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.0);
+        if !planted::is(Bug::ParentIgnored) {
+            hasher.update(&self.0);
+        }
         for token in tokens {
             hasher.update(&token.to_le_bytes());
         }

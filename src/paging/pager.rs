@@ -17,6 +17,7 @@ use super::store::BlockStore;
 use super::{PagingConfig, Tier};
 use crate::backend::{Device, Transfer};
 use crate::kv::{BlockHash, BlockId, CachedPool};
+use crate::planted::{self, Bug};
 use crate::{Error, Result};
 
 /// Blocks on their way down at the same time; further ones are not saved for now.
@@ -217,6 +218,11 @@ impl Pager {
             _ => return None,
         };
         let ticket = self.new_ticket();
+        if let Place::Host(slot) = place
+            && planted::is(Bug::HostSlotFoundEarly)
+        {
+            self.host.insert(hash, tokens, slot);
+        }
         let copy = BlockCopy { ticket, hash, tokens: tokens.into(), block, place };
         if self.send(|io| &io.saves, Job::Save(copy)) {
             self.num_saves += 1;
@@ -233,16 +239,29 @@ impl Pager {
     pub fn load(&mut self, ticket: Ticket, hash: BlockHash, tokens: &[u32], block: BlockId) -> bool {
         let Some(place) = self.place_of(&hash, tokens) else { return false };
         if let Place::Host(slot) = place {
-            self.host.share(slot);
+            self.pin_slot(slot);
         }
         let copy = BlockCopy { ticket, hash, tokens: tokens.into(), block, place };
         let is_sent = self.send(|io| &io.loads, Job::Load(copy));
         match place {
             _ if is_sent => self.num_loads += 1,
-            Place::Host(slot) => self.host.release(slot),
+            Place::Host(slot) => self.unpin_slot(slot),
             Place::Disk => {}
         }
         is_sent
+    }
+
+    /// Keeps a slot of the host tier from being overwritten while it is read.
+    fn pin_slot(&mut self, slot: BlockId) {
+        if !planted::is(Bug::HostSlotNotPinned) {
+            self.host.share(slot);
+        }
+    }
+
+    fn unpin_slot(&mut self, slot: BlockId) {
+        if !planted::is(Bug::HostSlotNotPinned) {
+            self.host.release(slot);
+        }
     }
 
     /// Starts making everything saved so far durable; `None` without a disk tier, or when too much is under way.
@@ -313,7 +332,7 @@ impl Pager {
             self.rates.observe_load(copy.place.tier(), took);
         }
         match copy.place {
-            Place::Host(slot) => self.host.release(slot),
+            Place::Host(slot) => self.unpin_slot(slot),
             Place::Disk if !is_whole => {
                 self.disk.remove(&copy.hash);
             }

@@ -89,3 +89,16 @@ fn a_disk_that_fails_refuses_and_loses_nothing_else() {
         assert_eq!(engine.greedy(&prompt, 8), wanted, "{fault:?}: the engine serves on");
     }
 }
+
+/// Blocks go to disk by what they hold, also where requests share none on the device.
+#[test]
+fn a_deposit_ends_where_no_blocks_are_shared() {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let mut tiers = Tiers::new(Family::Llama);
+    tiers.setup.limits.prefix_caching = false;
+    let prompt = Random::new(5).tokens(100, VOCAB);
+    let deposited = deposit(&tiers.start(model.path()), &prompt, "", true).deposited.unwrap();
+    assert_eq!((deposited.blocks.len(), deposited.tail.is_some()), (6, true));
+    let store = tiers.open_store();
+    assert!(deposited.blocks.iter().chain(&deposited.tail).all(|hash| store.contains(hash)));
+}

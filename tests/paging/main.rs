@@ -3,6 +3,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod deposits;
+mod identity;
 #[path = "../support/mod.rs"]
 mod support;
 mod tiers;

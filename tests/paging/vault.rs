@@ -42,15 +42,31 @@ impl Tiers {
 
     /// An engine with a host tier if there is one, and with the disk tier; the vault is open when this returns.
     pub fn start(&self, model: &Path) -> TestEngine {
-        let store = Arc::new(self.open_store());
-        let open = move || Ok(OpenedVault { identity: b"test".to_vec(), store: Some(store) });
-        let tiers = TierConfig { host_bytes: self.host_bytes, num_io_threads: 2, open_vault: Some(Box::new(open)) };
-        let engine = crate::start_with_tiers(model, self.setup.clone(), tiers);
-        // The vault opens beside the first requests: one that asks for it is refused until then.
-        while collect(engine.handle.submit(request(&[1], Task::Deposit { is_durable: true })).unwrap())
-            .deposited
-            .is_none()
-        {}
+        let engine = self.start_closed(model, b"test", || ());
+        wait_until_open(&engine);
         engine
     }
+
+    /// The same, whose vault opens for this model once `wait` returns.
+    pub fn start_closed(&self, model: &Path, identity: &[u8], wait: impl FnOnce() + Send + 'static) -> TestEngine {
+        let store = Arc::new(self.open_store());
+        let identity = identity.to_vec();
+        let open = move || {
+            wait();
+            Ok(OpenedVault { identity, store: Some(store) })
+        };
+        let tiers = TierConfig {
+            host_bytes: self.host_bytes,
+            num_io_threads: 2,
+            open_vault: Some(Box::new(open)),
+            ..TierConfig::default()
+        };
+        crate::start_with_tiers(model, self.setup.clone(), tiers)
+    }
+}
+
+/// The vault opens beside the first requests: one that asks for it is refused until then.
+pub fn wait_until_open(engine: &TestEngine) {
+    let ask = || engine.handle.submit(request(&[1], Task::Deposit { is_durable: true })).unwrap();
+    while collect(ask()).deposited.is_none() {}
 }

@@ -78,7 +78,7 @@ pub struct Output {
 impl TestEngine {
     /// Loads a checkpoint onto `backend`; the setup's instruction set and threads were the caller's to use.
     pub fn start<B: Backend>(backend: B, path: &Path, setup: Setup) -> Self {
-        let tiers = TierConfig { host_bytes: setup.host_bytes, num_io_threads: 2, open_vault: None };
+        let tiers = TierConfig { host_bytes: setup.host_bytes, num_io_threads: 2, ..TierConfig::default() };
         Self::start_with_tiers(backend, path, setup, tiers)
     }
 

@@ -159,6 +159,21 @@ impl FaultyFiles {
         self.plant(path, &bytes);
     }
 
+    /// Changes `num_bits` bits of one file, durably, wherever `seed` says; `false` when no file has any.
+    pub fn damage(&self, seed: u64, num_bits: usize) -> bool {
+        let mut random = Random(seed);
+        let disk = self.lock();
+        let files: Vec<_> = disk.names.files().filter(|(_, content)| !content.lock().bytes().is_empty()).collect();
+        let Some((_, content)) = files.get(random.below(files.len())) else { return false };
+        let mut bytes = content.lock().bytes().to_vec();
+        for _ in 0..num_bits {
+            let bit = random.below(8 * bytes.len());
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+        content.lock().replace(&bytes);
+        true
+    }
+
     /// Cuts a file off, durably.
     ///
     /// # Panics

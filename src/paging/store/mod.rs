@@ -43,6 +43,7 @@ use self::index::{Index, Located, Place};
 use self::segment::{SegmentId, SegmentWriter};
 use super::{FileHandle, Files};
 use crate::kv::BlockHash;
+use crate::planted::{self, Bug};
 use crate::{Error, Result, invalid};
 
 /// A block that compaction keeps moving away from a reader is given up after so many tries.
@@ -155,7 +156,7 @@ impl BlockStore {
             None => Arc::from(self.files.open(&self.folder.join(place.segment.file_name()))?),
         };
         file.read_at(bytes, *offset)?;
-        if digest_of(hash, tokens, bytes) == place.digest {
+        if digest_of(hash, tokens, bytes) == place.digest || planted::is(Bug::DigestIgnored) {
             return Ok(Found::Whole);
         }
         // Either the bytes are wrong or the question is: the tokens that were written tell.

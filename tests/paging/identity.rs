@@ -1,0 +1,72 @@
+//! Requests that come while nobody knows yet which model this is.
+
+use std::sync::mpsc::{Sender, channel};
+
+use mneme::engine::Task;
+
+use super::vault::{Tiers, wait_until_open};
+use crate::support::engine::{Output, TestEngine, collect, greedy, request};
+use crate::support::random::Random;
+use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+
+/// An engine with room for two sequences at a time whose vault opens on a message.
+fn start(tiers: &Tiers, seed: u64, identity: &[u8]) -> (TestEngine, Sender<()>) {
+    let model = TinyModel::new(Family::Llama, seed).write();
+    let (open, gate) = channel();
+    let engine = tiers.start_closed(model.path(), identity, move || gate.recv().unwrap());
+    (engine, open)
+}
+
+/// Asks for `prompt` before the vault opens, and has it computed after that.
+fn ask_across_opening(engine: &TestEngine, open: &Sender<()>, prompt: &[u32]) -> Output {
+    let mut busy = engine.submit(&[1, 2, 3], greedy(400));
+    let mut first = Output::default();
+    let mut listen = |count: usize| (0..count).for_each(|_| first.absorb(busy.blocking_next().unwrap()));
+    listen(2);
+    let stream = engine.submit(prompt, greedy(4));
+    // The engine has taken the request when it has taken further steps.
+    listen(3);
+    open.send(()).unwrap();
+    first.finish(busy);
+    wait_until_open(engine);
+    collect(stream)
+}
+
+/// Two models that are called the same share a vault: what came too early for the identity finds nothing of the other's.
+#[test]
+fn a_request_that_came_before_the_model_was_known_finds_nothing_of_another() {
+    let mut tiers = Tiers::new(Family::Llama);
+    tiers.setup.limits.max_num_seqs = 1;
+    let prompt = Random::new(5).tokens(100, VOCAB);
+    let (engine, open) = start(&tiers, 1, b"one");
+    ask_across_opening(&engine, &open, &prompt);
+    drop(engine);
+    let (engine, open) = start(&tiers, 2, b"two");
+    let found = ask_across_opening(&engine, &open, &prompt);
+    assert_eq!((found.cached_tokens, found.reuse.disk_tokens), (0, 0), "{:?}", found.reuse);
+    drop(engine);
+    let (engine, open) = start(&Tiers::new(Family::Llama), 2, b"two");
+    assert_eq!(ask_across_opening(&engine, &open, &prompt).tokens, found.tokens);
+}
+
+/// A deposit that came too early is refused: nobody would find it after a restart.
+#[test]
+fn a_deposit_that_came_before_the_model_was_known_is_not_acknowledged() {
+    let mut tiers = Tiers::new(Family::Llama);
+    tiers.setup.limits.max_num_seqs = 1;
+    let (engine, open) = start(&tiers, 1, b"one");
+    let mut busy = engine.submit(&[1, 2, 3], greedy(400));
+    let mut first = Output::default();
+    let mut listen = |count: usize| (0..count).for_each(|_| first.absorb(busy.blocking_next().unwrap()));
+    listen(2);
+    let prompt = Random::new(5).tokens(100, VOCAB);
+    let early = engine.handle.submit(request(&prompt, Task::Deposit { is_durable: true })).unwrap();
+    listen(3);
+    open.send(()).unwrap();
+    first.finish(busy);
+    let early = collect(early);
+    assert!(early.deposited.is_none(), "{early:?}");
+    wait_until_open(&engine);
+    let again = collect(engine.handle.submit(request(&prompt, Task::Deposit { is_durable: true })).unwrap());
+    assert_eq!(again.deposited.unwrap().computed_tokens, 100);
+}

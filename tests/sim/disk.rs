@@ -1,0 +1,145 @@
+//! The disk of a simulated life: what is done to it, and what has to be on it whatever was.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mneme::engine::Deposited;
+use mneme::paging::faulty::{Fault, FaultyFiles};
+use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, StoreConfig, VaultOpener};
+
+use crate::oracle::{Asked, NUM_LAYERS, Oracle};
+use crate::support::random::Random;
+
+/// Of a block of 32 tokens of the tiny model.
+pub const MAX_BLOCK_BYTES: usize = 8192;
+
+/// More blocks than two lives compute.
+const ENOUGH_BLOCKS: usize = 4096;
+
+/// Operations before a crash at most.
+const MAX_OPERATIONS: usize = 60;
+
+/// A deposit that was acknowledged as durable.
+pub struct Kept {
+    pub asked: Asked,
+    pub deposited: Deposited,
+}
+
+pub struct Disk {
+    pub files: FaultyFiles,
+    pub kept: Vec<Kept>,
+    /// Stands for weights, kernels and all else.
+    pub identity: Vec<u8>,
+    /// Whether it may have refused to write.
+    pub has_failed: bool,
+    /// Whether it may have lost what was durable: something was damaged or could not be read.
+    may_have_lost: bool,
+    max_blocks: usize,
+    block_size: usize,
+}
+
+impl Disk {
+    pub fn new(seed: u64, random: &mut Random, block_size: usize, num_device_blocks: usize) -> Self {
+        let few_blocks = random.within(8, 4 * num_device_blocks + 8);
+        let max_blocks = if random.once_in(2) { few_blocks } else { ENOUGH_BLOCKS };
+        Self {
+            files: FaultyFiles::new(seed),
+            kept: vec![],
+            identity: b"model".to_vec(),
+            has_failed: false,
+            may_have_lost: false,
+            max_blocks,
+            block_size,
+        }
+    }
+
+    /// Whether all that was acknowledged has to be there.
+    pub fn must_keep(&self) -> bool {
+        self.max_blocks == ENOUGH_BLOCKS && !self.may_have_lost
+    }
+
+    /// Whether there is no reason to refuse a deposit.
+    pub fn must_accept(&self) -> bool {
+        self.must_keep() && !self.has_failed
+    }
+
+    fn block_bytes(&self) -> usize {
+        MAX_BLOCK_BYTES * self.block_size / 32
+    }
+
+    fn store(&self) -> impl FnOnce() -> mneme::Result<BlockStore> + Send + use<> {
+        let format = BlockFormat { block_bytes: self.block_bytes(), block_size: self.block_size, layout: "sim".into() };
+        let max_bytes = (self.max_blocks * (self.block_bytes() + 4096)) as u64 + (64 << 10);
+        let config = StoreConfig { format, max_bytes, segment_bytes: max_bytes / 4 };
+        let files = Arc::new(self.files.clone());
+        move || Ok(BlockStore::open(files, Path::new("/vault/segments"), config)?.0)
+    }
+
+    /// Opens the vault after a while, so that requests come before it is there.
+    pub fn opener(&self, delay: Duration) -> VaultOpener {
+        let (identity, open) = (self.identity.clone(), self.store());
+        Box::new(move || {
+            std::thread::sleep(delay);
+            Ok(OpenedVault { identity, store: Some(Arc::new(open()?)) })
+        })
+    }
+
+    /// It breaks, or works again with some of it wrong, or the machine is about to go down.
+    pub fn harm(&mut self, random: &mut Random) {
+        const FAULTS: [Fault; 6] =
+            [Fault::NoSpace, Fault::ReadOnly, Fault::WriteError, Fault::SyncError, Fault::ReadError, Fault::ShortRead];
+        match random.below(6) {
+            0..=1 => {
+                let fault = FAULTS[random.below(FAULTS.len())];
+                self.files.inject(Some(fault));
+                self.has_failed = true;
+                self.may_have_lost |= matches!(fault, Fault::ReadError | Fault::ShortRead);
+            }
+            2 => self.files.inject(None),
+            3 => {
+                self.files.inject(None);
+                self.may_have_lost |= self.files.damage(random.next(), 200);
+            }
+            _ => {
+                self.files.stop_at(random.within(1, MAX_OPERATIONS) as u64);
+                self.has_failed = true;
+            }
+        }
+    }
+
+    /// What becomes of it between two lives. How many blocks were found that had to be there.
+    ///
+    /// # Panics
+    /// When something that was acknowledged is not there.
+    pub fn restart(&mut self) -> usize {
+        self.files.restart();
+        self.has_failed = false;
+        if !self.must_keep() {
+            self.kept.clear();
+        }
+        let store = self.store()().unwrap();
+        self.kept.iter().map(|kept| self.check_kept(&store, kept)).sum()
+    }
+
+    fn check_kept(&self, store: &BlockStore, kept: &Kept) -> usize {
+        let Kept { asked, deposited } = kept;
+        let prompt = asked.prompt();
+        let wanted = Oracle::stored(prompt);
+        let mut bytes = vec![0; self.block_bytes()];
+        for (number, hash) in deposited.blocks.iter().chain(&deposited.tail).enumerate() {
+            let range = number * self.block_size..prompt.len().min((number + 1) * self.block_size);
+            let found = store.read(hash, &prompt[range.clone()], &mut bytes);
+            assert_eq!(found, Found::Whole, "block {number} of a durable deposit of {} tokens", prompt.len());
+            for (token, wanted) in wanted[range].iter().enumerate() {
+                let found = std::array::from_fn(|layer| payload(&bytes, layer * self.block_size + token));
+                assert_eq!(&found as &[u64; NUM_LAYERS], wanted, "token {token} of block {number} on disk");
+            }
+        }
+        prompt.len().div_ceil(self.block_size)
+    }
+}
+
+fn payload(bytes: &[u8], number: usize) -> u64 {
+    u64::from_le_bytes(bytes[8 * number..8 * number + 8].try_into().unwrap())
+}

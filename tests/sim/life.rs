@@ -1,0 +1,427 @@
+//! One simulated life of an engine, or two with a crash or a clean end between them. A seed decides everything.
+
+use std::path::Path;
+use std::time::Duration;
+
+use mneme::backend::sim::SimBackend;
+use mneme::engine::{
+    FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SharedPrefix, SubmitError, Task,
+    TierConfig,
+};
+
+use crate::disk::{Disk, Kept, MAX_BLOCK_BYTES};
+use crate::oracle::{Asked, Oracle, Sharing};
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, metric, request};
+use crate::support::random::Random;
+use crate::support::tiny_model::VOCAB;
+
+const DOMAINS: [&str; 4] = ["", "", "a", "b"];
+
+/// What one run did, to know that the seeds reach the interesting places.
+#[derive(Default, Debug, Clone, Copy)]
+pub struct Reached {
+    pub num_finished: usize,
+    pub num_cancelled: usize,
+    pub num_preemptions: usize,
+    pub num_cached_tokens: usize,
+    pub num_refused: usize,
+    pub num_host_tokens: usize,
+    pub num_disk_tokens: usize,
+    pub num_restarts: usize,
+    /// Restarts after a crash in the middle of a life.
+    pub num_crashes: usize,
+    pub num_restored_tokens: usize,
+    pub num_late: usize,
+    pub num_lost: usize,
+    pub num_deposits: usize,
+    pub num_refused_deposits: usize,
+    /// Blocks of durable deposits that were there after a restart.
+    pub num_kept_blocks: usize,
+    /// Tokens of durable deposits that a request was given after a restart.
+    pub num_kept_tokens: usize,
+    /// Tokens found beyond a shared prefix and in it, by those who are of another domain.
+    pub num_shared_tokens: usize,
+}
+
+impl std::ops::AddAssign for Reached {
+    fn add_assign(&mut self, other: Self) {
+        self.num_finished += other.num_finished;
+        self.num_cancelled += other.num_cancelled;
+        self.num_preemptions += other.num_preemptions;
+        self.num_cached_tokens += other.num_cached_tokens;
+        self.num_refused += other.num_refused;
+        self.num_host_tokens += other.num_host_tokens;
+        self.num_disk_tokens += other.num_disk_tokens;
+        self.num_restarts += other.num_restarts;
+        self.num_crashes += other.num_crashes;
+        self.num_restored_tokens += other.num_restored_tokens;
+        self.num_late += other.num_late;
+        self.num_lost += other.num_lost;
+        self.num_deposits += other.num_deposits;
+        self.num_refused_deposits += other.num_refused_deposits;
+        self.num_kept_blocks += other.num_kept_blocks;
+        self.num_kept_tokens += other.num_kept_tokens;
+        self.num_shared_tokens += other.num_shared_tokens;
+    }
+}
+
+/// What a request is to come to.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Tokens(usize),
+    Deposit { is_durable: bool, must_succeed: bool },
+    Embedding,
+}
+
+struct Running {
+    asked: Asked,
+    wanted: Wanted,
+    output: Output,
+    stream: OutputStream,
+}
+
+/// Whoever lives here, and all that was seen so far.
+pub struct Simulation {
+    random: Random,
+    limits: SchedulerLimits,
+    host_bytes: usize,
+    num_io_threads: usize,
+    max_fetch_wait: Option<Duration>,
+    slow_seed: Option<u64>,
+    /// Where the disk tier lies, in lives that have one.
+    disk: Option<Disk>,
+    /// Whether the vault is known to be open in this life.
+    is_open: bool,
+    /// Beginnings that many prompts have.
+    shared: Vec<Vec<u32>>,
+    /// Prompts and outputs that are over.
+    past: Vec<Vec<u32>>,
+    /// What was deposited, for others to continue.
+    deposited: Vec<Asked>,
+    sharing: Sharing,
+    running: Vec<Running>,
+    reached: Reached,
+}
+
+impl Simulation {
+    pub fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let block_size = [16, 16, 32][random.below(3)];
+        let max_model_len = random.within(40, 200);
+        let least_blocks = max_model_len.div_ceil(block_size);
+        let limits = SchedulerLimits {
+            max_num_seqs: random.within(1, 10),
+            max_num_batched_tokens: random.within(10, 100),
+            max_num_waiting: random.within(1, 30),
+            max_model_len,
+            block_size,
+            num_blocks: least_blocks + random.below(2 * least_blocks),
+            prefix_caching: !random.once_in(5),
+            ..limits()
+        };
+        let num_host_blocks = if random.once_in(2) { 0 } else { random.within(1, 3 * limits.num_blocks) };
+        let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
+        let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, limits.num_blocks));
+        let max_fetch_wait = random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100));
+        Self {
+            host_bytes: num_host_blocks * MAX_BLOCK_BYTES,
+            num_io_threads: random.within(1, 3),
+            max_fetch_wait,
+            slow_seed: (!random.once_in(3)).then_some(seed),
+            random,
+            limits,
+            disk,
+            is_open: false,
+            shared,
+            past: vec![],
+            deposited: vec![],
+            sharing: Sharing::new(block_size),
+            running: vec![],
+            reached: Reached::default(),
+        }
+    }
+
+    /// One life of an engine or, where there is a disk, two: the second one finds what survived of the first.
+    pub fn run(mut self, model: &Path) -> Reached {
+        self.live(model);
+        if self.disk.is_some() {
+            self.restart();
+            let num_before = self.reached.num_disk_tokens;
+            self.live(model);
+            self.reached.num_restored_tokens += self.reached.num_disk_tokens - num_before;
+            self.restart();
+        }
+        self.reached
+    }
+
+    /// The machine goes down and comes up, now and then with another model, which must find nothing of the one before.
+    fn restart(&mut self) {
+        let Some(disk) = &mut self.disk else { return };
+        self.reached.num_restarts += 1;
+        self.reached.num_crashes += usize::from(disk.files.is_stopped());
+        self.reached.num_kept_blocks += disk.restart();
+        if self.random.once_in(3) {
+            disk.identity = b"another model".to_vec();
+            disk.kept.clear();
+            self.sharing = Sharing::new(self.limits.block_size);
+        }
+    }
+
+    fn start(&mut self, model: &Path) -> TestEngine {
+        let setup = Setup { limits: self.limits, ..Setup::default() };
+        let delay = Duration::from_micros(self.random.below(2) as u64 * self.random.below(1000) as u64);
+        let tiers = TierConfig {
+            host_bytes: self.host_bytes,
+            num_io_threads: self.num_io_threads,
+            open_vault: self.disk.as_ref().map(|disk| disk.opener(delay)),
+            max_fetch_wait: self.max_fetch_wait,
+        };
+        let backend = self.slow_seed.map_or_else(SimBackend::default, SimBackend::slow);
+        TestEngine::start_with_tiers(backend, model, setup, tiers)
+    }
+
+    fn live(&mut self, model: &Path) {
+        let engine = self.start(model);
+        self.is_open = false;
+        let has_kept = self.disk.as_ref().is_some_and(|disk| !disk.kept.is_empty());
+        if self.disk.is_some() && (has_kept || self.random.once_in(3)) {
+            self.wait_until_open(&engine);
+            self.ask_for_kept(&engine);
+        }
+        for _ in 0..self.random.within(20, 60) {
+            match self.random.below(20) {
+                0..=7 => self.submit(&engine),
+                8..=9 => self.submit_deposit(&engine),
+                10..=12 => self.cancel(),
+                13..=14 => self.listen(),
+                15 if self.random.once_in(2) => self.harm_disk(),
+                _ => self.finish_one(),
+            }
+        }
+        while !self.running.is_empty() {
+            if self.random.once_in(6) { self.cancel() } else { self.finish_one() }
+        }
+        let handle = engine.stop();
+        assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "blocks are left");
+        self.reached.num_preemptions += metric(&handle, "num_preemptions_total") as usize;
+    }
+
+    /// The vault opens beside the first requests: a deposit that has to be durable is refused until then.
+    fn wait_until_open(&mut self, engine: &TestEngine) {
+        let asked = Asked { tokens: vec![1], num_prompt: 1, domain: "open".into(), shared: None };
+        loop {
+            let stream = engine.handle.submit(request_for(&asked, Task::Deposit { is_durable: true })).unwrap();
+            match collect(stream).reason {
+                Some(FinishReason::Error(why)) if why.contains("not open") => {}
+                _ => break,
+            }
+        }
+        self.is_open = true;
+    }
+
+    /// Asks for something that has to be on disk, before anything happens to it.
+    fn ask_for_kept(&mut self, engine: &TestEngine) {
+        let Some(disk) = &self.disk else { return };
+        if !disk.must_keep() || disk.kept.is_empty() || !self.limits.prefix_caching {
+            return;
+        }
+        let asked = disk.kept[self.random.below(disk.kept.len())].asked.clone();
+        if asked.num_prompt >= self.limits.max_model_len {
+            return;
+        }
+        let output = collect(engine.handle.submit(request_for(&asked, Task::Generate(Box::new(greedy(1))))).unwrap());
+        assert_eq!(output.tokens, Oracle::continuation(asked.prompt(), 1));
+        let num_wanted = (asked.num_prompt - 1) / self.limits.block_size * self.limits.block_size;
+        match output.reuse.decision {
+            FetchDecision::Fetched => {
+                assert_eq!((output.cached_tokens, output.reuse.disk_tokens), (num_wanted, num_wanted));
+                self.reached.num_kept_tokens += num_wanted;
+            }
+            // What takes longer than computing is not waited for.
+            FetchDecision::Late | FetchDecision::RecomputeIsCheaper => {}
+            FetchDecision::NothingBelow | FetchDecision::Lost => {
+                assert_eq!(num_wanted, 0, "a durable deposit is not found: {:?}", output.reuse);
+            }
+        }
+    }
+
+    fn harm_disk(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            disk.harm(&mut self.random);
+        }
+    }
+
+    /// A beginning of a prompt: nothing, what others begin with too, or what is over already, now and then with one token
+    /// changed.
+    fn beginning(&mut self, most: usize) -> Vec<u32> {
+        let random = &mut self.random;
+        let mut beginning = match random.below(6) {
+            0..=1 => vec![],
+            at @ 2..=3 => self.shared[at - 2].clone(),
+            _ if self.past.is_empty() => self.shared[2].clone(),
+            _ => self.past[random.below(self.past.len())].clone(),
+        };
+        if !beginning.is_empty() && random.once_in(2) {
+            beginning.truncate(random.within(1, beginning.len()));
+        }
+        beginning.truncate(most);
+        if !beginning.is_empty() && random.once_in(4) {
+            let at = random.below(beginning.len());
+            beginning[at] = random.below(VOCAB) as u32;
+        }
+        beginning
+    }
+
+    /// What to ask for, in which domain, whether behind something deposited.
+    fn ask(&mut self) -> Asked {
+        let most = self.limits.max_model_len - 1;
+        let domain = DOMAINS[self.random.below(DOMAINS.len())].to_owned();
+        let base = if self.deposited.is_empty() || self.random.once_in(2) {
+            None
+        } else {
+            let base = &self.deposited[self.random.below(self.deposited.len())];
+            (base.num_prompt <= most).then(|| base.clone())
+        };
+        let mut tokens = match &base {
+            Some(base) => base.prompt().to_vec(),
+            None => self.beginning(most),
+        };
+        let room = most - tokens.len();
+        if base.is_some() && self.random.once_in(2) {
+            // What several ask behind the same deposit.
+            tokens.extend(&self.shared[0][..self.shared[0].len().min(room)]);
+        } else if room > 0 {
+            let least = usize::from(tokens.is_empty());
+            let num_own = self.random.within(least, room);
+            tokens.extend(self.random.tokens(num_own, VOCAB));
+        }
+        // Who continues a deposit may know its domain, or not.
+        let shared = base
+            .filter(|base| base.shared.is_none() && !self.random.once_in(4))
+            .map(|base| SharedPrefix { num_tokens: base.num_prompt, domain: base.domain });
+        Asked { num_prompt: tokens.len(), tokens, domain, shared }
+    }
+
+    fn submit(&mut self, engine: &TestEngine) {
+        let mut asked = self.ask();
+        if self.random.once_in(12) {
+            return self.send(engine, asked, Task::Embed, Wanted::Embedding);
+        }
+        let max_tokens = self.random.within(1, (self.limits.max_model_len - asked.num_prompt).min(60));
+        asked.tokens.extend(Oracle::continuation(&asked.tokens, max_tokens));
+        self.send(engine, asked, Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens));
+    }
+
+    fn submit_deposit(&mut self, engine: &TestEngine) {
+        let asked = self.ask();
+        let is_durable = !self.random.once_in(3);
+        let must_succeed = self.is_open && self.disk.as_ref().is_some_and(Disk::must_accept);
+        self.deposited.push(asked.clone());
+        let wanted = Wanted::Deposit { is_durable, must_succeed };
+        self.send(engine, asked, Task::Deposit { is_durable }, wanted);
+    }
+
+    fn send(&mut self, engine: &TestEngine, asked: Asked, task: Task, wanted: Wanted) {
+        self.sharing.note(&asked);
+        let priority = self.random.below(3) as i32;
+        match engine.handle.submit(GenerateRequest { priority, ..request_for(&asked, task) }) {
+            Ok(stream) => self.running.push(Running { asked, wanted, output: Output::default(), stream }),
+            Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn pick(&mut self) -> Option<usize> {
+        (!self.running.is_empty()).then(|| self.random.below(self.running.len()))
+    }
+
+    fn cancel(&mut self) {
+        if let Some(at) = self.pick() {
+            let Running { asked, output, .. } = self.running.swap_remove(at);
+            check(&asked, &output, &self.sharing);
+            self.reached.num_cancelled += 1;
+        }
+    }
+
+    /// Waits for a few events of one request.
+    fn listen(&mut self) {
+        let Some(at) = self.pick() else { return };
+        for _ in 0..self.random.within(1, 12) {
+            let running = &mut self.running[at];
+            match running.stream.blocking_next() {
+                Some(event) => running.output.absorb(event),
+                None => break,
+            }
+        }
+        let Running { asked, output, .. } = &self.running[at];
+        check(asked, output, &self.sharing);
+    }
+
+    fn finish_one(&mut self) {
+        let Some(at) = self.pick() else { return };
+        let Running { asked, wanted, output, stream } = self.running.swap_remove(at);
+        let output = output.finish(stream);
+        check(&asked, &output, &self.sharing);
+        match wanted {
+            Wanted::Tokens(num_tokens) => self.take_tokens(asked, &output, num_tokens),
+            Wanted::Deposit { is_durable, must_succeed } => self.take_deposit(asked, output, is_durable, must_succeed),
+            Wanted::Embedding => assert_eq!(output.reason, Some(FinishReason::Stop { token: None })),
+        }
+    }
+
+    fn take_tokens(&mut self, asked: Asked, output: &Output, num_tokens: usize) {
+        assert_eq!(output.reason, Some(FinishReason::Length));
+        assert_eq!(output.tokens.len(), num_tokens);
+        let reached = &mut self.reached;
+        reached.num_finished += 1;
+        reached.num_cached_tokens += output.cached_tokens;
+        reached.num_host_tokens += output.reuse.host_tokens;
+        reached.num_disk_tokens += output.reuse.disk_tokens;
+        reached.num_late += usize::from(output.reuse.decision == FetchDecision::Late);
+        reached.num_lost += usize::from(output.reuse.decision == FetchDecision::Lost);
+        if asked.shared.as_ref().is_some_and(|shared| shared.domain != asked.domain) {
+            reached.num_shared_tokens += output.cached_tokens;
+        }
+        self.past.push(asked.tokens);
+    }
+
+    fn take_deposit(&mut self, asked: Asked, output: Output, is_durable: bool, must_succeed: bool) {
+        let Some(deposited) = output.deposited else {
+            let must_succeed = must_succeed && self.disk.as_ref().is_some_and(Disk::must_accept);
+            assert!(!must_succeed, "a deposit was refused without a reason: {:?}", output.reason);
+            assert!(matches!(output.reason, Some(FinishReason::Error(_))), "{:?}", output.reason);
+            self.reached.num_refused_deposits += 1;
+            return;
+        };
+        assert_eq!(output.reason, Some(FinishReason::Stop { token: None }));
+        let block_size = self.limits.block_size;
+        assert_eq!(deposited.blocks.len(), asked.num_prompt / block_size);
+        assert_eq!(deposited.tail.is_some(), asked.num_prompt % block_size > 0);
+        assert_eq!(deposited.restored_tokens + deposited.computed_tokens, asked.num_prompt);
+        assert!(deposited.restored_tokens <= self.sharing.most_cached(&asked));
+        self.reached.num_deposits += 1;
+        if is_durable {
+            // Now that one was accepted the vault is open.
+            self.is_open = true;
+            let disk = self.disk.as_mut().expect("nothing is durable without a disk");
+            disk.kept.push(Kept { asked, deposited });
+        }
+    }
+}
+
+fn request_for(asked: &Asked, task: Task) -> GenerateRequest {
+    GenerateRequest {
+        domain: asked.domain.clone(),
+        shared_prefix: asked.shared.clone(),
+        ..request(asked.prompt(), task)
+    }
+}
+
+/// What there is so far is what was predicted, and nothing was found that belongs to others.
+fn check(asked: &Asked, output: &Output, sharing: &Sharing) {
+    let Asked { tokens, num_prompt, .. } = asked;
+    let wanted = &tokens[*num_prompt..];
+    assert_eq!(output.tokens, wanted[..output.tokens.len()], "behind {num_prompt} prompt tokens: {:?}", output.reuse);
+    let most = sharing.most_cached(asked);
+    assert!(output.cached_tokens <= most, "{} tokens found, {most} may be: {:?}", output.cached_tokens, output.reuse);
+}

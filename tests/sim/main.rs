@@ -1,0 +1,182 @@
+//! Whole-engine simulation: random requests against a double of the device that notices any block mapped, shared or
+//! freed wrongly (`backend::sim`), over tiers that are slow, break and come up again after crashes. What must come out is
+//! predicted by a pure function of token ids and cache domains (`oracle.rs`).
+//!
+//! `MNEME_SIM_SEEDS=n` runs `n` seeds (500 otherwise), `MNEME_SIM_FIRST=n` begins with seed `n`; a failure names its seed.
+//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found.
+
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod disk;
+mod life;
+mod oracle;
+#[cfg(feature = "planted-bugs")]
+mod planted;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::any::Any;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use disk::Disk;
+use life::{Reached, Simulation};
+use mneme::backend::sim::SimBackend;
+use mneme::engine::{SchedulerLimits, Task, TierConfig};
+use oracle::Oracle;
+use support::engine::{Setup, TestEngine, collect, limits, request};
+use support::random::Random;
+use support::tiny_model::{Family, TinyModel, VOCAB};
+
+const NUM_SEEDS: u64 = 500;
+
+const NUM_WORKERS: usize = 2;
+
+/// A seed takes some milliseconds; one that takes so long never ends.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
+/// A planted bug is everywhere in the process: one test at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn take_turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Runs one seed; why it failed.
+fn run_seed(seed: u64, model: &Path) -> Result<Reached, String> {
+    let (sender, receiver) = channel();
+    let path = model.to_path_buf();
+    let run = move || sender.send(Simulation::new(seed).run(&path)).is_ok();
+    let thread = thread::Builder::new().name(format!("seed {seed}")).spawn(run).unwrap();
+    match receiver.recv_timeout(MAX_WAIT) {
+        Ok(reached) => Ok(reached),
+        Err(RecvTimeoutError::Timeout) => Err("it never ends".into()),
+        Err(RecvTimeoutError::Disconnected) => Err(message(thread.join().unwrap_err().as_ref())),
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+/// Runs seeds side by side up to the first that fails. What all reached, or that seed and why.
+fn run_seeds(seeds: std::ops::Range<u64>, model: &Path) -> Result<Reached, (u64, String)> {
+    let next = AtomicU64::new(seeds.start);
+    let total = Mutex::new(Ok(Reached::default()));
+    let work = || {
+        while total.lock().unwrap().is_ok() {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                break;
+            }
+            let result = run_seed(seed, model);
+            let mut total = total.lock().unwrap();
+            match (&mut *total, result) {
+                (Ok(total), Ok(reached)) => *total += reached,
+                (Ok(_), Err(why)) => *total = Err((seed, why)),
+                (Err(_), _) => {}
+            }
+        }
+    };
+    thread::scope(|scope| (0..NUM_WORKERS).for_each(|_| drop(scope.spawn(work))));
+    total.into_inner().unwrap()
+}
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |value| value.parse().unwrap())
+}
+
+#[test]
+fn random_lives_end_as_predicted() {
+    let _turn = take_turn();
+    let (first, num_seeds) = (number("MNEME_SIM_FIRST", 0), number("MNEME_SIM_SEEDS", NUM_SEEDS));
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let total = match run_seeds(first..first + num_seeds, model.path()) {
+        Ok(total) => total,
+        Err((seed, why)) => panic!("seed {seed}: {why}"),
+    };
+    eprintln!("{total:?}");
+    if num_seeds >= NUM_SEEDS {
+        let places = [
+            (total.num_finished, 1000),
+            (total.num_cancelled, 1000),
+            (total.num_preemptions, 100),
+            (total.num_cached_tokens, 10_000),
+            (total.num_host_tokens, 1000),
+            (total.num_disk_tokens, 500),
+            (total.num_restored_tokens, 100),
+            (total.num_restarts - total.num_crashes, 50),
+            (total.num_crashes, 50),
+            (total.num_late, 20),
+            (total.num_lost, 5),
+            (total.num_deposits, 500),
+            (total.num_refused_deposits, 20),
+            (total.num_kept_blocks, 500),
+            (total.num_kept_tokens, 500),
+            (total.num_shared_tokens, 1000),
+        ];
+        assert!(places.iter().all(|(reached, least)| reached >= least), "{total:?}");
+    }
+}
+
+/// Whose blocks do not come in time computes them, also where the late ones take the room that it needs for that.
+#[test]
+fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
+    let _turn = take_turn();
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let mut random = Random::new(1);
+    let prompt = random.tokens(71, VOCAB);
+    let limits = SchedulerLimits { num_blocks: 5, max_model_len: 80, ..limits() };
+    let disk = Disk::new(1, &mut random, limits.block_size, limits.num_blocks);
+    let start = |max_fetch_wait| {
+        let open_vault = Some(disk.opener(Duration::ZERO));
+        let tiers = TierConfig { num_io_threads: 1, open_vault, max_fetch_wait, ..TierConfig::default() };
+        let setup = Setup { limits, ..Setup::default() };
+        TestEngine::start_with_tiers(SimBackend::slow(1), model.path(), setup, tiers)
+    };
+    let deposit = |engine: &TestEngine, prompt: &[u32]| {
+        let ask = || engine.handle.submit(request(prompt, Task::Deposit { is_durable: true })).unwrap();
+        while collect(ask()).deposited.is_none() {}
+    };
+    deposit(&start(None), &prompt);
+    let engine = start(Some(Duration::ZERO));
+    deposit(&engine, &[1]);
+    assert_eq!(engine.greedy(&prompt, 8), Oracle::continuation(&prompt, 8));
+}
+
+/// The prediction is sharp: one other token anywhere in a prompt, or one in another place, changes what follows.
+#[test]
+fn the_oracle_notices_a_single_wrong_token() {
+    let prompt = Random::new(1).tokens(50, VOCAB);
+    let wanted = Oracle::continuation(&prompt, 8);
+    for at in 0..prompt.len() {
+        let mut changed = prompt.clone();
+        changed[at] = (changed[at] + 1) % VOCAB as u32;
+        assert_ne!(Oracle::continuation(&changed, 8), wanted, "token {at} does not matter");
+        let mut moved = prompt.clone();
+        moved.swap(at, (at + 1) % prompt.len());
+        assert!(
+            moved == prompt || Oracle::continuation(&moved, 8) != wanted,
+            "the place of token {at} does not matter"
+        );
+    }
+}
+
+/// The engine on the double does not answer for another prompt either.
+#[test]
+fn the_engine_differs_from_a_wrong_prediction() {
+    let _turn = take_turn();
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let engine = TestEngine::start(SimBackend::default(), model.path(), Setup::default());
+    let prompt = Random::new(1).tokens(50, VOCAB);
+    let found = engine.greedy(&prompt, 8);
+    assert_eq!(found, Oracle::continuation(&prompt, 8));
+    let mut wrong = prompt;
+    wrong[17] += 1;
+    assert_ne!(found, Oracle::continuation(&wrong, 8));
+}
