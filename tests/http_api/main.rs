@@ -117,6 +117,7 @@ fn served_model(engine: EngineHandle) -> ServedModel {
         created: 1_700_000_000,
         root: "models/tiny".into(),
         cubes: None,
+        adapters: None,
     }
 }
 
