@@ -10,12 +10,17 @@ mod support;
 use std::path::Path;
 use std::sync::Arc;
 
+use half::bf16;
 use mneme::backend::sim::{SimBackend, mix, rotated};
-use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task, TierConfig};
+use mneme::engine::{
+    AppliedAdapter, FinishReason, GenerateRequest, LoadedAdapter, OutputStream, SchedulerLimits, SubmitError, Task,
+    TierConfig,
+};
 use mneme::paging::faulty::{Fault, FaultyFiles};
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, VaultOpener};
 use support::engine::{Output, Setup, TestEngine, greedy, limits, metric, request};
 use support::random::Random;
+use support::tiny_adapter::{ALL, TinyAdapter};
 use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_LAYERS: usize = 2;
@@ -29,23 +34,59 @@ const MAX_BLOCK_BYTES: usize = 8192;
 struct Oracle {
     folds: [u64; NUM_LAYERS],
     num_tokens: i64,
+    /// In order of application.
+    adapters: Vec<(Tags, f32)>,
+}
+
+/// What an adapter is to the double: a tag per layer and product.
+type Tags = [[Option<u64>; 4]; NUM_LAYERS];
+
+/// The products of a layer: their modules, each with the column where it begins.
+fn products(model: &TinyModel) -> [Vec<(&'static str, usize)>; 4] {
+    let rows = |module: &str| model.tensor(&format!("model.layers.0.{module}.weight")).rows;
+    let (q, k, gate) = (rows(ALL[0]), rows(ALL[1]), rows(ALL[4]));
+    let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = ALL;
+    let qkv = vec![(q_proj, 0), (k_proj, q), (v_proj, q + k)];
+    [qkv, vec![(o_proj, 0)], vec![(gate_proj, 0), (up_proj, gate)], vec![(down_proj, 0)]]
+}
+
+/// The tags of an adapter, from its numbers alone.
+fn tags(model: &TinyModel, adapter: &TinyAdapter) -> Tags {
+    let products = products(model);
+    let scaling = (adapter.alpha / adapter.rank as f64) as f32;
+    let tag = |layer: usize, product: &[(&str, usize)]| {
+        let mut tag = None;
+        for (module, first_column) in product {
+            let Some((a, b)) = adapter.updates.get(&format!("model.layers.{layer}.{module}")) else { continue };
+            let numbers = a.values.iter().chain(&b.values);
+            let bytes = numbers.flat_map(|value| bf16::from_f32(*value).to_le_bytes()).map(u64::from);
+            let facts = [u64::from(scaling.to_bits()), *first_column as u64];
+            tag = Some(facts.into_iter().chain(bytes).fold(tag.unwrap_or(0), mix));
+        }
+        tag
+    };
+    std::array::from_fn(|layer| std::array::from_fn(|product| tag(layer, &products[product])))
 }
 
 impl Oracle {
     /// Takes a token in and tells the one that follows.
     fn feed(&mut self, token: u32) -> u32 {
         let mut payload = mix(0, u64::from(token));
-        for fold in &mut self.folds {
-            *fold = mix(*fold, rotated(payload, self.num_tokens));
-            payload = *fold;
+        for (layer, fold) in self.folds.iter_mut().enumerate() {
+            let adapt = |payload: u64, product: usize| {
+                let updates = self.adapters.iter().filter_map(|(tags, scale)| Some((tags[layer][product]?, scale)));
+                updates.fold(payload, |payload, (tag, scale)| mix(payload, mix(tag, u64::from(scale.to_bits()))))
+            };
+            *fold = mix(*fold, rotated(adapt(payload, 0), self.num_tokens));
+            payload = (1..4).fold(*fold, adapt);
         }
         self.num_tokens += 1;
         (payload % VOCAB as u64) as u32
     }
 
     /// The greedy continuation of `prompt`.
-    fn continuation(prompt: &[u32], num_tokens: usize) -> Vec<u32> {
-        let mut oracle = Self::default();
+    fn continuation(adapters: &[(Tags, f32)], prompt: &[u32], num_tokens: usize) -> Vec<u32> {
+        let mut oracle = Self { adapters: adapters.to_vec(), ..Self::default() };
         let mut next = prompt.iter().fold(0, |_, token| oracle.feed(*token));
         let mut output = vec![next];
         while output.len() < num_tokens {
@@ -68,10 +109,12 @@ struct Reached {
     num_disk_tokens: usize,
     num_restarts: usize,
     num_restored_tokens: usize,
+    num_adapted: usize,
 }
 
 struct Running {
     prompt: Vec<u32>,
+    adapters: Vec<(Tags, f32)>,
     max_tokens: usize,
     output: Output,
     stream: OutputStream,
@@ -79,7 +122,7 @@ struct Running {
 
 impl Running {
     fn check(&self, seed: u64) {
-        let wanted = Oracle::continuation(&self.prompt, self.max_tokens);
+        let wanted = Oracle::continuation(&self.adapters, &self.prompt, self.max_tokens);
         let found = &self.output.tokens;
         assert_eq!(found[..], wanted[..found.len()], "seed {seed}: {} prompt tokens", self.prompt.len());
     }
@@ -88,9 +131,10 @@ impl Running {
         self.output = self.output.finish(self.stream);
         assert_eq!(self.output.reason, Some(FinishReason::Length), "seed {seed}");
         assert_eq!(self.output.tokens.len(), self.max_tokens, "seed {seed}");
-        let wanted = Oracle::continuation(&self.prompt, self.max_tokens);
+        let wanted = Oracle::continuation(&self.adapters, &self.prompt, self.max_tokens);
         assert_eq!(self.output.tokens, wanted, "seed {seed}: {} prompt tokens", self.prompt.len());
         reached.num_finished += 1;
+        reached.num_adapted += usize::from(!self.adapters.is_empty());
         reached.num_cached_tokens += self.output.cached_tokens;
         reached.num_host_tokens += self.output.reuse.host_tokens;
         reached.num_disk_tokens += self.output.reuse.disk_tokens;
@@ -107,6 +151,10 @@ struct Simulation {
     files: Option<FaultyFiles>,
     max_store_blocks: usize,
     shared: Vec<Vec<u32>>,
+    /// What can be loaded, and what is: a name's content changes now and then.
+    adapters: Vec<TinyAdapter>,
+    tags: Vec<Tags>,
+    loaded: Vec<(usize, LoadedAdapter)>,
     running: Vec<Running>,
     embeddings: Vec<OutputStream>,
     reached: Reached,
@@ -132,6 +180,11 @@ impl Simulation {
         let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
         let files = (!random.once_in(3)).then(|| FaultyFiles::new(seed));
         let max_store_blocks = random.within(8, 4 * limits.num_blocks + 8);
+        let model = TinyModel::new(Family::Llama, 1);
+        let subsets: [&[&str]; 3] = [&ALL, &ALL[2..4], &ALL[5..]];
+        let adapters: Vec<_> =
+            (1..).zip(subsets).map(|(rank, some)| TinyAdapter::of(&model, some, rank, seed)).collect();
+        let tags = adapters.iter().map(|adapter| tags(&model, adapter)).collect();
         Self {
             seed,
             random,
@@ -140,6 +193,9 @@ impl Simulation {
             files,
             max_store_blocks,
             shared,
+            adapters,
+            tags,
+            loaded: vec![],
             running: vec![],
             embeddings: vec![],
             reached: Reached::default(),
@@ -197,12 +253,18 @@ impl Simulation {
 
     fn live(&mut self, model: &Path) {
         let engine = self.start(model);
+        self.loaded.clear();
+        (0..2).for_each(|name| self.load(&engine, name));
         for _ in 0..self.random.within(20, 60) {
-            match self.random.below(16) {
+            match self.random.below(17) {
                 0..=8 => self.submit(&engine),
                 9..=10 => self.cancel(),
                 11..=12 => self.listen(),
                 13 => self.break_disk(),
+                14 => {
+                    let name = self.random.below(2);
+                    self.load(&engine, name);
+                }
                 _ => self.finish_one(),
             }
         }
@@ -213,6 +275,32 @@ impl Simulation {
         let handle = engine.stop();
         assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "seed {}: blocks are left", self.seed);
         self.reached.num_preemptions += metric(&handle, "num_preemptions_total") as u64;
+    }
+
+    /// Gives one of two names another content, whatever runs.
+    fn load(&mut self, engine: &TestEngine, name: usize) {
+        let at = self.random.below(self.adapters.len());
+        let loaded = engine.handle.load_adapter(self.adapters[at].write().path()).unwrap();
+        match self.loaded.get_mut(name) {
+            Some(known) => *known = (at, loaded),
+            None => self.loaded.push((at, loaded)),
+        }
+    }
+
+    /// No adapter, one, or a sum of both names; and the same for the oracle.
+    fn composition(&mut self) -> (Vec<AppliedAdapter>, Vec<(Tags, f32)>) {
+        let mut chosen = Vec::new();
+        for (at, adapter) in &self.loaded {
+            let is_known = chosen.iter().any(|(known, _)| known == at);
+            if !is_known && self.random.once_in(3) {
+                let scale = [1.0, -0.5, 0.25][self.random.below(3)];
+                chosen.push((*at, AppliedAdapter { adapter: adapter.clone(), scale }));
+            }
+        }
+        let mut ordered = chosen.clone();
+        ordered.sort_by_key(|(_, applied)| applied.adapter.digest());
+        let tags = ordered.iter().map(|(at, applied)| (self.tags[*at], applied.scale)).collect();
+        (chosen.into_iter().map(|(_, applied)| applied).collect(), tags)
     }
 
     fn prompt(&mut self) -> Vec<u32> {
@@ -235,15 +323,19 @@ impl Simulation {
         let max_tokens = self.random.within(1, (self.limits.max_model_len - prompt.len()).min(60));
         let embeds = self.random.once_in(10);
         let task = if embeds { Task::Embed } else { Task::Generate(Box::new(greedy(max_tokens))) };
+        let (applied, adapters) = self.composition();
         let salts = ["", "", "a", "b"];
         let request = GenerateRequest {
             priority: self.random.below(3) as i32,
             domain: salts[self.random.below(4)].to_owned(),
+            adapters: applied,
             ..request(&prompt, task)
         };
         match engine.handle.submit(request) {
             Ok(stream) if embeds => self.embeddings.push(stream),
-            Ok(stream) => self.running.push(Running { prompt, max_tokens, output: Output::default(), stream }),
+            Ok(stream) => {
+                self.running.push(Running { prompt, adapters, max_tokens, output: Output::default(), stream })
+            }
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("seed {}: {error}", self.seed),
         }
@@ -297,11 +389,13 @@ fn random_lives_end_as_predicted() {
         total.num_disk_tokens += reached.num_disk_tokens;
         total.num_restarts += reached.num_restarts;
         total.num_restored_tokens += reached.num_restored_tokens;
+        total.num_adapted += reached.num_adapted;
     }
     eprintln!("{total:?}");
     if num_seeds >= 100 {
         let Reached { num_finished, num_cancelled, num_preemptions, num_cached_tokens, num_host_tokens, .. } = total;
         assert!(num_finished > 100 && num_cancelled > 100, "{total:?}");
+        assert!(total.num_adapted > 100, "{total:?}");
         assert!(num_preemptions > 100 && num_cached_tokens > 1000, "{total:?}");
         assert!(num_host_tokens > 1000 && total.num_disk_tokens > 500, "{total:?}");
         assert!(total.num_restored_tokens > 100, "{total:?}");
@@ -312,15 +406,15 @@ fn random_lives_end_as_predicted() {
 #[test]
 fn the_oracle_notices_a_single_wrong_token() {
     let prompt = Random::new(1).tokens(50, VOCAB);
-    let wanted = Oracle::continuation(&prompt, 8);
+    let wanted = Oracle::continuation(&[], &prompt, 8);
     for at in 0..prompt.len() {
         let mut changed = prompt.clone();
         changed[at] = (changed[at] + 1) % VOCAB as u32;
-        assert_ne!(Oracle::continuation(&changed, 8), wanted, "token {at} does not matter");
+        assert_ne!(Oracle::continuation(&[], &changed, 8), wanted, "token {at} does not matter");
         let mut moved = prompt.clone();
         moved.swap(at, (at + 1) % prompt.len());
         assert!(
-            moved == prompt || Oracle::continuation(&moved, 8) != wanted,
+            moved == prompt || Oracle::continuation(&[], &moved, 8) != wanted,
             "the place of token {at} does not matter"
         );
     }
@@ -333,8 +427,8 @@ fn the_engine_differs_from_a_wrong_prediction() {
     let engine = TestEngine::start(SimBackend::default(), model.path(), Setup::default());
     let prompt = Random::new(1).tokens(50, VOCAB);
     let found = engine.greedy(&prompt, 8);
-    assert_eq!(found, Oracle::continuation(&prompt, 8));
+    assert_eq!(found, Oracle::continuation(&[], &prompt, 8));
     let mut wrong = prompt;
     wrong[17] += 1;
-    assert_ne!(found, Oracle::continuation(&wrong, 8));
+    assert_ne!(found, Oracle::continuation(&[], &wrong, 8));
 }

@@ -193,8 +193,9 @@ impl Backend for CpuBackend {
     }
 
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
-        let Workers { pool, gemm, attention, .. } = &mut *self.workers();
+        let Workers { pool, gemm, attention, lora } = &mut *self.workers();
         gemm.reserve(bounds.max_tokens);
+        lora.reserve();
         attention.reserve(self.isa, pool.num_threads(), bounds);
         Ok(())
     }

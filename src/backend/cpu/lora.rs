@@ -29,7 +29,7 @@ const MAX_SHRUNK: usize = 256 * 1024;
 /// Work below this many multiplications is not worth waking other threads.
 const MIN_PARALLEL_PRODUCTS: usize = 64 * 1024;
 
-/// What stands between the passes; taken at the first use and kept.
+/// What stands between the passes; taken once and kept.
 #[derive(Default)]
 pub struct LoraScratch {
     shrunk: Vec<f32>,
@@ -74,7 +74,7 @@ pub struct LoraWork<'a, G> {
 
 impl LoraScratch {
     /// Takes the memory for any step.
-    fn reserve(&mut self) {
+    pub(super) fn reserve(&mut self) {
         self.shrunk.resize(MAX_SHRUNK, 0.0);
         self.pieces.reserve_exact(MAX_PIECES.saturating_sub(self.pieces.capacity()));
     }

@@ -5,6 +5,7 @@ use axum::http::request::Parts;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use super::adapters::{LoraScale, adapters_of};
 use super::memory::{CallMemory, MemoryRequest, split_model};
 use super::prompt::Truncation;
 use super::unix_time;
@@ -30,6 +31,11 @@ pub(super) struct CallRequest {
     stream_options: Option<StreamOptions>,
     /// Lower runs first.
     priority: Option<i32>,
+    /// Adapters by number and scale, as llama.cpp takes them; added to those that `model` names.
+    #[schema(inline)]
+    lora: Option<Vec<LoraScale>>,
+    /// An adapter's name, as SGLang takes it.
+    lora_path: Option<String>,
     /// Cubes that stand before the prompt.
     #[schema(inline)]
     memory: Option<MemoryRequest>,
@@ -114,7 +120,7 @@ impl CallRequest {
     /// Checks the fields; `id_prefix` and the request's id make the answer's id.
     pub(super) fn check(self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
         let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
-        let adapters = app.model.adapters_of(Some(name).filter(|name| !name.is_empty()))?;
+        let adapters = adapters_of(app, name, self.lora, self.lora_path)?;
         let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal)?;
         let salt = check_salt(self.cache_salt)?;
         let stream = self.stream.unwrap_or(false);
