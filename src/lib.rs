@@ -2,6 +2,7 @@
 //!
 //! The modules are layers; each imports only those below it (ARCHITECTURE.md, `tests/architecture.rs`).
 
+pub mod adapters;
 pub mod backend;
 pub mod engine;
 pub mod error;

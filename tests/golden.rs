@@ -4,27 +4,40 @@
 
 mod support;
 
+use std::path::Path;
+
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
-use mneme::engine::SamplingParams;
-use support::engine::{Setup, TestEngine, collect, greedy};
+use mneme::engine::{AppliedAdapter, GenerateRequest, OutputStream, SamplingParams, Task};
+use support::engine::{Setup, TestEngine, collect, greedy, request};
 use support::golden;
 
 /// How far bf16 arithmetic may move a logit; a reference margin below it decides nothing.
 const NOISE: f32 = 0.25;
 
+fn load(engine: &TestEngine, adapter: Option<&Path>) -> Vec<AppliedAdapter> {
+    let load = |folder| AppliedAdapter { adapter: engine.handle.load_adapter(folder).unwrap(), scale: 1.0 };
+    adapter.map(load).into_iter().collect()
+}
+
+fn submit(engine: &TestEngine, prompt: &[u32], sampling: SamplingParams, adapters: &[AppliedAdapter]) -> OutputStream {
+    let task = Task::Generate(Box::new(sampling));
+    engine.handle.submit(GenerateRequest { adapters: adapters.to_vec(), ..request(prompt, task) }).unwrap()
+}
+
 /// bf16 weights (the output projection as embedding too) and f32 everything else, as the reference: every log-probability must agree. Where the device rounds
 /// activations to bf16 itself, that noise is allowed for.
-fn logits_agree(short_name: &str, golden_name: &str) {
+fn logits_agree(short_name: &str, golden_name: &str, adapter: Option<&Path>) {
     let Some(path) = support::models::model_path(short_name) else { return };
     let golden = golden::load(golden_name);
     let setup = Setup { dtype: Some(DType::BF16), kv_dtype: DType::F32, tied: true, ..Setup::default() };
     let tolerance = if setup.isa >= Isa::Avx512Bf16 { NOISE } else { 5e-3 };
     let engine = TestEngine::start_on_cpu(&path, setup);
+    let adapters = load(&engine, adapter);
     let mut worst = 0.0f32;
     for record in &golden.records {
         let sampling = SamplingParams { logprobs: Some(64), prompt_logprobs: Some(0), ..greedy(1) };
-        let output = collect(engine.submit(&record.prompt_ids, sampling));
+        let output = collect(submit(&engine, &record.prompt_ids, sampling, &adapters));
         for (id, logit) in &record.top {
             let found = output.logprobs[0].top.iter().find(|top| top.id == *id);
             let ours = found.unwrap_or_else(|| panic!("{}: token {id} is not among the best 64", record.prompt));
@@ -39,15 +52,16 @@ fn logits_agree(short_name: &str, golden_name: &str) {
 }
 
 /// As it is served: with the KV cache in bf16, the same greedy tokens up to a step that the noise may decide.
-fn greedy_tokens_agree(short_name: &str, golden_name: &str) {
+fn greedy_tokens_agree(short_name: &str, golden_name: &str, adapter: Option<&Path>) {
     let Some(path) = support::models::model_path(short_name) else { return };
     let golden = golden::load(golden_name);
     let setup = Setup { dtype: Some(DType::BF16), tied: true, ..Setup::default() };
     let engine = TestEngine::start_on_cpu(&path, setup);
+    let adapters = load(&engine, adapter);
     let streams: Vec<_> = golden
         .records
         .iter()
-        .map(|record| engine.submit(&record.prompt_ids, greedy(record.greedy_ids.len())))
+        .map(|record| submit(&engine, &record.prompt_ids, greedy(record.greedy_ids.len()), &adapters))
         .collect();
     let mut num_same = 0;
     for (record, stream) in golden.records.iter().zip(streams) {
@@ -67,18 +81,29 @@ fn greedy_tokens_agree(short_name: &str, golden_name: &str) {
 
 #[test]
 fn smollm2_matches_transformers() {
-    logits_agree("smollm2-135m-instruct", "smollm2-135m");
-    greedy_tokens_agree("smollm2-135m-instruct", "smollm2-135m");
+    logits_agree("smollm2-135m-instruct", "smollm2-135m", None);
+    greedy_tokens_agree("smollm2-135m-instruct", "smollm2-135m", None);
 }
 
 #[test]
 fn gemma3_matches_transformers() {
-    logits_agree("gemma-3-270m", "gemma-3-270m");
-    greedy_tokens_agree("gemma-3-270m", "gemma-3-270m");
+    logits_agree("gemma-3-270m", "gemma-3-270m", None);
+    greedy_tokens_agree("gemma-3-270m", "gemma-3-270m", None);
 }
 
 #[test]
 fn qwen2_matches_transformers() {
-    logits_agree("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b");
-    greedy_tokens_agree("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b");
+    logits_agree("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b", None);
+    greedy_tokens_agree("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b", None);
+}
+
+/// PEFT's outputs for adapters trained on, or drawn for, SmolLM2.
+#[test]
+fn adapters_match_peft() {
+    for name in ["pirate", "rand-r8", "rand-r16"] {
+        let Some(folder) = support::models::adapter_path(name) else { continue };
+        let golden_name = format!("smollm2-135m+{name}");
+        logits_agree("smollm2-135m-instruct", &golden_name, Some(&folder));
+        greedy_tokens_agree("smollm2-135m-instruct", &golden_name, Some(&folder));
+    }
 }

@@ -11,6 +11,7 @@ mod dtype;
 mod gpu;
 mod host_tensor;
 mod layout;
+mod lora;
 mod rope;
 pub mod sim;
 mod transfer;
@@ -21,6 +22,7 @@ pub use dtype::DType;
 pub use gpu::{GpuInfo, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use layout::{KvLayout, KvOrder};
+pub use lora::{LoraAdapter, LoraBatch, LoraGroup, LoraLoader, LoraPart, LoraSite, Projection};
 pub use rope::{RopeConfig, RopeScaling};
 pub use transfer::Transfer;
 
@@ -37,6 +39,8 @@ pub trait Backend: Device {
     type Matrix: Send + Sync + 'static;
     /// Rotary angles for every position.
     type RopeTable: Send + Sync + 'static;
+    /// Brings adapters onto the device.
+    type LoraLoader: LoraLoader;
 
     /// A short name for logs and block identity, such as `cpu-avx512`.
     fn name(&self) -> String;
@@ -59,6 +63,9 @@ pub trait Backend: Device {
 
     /// Angles for positions `[0, max_positions)`.
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;
+
+    /// A way for adapters to the device, for other threads than the one that computes.
+    fn create_lora_loader(&self) -> Result<Self::LoraLoader>;
 
     /// Takes the memory that steps within `bounds` need beside the buffers they are given, so that none is taken later.
     /// Called once the matrices are loaded; a device that took it when it was opened has nothing to do.
@@ -86,6 +93,20 @@ pub trait Backend: Device {
         bias: Option<&Tensor<Self::Buffer>>,
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
+
+    /// Adds low-rank updates to rows of a projection: `out[r] += scale * scaling * (x[r] A^T) B^T` for every group with
+    /// an update for `site` and each of its rows `r`, group by group. `x` and `out` are what the projection was given.
+    /// A row's result does not depend on the other rows, and rows in no group keep their bits.
+    fn add_lora(
+        &self,
+        stream: &Self::Stream,
+        x: &Tensor<Self::Buffer>,
+        batch: &LoraBatch<'_, Self>,
+        site: LoraSite,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>
+    where
+        Self: Sized;
 
     /// Root-mean-square norm (arXiv 1910.07467) of each row of activations or f32; `out`, activations, is another buffer
     /// than `x`.

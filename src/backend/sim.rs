@@ -18,7 +18,8 @@ use std::time::Duration;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, RotatedCopies, StreamKind, Tensor, Transfer,
+    KvLayer, KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies, StreamKind, Tensor,
+    Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -36,6 +37,16 @@ pub fn mix(a: u64, b: u64) -> u64 {
 /// many positions, because rotations add up: `rotated(rotated(x, a), b) == rotated(x, a + b)`.
 pub fn rotated(payload: u64, positions: i64) -> u64 {
     payload.wrapping_add((positions as u64).wrapping_mul(0xa076_1d64_78bd_642f))
+}
+
+/// What an adapter's update of one projection leaves of itself: a row with payload `p` to which it is added with `scale`
+/// has [`mix`]`(p, mix(tag, scale's bits))` afterwards.
+pub fn lora_tag(parts: &[LoraPart]) -> u64 {
+    parts.iter().fold(0, |tag, part| {
+        let facts = [part.scaling.to_bits().into(), part.first_column as u64];
+        let bytes = part.a.bytes().iter().chain(part.b.bytes()).map(|byte| u64::from(*byte));
+        facts.into_iter().chain(bytes).fold(tag, mix)
+    })
 }
 
 /// The double.
@@ -67,6 +78,19 @@ impl Delays {
         if drawn % 4 == 0 {
             thread::sleep(MAX_DELAY.mul_f64((drawn >> 40) as f64 / (1u64 << 24) as f64));
         }
+    }
+}
+
+/// Brings adapters to the double.
+pub struct SimLoraLoader;
+
+impl LoraLoader for SimLoraLoader {
+    /// The update's tag.
+    type Lora = u64;
+
+    fn load(&self, parts: &[LoraPart]) -> Result<u64> {
+        parts.iter().try_for_each(LoraPart::check)?;
+        Ok(lora_tag(parts))
     }
 }
 
@@ -292,6 +316,7 @@ impl Device for SimBackend {
 impl Backend for SimBackend {
     type Matrix = SimMatrix;
     type RopeTable = ();
+    type LoraLoader = SimLoraLoader;
 
     fn name(&self) -> String {
         "sim".into()
@@ -323,6 +348,10 @@ impl Backend for SimBackend {
         Ok(())
     }
 
+    fn create_lora_loader(&self) -> Result<SimLoraLoader> {
+        Ok(SimLoraLoader)
+    }
+
     fn embed(&self, _: &SimStream, table: &SimMatrix, ids: &SimTensor, _scale: f32, out: &SimTensor) -> Result<()> {
         expect_shape("embedding output", out, ids.columns(), table.columns)?;
         if let Some(id) = indices(ids).into_iter().find(|&id| usize::try_from(id).is_ok_and(|id| id >= table.rows)) {
@@ -343,6 +372,28 @@ impl Backend for SimBackend {
         expect_shape("projection input", x, x.rows(), weight.columns)?;
         expect_shape("projection output", out, x.rows(), weight.rows)?;
         set_payloads(out, payloads(x));
+        Ok(())
+    }
+
+    fn add_lora(
+        &self,
+        _: &SimStream,
+        x: &SimTensor,
+        batch: &LoraBatch<'_, Self>,
+        site: LoraSite,
+        out: &SimTensor,
+    ) -> Result<()> {
+        batch.check()?;
+        expect_shape("projection output", out, x.rows(), out.columns())?;
+        let (rows, scales, mut all) = (indices(&batch.rows), indices(&batch.scales), payloads(out));
+        for group in batch.groups {
+            let Some(&tag) = group.adapter.get(site) else { continue };
+            for at in group.entries.clone() {
+                let row = &mut all[rows[at] as usize];
+                *row = mix(*row, mix(tag, u64::from(scales[at] as u32)));
+            }
+        }
+        set_payloads(out, all);
         Ok(())
     }
 

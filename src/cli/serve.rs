@@ -7,11 +7,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use clap::Args;
-use mneme::server::{CubeService, ServedModel, ServerConfig, ServerThread, VaultEngine};
+use mneme::server::{
+    AdapterRegistry, CubeService, DEFAULT_MAX_LORA_BYTES, ServedModel, ServerConfig, ServerThread, VaultEngine,
+};
 use mneme::text::GrammarEngine;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::engine_args::EngineArgs;
+use super::engine_args::{EngineArgs, parse_bytes};
 use super::launch::{Launched, launch};
 use super::tiers::{OpenVault, TierArgs};
 
@@ -40,6 +42,15 @@ pub(crate) struct ServeArgs {
     /// A file with one key per line
     #[arg(long)]
     api_key_file: Option<PathBuf>,
+    /// Adapters to start with, as NAME=FOLDER; a request names one, or several: model+a:0.7+b:0.3
+    #[arg(long, num_args = 1.., value_name = "NAME=FOLDER", value_parser = parse_lora_module)]
+    lora_modules: Vec<(String, PathBuf)>,
+    /// A folder under which clients may load adapters through /v1/load_lora_adapter; without any they may not
+    #[arg(long, value_name = "DIR")]
+    lora_root: Vec<PathBuf>,
+    /// Bytes of all adapters together, with an optional suffix K, M or G
+    #[arg(long, value_parser = parse_bytes, default_value_t = DEFAULT_MAX_LORA_BYTES as usize)]
+    max_lora_bytes: usize,
     /// `owned_by` in /v1/models; some gateways look for "vllm"
     #[arg(long, default_value = "mneme")]
     owned_by: String,
@@ -91,6 +102,14 @@ impl ServeArgs {
         CubeService { catalog, engine: Arc::new(engine) }
     }
 
+    fn adapters(&self, launched: &Launched) -> anyhow::Result<AdapterRegistry> {
+        let registry = AdapterRegistry::new(launched.handle.clone(), &self.lora_root, self.max_lora_bytes as u64)?;
+        for (name, folder) in &self.lora_modules {
+            registry.load(name, folder, false).with_context(|| format!("cannot load the adapter {name}"))?;
+        }
+        Ok(registry)
+    }
+
     fn served_model(&self, launched: &Launched) -> anyhow::Result<ServedModel> {
         let mut names = self.served_model_name.clone();
         if names.is_empty() {
@@ -107,9 +126,15 @@ impl ServeArgs {
             default_sampling: assets.default_sampling.clone(),
             created,
             root: launched.model.path.display().to_string(),
+            adapters: Some(self.adapters(launched)?),
             cubes: launched.vault.as_ref().map(|open| Self::cubes(open, launched)),
         })
     }
+}
+
+fn parse_lora_module(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, folder) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=FOLDER"))?;
+    Ok((name.to_owned(), PathBuf::from(folder)))
 }
 
 /// Builds what all grammars share, so that the first structured request does not hold up others.

@@ -3,15 +3,18 @@
 //! The engine thread never waits for a reader: a stream has room for every token its request can produce. Dropping a
 //! stream cancels its request; the engine sees the flag at its next step.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::channel::{Receiver, Sender, TrySendError};
 
+use super::adapters::{AdapterLoader, LoadedAdapter};
 use super::output::output_channel;
 pub use super::output::{OutputSink, OutputStream};
 use super::request::{GenerateRequest, Task};
 use crate::telemetry::EngineMetrics;
+use crate::{Result as CrateResult, unsupported};
 
 /// A cheap, cloneable way to the engine thread.
 #[derive(Clone)]
@@ -23,6 +26,7 @@ pub struct EngineHandle {
     metrics: Arc<EngineMetrics>,
     stopping: Arc<AtomicBool>,
     leftovers: Option<Leftovers>,
+    adapters: Option<Arc<dyn AdapterLoader>>,
 }
 
 /// What is submitted while the engine ends and that nobody would answer: a channel keeps its messages as long as it has
@@ -76,7 +80,7 @@ impl EngineHandle {
         metrics: Arc<EngineMetrics>,
         stopping: Arc<AtomicBool>,
     ) -> Self {
-        Self { submissions, waker, info: Arc::new(info), metrics, stopping, leftovers: None }
+        Self { submissions, waker, info: Arc::new(info), metrics, stopping, leftovers: None, adapters: None }
     }
 
     /// Drops what is still in `queue`, the engine's end of the submissions, when `stopped` says that the engine has
@@ -84,6 +88,24 @@ impl EngineHandle {
     pub(super) fn with_leftovers(mut self, queue: Receiver<Submission>, stopped: Arc<AtomicBool>) -> Self {
         self.leftovers = Some(Leftovers { queue, stopped });
         self
+    }
+
+    /// Loads adapters through `loader`.
+    pub fn with_adapters(mut self, loader: Arc<dyn AdapterLoader>) -> Self {
+        self.adapters = Some(loader);
+        self
+    }
+
+    /// Reads an adapter's folder and brings it onto the engine's device. Takes as long as reading does, on the calling
+    /// thread; the engine goes on meanwhile.
+    ///
+    /// # Errors
+    /// Those of [`Adapter::read`](crate::adapters::Adapter::read), and `Unsupported` where the device cannot apply any.
+    pub fn load_adapter(&self, folder: &Path) -> CrateResult<LoadedAdapter> {
+        match &self.adapters {
+            Some(loader) => loader.load(folder),
+            None => Err(unsupported!("this engine takes no adapters")),
+        }
     }
 
     /// Queues a request. Its events arrive on the stream; dropping the stream cancels it.

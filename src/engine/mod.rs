@@ -1,8 +1,10 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
+mod adapters;
 mod deposit;
 mod generation;
 pub mod handle;
+mod lora_groups;
 mod output;
 pub mod request;
 mod runner;
@@ -12,6 +14,7 @@ mod sequence;
 mod step;
 mod tiers;
 
+pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{
     Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, SharedPrefix, Task,

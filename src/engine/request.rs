@@ -1,5 +1,6 @@
 //! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
 
+use super::adapters::AppliedAdapter;
 use crate::kv::BlockHash;
 use crate::paging::Tier;
 use crate::text::grammar::GrammarState;
@@ -18,6 +19,8 @@ pub struct GenerateRequest {
     pub domain: String,
     /// A beginning of the prompt whose blocks belong to another domain, which the caller may read.
     pub shared_prefix: Option<SharedPrefix>,
+    /// Adapters that are added to the model, at most [`MAX_APPLIED`](super::MAX_APPLIED); none means the model alone.
+    pub adapters: Vec<AppliedAdapter>,
 }
 
 /// A beginning of a prompt that others share.

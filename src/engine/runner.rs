@@ -3,11 +3,13 @@
 use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
+use super::adapters::{LoadedAdapter, MAX_APPLIED};
+use super::lora_groups::LoraGroups;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, StepBounds, StreamKind, Tensor};
+use crate::backend::{AttentionMetadata, Backend, DType, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor};
 use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
 use crate::paging::{Pager, PagingConfig};
 
@@ -19,6 +21,7 @@ pub(super) struct ModelRunner<B: Backend> {
     workspace: Workspace<B::Buffer>,
     stream: B::Stream,
     inputs: StepInputs<B>,
+    lora: LoraGroups<LoraOf<B>>,
     argmax: Tensor<B::Buffer>,
     /// Argmax of each logits row, i32.
     host_argmax: B::HostBuffer,
@@ -28,6 +31,9 @@ pub(super) struct ModelRunner<B: Backend> {
     num_row_bytes: usize,
     outputs: Vec<SequenceOutput>,
 }
+
+/// What a backend makes of an adapter's update.
+type LoraOf<B> = <<B as Backend>::LoraLoader as LoraLoader>::Lora;
 
 /// Where the results of one scheduled sequence are.
 #[derive(Debug, Clone, Copy, Default)]
@@ -47,7 +53,7 @@ pub(super) struct HostRows {
 }
 
 /// Arrays of a step.
-const NUM_INPUTS: usize = 7;
+const NUM_INPUTS: usize = 9;
 /// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 const ALIGNED_NUMBERS: usize = 4;
 
@@ -92,7 +98,7 @@ impl<B: Backend> ModelRunner<B> {
         })?;
         let stream = backend.create_stream(StreamKind::Compute)?;
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size);
-        let capacity = 4 * limits.max_num_batched_tokens
+        let capacity = (4 + 2 * MAX_APPLIED) * limits.max_num_batched_tokens
             + 3 * limits.max_num_seqs
             + max_logits
             + 1
@@ -107,6 +113,7 @@ impl<B: Backend> ModelRunner<B> {
             argmax: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
             host_argmax: backend.allocate_host(max_logits * 4)?,
             host_rows: backend.allocate_host(row_bytes)?,
+            lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
             num_row_bytes: 0,
             outputs: Vec::with_capacity(limits.max_num_seqs),
             backend,
@@ -131,6 +138,11 @@ impl<B: Backend> ModelRunner<B> {
 
     pub(super) fn model(&self) -> &Model<B> {
         &self.model
+    }
+
+    /// Whether an adapter was loaded for this runner's kind of device.
+    pub(super) fn has_adapter(&self, adapter: &LoadedAdapter) -> bool {
+        adapter.on_device::<LoraOf<B>>().is_some()
     }
 
     pub(super) fn outputs(&self) -> &[SequenceOutput] {
@@ -164,9 +176,13 @@ impl<B: Backend> ModelRunner<B> {
     /// Computes the scheduled tokens and waits for the results.
     pub(super) fn run(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
         let batch = self.prepare(running, scheduled);
+        let adapted = self.write_adapters(running, scheduled);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
-        self.model.forward(&self.backend, &self.stream, &batch, &self.kv, &self.workspace)?;
+        let groups = self.lora.groups();
+        let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
+        self.model.forward(&self.backend, &self.stream, &batch, lora.as_ref(), &self.kv, &self.workspace)?;
+        self.lora.clear();
         self.fetch(running, scheduled, &batch)?;
         let done = self.backend.record(&self.stream)?;
         self.backend.synchronize(&done)
@@ -197,6 +213,27 @@ impl<B: Backend> ModelRunner<B> {
         }
         let (attention, input_ids) = attention;
         ForwardBatch { input_ids, attention, output_rows, num_logits }
+    }
+
+    /// Which rows are adapted by what; `None` when none is.
+    fn write_adapters(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+    ) -> Option<(Tensor<B::Buffer>, Tensor<B::Buffer>)> {
+        let num_entries = self.lora.collect(running, scheduled);
+        if num_entries == 0 {
+            return None;
+        }
+        let (rows, rows_at) = self.inputs.reserve(1, num_entries);
+        let (scales, scales_at) = self.inputs.reserve(1, num_entries);
+        let numbers = bytemuck::cast_slice_mut::<u8, i32>(self.inputs.host.as_mut());
+        self.lora.fill(running, scheduled, |at, row, scale| {
+            numbers[rows_at.start + at] = row;
+            numbers[scales_at.start + at] = scale as i32;
+        });
+        let scales = Tensor::new(scales.buffer().clone(), scales.offset_bytes(), 1, num_entries, DType::F32);
+        Some((rows, scales))
     }
 
     fn count_outputs(&self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> (usize, usize) {

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::adapters::AppliedAdapter;
 use super::generation::Generation;
 use super::handle::OutputSink;
 use super::request::{FinishReason, OutputEvent, Reuse};
@@ -48,6 +49,8 @@ pub(super) struct Sequence {
     pub(super) may_fetch: bool,
     pub(super) blocks: BlockTable,
     pub(super) chain: HashChain,
+    /// In order of digest.
+    pub(super) adapters: Vec<AppliedAdapter>,
     pub(super) work: Work,
     pub(super) sink: OutputSink,
     pub(super) arrived_at: Instant,

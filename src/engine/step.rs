@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, at, bounded, never, select};
 use uuid::Uuid;
 
+use super::adapters::{DeviceAdapterLoader, base_shapes, identity_under, in_order};
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
 use super::request::{FinishReason, GenerateRequest, OutputEvent, Reuse, Task};
@@ -98,11 +99,14 @@ impl<B: Backend> Engine<B> {
         let stopped = Arc::new(AtomicBool::new(false));
         // Of this process alone: what is hashed before the model's identity is known is found by nobody later.
         let hash_identity = Uuid::new_v4().as_bytes().to_vec();
+        let shapes = base_shapes(model.config());
+        let adapter_loader = Arc::new(DeviceAdapterLoader::new(backend.create_lora_loader()?, shapes));
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
         let max_fetch_wait = tiers.max_fetch_wait;
         let pager = runner.start_pager(tiers, limits, &waker)?;
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
-            .with_leftovers(submissions.clone(), Arc::clone(&stopped));
+            .with_leftovers(submissions.clone(), Arc::clone(&stopped))
+            .with_adapters(adapter_loader);
         let engine = Self {
             scheduler: Scheduler::new(*limits, pager, max_fetch_wait),
             sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
@@ -186,8 +190,8 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    fn accept(&mut self, Submission { request, sink }: Submission) {
-        if let Err(error) = self.check(&request) {
+    fn accept(&mut self, Submission { mut request, sink }: Submission) {
+        if let Err(error) = self.check(&mut request) {
             self.metrics.count_finished("error");
             sink.send(OutputEvent::Finished(FinishReason::Error(error.to_string())));
             return;
@@ -199,7 +203,12 @@ impl<B: Backend> Engine<B> {
         self.scheduler.add(Box::new(sequence));
     }
 
-    fn check(&self, request: &GenerateRequest) -> Result<()> {
+    /// Refuses what cannot run, and brings adapters into their order.
+    fn check(&self, request: &mut GenerateRequest) -> Result<()> {
+        request.adapters = in_order(std::mem::take(&mut request.adapters))?;
+        if !request.adapters.iter().all(|applied| self.runner.has_adapter(&applied.adapter)) {
+            return Err(invalid!("an adapter was loaded for another device; load it through this engine"));
+        }
         let (len, most) = (request.prompt.len(), self.config.limits.max_model_len);
         let longest = if matches!(request.task, Task::Generate(_)) { most - 1 } else { most };
         if len == 0 || len > longest {
@@ -244,6 +253,7 @@ impl<B: Backend> Engine<B> {
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
             chain: HashChain::new(root, own, max_blocks).provisional(!self.is_identified),
+            adapters: request.adapters,
             work,
             sink,
             arrived_at: Instant::now(),
@@ -259,7 +269,8 @@ impl<B: Backend> Engine<B> {
         let round = if planted::is(Bug::SharedPrefixRoundedUp) { usize::div_ceil } else { usize::div_euclid };
         let num_shared = |num_tokens| round(num_tokens, self.config.limits.block_size);
         let own = shared.map(|shared| (num_shared(shared.num_tokens), request.domain.clone()));
-        (BlockHash::root(&self.hash_identity, first_domain.as_bytes()), own)
+        let identity = identity_under(&self.hash_identity, &request.adapters);
+        (BlockHash::root(&identity, first_domain.as_bytes()), own)
     }
 
     /// One step: schedule, run, commit. `false` when nothing can run before a copy has ended.

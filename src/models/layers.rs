@@ -7,7 +7,8 @@ use super::config::{Architecture, ModelConfig};
 use super::weights::Checkpoint;
 use crate::Result;
 use crate::backend::{
-    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, Norm, Tensor,
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, LoraBatch,
+    LoraSite, Norm, Projection, Tensor,
 };
 
 /// Where a pass runs and what it runs on.
@@ -17,6 +18,30 @@ pub(super) struct Pass<'a, B: Backend> {
     pub(super) buffers: &'a Workspace<B::Buffer>,
     pub(super) kv: &'a KvCache<B::Buffer>,
     pub(super) metadata: &'a AttentionMetadata<B::Buffer>,
+    pub(super) lora: Option<&'a LoraBatch<'a, B>>,
+}
+
+impl<B: Backend> Pass<'_, B> {
+    /// `out = x W^T + bias`, and what adapters add to some of the rows.
+    fn project(
+        &self,
+        site: LoraSite,
+        x: &Tensor<B::Buffer>,
+        linear: Linear<'_, B>,
+        out: &Tensor<B::Buffer>,
+    ) -> Result<()> {
+        self.backend.linear(self.stream, x, linear.weight, linear.bias, out)?;
+        match self.lora {
+            Some(lora) => self.backend.add_lora(self.stream, x, lora, site, out),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A projection's weights.
+struct Linear<'a, B: Backend> {
+    weight: &'a B::Matrix,
+    bias: Option<&'a Tensor<B::Buffer>>,
 }
 
 /// Where weights come from and how they are kept.
@@ -129,7 +154,7 @@ impl<B: Backend> Attention<B> {
 
     /// From `normed` to `delta`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
-        let Pass { backend, stream, buffers, kv, metadata } = pass;
+        let Pass { backend, stream, buffers, kv, metadata, .. } = pass;
         let kv = KvLayer { blocks: &kv.blocks, layout: &kv.layout, layer: self.layer };
         let heads = HeadTransform {
             shape: self.shape,
@@ -137,10 +162,13 @@ impl<B: Backend> Attention<B> {
             k_norm: self.k_norm.as_ref().map(RmsNorm::get),
             rope,
         };
-        backend.linear(stream, &buffers.normed, &self.qkv_proj, self.qkv_bias.as_ref(), &buffers.qkv)?;
+        let site = |projection| LoraSite { layer: self.layer, projection };
+        let qkv = Linear { weight: &self.qkv_proj, bias: self.qkv_bias.as_ref() };
+        pass.project(site(Projection::Qkv), &buffers.normed, qkv, &buffers.qkv)?;
         backend.rope_and_store_kv(stream, &buffers.qkv, &heads, &kv, metadata)?;
         backend.attention(stream, &buffers.qkv, &self.shape, &kv, metadata, &buffers.attended)?;
-        backend.linear(stream, &buffers.attended, &self.o_proj, None, &buffers.delta)
+        let output = Linear { weight: &self.o_proj, bias: None };
+        pass.project(site(Projection::Output), &buffers.attended, output, &buffers.delta)
     }
 }
 
@@ -149,6 +177,7 @@ pub(super) struct FeedForward<B: Backend> {
     gate_up_proj: B::Matrix,
     down_proj: B::Matrix,
     activation: Activation,
+    layer: usize,
 }
 
 impl<B: Backend> FeedForward<B> {
@@ -164,14 +193,18 @@ impl<B: Backend> FeedForward<B> {
             ])?,
             down_proj: loader.matrix(&[checkpoint.matrix(&name("down_proj"), hidden, intermediate)?])?,
             activation: config.activation,
+            layer,
         })
     }
 
     /// From `normed` to `delta`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
-        backend.linear(stream, &buffers.normed, &self.gate_up_proj, None, &buffers.gate_up)?;
+        let site = |projection| LoraSite { layer: self.layer, projection };
+        let gate_up = Linear { weight: &self.gate_up_proj, bias: None };
+        pass.project(site(Projection::GateUp), &buffers.normed, gate_up, &buffers.gate_up)?;
         backend.gated_activation(stream, &buffers.gate_up, self.activation, &buffers.activated)?;
-        backend.linear(stream, &buffers.activated, &self.down_proj, None, &buffers.delta)
+        let down = Linear { weight: &self.down_proj, bias: None };
+        pass.project(site(Projection::Down), &buffers.activated, down, &buffers.delta)
     }
 }

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::adapters::AdapterRegistry;
 use super::cubes::CubeService;
 use super::error::ApiError;
 use super::limits::{ConnectionLimits, RequestLimits};
+use crate::engine::AppliedAdapter;
 use crate::engine::handle::EngineHandle;
 use crate::engine::request::SamplingParams;
 use crate::text::tool_calls::ToolFormat;
@@ -31,6 +33,8 @@ pub struct ServedModel {
     pub root: String,
     /// Memory cubes, if the server keeps any.
     pub cubes: Option<CubeService>,
+    /// Adapters under names, if the server takes any.
+    pub adapters: Option<AdapterRegistry>,
 }
 
 impl ServedModel {
@@ -46,10 +50,17 @@ impl ServedModel {
 
     /// Refuses a model that is not served. A request that names none means the one there is.
     pub fn check_name(&self, requested: Option<&str>) -> Result<(), ApiError> {
-        match requested {
-            Some(name) if !self.names.iter().any(|known| known == name) => Err(ApiError::unknown_model(name)),
-            _ => Ok(()),
-        }
+        self.adapters_of(requested).map(drop)
+    }
+
+    /// The adapters that a model's name means: none for the model itself.
+    pub(super) fn adapters_of(&self, requested: Option<&str>) -> Result<Vec<AppliedAdapter>, ApiError> {
+        let Some(name) = requested else { return Ok(Vec::new()) };
+        let found = match &self.adapters {
+            Some(registry) => registry.resolve(name, &self.names)?,
+            None => self.names.iter().any(|known| known == name).then(Vec::new),
+        };
+        found.ok_or_else(|| ApiError::unknown_model(name))
     }
 }
 

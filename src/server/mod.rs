@@ -3,6 +3,7 @@
 //! A handler parses, plans, submits and then collects or streams; the engine does the work on its own thread. The
 //! server runs on one thread: what would keep it busy for long (tokenizing a large body) goes to another.
 
+mod adapters;
 mod auth;
 mod config;
 mod cubes;
@@ -26,6 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
+pub use self::adapters::{AdapterRegistry, DEFAULT_MAX_LORA_BYTES, NamedAdapter};
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
 pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, OpenBlocks, VaultEngine, Verified};

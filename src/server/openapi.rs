@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
 use super::openai::{chat, completions, embeddings, models};
-use super::{cubes, health, metrics, tokenize};
+use super::{adapters, cubes, health, metrics, tokenize};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -18,6 +18,8 @@ use super::{cubes, health, metrics, tokenize};
         embeddings::create,
         models::list,
         models::retrieve,
+        adapters::load,
+        adapters::unload,
         cubes::create::create,
         cubes::read::list,
         cubes::read::get,

@@ -11,7 +11,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::error::ApiError;
 use super::openai::{chat, completions, embeddings, models};
-use super::{AppRef, auth, cubes, health, hosts, metrics, openapi, request_id, tokenize};
+use super::{AppRef, adapters, auth, cubes, health, hosts, metrics, openapi, request_id, tokenize};
 
 /// All routes. A request meets the layers from the last one named to the first.
 pub(super) fn router(app: AppRef) -> Router {
@@ -23,6 +23,8 @@ pub(super) fn router(app: AppRef) -> Router {
         .route("/v1/embeddings", post(embeddings::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/load_lora_adapter", post(adapters::load))
+        .route("/v1/unload_lora_adapter", post(adapters::unload))
         .merge(cubes::routes())
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))

@@ -86,7 +86,7 @@ impl Runner {
             output_rows: numbers(&mut (0..num_tokens)),
             num_logits: num_tokens,
         };
-        self.model.forward(&self.backend, &self.stream, &batch, &self.kv, &self.workspace).unwrap();
+        self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace).unwrap();
         let logits = self.download(&self.workspace.logits(num_tokens));
         logits.chunks_exact(logits.len() / num_tokens).map(<[u8]>::to_vec).collect()
     }

@@ -4,7 +4,7 @@ use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
 use mneme::engine::{SamplingParams, TokenLogprobs};
 
-use crate::support::engine::{Setup, TestEngine, collect};
+use crate::support::engine::{Output, Setup, TestEngine, collect};
 use crate::support::random::Random;
 use crate::support::reference::{self, Reference};
 use crate::support::tiny_gguf::Storage;
@@ -16,23 +16,31 @@ const NUM_OUTPUT: usize = 8;
 
 /// How far a log-probability may be off: by f32 arithmetic; by keys and values at the edge between two bf16 numbers (the
 /// reference rounds as the cache does); by activations in bf16.
-const EXACT: f64 = 2e-4;
+pub(crate) const EXACT: f64 = 2e-4;
 const BF16_KV: f64 = 0.01;
-const BF16_DOT: f64 = 0.3;
+pub(crate) const BF16_DOT: f64 = 0.3;
 /// For activations in int8: the worst, and the mean of all.
 const INT8: f64 = 0.8;
 const INT8_MEAN: f64 = 0.08;
 
 /// How far the engine's log-probabilities of all tokens at all positions are from the reference: worst and mean.
 fn differences(engine: &TestEngine, model: &TinyModel, prompt: &[u32], rounds_kv: bool) -> (f64, f64) {
-    let sampling = SamplingParams {
+    differences_of(&collect(engine.submit(prompt, everything())), model, prompt, rounds_kv)
+}
+
+/// A greedy output with the log-probabilities of all tokens at all positions.
+pub(crate) fn everything() -> SamplingParams {
+    SamplingParams {
         temperature: 0.0,
         max_tokens: NUM_OUTPUT,
         logprobs: Some(VOCAB),
         prompt_logprobs: Some(VOCAB),
         ..Default::default()
-    };
-    let output = collect(engine.submit(prompt, sampling));
+    }
+}
+
+/// How far such an output is from the reference: worst and mean.
+pub(crate) fn differences_of(output: &Output, model: &TinyModel, prompt: &[u32], rounds_kv: bool) -> (f64, f64) {
     assert_eq!((output.tokens.len(), output.prompt_logprobs.len()), (NUM_OUTPUT, prompt.len()));
     assert!(output.prompt_logprobs[0].is_none());
     let all = [prompt, &output.tokens].concat();

@@ -18,8 +18,8 @@ struct Request {
 }
 
 /// Everything of an output that must not change, floats by their bits.
-#[derive(Debug, PartialEq, Eq)]
-struct Fingerprint {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Fingerprint {
     tokens: Vec<u32>,
     logprobs: Vec<(u32, u32)>,
     prompt_logprobs: Vec<(u32, u32)>,
@@ -29,7 +29,7 @@ fn bits<'a>(rows: impl Iterator<Item = &'a TokenLogprobs>) -> Vec<(u32, u32)> {
     rows.flat_map(|row| row.top.iter().chain([&row.chosen]).map(|top| (top.id, top.logprob.to_bits()))).collect()
 }
 
-fn fingerprint(output: &Output) -> Fingerprint {
+pub(crate) fn fingerprint(output: &Output) -> Fingerprint {
     Fingerprint {
         tokens: output.tokens.clone(),
         logprobs: bits(output.logprobs.iter()),

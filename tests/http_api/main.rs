@@ -4,6 +4,7 @@ mod client;
 mod fake_cubes;
 mod fake_engine;
 
+mod adapters;
 mod chat;
 mod completions;
 mod connections;
@@ -11,6 +12,8 @@ mod cubes;
 mod embeddings;
 mod errors;
 mod hosts;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -117,6 +120,7 @@ fn served_model(engine: EngineHandle) -> ServedModel {
         created: 1_700_000_000,
         root: "models/tiny".into(),
         cubes: None,
+        adapters: None,
     }
 }
 

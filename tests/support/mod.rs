@@ -9,5 +9,6 @@ pub mod random;
 pub mod reference;
 #[cfg(feature = "cuda")]
 pub mod softgpu;
+pub mod tiny_adapter;
 pub mod tiny_gguf;
 pub mod tiny_model;

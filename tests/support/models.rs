@@ -31,3 +31,17 @@ pub fn model_path(short_name: &str) -> Option<PathBuf> {
         .unwrap_or_else(|e| panic!("no model {short_name}: {e}\nSet MNEME_SKIP_MODEL_TESTS=1 to go without models."));
     Some(model.path)
 }
+
+/// The folder of an adapter that golden data exists for: under `MNEME_TEST_ADAPTERS`, or in `../shared/adapters`. Without it
+/// the test is skipped and says so, with the number of tests skipped so far in this program.
+pub fn adapter_path(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("MNEME_TEST_ADAPTERS")
+        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/adapters"), PathBuf::from);
+    let path = folder.join(name);
+    if path.join("adapter_config.json").exists() {
+        return Some(path);
+    }
+    let num_skipped = NUM_SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
+    eprintln!("skipped: adapter {name}, not in {} ({num_skipped} so far)", folder.display());
+    None
+}

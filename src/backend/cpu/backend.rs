@@ -12,12 +12,14 @@ use super::copy_stream::{CpuEvent, CpuStream};
 use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
 use super::transfer::CpuTransfer;
 use super::{
-    AttentionBatch, AttentionScratch, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch, KvStoreBatch,
-    PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut, ThreadPool,
+    AttentionBatch, AttentionScratch, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
+    KvStoreBatch, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut,
+    ThreadPool,
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, Norm, RopeConfig, RotatedCopies, StepBounds, StreamKind, Tensor, dequantize_row,
+    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, StepBounds, StreamKind, Tensor,
+    dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -33,6 +35,7 @@ struct Workers {
     pool: ThreadPool,
     gemm: GemmScratch,
     attention: AttentionScratch,
+    lora: LoraScratch,
 }
 
 impl CpuBackend {
@@ -42,7 +45,12 @@ impl CpuBackend {
             return Err(invalid!("this machine has no {isa}; the best it has is {}", Isa::best()));
         }
         let pool = ThreadPool::new(num_threads);
-        let workers = Workers { pool, gemm: GemmScratch::default(), attention: AttentionScratch::default() };
+        let workers = Workers {
+            pool,
+            gemm: GemmScratch::default(),
+            attention: AttentionScratch::default(),
+            lora: LoraScratch::default(),
+        };
         Ok(Self { isa, workers: Mutex::new(workers) })
     }
 
@@ -140,6 +148,7 @@ impl Device for CpuBackend {
 impl Backend for CpuBackend {
     type Matrix = PackedMatrix;
     type RopeTable = RopeTable;
+    type LoraLoader = CpuLoraLoader;
 
     fn name(&self) -> String {
         format!("cpu-{}", self.isa)
@@ -179,9 +188,14 @@ impl Backend for CpuBackend {
         RopeTable::new(config, max_positions)
     }
 
+    fn create_lora_loader(&self) -> Result<CpuLoraLoader> {
+        Ok(CpuLoraLoader)
+    }
+
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
-        let Workers { pool, gemm, attention } = &mut *self.workers();
+        let Workers { pool, gemm, attention, lora } = &mut *self.workers();
         gemm.reserve(bounds.max_tokens);
+        lora.reserve();
         attention.reserve(self.isa, pool.num_threads(), bounds);
         Ok(())
     }
@@ -227,6 +241,33 @@ impl Backend for CpuBackend {
         let (rows, out) =
             (Rows { data: rows, num_rows: x.rows(), stride: inputs }, RowsMut { data: out, stride: outputs });
         super::gemm(pool, self.isa, rows, weight, bias, out, gemm);
+        Ok(())
+    }
+
+    fn add_lora(
+        &self,
+        _stream: &CpuStream,
+        x: &CpuTensor,
+        batch: &LoraBatch<'_, Self>,
+        site: LoraSite,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        batch.check()?;
+        x.expect("projection input", x.rows(), x.columns(), DType::F32)?;
+        out.expect("projection output", x.rows(), out.columns(), DType::F32)?;
+        // SAFETY: the tensors are different buffers, and work before this call is done.
+        let (rows, scales) = unsafe { (numbers::<i32>(&batch.rows), numbers::<f32>(&batch.scales)) };
+        expect_indices("adapted row", rows, x.rows())?;
+        let group = |index: usize| {
+            let group = &batch.groups[index];
+            group.adapter.get(site).map(|update| LoraRows { update, entries: group.entries.clone() })
+        };
+        // SAFETY: as above.
+        let (data, sums) = unsafe { (numbers(x), numbers_mut(out)) };
+        let num_groups = batch.groups.len();
+        let work = LoraWork { x: data, num_inputs: x.columns(), rows, scales, group, num_groups };
+        let Workers { pool, lora, .. } = &mut *self.workers();
+        super::add_lora(pool, self.isa, lora, &work, sums, out.columns());
         Ok(())
     }
 

@@ -21,7 +21,7 @@ use super::upload::Uploader;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
-    KvOrder, Norm, RopeConfig, RotatedCopies, Tensor,
+    KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -133,6 +133,17 @@ impl CudaBackend {
     }
 }
 
+/// Refuses adapters: there are no kernels for them yet.
+pub struct CudaLoraLoader;
+
+impl LoraLoader for CudaLoraLoader {
+    type Lora = std::convert::Infallible;
+
+    fn load(&self, _: &[LoraPart]) -> Result<Self::Lora> {
+        Err(unsupported!("adapters cannot be applied on a GPU yet; start with --device cpu to use them"))
+    }
+}
+
 /// Kernels read rows in vectors of eight.
 fn expect_vectors(what: &str, columns: usize) -> Result<()> {
     match columns > 0 && columns.is_multiple_of(8) {
@@ -157,6 +168,7 @@ fn norm_threads(columns: usize) -> usize {
 impl Backend for CudaBackend {
     type Matrix = CudaMatrix;
     type RopeTable = CudaRopeTable;
+    type LoraLoader = CudaLoraLoader;
 
     fn name(&self) -> String {
         let (major, minor) = self.info.compute_capability;
@@ -192,6 +204,10 @@ impl Backend for CudaBackend {
 
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<CudaRopeTable> {
         CudaRopeTable::load(self, config, max_positions)
+    }
+
+    fn create_lora_loader(&self) -> Result<CudaLoraLoader> {
+        Ok(CudaLoraLoader)
     }
 
     fn embed(
@@ -235,6 +251,20 @@ impl Backend for CudaBackend {
         let arguments = arguments.int(num_tokens)?.int(outputs)?.int(inputs)?;
         // SAFETY: gemm(out, x, weight, bias, num_tokens, n, k), shapes as checked.
         unsafe { self.launch(stream, &gemm.kernel, blocks, tile.threads, arguments) }
+    }
+
+    fn add_lora(
+        &self,
+        _: &CudaStream,
+        _: &CudaTensor,
+        batch: &LoraBatch<'_, Self>,
+        _: LoraSite,
+        _: &CudaTensor,
+    ) -> Result<()> {
+        match batch.groups.is_empty() {
+            true => Ok(()),
+            false => Err(unsupported!("adapters cannot be applied on a GPU yet")),
+        }
     }
 
     fn rms_norm(

@@ -17,7 +17,7 @@ mod transfer;
 mod upload;
 mod weights;
 
-pub use backend::CudaBackend;
+pub use backend::{CudaBackend, CudaLoraLoader};
 pub(super) use driver::find_gpus;
 pub use memory::{CudaBuffer, CudaHostBuffer};
 pub(super) use modules::kernel_source;

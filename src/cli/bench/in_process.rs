@@ -59,6 +59,7 @@ impl InProcess {
             priority: 0,
             domain: String::new(),
             shared_prefix: None,
+            adapters: Vec::new(),
         };
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })

@@ -5,9 +5,11 @@ use axum::http::request::Parts;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use super::adapters::{LoraScale, adapters_of};
 use super::memory::{CallMemory, MemoryRequest, split_model};
 use super::prompt::Truncation;
 use super::unix_time;
+use crate::engine::AppliedAdapter;
 use crate::engine::request::SharedPrefix;
 use crate::memory::Principal;
 use crate::server::App;
@@ -18,7 +20,7 @@ use crate::server::request_id::RequestId;
 /// The fields of a call that are not about its prompt and not about choosing tokens.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct CallRequest {
-    /// A model of `/v1/models`; the one there is when left out.
+    /// A model of `/v1/models`, or `model+adapter:scale+...`; the one there is when left out.
     model: Option<String>,
     /// Choices per prompt.
     #[schema(minimum = 1, maximum = 128)]
@@ -29,6 +31,11 @@ pub(super) struct CallRequest {
     stream_options: Option<StreamOptions>,
     /// Lower runs first.
     priority: Option<i32>,
+    /// Adapters by number and scale, as llama.cpp takes them; added to those that `model` names.
+    #[schema(inline)]
+    lora: Option<Vec<LoraScale>>,
+    /// An adapter's name, as SGLang takes it.
+    lora_path: Option<String>,
     /// Cubes that stand before the prompt.
     #[schema(inline)]
     memory: Option<MemoryRequest>,
@@ -63,6 +70,7 @@ pub(super) struct Call {
     /// The cache domain of what is its own.
     pub(super) domain: String,
     pub(super) memory: Option<CallMemory>,
+    pub(super) adapters: Vec<AppliedAdapter>,
     pub(super) return_token_ids: bool,
     pub(super) truncation: Option<Truncation>,
 }
@@ -112,7 +120,7 @@ impl CallRequest {
     /// Checks the fields; `id_prefix` and the request's id make the answer's id.
     pub(super) fn check(self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
         let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
-        app.model.check_name(Some(name).filter(|name| !name.is_empty()))?;
+        let adapters = adapters_of(app, name, self.lora, self.lora_path)?;
         let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal)?;
         let salt = check_salt(self.cache_salt)?;
         let stream = self.stream.unwrap_or(false);
@@ -143,6 +151,7 @@ impl CallRequest {
             priority: self.priority.unwrap_or(0),
             domain: request_domain(app, &caller.principal, salt.as_deref()),
             memory,
+            adapters,
             return_token_ids: self.return_token_ids.unwrap_or(false),
             truncation,
         })

@@ -5,6 +5,7 @@ pub(super) mod completions;
 pub(super) mod embeddings;
 pub(super) mod models;
 
+mod adapters;
 mod call;
 mod chat_stream;
 mod choice;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::server::error::{ApiError, ErrorBody};
-use crate::server::{App, AppRef};
+use crate::server::{AdapterRegistry, App, AppRef, NamedAdapter};
 
 /// All models.
 #[derive(Serialize, ToSchema)]
@@ -33,8 +33,9 @@ pub(in crate::server) struct ModelCard {
 /// Lists the models.
 #[utoipa::path(get, path = "/v1/models", responses((status = 200, body = ModelList)))]
 pub(in crate::server) async fn list(State(app): State<AppRef>) -> Json<ModelList> {
-    let data = app.model.names.iter().map(|name| card(&app, name)).collect();
-    Json(ModelList { object: "list", data })
+    let names = app.model.names.iter().map(|name| card(&app, name));
+    let adapters = app.model.adapters.iter().flat_map(AdapterRegistry::list).map(|adapter| adapter_card(&app, adapter));
+    Json(ModelList { object: "list", data: names.chain(adapters).collect() })
 }
 
 /// Describes one model. Its name may contain slashes.
@@ -48,8 +49,21 @@ pub(in crate::server) async fn retrieve(
     State(app): State<AppRef>,
     Path(id): Path<String>,
 ) -> Result<Json<ModelCard>, ApiError> {
-    app.model.check_name(Some(&id))?;
-    Ok(Json(card(&app, &id)))
+    if app.model.names.contains(&id) {
+        return Ok(Json(card(&app, &id)));
+    }
+    let adapter = app.model.adapters.as_ref().and_then(|registry| registry.find(&id));
+    adapter.map(|adapter| Json(adapter_card(&app, adapter))).ok_or_else(|| ApiError::unknown_model(&id))
+}
+
+fn adapter_card(app: &App, adapter: NamedAdapter) -> ModelCard {
+    ModelCard {
+        id: adapter.name,
+        created: adapter.created,
+        root: adapter.path,
+        parent: Some(app.model.name().to_owned()),
+        ..card(app, "")
+    }
 }
 
 fn card(app: &App, name: &str) -> ModelCard {

@@ -113,8 +113,15 @@ impl Session {
 
     fn submit(&self, prompt: Prompt, task: Task) -> anyhow::Result<OutputStream> {
         let Prompt { tokens, domain, shared } = prompt;
-        let request =
-            GenerateRequest { id: "bench".into(), prompt: tokens, task, priority: 0, domain, shared_prefix: shared };
+        let request = GenerateRequest {
+            id: "bench".into(),
+            prompt: tokens,
+            task,
+            priority: 0,
+            domain,
+            shared_prefix: shared,
+            adapters: vec![],
+        };
         Ok(self.launched.handle.submit(request)?)
     }
 

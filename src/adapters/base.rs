@@ -1,0 +1,89 @@
+//! The model under an adapter: which modules it has, and their shapes.
+
+use crate::backend::{LoraSite, Projection};
+
+/// A linear module that an adapter may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum Module {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Module {
+    /// All of a layer.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// The module's name inside a layer, as Hugging Face models have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "self_attn.q_proj",
+            Self::K => "self_attn.k_proj",
+            Self::V => "self_attn.v_proj",
+            Self::O => "self_attn.o_proj",
+            Self::Gate => "mlp.gate_proj",
+            Self::Up => "mlp.up_proj",
+            Self::Down => "mlp.down_proj",
+        }
+    }
+
+    /// The module of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|module| module.name() == name)
+    }
+}
+
+/// The linear modules of a model. All layers are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BaseShapes {
+    /// Decoder layers.
+    pub num_layers: usize,
+    /// Features of a hidden state.
+    pub hidden_size: usize,
+    /// Features inside the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Numbers in all query heads of a token.
+    pub q_size: usize,
+    /// Numbers in all key heads of a token.
+    pub kv_size: usize,
+}
+
+impl BaseShapes {
+    /// Input features of a module.
+    pub fn inputs(&self, module: Module) -> usize {
+        match module {
+            Module::Q | Module::K | Module::V | Module::Gate | Module::Up => self.hidden_size,
+            Module::O => self.q_size,
+            Module::Down => self.intermediate_size,
+        }
+    }
+
+    /// Output features of a module.
+    pub fn outputs(&self, module: Module) -> usize {
+        match module {
+            Module::Q => self.q_size,
+            Module::K | Module::V => self.kv_size,
+            Module::O | Module::Down => self.hidden_size,
+            Module::Gate | Module::Up => self.intermediate_size,
+        }
+    }
+
+    /// The product that computes a module, and the column of its output where the module begins.
+    pub(super) fn place(&self, layer: usize, module: Module) -> (LoraSite, usize) {
+        let (projection, first_column) = match module {
+            Module::Q => (Projection::Qkv, 0),
+            Module::K => (Projection::Qkv, self.q_size),
+            Module::V => (Projection::Qkv, self.q_size + self.kv_size),
+            Module::O => (Projection::Output, 0),
+            Module::Gate => (Projection::GateUp, 0),
+            Module::Up => (Projection::GateUp, self.intermediate_size),
+            Module::Down => (Projection::Down, 0),
+        };
+        (LoraSite { layer, projection }, first_column)
+    }
+}

@@ -1,0 +1,132 @@
+//! Low-rank updates of linear projections (LoRA, arXiv 2106.09685): what an adapter is on a device, and which rows of a
+//! step it is added to.
+//!
+//! Where adapters come from, and whose rows they are, is for others to know.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{Backend, DType, HostTensor, Tensor};
+use crate::{Result, invalid};
+
+/// A matrix product of a decoder layer. Some stack several projections of a checkpoint along their output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projection {
+    /// Queries, keys and values.
+    Qkv,
+    /// The output of attention.
+    Output,
+    /// Gate and up.
+    GateUp,
+    /// Down.
+    Down,
+}
+
+impl Projection {
+    /// All of a layer.
+    pub const ALL: [Self; 4] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down];
+}
+
+/// Which projection of which layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoraSite {
+    /// The layer.
+    pub layer: usize,
+    /// Its projection.
+    pub projection: Projection,
+}
+
+impl LoraSite {
+    fn index(self) -> usize {
+        self.layer * Projection::ALL.len() + self.projection as usize
+    }
+}
+
+/// An update of some columns of a projection's output: `out += scaling * (x A^T) B^T`.
+#[derive(Clone)]
+pub struct LoraPart {
+    /// `A`, `[rank, inputs]`, in bf16, f16 or f32.
+    pub a: HostTensor,
+    /// `B`, `[outputs, rank]`, in bf16, f16 or f32.
+    pub b: HostTensor,
+    /// The adapter's own factor, `alpha / rank` usually.
+    pub scaling: f32,
+    /// The column of the stacked output that `B`'s first row belongs to.
+    pub first_column: usize,
+}
+
+impl LoraPart {
+    /// An error unless `A` and `B` have one rank.
+    pub(super) fn check(&self) -> Result<()> {
+        let (rank, found) = (self.a.rows(), self.b.columns());
+        match rank == found && rank > 0 {
+            true => Ok(()),
+            false => Err(invalid!("{} has rank {rank}, {} has rank {found}", self.a.name(), self.b.name())),
+        }
+    }
+}
+
+/// Brings adapters onto a device, from any thread, while the device computes.
+pub trait LoraLoader: Send + Sync + 'static {
+    /// An adapter's update of one projection, in the device's own order.
+    type Lora: Send + Sync + 'static;
+
+    /// Loads the parts of one projection, whose columns do not overlap.
+    fn load(&self, parts: &[LoraPart]) -> Result<Self::Lora>;
+}
+
+/// An adapter on a device.
+pub struct LoraAdapter<L> {
+    sites: Vec<Option<L>>,
+}
+
+impl<L> LoraAdapter<L> {
+    /// An adapter for `num_layers` layers that changes nothing yet.
+    pub fn new(num_layers: usize) -> Self {
+        let num_sites = num_layers * Projection::ALL.len();
+        Self { sites: std::iter::repeat_with(|| None).take(num_sites).collect() }
+    }
+
+    /// Adds the update of one projection.
+    pub fn insert(&mut self, site: LoraSite, update: L) {
+        self.sites[site.index()] = Some(update);
+    }
+
+    /// The update of a projection, if the adapter has one.
+    pub fn get(&self, site: LoraSite) -> Option<&L> {
+        self.sites.get(site.index())?.as_ref()
+    }
+}
+
+/// An adapter and the rows of a step it is added to.
+pub struct LoraGroup<L> {
+    /// What is added.
+    pub adapter: Arc<LoraAdapter<L>>,
+    /// Which of the [`LoraBatch`]'s rows.
+    pub entries: Range<usize>,
+}
+
+/// What is added to which rows of a step. Arrays are on the device; a row stands in as many groups as its request has
+/// adapters, once in each.
+pub struct LoraBatch<'a, B: Backend> {
+    /// `[1, M]` i32: rows of the step, those of one group one after the other.
+    pub rows: Tensor<B::Buffer>,
+    /// `[1, M]` f32: what multiplies the update of that row.
+    pub scales: Tensor<B::Buffer>,
+    /// In the order in which they are added. It must be the same for every batch a row may stand in, or the row's sums
+    /// would be rounded differently.
+    pub groups: &'a [LoraGroup<<B::LoraLoader as LoraLoader>::Lora>],
+}
+
+impl<B: Backend> LoraBatch<'_, B> {
+    /// An error unless the arrays are equally long and hold what the groups name.
+    pub(super) fn check(&self) -> Result<()> {
+        let len = self.rows.columns();
+        self.rows.expect("adapted rows", 1, len, DType::I32)?;
+        self.scales.expect("scales of adapters", 1, len, DType::F32)?;
+        match self.groups.iter().find(|group| group.entries.end > len) {
+            Some(group) => Err(invalid!("a group has the entries {:?} of {len}", group.entries)),
+            None => Ok(()),
+        }
+    }
+}

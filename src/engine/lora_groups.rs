@@ -1,0 +1,72 @@
+//! Which rows of a step belong to which adapter: the groups of a [`LoraBatch`](crate::backend::LoraBatch).
+
+use std::sync::Arc;
+
+use super::scheduler::ScheduledSequence;
+use super::sequence::Sequence;
+use crate::adapters::AdapterDigest;
+use crate::backend::{LoraAdapter, LoraGroup};
+
+/// The adapters of one step, in order of digest, whatever order their sequences run in.
+pub(super) struct LoraGroups<L> {
+    active: Vec<(AdapterDigest, Arc<LoraAdapter<L>>)>,
+    groups: Vec<LoraGroup<L>>,
+}
+
+impl<L: Send + Sync + 'static> LoraGroups<L> {
+    pub(super) fn new(max_adapters: usize) -> Self {
+        Self { active: Vec::with_capacity(max_adapters), groups: Vec::with_capacity(max_adapters) }
+    }
+
+    pub(super) fn groups(&self) -> &[LoraGroup<L>] {
+        &self.groups
+    }
+
+    /// Lets go of the adapters.
+    pub(super) fn clear(&mut self) {
+        self.active.clear();
+        self.groups.clear();
+    }
+
+    /// Takes note of the step's adapters and says how many entries [`fill`](Self::fill) will write.
+    pub(super) fn collect(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> usize {
+        self.clear();
+        let mut num_entries = 0;
+        for entry in scheduled {
+            for applied in &running[entry.index].adapters {
+                num_entries += entry.num_tokens;
+                let digest = applied.adapter.digest();
+                if let Err(at) = self.active.binary_search_by_key(&digest, |(known, _)| *known) {
+                    let device = applied.adapter.on_device().expect("adapters were checked when their request came");
+                    self.active.insert(at, (digest, device));
+                }
+            }
+        }
+        num_entries
+    }
+
+    /// Writes each group's rows and the bits of their scales.
+    pub(super) fn fill(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        mut write: impl FnMut(usize, i32, u32),
+    ) {
+        let mut at = 0;
+        for (digest, adapter) in &self.active {
+            let start = at;
+            let mut first_row = 0;
+            for entry in scheduled {
+                let mut adapters = running[entry.index].adapters.iter();
+                if let Some(applied) = adapters.find(|applied| applied.adapter.digest() == *digest) {
+                    for row in first_row..first_row + entry.num_tokens {
+                        write(at, row as i32, applied.scale.to_bits());
+                        at += 1;
+                    }
+                }
+                first_row += entry.num_tokens;
+            }
+            self.groups.push(LoraGroup { adapter: Arc::clone(adapter), entries: start..at });
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The adapters a server has under names: which ones a request's `model` means, and how names come and go.
+//!
+//! A name is replaced at once: calls that were resolved before keep the adapter they found.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, RwLock};
+
+use axum::extract::State;
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::error::{ApiError, ErrorBody};
+use super::{AppRef, JsonBody};
+use crate::Error;
+use crate::engine::handle::EngineHandle;
+use crate::engine::{AppliedAdapter, LoadedAdapter};
+
+/// Adapters under names, at most.
+const MAX_ADAPTERS: usize = 4096;
+
+/// The longest name.
+const MAX_NAME_BYTES: usize = 256;
+
+/// Bytes of all adapters under names unless told otherwise.
+pub const DEFAULT_MAX_LORA_BYTES: u64 = 4 << 30;
+
+/// The adapters of a server, in order of registration.
+pub struct AdapterRegistry {
+    engine: EngineHandle,
+    named: RwLock<Vec<NamedAdapter>>,
+    /// Folders, resolved, under which adapters may be loaded over HTTP; none means that nobody may.
+    roots: Vec<PathBuf>,
+    max_bytes: u64,
+    /// One adapter is read at a time.
+    loading: Mutex<()>,
+}
+
+/// An adapter under a name.
+#[derive(Clone)]
+pub struct NamedAdapter {
+    /// What requests call it.
+    pub name: String,
+    /// Where it came from, as it was asked for.
+    pub path: String,
+    /// Unix time of its loading.
+    pub created: u64,
+    /// What it is now.
+    pub adapter: LoadedAdapter,
+}
+
+impl AdapterRegistry {
+    /// No adapters yet; those of all names together may have `max_bytes`.
+    ///
+    /// # Errors
+    /// `Io` when a root does not exist.
+    pub fn new(engine: EngineHandle, roots: &[PathBuf], max_bytes: u64) -> crate::Result<Self> {
+        let resolve = |root: &PathBuf| root.canonicalize().map_err(|error| Error::io("find the folder", root, error));
+        let roots = roots.iter().map(resolve).collect::<crate::Result<_>>()?;
+        Ok(Self { engine, named: RwLock::default(), roots, max_bytes, loading: Mutex::default() })
+    }
+
+    /// All adapters.
+    pub fn list(&self) -> Vec<NamedAdapter> {
+        self.named.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// The adapter of a name.
+    pub fn find(&self, name: &str) -> Option<NamedAdapter> {
+        let named = self.named.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        named.iter().find(|known| known.name == name).cloned()
+    }
+
+    /// Reads a folder and gives it a name; a name that is taken is replaced when `replaces`, and then in one moment.
+    ///
+    /// # Errors
+    /// `Invalid` for a bad name, `Conflict` for one that is taken, `Exhausted` when there are too many or they are too
+    /// large, and those of loading.
+    pub fn load(&self, name: &str, folder: &Path, replaces: bool) -> crate::Result<()> {
+        check_name(name)?;
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if !replaces && self.find(name).is_some() {
+            return Err(Error::Conflict(taken(name)));
+        }
+        let adapter = self.engine.load_adapter(folder)?;
+        let created = std::time::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_secs());
+        let new = NamedAdapter { name: name.to_owned(), path: folder.display().to_string(), created, adapter };
+        let mut named = self.named.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let others = named.iter().filter(|known| known.name != name);
+        let num_bytes: u64 = others.map(|known| known.adapter.num_bytes() as u64).sum();
+        if num_bytes + new.adapter.num_bytes() as u64 > self.max_bytes || named.len() >= MAX_ADAPTERS {
+            return Err(Error::Exhausted(format!(
+                "{} adapters with {num_bytes} bytes are loaded, and {} bytes may be; unload one first, or raise \
+                 --max-lora-bytes",
+                named.len(),
+                self.max_bytes
+            )));
+        }
+        tracing::info!(name, digest = %new.adapter.digest(), max_rank = new.adapter.max_rank(), "adapter loaded");
+        match named.iter_mut().find(|known| known.name == name) {
+            Some(known) => *known = new,
+            None => named.push(new),
+        }
+        Ok(())
+    }
+
+    /// Forgets a name; whether it was there.
+    pub fn unload(&self, name: &str) -> bool {
+        let mut named = self.named.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let num_before = named.len();
+        named.retain(|known| known.name != name);
+        named.len() < num_before
+    }
+
+    /// The adapters that `model` means: none for a name of the model itself, one for an adapter's name, several for
+    /// `base+a:0.7+b:0.3`. `None` when it means nothing.
+    pub(super) fn resolve(&self, model: &str, base_names: &[String]) -> Result<Option<Vec<AppliedAdapter>>, ApiError> {
+        if base_names.iter().any(|name| name == model) {
+            return Ok(Some(Vec::new()));
+        }
+        if let Some(found) = self.find(model) {
+            return Ok(Some(vec![AppliedAdapter { adapter: found.adapter, scale: 1.0 }]));
+        }
+        let terms = base_names.iter().find_map(|name| model.strip_prefix(name.as_str())?.strip_prefix('+'));
+        let Some(terms) = terms else { return Ok(None) };
+        terms.split('+').map(|term| self.resolve_term(term)).collect()
+    }
+
+    /// `name` or `name:scale`; `None` when there is no such adapter.
+    fn resolve_term(&self, term: &str) -> Result<Option<AppliedAdapter>, ApiError> {
+        if let Some(found) = self.find(term) {
+            return Ok(Some(AppliedAdapter { adapter: found.adapter, scale: 1.0 }));
+        }
+        let Some((name, scale)) = term.rsplit_once(':') else { return Ok(None) };
+        let Some(found) = self.find(name) else { return Ok(None) };
+        match scale.parse::<f32>() {
+            Ok(scale) if scale.is_finite() => Ok(Some(AppliedAdapter { adapter: found.adapter, scale })),
+            _ => Err(ApiError::invalid_field("model", format!("{scale:?} is no scale for the adapter {name}."))),
+        }
+    }
+
+    /// The folder that a client means, if it and its files lie under a root. Symbolic links are followed first.
+    fn folder(&self, path: &str) -> Option<PathBuf> {
+        let is_inside = |path: &Path| self.roots.iter().any(|root| path.starts_with(root));
+        let candidates = self.roots.iter().map(|root| root.join(path));
+        let folder = candidates.filter_map(|path| path.canonicalize().ok()).find(|path| is_inside(path))?;
+        let files = ["adapter_config.json", "adapter_model.safetensors"].map(|name| folder.join(name).canonicalize());
+        files.into_iter().all(|file| file.is_ok_and(|file| is_inside(&file))).then_some(folder)
+    }
+}
+
+fn check_name(name: &str) -> crate::Result<()> {
+    let is_bad = |found: char| matches!(found, '+' | '@') || found.is_whitespace() || found.is_control();
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(is_bad) {
+        return Err(crate::invalid!(
+            "{name:?} is no name for an adapter: 1 to {MAX_NAME_BYTES} bytes without spaces, + and @ are wanted"
+        ));
+    }
+    Ok(())
+}
+
+fn taken(name: &str) -> String {
+    format!(
+        "The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set 'load_inplace' \
+         to True."
+    )
+}
+
+/// vLLM's body.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct LoadLoraRequest {
+    /// The name it is to have.
+    lora_name: String,
+    /// A folder as PEFT writes it, under a root of the server.
+    lora_path: String,
+    /// Replace what has that name.
+    load_inplace: Option<bool>,
+}
+
+/// vLLM's body.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct UnloadLoraRequest {
+    /// The name to forget.
+    lora_name: String,
+}
+
+/// Loads an adapter.
+#[utoipa::path(
+    post,
+    path = "/v1/load_lora_adapter",
+    request_body = LoadLoraRequest,
+    responses((status = 200, body = String), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn load(State(app): State<AppRef>, body: JsonBody) -> Result<String, ApiError> {
+    let LoadLoraRequest { lora_name, lora_path, load_inplace } = body.parse()?;
+    registry(&app)?;
+    if app.model.names.contains(&lora_name) {
+        return Err(ApiError::invalid_field("lora_name", "The model itself has this name."));
+    }
+    let name = lora_name.clone();
+    let load = tokio::task::spawn_blocking({
+        let (app, replaces) = (AppRef::clone(&app), load_inplace.unwrap_or(false));
+        move || -> Result<(), ApiError> {
+            let registry = app.model.adapters.as_ref().ok_or_else(closed)?;
+            let missing = || ApiError::not_found(format!("No adapter found for '{lora_name}' at '{lora_path}'."));
+            let folder = registry.folder(&lora_path).ok_or_else(missing)?;
+            registry.load(&lora_name, &folder, replaces).map_err(|error| load_error(error, missing))
+        }
+    });
+    match load.await {
+        Ok(result) => result.map(|()| format!("Success: LoRA adapter '{name}' added successfully.")),
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Forgets an adapter. Calls that use it go on.
+#[utoipa::path(
+    post,
+    path = "/v1/unload_lora_adapter",
+    request_body = UnloadLoraRequest,
+    responses((status = 200, body = String), (status = "4XX", body = ErrorBody))
+)]
+pub(super) async fn unload(State(app): State<AppRef>, body: JsonBody) -> Result<String, ApiError> {
+    let UnloadLoraRequest { lora_name } = body.parse()?;
+    match registry(&app)?.unload(&lora_name) {
+        true => Ok(format!("Success: LoRA adapter '{lora_name}' removed successfully.")),
+        false => Err(ApiError::not_found(format!("The lora adapter '{lora_name}' cannot be found."))),
+    }
+}
+
+/// The registry, where clients may change it.
+fn registry(app: &AppRef) -> Result<&AdapterRegistry, ApiError> {
+    app.model.adapters.as_ref().filter(|registry| !registry.roots.is_empty()).ok_or_else(closed)
+}
+
+fn closed() -> ApiError {
+    ApiError::forbidden("Adapters cannot be loaded over HTTP here; start the server with --lora-root DIR.")
+}
+
+/// A file that does not fit is the client's to know about.
+fn load_error(error: Error, missing: impl Fn() -> ApiError) -> ApiError {
+    match error {
+        Error::NotFound(_) => missing(),
+        Error::Conflict(message) | Error::Format(message) => ApiError::bad_request(message),
+        other => other.into(),
+    }
+}

@@ -1,0 +1,223 @@
+//! Adapters: what is computed is the sum of the updates, whatever else runs beside it, and no KV crosses from one
+//! composition to another.
+
+use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
+use mneme::engine::{AppliedAdapter, FinishReason, LoadedAdapter, OutputStream, SamplingParams, SchedulerLimits, Task};
+
+use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
+use crate::invariance::{Fingerprint, fingerprint};
+use crate::kinds;
+use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, request};
+use crate::support::random::Random;
+use crate::support::tiny_adapter::{ALL, TinyAdapter};
+use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+
+/// Adapters of a request, by number.
+type Composition = &'static [(usize, f32)];
+
+/// Of three adapters: ranks of no whole vector, one whole, and a subset of the modules.
+const COMPOSITIONS: [Composition; 7] =
+    [&[], &[(0, 1.0)], &[(1, 0.7)], &[(2, -0.5)], &[(0, 0.7), (1, 0.3)], &[(1, 0.3), (0, 0.7), (2, 1.5)], &[(0, 0.5)]];
+
+fn adapters(model: &TinyModel) -> [TinyAdapter; 3] {
+    [
+        TinyAdapter::of(model, &ALL, 3, 1),
+        TinyAdapter::of(model, &ALL, 16, 2),
+        TinyAdapter::of(model, &["self_attn.v_proj", "mlp.down_proj"], 40, 3),
+    ]
+}
+
+fn load(engine: &TestEngine, adapter: &TinyAdapter) -> LoadedAdapter {
+    engine.handle.load_adapter(adapter.write().path()).unwrap()
+}
+
+fn compose(loaded: &[LoadedAdapter], composition: Composition) -> Vec<AppliedAdapter> {
+    let applied = |&(at, scale): &(usize, f32)| AppliedAdapter { adapter: loaded[at].clone(), scale };
+    composition.iter().map(applied).collect()
+}
+
+fn submit(
+    engine: &TestEngine,
+    prompt: &[u32],
+    sampling: SamplingParams,
+    adapters: Vec<AppliedAdapter>,
+) -> OutputStream {
+    let request = mneme::engine::GenerateRequest { adapters, ..request(prompt, Task::Generate(Box::new(sampling))) };
+    engine.handle.submit(request).unwrap()
+}
+
+fn sampling() -> SamplingParams {
+    SamplingParams { logprobs: Some(3), ..greedy(12) }
+}
+
+#[test]
+fn adapted_logits_are_those_of_weights_with_the_updates_added() {
+    for family in [Family::Llama, Family::Qwen2, Family::Gemma3] {
+        let model = TinyModel::new(family, 11);
+        let (written, adapters) = (model.write(), adapters(&model));
+        let prompt = Random::new(3).tokens(60, VOCAB);
+        for isa in Isa::available() {
+            let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+            let engine = TestEngine::start_on_cpu(written.path(), setup);
+            let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
+            for composition in COMPOSITIONS {
+                let output = collect(submit(&engine, &prompt, everything(), compose(&loaded, composition)));
+                let mut merged = model.clone();
+                for (at, scale) in composition {
+                    adapters[*at].merge_into(&mut merged, f64::from(*scale));
+                }
+                let (worst, _) = differences_of(&output, &merged, &prompt, false);
+                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
+                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
+                if !composition.is_empty() {
+                    let (without, _) = differences_of(&output, &model, &prompt, false);
+                    assert!(without > 10.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
+                }
+            }
+        }
+    }
+}
+
+/// Prompts with beginnings in common, under every composition.
+fn mixed(seed: u64) -> Vec<(Vec<u32>, Composition)> {
+    let mut random = Random::new(seed);
+    let shared = random.tokens(40, VOCAB);
+    let make = |at: usize| {
+        let mut prompt = if random.once_in(2) { shared.clone() } else { vec![] };
+        let num_own = random.within(1, 50);
+        prompt.extend(random.tokens(num_own, VOCAB));
+        (prompt, COMPOSITIONS[at % COMPOSITIONS.len()])
+    };
+    (0..14).map(make).collect()
+}
+
+#[test]
+fn a_request_has_the_same_bits_alone_and_among_other_adapters() {
+    for (isa, dtype, kv_dtype) in kinds() {
+        let model = TinyModel::new(Family::Qwen3, 5);
+        let (written, adapters) = (model.write(), adapters(&model));
+        let cold = SchedulerLimits { prefix_caching: false, ..limits() };
+        let small = SchedulerLimits { max_num_batched_tokens: 23, num_blocks: 70, ..limits() };
+        let start = |limits: SchedulerLimits, num_threads: usize| {
+            let setup = Setup { isa, dtype, kv_dtype, num_threads, limits, ..Setup::default() };
+            let engine = TestEngine::start_on_cpu(written.path(), setup);
+            let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
+            (engine, loaded)
+        };
+        let (alone, loaded_alone) = start(cold, 1);
+        let never = TestEngine::start_on_cpu(
+            written.path(),
+            Setup { isa, dtype, kv_dtype, num_threads: 1, limits: cold, ..Setup::default() },
+        );
+        for (limits, num_threads) in [(limits(), 3), (small, 2)] {
+            let (together, loaded) = start(limits, num_threads);
+            let requests = mixed(7);
+            let streams: Vec<_> = requests
+                .iter()
+                .map(|(prompt, composition)| submit(&together, prompt, sampling(), compose(&loaded, composition)))
+                .collect();
+            for ((prompt, composition), stream) in requests.iter().zip(streams) {
+                let found = fingerprint(&collect(stream));
+                let applied = compose(&loaded_alone, composition);
+                let wanted = fingerprint(&collect(submit(&alone, prompt, sampling(), applied)));
+                assert_eq!(found, wanted, "{isa} {composition:?}");
+                if composition.is_empty() {
+                    let base = fingerprint(&collect(never.submit(prompt, sampling())));
+                    assert_eq!(found, base, "{isa}: an engine without adapters says something else");
+                }
+            }
+        }
+    }
+}
+
+/// A server that finds the KV of a prompt again under another adapter answers with a mixture of both.
+#[test]
+fn kv_is_never_shared_across_adapters() {
+    let model = TinyModel::new(Family::Llama, 21);
+    let (written, adapters) = (model.write(), adapters(&model));
+    let start = || {
+        let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+        let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
+        (engine, loaded)
+    };
+    let (engine, loaded) = start();
+    let prompt = Random::new(9).tokens(50, VOCAB);
+    let mut seen: Vec<Fingerprint> = Vec::new();
+    for composition in COMPOSITIONS {
+        let first = collect(submit(&engine, &prompt, sampling(), compose(&loaded, composition)));
+        assert_eq!(first.cached_tokens, 0, "{composition:?} found the KV of another composition");
+        let again = collect(submit(&engine, &prompt, sampling(), compose(&loaded, composition)));
+        assert_eq!(again.cached_tokens, 48, "{composition:?} did not find its own KV");
+        let (fresh, fresh_loaded) = start();
+        let wanted = collect(submit(&fresh, &prompt, sampling(), compose(&fresh_loaded, composition)));
+        for found in [&first, &again] {
+            assert_eq!(fingerprint(found), fingerprint(&wanted), "{composition:?}");
+        }
+        assert!(!seen.contains(&fingerprint(&wanted)), "{composition:?} changes nothing");
+        seen.push(fingerprint(&wanted));
+    }
+    // The order in which a request names its adapters is not part of what it asks for.
+    let mut turned = compose(&loaded, COMPOSITIONS[5]);
+    turned.reverse();
+    let output = collect(submit(&engine, &prompt, sampling(), turned));
+    assert_eq!((output.cached_tokens, fingerprint(&output)), (48, seen.swap_remove(5)));
+}
+
+/// A server that applies what is loaded to everybody changes answers nobody asked it to change.
+#[test]
+fn loaded_adapters_do_nothing_to_requests_that_name_none() {
+    let model = TinyModel::new(Family::Llama, 22);
+    let written = model.write();
+    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let prompt = Random::new(10).tokens(40, VOCAB);
+    let before = fingerprint(&collect(engine.submit(&prompt, sampling())));
+    let loaded: Vec<_> = adapters(&model).iter().map(|adapter| load(&engine, adapter)).collect();
+    let nothing = [vec![], vec![AppliedAdapter { adapter: loaded[0].clone(), scale: 0.0 }]];
+    for adapters in nothing {
+        let output = collect(submit(&engine, &prompt, sampling(), adapters));
+        assert_eq!((output.cached_tokens, fingerprint(&output)), (32, before.clone()));
+    }
+}
+
+#[test]
+fn a_replaced_adapter_is_another_and_running_requests_keep_the_old_one() {
+    let model = TinyModel::new(Family::Llama, 23);
+    let written = model.write();
+    let [old, new, _] = adapters(&model);
+    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let folder = old.write();
+    let one = |loaded: &LoadedAdapter| vec![AppliedAdapter { adapter: loaded.clone(), scale: 1.0 }];
+    let first = engine.handle.load_adapter(folder.path()).unwrap();
+    let prompt = Random::new(11).tokens(40, VOCAB);
+    let wanted = fingerprint(&collect(submit(&engine, &prompt, sampling(), one(&first))));
+    let running = submit(&engine, &prompt, sampling(), one(&first));
+    new.write_into(folder.path());
+    let second = engine.handle.load_adapter(folder.path()).unwrap();
+    assert_ne!(first.digest(), second.digest());
+    drop(first);
+    let replaced = collect(submit(&engine, &prompt, sampling(), one(&second)));
+    assert_eq!(replaced.cached_tokens, 0);
+    assert_eq!(fingerprint(&collect(running)), wanted);
+    assert_ne!(fingerprint(&replaced), wanted);
+}
+
+#[test]
+fn adapters_that_do_not_fit_are_refused_and_the_engine_goes_on() {
+    let model = TinyModel::new(Family::Llama, 24);
+    let written = model.write();
+    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let deeper = TinyAdapter::of(&TinyModel::new(Family::Gemma3, 1), &ALL, 4, 1).write();
+    let error = engine.handle.load_adapter(deeper.path()).err().unwrap().to_string();
+    assert!(error.contains("2 layers"), "{error}");
+    let loaded = load(&engine, &adapters(&model)[0]);
+    let prompt = Random::new(12).tokens(20, VOCAB);
+    let refused = |adapters: Vec<AppliedAdapter>| match collect(submit(&engine, &prompt, greedy(2), adapters)).reason {
+        Some(FinishReason::Error(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    let many = vec![AppliedAdapter { adapter: loaded.clone(), scale: 0.1 }; 9];
+    assert!(refused(many).contains("8 adapters"));
+    assert!(refused(vec![AppliedAdapter { adapter: loaded, scale: f32::INFINITY }]).contains("finite"));
+    assert_eq!(engine.greedy(&prompt, 3).len(), 3);
+}

@@ -1,0 +1,111 @@
+//! Random LoRA adapters for tiny models, written the way PEFT does.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use half::bf16;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::random::Random;
+use super::tiny_model::TinyModel;
+
+/// Every module that adapters change.
+pub const ALL: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// A row-major matrix of numbers that bf16 holds.
+#[derive(Clone)]
+pub struct Matrix {
+    pub rows: usize,
+    pub columns: usize,
+    pub values: Vec<f32>,
+}
+
+/// An adapter in memory: `A` and `B` by the name of their module.
+#[derive(Clone)]
+pub struct TinyAdapter {
+    pub rank: usize,
+    pub alpha: f64,
+    pub updates: BTreeMap<String, (Matrix, Matrix)>,
+}
+
+impl TinyAdapter {
+    /// Updates of `modules`, as `(name, outputs, inputs)`, about as large as weights are.
+    pub fn new(modules: &[(String, usize, usize)], rank: usize, seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let alpha = 2.0 * rank as f64;
+        let mut matrix = |rows: usize, columns: usize, scale: f64| {
+            let number = |_| bf16::from_f64(scale * random.normal()).to_f32();
+            Matrix { rows, columns, values: (0..rows * columns).map(number).collect() }
+        };
+        let updates = modules.iter().map(|(name, outputs, inputs)| {
+            let a = matrix(rank, *inputs, 1.0 / (*inputs as f64).sqrt());
+            (name.clone(), (a, matrix(*outputs, rank, 0.3 / (rank as f64).sqrt())))
+        });
+        Self { rank, alpha, updates: updates.collect() }
+    }
+
+    /// Updates of these modules in every layer of a model.
+    pub fn of(model: &TinyModel, modules: &[&str], rank: usize, seed: u64) -> Self {
+        let named = (0..model.family.num_layers()).flat_map(|layer| {
+            modules.iter().map(move |module| {
+                let name = format!("model.layers.{layer}.{module}");
+                let weight = model.tensor(&format!("{name}.weight"));
+                (name, weight.rows, weight.columns)
+            })
+        });
+        Self::new(&named.collect::<Vec<_>>(), rank, seed)
+    }
+
+    /// `W += scale * alpha / rank * B A` in f64.
+    pub fn merge_into(&self, model: &mut TinyModel, scale: f64) {
+        for (name, (a, b)) in &self.updates {
+            let weight = model.tensors.get_mut(&format!("{name}.weight")).unwrap();
+            for row in 0..weight.rows {
+                for column in 0..weight.columns {
+                    let product = |at: usize| {
+                        f64::from(b.values[row * self.rank + at]) * f64::from(a.values[at * a.columns + column])
+                    };
+                    let sum: f64 = (0..self.rank).map(product).sum();
+                    let value = &mut weight.values[row * weight.columns + column];
+                    *value = (f64::from(*value) + scale * self.alpha / self.rank as f64 * sum) as f32;
+                }
+            }
+        }
+    }
+
+    /// A folder of its own.
+    pub fn write(&self) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        self.write_into(folder.path());
+        folder
+    }
+
+    /// Both files, in bf16.
+    pub fn write_into(&self, folder: &Path) {
+        let config = json!({"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "bias": "none"});
+        std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for (name, (a, b)) in &self.updates {
+            for (half, matrix) in [("A", a), ("B", b)] {
+                let start = data.len();
+                data.extend(matrix.values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()));
+                let shape = [matrix.rows, matrix.columns];
+                let facts = json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, data.len()]});
+                header.insert(format!("base_model.model.{name}.lora_{half}.weight"), facts);
+            }
+        }
+        let mut text = Value::Object(header).to_string();
+        text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+        let file = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &data].concat();
+        std::fs::write(folder.join("adapter_model.safetensors"), file).unwrap();
+    }
+}
