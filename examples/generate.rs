@@ -48,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         priority: 0,
         domain: String::new(),
         shared_prefix: None,
+        pieces: vec![],
     })?;
     let mut out = std::io::stdout().lock();
     write!(out, "{prompt}")?;

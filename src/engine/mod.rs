@@ -1,5 +1,6 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
+mod composition;
 mod deposit;
 mod generation;
 pub mod handle;
@@ -14,7 +15,7 @@ mod tiers;
 
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, SharedPrefix, Task,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix, Task,
     TokenLogprob, TokenLogprobs,
 };
 pub use scheduler::SchedulerLimits;

@@ -1,7 +1,9 @@
 //! A request while it runs: its tokens, its blocks, how far it has come.
 
+use std::ops::Range;
 use std::time::Instant;
 
+use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::OutputSink;
 use super::request::{FinishReason, OutputEvent, Reuse};
@@ -15,6 +17,8 @@ pub(super) enum SequenceStatus {
     Running,
     /// Computed; its blocks are on their way to disk.
     Depositing,
+    /// One of its pieces is there; it waits for the next one.
+    Prepared,
     Finished,
 }
 
@@ -24,6 +28,8 @@ pub(super) enum Work {
     Generate(Box<Generation>),
     /// Computing its KV, to be kept on disk; durably or not.
     Deposit { is_durable: bool },
+    /// Computing what a piece of a composed prompt is taken from.
+    Source,
     /// Summing final hidden states; `[hidden_size]`.
     Embed { sum: Vec<f32> },
 }
@@ -37,7 +43,7 @@ pub(super) struct Sequence {
     /// Prompt, then output. Room for all that can come is reserved at the start.
     pub(super) tokens: Vec<u32>,
     pub(super) num_prompt_tokens: usize,
-    /// Tokens `[0, num_computed_tokens)` have their KV in `blocks`.
+    /// Tokens `[0, num_computed_tokens)` have their KV in `blocks`; behind them only those that were copied there.
     pub(super) num_computed_tokens: usize,
     /// Prompt tokens that came from the prefix cache when it was first scheduled.
     pub(super) num_cached_tokens: Option<usize>,
@@ -48,6 +54,8 @@ pub(super) struct Sequence {
     pub(super) blocks: BlockTable,
     pub(super) chain: HashChain,
     pub(super) work: Work,
+    /// What of its prompt is copied instead of computed.
+    pub(super) composition: Option<Box<Composition>>,
     pub(super) sink: OutputSink,
     pub(super) arrived_at: Instant,
     /// When it was first given a place in a step.
@@ -61,6 +69,8 @@ pub(super) struct HashChain {
     /// The block from which on the chain runs in a domain of its own, and that domain.
     own: Option<(usize, String)>,
     hashes: Vec<BlockHash>,
+    /// Blocks from here on hold something else than their tokens say, and have no hash.
+    max_blocks: usize,
     /// Blocks `[0, num_published)` can be found by others.
     pub(super) num_published: usize,
     /// Blocks `[num_published, num_promised)` are being computed here, so that others may wait for them.
@@ -70,12 +80,19 @@ pub(super) struct HashChain {
 impl HashChain {
     /// An empty chain with room for `max_blocks`, which from the block given in `own` on runs in another domain.
     pub(super) fn new(root: BlockHash, own: Option<(usize, String)>, max_blocks: usize) -> Self {
-        Self { root, own, hashes: Vec::with_capacity(max_blocks), num_published: 0, num_promised: 0 }
+        Self { root, own, hashes: Vec::with_capacity(max_blocks), max_blocks, num_published: 0, num_promised: 0 }
+    }
+
+    /// The same chain, which ends before block `max_blocks`.
+    pub(super) fn cut_at(mut self, max_blocks: usize) -> Self {
+        self.max_blocks = self.max_blocks.min(max_blocks);
+        self
     }
 
     /// Extends the chain over all full blocks of `tokens`.
     pub(super) fn extend(&mut self, tokens: &[u32], block_size: usize) {
-        for block in tokens.chunks_exact(block_size).skip(self.hashes.len()) {
+        let room = self.max_blocks - self.hashes.len();
+        for block in tokens.chunks_exact(block_size).skip(self.hashes.len()).take(room) {
             self.hashes.push(self.parent().child(block));
         }
     }
@@ -108,14 +125,55 @@ impl HashChain {
 impl Sequence {
     /// Tokens that still need to be computed before the next one can be sampled.
     pub(super) fn num_uncomputed_tokens(&self) -> usize {
-        self.tokens.len() - self.num_computed_tokens
+        let first = self.num_computed_tokens;
+        let behind = self.gathered().iter().map(|range| range.end.saturating_sub(range.start.max(first)));
+        self.tokens.len() - first - behind.sum::<usize>()
     }
 
-    /// Takes note of `num_tokens` tokens that need not be computed before it is first scheduled.
-    pub(super) fn count_reuse(&mut self, tier: Tier, num_tokens: usize) {
-        if self.num_cached_tokens.is_none() {
-            self.reuse.count(tier, num_tokens);
+    /// Positions of the tokens to compute next, ascending, endlessly.
+    pub(super) fn next_positions(&self) -> impl Iterator<Item = usize> {
+        let mut gathered = self.gathered().iter().skip_while(|range| range.end <= self.num_computed_tokens).peekable();
+        let mut next = self.num_computed_tokens;
+        std::iter::from_fn(move || {
+            while let Some(range) = gathered.next_if(|range| range.start <= next) {
+                next = range.end;
+            }
+            next += 1;
+            Some(next - 1)
+        })
+    }
+
+    /// One past the position of the last of the next `num_tokens` tokens to compute.
+    pub(super) fn end_of_next(&self, num_tokens: usize) -> usize {
+        num_tokens.checked_sub(1).and_then(|at| self.next_positions().nth(at)).map_or(self.num_computed_tokens, |at| at + 1)
+    }
+
+    /// Takes note of block `index`, which was found in `tier` before it was first scheduled.
+    pub(super) fn count_reuse(&mut self, tier: Tier, index: usize, block_size: usize) {
+        if self.num_cached_tokens.is_some() {
+            return;
         }
+        let tokens: Range<usize> = index * block_size..(index + 1) * block_size;
+        let num_tokens = match (&self.work, &mut self.composition) {
+            (Work::Source, Some(composition)) => composition.count_reuse(tokens),
+            _ => block_size,
+        };
+        self.reuse.count(tier, num_tokens);
+    }
+
+    /// Takes note of what it has when it is first scheduled.
+    pub(super) fn count_cached(&mut self) {
+        if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) {
+            return;
+        }
+        let composition = self.composition.as_deref();
+        self.num_cached_tokens = Some(self.num_computed_tokens + composition.map_or(0, Composition::num_reused_tokens));
+        self.reuse.linked_tokens = composition.map_or(0, Composition::num_gathered_tokens);
+    }
+
+    /// Blocks that nobody else can take.
+    pub(super) fn num_held_blocks(&self) -> usize {
+        self.blocks.len() + self.composition.as_ref().map_or(0, |composition| composition.num_held_blocks())
     }
 
     /// The tokens of full block `index`.
@@ -125,7 +183,10 @@ impl Sequence {
 
     /// Full blocks that others may share with it: its last token has to be computed, for its logits.
     pub(super) fn num_shareable_blocks(&self, block_size: usize) -> usize {
-        (self.tokens.len() - 1) / block_size
+        match self.work {
+            Work::Source => self.tokens.len() / block_size,
+            _ => (self.tokens.len() - 1) / block_size,
+        }
     }
 
     /// Tokens sampled so far.
@@ -137,7 +198,7 @@ impl Sequence {
     pub(super) fn wants_prompt_logits(&self) -> bool {
         match &self.work {
             Work::Generate(generation) => generation.wants_prompt_logits(),
-            Work::Embed { .. } | Work::Deposit { .. } => false,
+            Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
         }
     }
 
@@ -153,6 +214,14 @@ impl Sequence {
 
     /// Starts over: its KV is gone.
     pub(super) fn reset(&mut self) {
+        self.reset_stage();
+        if self.composition.is_some() {
+            self.restart_composition();
+            self.reset_stage();
+        }
+    }
+
+    fn reset_stage(&mut self) {
         self.num_computed_tokens = 0;
         self.may_fetch = true;
         if self.num_cached_tokens.is_none() {
@@ -163,7 +232,7 @@ impl Sequence {
         match &mut self.work {
             Work::Generate(generation) => generation.prompt_logprobs.clear(),
             Work::Embed { sum } => sum.fill(0.0),
-            Work::Deposit { .. } => {}
+            Work::Deposit { .. } | Work::Source => {}
         }
     }
 

@@ -162,6 +162,7 @@ pub fn request(prompt: &[u32], task: Task) -> GenerateRequest {
         priority: 0,
         domain: String::new(),
         shared_prefix: None,
+        pieces: vec![],
     }
 }
 

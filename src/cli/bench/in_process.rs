@@ -62,6 +62,7 @@ impl InProcess {
             priority: 0,
             domain: String::new(),
             shared_prefix: None,
+            pieces: vec![],
         };
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })

@@ -152,6 +152,7 @@ impl Session {
             priority: 0,
             domain: String::new(),
             shared_prefix: None,
+            pieces: vec![],
         };
         let options = DetokenizerOptions { skip_special: true, stop: self.stop.clone(), include_stop: false };
         let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), options);

@@ -72,6 +72,7 @@ impl VaultEngine {
             priority: 0,
             domain,
             shared_prefix: None,
+            pieces: vec![],
         })?;
         let mut deposited = None;
         while let Some(event) = stream.next().await {

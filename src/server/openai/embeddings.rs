@@ -140,6 +140,7 @@ fn submit(app: &App, call: &Call, inputs: Vec<Vec<u32>>) -> Result<Vec<OutputStr
             priority: call.priority,
             domain: call.domain.clone(),
             shared_prefix: None,
+            pieces: vec![],
         };
         app.model.engine.submit(request).map_err(ApiError::from)
     };

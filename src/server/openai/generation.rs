@@ -100,6 +100,7 @@ impl Generation {
             priority: call.priority,
             domain: call.domain.clone(),
             shared_prefix: call.shared_prefix(self.num_cube_tokens),
+            pieces: vec![],
         }
     }
 }
