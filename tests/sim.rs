@@ -11,7 +11,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use mneme::backend::sim::{SimBackend, mix, rotated};
-use mneme::engine::{FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task, TierConfig};
+use mneme::engine::{
+    FinishReason, GenerateRequest, OutputStream, Piece, SchedulerLimits, SubmitError, Task, TierConfig,
+};
 use mneme::paging::faulty::{Fault, FaultyFiles};
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, VaultOpener};
 use support::engine::{Output, Setup, TestEngine, greedy, limits, metric, request};
@@ -29,27 +31,79 @@ const MAX_BLOCK_BYTES: usize = 8192;
 struct Oracle {
     folds: [u64; NUM_LAYERS],
     num_tokens: i64,
+    /// What every layer keeps of every token.
+    kept: Vec<[u64; NUM_LAYERS]>,
 }
 
 impl Oracle {
     /// Takes a token in and tells the one that follows.
     fn feed(&mut self, token: u32) -> u32 {
         let mut payload = mix(0, u64::from(token));
-        for fold in &mut self.folds {
-            *fold = mix(*fold, rotated(payload, self.num_tokens));
+        let mut kept = [0; NUM_LAYERS];
+        for (fold, kept) in self.folds.iter_mut().zip(&mut kept) {
+            *kept = rotated(payload, self.num_tokens);
+            *fold = mix(*fold, *kept);
             payload = *fold;
         }
+        self.kept.push(kept);
         self.num_tokens += 1;
         (payload % VOCAB as u64) as u32
+    }
+
+    /// Takes in what was kept of a token so many positions before here.
+    fn take(&mut self, kept: [u64; NUM_LAYERS], distance: i64) {
+        for (fold, kept) in self.folds.iter_mut().zip(kept) {
+            *fold = mix(*fold, rotated(kept, distance));
+        }
+        self.kept.push(kept.map(|kept| rotated(kept, distance)));
+        self.num_tokens += 1;
+    }
+
+    /// The greedy continuation of a prompt with pieces: what is kept of their sources is as if they had been computed
+    /// alone; all of it that lies in full blocks is moved, but for the first tokens of each piece, the prompt's last one,
+    /// and pieces whose blocks have no room beside the prompt's.
+    fn composed(prompt: &[u32], pieces: &[Piece], limits: &SchedulerLimits, num_tokens: usize) -> Vec<u32> {
+        let size = limits.block_size;
+        let mut moved = vec![None; prompt.len()];
+        let mut num_blocks = prompt.len().div_ceil(size);
+        for piece in pieces {
+            let mut source = Self::default();
+            piece.source.iter().for_each(|token| drop(source.feed(*token)));
+            let places = (0..piece.num_tokens).map(|at| (piece.start + at, piece.source_start + at));
+            let places: Vec<(usize, usize)> = places
+                .skip(piece.num_recomputed)
+                .filter(|(here, there)| here + 1 < prompt.len() && *there < piece.source.len() / size * size)
+                .collect();
+            let num_wanted = places.last().map_or(0, |(_, there)| there / size + 1);
+            if num_blocks + num_wanted <= limits.num_blocks {
+                num_blocks += num_wanted;
+                places.iter().for_each(|(here, there)| {
+                    moved[*here] = Some((source.kept[*there], *here as i64 - *there as i64));
+                });
+            }
+        }
+        let mut oracle = Self::default();
+        let mut next = 0;
+        for (token, moved) in prompt.iter().zip(moved) {
+            match moved {
+                Some((kept, distance)) => oracle.take(kept, distance),
+                None => next = oracle.feed(*token),
+            }
+        }
+        oracle.go_on(next, num_tokens)
     }
 
     /// The greedy continuation of `prompt`.
     fn continuation(prompt: &[u32], num_tokens: usize) -> Vec<u32> {
         let mut oracle = Self::default();
-        let mut next = prompt.iter().fold(0, |_, token| oracle.feed(*token));
+        let next = prompt.iter().fold(0, |_, token| oracle.feed(*token));
+        oracle.go_on(next, num_tokens)
+    }
+
+    fn go_on(mut self, mut next: u32, num_tokens: usize) -> Vec<u32> {
         let mut output = vec![next];
         while output.len() < num_tokens {
-            next = oracle.feed(next);
+            next = self.feed(next);
             output.push(next);
         }
         output
@@ -68,28 +122,34 @@ struct Reached {
     num_disk_tokens: usize,
     num_restarts: usize,
     num_restored_tokens: usize,
+    num_composed: usize,
+    num_linked_tokens: usize,
+    num_relinked_tokens: usize,
 }
 
 struct Running {
-    prompt: Vec<u32>,
-    max_tokens: usize,
+    /// What has to come out.
+    wanted: Vec<u32>,
+    is_composed: bool,
     output: Output,
     stream: OutputStream,
 }
 
 impl Running {
     fn check(&self, seed: u64) {
-        let wanted = Oracle::continuation(&self.prompt, self.max_tokens);
         let found = &self.output.tokens;
-        assert_eq!(found[..], wanted[..found.len()], "seed {seed}: {} prompt tokens", self.prompt.len());
+        assert_eq!(found[..], self.wanted[..found.len()], "seed {seed}, composed: {}", self.is_composed);
     }
 
     fn finish(mut self, seed: u64, reached: &mut Reached) {
         self.output = self.output.finish(self.stream);
         assert_eq!(self.output.reason, Some(FinishReason::Length), "seed {seed}");
-        assert_eq!(self.output.tokens.len(), self.max_tokens, "seed {seed}");
-        let wanted = Oracle::continuation(&self.prompt, self.max_tokens);
-        assert_eq!(self.output.tokens, wanted, "seed {seed}: {} prompt tokens", self.prompt.len());
+        assert_eq!(self.output.tokens, self.wanted, "seed {seed}, composed: {}", self.is_composed);
+        reached.num_composed += usize::from(self.is_composed);
+        reached.num_linked_tokens += self.output.reuse.linked_tokens;
+        if self.is_composed {
+            reached.num_relinked_tokens += self.output.cached_tokens;
+        }
         reached.num_finished += 1;
         reached.num_cached_tokens += self.output.cached_tokens;
         reached.num_host_tokens += self.output.reuse.host_tokens;
@@ -230,20 +290,57 @@ impl Simulation {
         prompt
     }
 
+    /// A prompt of some texts that others have as well, each computed behind another head, and what is its own.
+    fn composed_prompt(&mut self) -> (Vec<u32>, Vec<Piece>) {
+        let random = &mut self.random;
+        let most = self.limits.max_model_len - 1;
+        let num_own = random.within(1, 8);
+        let num_head = random.below(20);
+        let mut prompt = random.tokens(num_head, VOCAB);
+        let mut pieces = vec![];
+        for _ in 0..random.within(1, 3) {
+            let text = &self.shared[random.below(self.shared.len())];
+            let num_tokens = random.within(1, text.len());
+            if prompt.len() + num_tokens + num_own > most {
+                break;
+            }
+            let source_start = random.below(3);
+            let head = (0..source_start).map(|at| at as u32);
+            let source: Vec<u32> = head.chain(text.iter().copied()).collect();
+            let source = source[..random.within(source_start + num_tokens, source.len())].to_vec();
+            let domain = ["", "a"][random.below(2)].to_owned();
+            let num_recomputed = [0, 0, 4, random.below(40)][random.below(4)];
+            pieces.push(Piece { start: prompt.len(), num_tokens, source, source_start, domain, num_recomputed });
+            prompt.extend_from_slice(&text[..num_tokens]);
+            let num_between = random.below(num_own);
+            prompt.extend(random.tokens(num_between, VOCAB));
+        }
+        prompt.extend(random.tokens(1, VOCAB));
+        (prompt, pieces)
+    }
+
     fn submit(&mut self, engine: &TestEngine) {
-        let prompt = self.prompt();
+        let (prompt, pieces) = if self.random.once_in(4) { self.composed_prompt() } else { (self.prompt(), vec![]) };
         let max_tokens = self.random.within(1, (self.limits.max_model_len - prompt.len()).min(60));
-        let embeds = self.random.once_in(10);
+        let embeds = pieces.is_empty() && self.random.once_in(10);
         let task = if embeds { Task::Embed } else { Task::Generate(Box::new(greedy(max_tokens))) };
         let salts = ["", "", "a", "b"];
         let request = GenerateRequest {
             priority: self.random.below(3) as i32,
             domain: salts[self.random.below(4)].to_owned(),
+            pieces: pieces.clone(),
             ..request(&prompt, task)
         };
         match engine.handle.submit(request) {
             Ok(stream) if embeds => self.embeddings.push(stream),
-            Ok(stream) => self.running.push(Running { prompt, max_tokens, output: Output::default(), stream }),
+            Ok(stream) => {
+                let is_composed = !pieces.is_empty();
+                let wanted = match is_composed {
+                    true => Oracle::composed(&prompt, &pieces, &self.limits, max_tokens),
+                    false => Oracle::continuation(&prompt, max_tokens),
+                };
+                self.running.push(Running { wanted, is_composed, output: Output::default(), stream });
+            }
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("seed {}: {error}", self.seed),
         }
@@ -297,6 +394,9 @@ fn random_lives_end_as_predicted() {
         total.num_disk_tokens += reached.num_disk_tokens;
         total.num_restarts += reached.num_restarts;
         total.num_restored_tokens += reached.num_restored_tokens;
+        total.num_composed += reached.num_composed;
+        total.num_linked_tokens += reached.num_linked_tokens;
+        total.num_relinked_tokens += reached.num_relinked_tokens;
     }
     eprintln!("{total:?}");
     if num_seeds >= 100 {
@@ -305,6 +405,8 @@ fn random_lives_end_as_predicted() {
         assert!(num_preemptions > 100 && num_cached_tokens > 1000, "{total:?}");
         assert!(num_host_tokens > 1000 && total.num_disk_tokens > 500, "{total:?}");
         assert!(total.num_restored_tokens > 100, "{total:?}");
+        assert!(total.num_composed > 100 && total.num_linked_tokens > 1000, "{total:?}");
+        assert!(total.num_relinked_tokens > 500, "{total:?}");
     }
 }
 

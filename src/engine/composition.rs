@@ -234,9 +234,8 @@ mod tests {
     }
 
     fn compose(pieces: Vec<Piece>, prompt_len: usize, num_blocks: usize) -> Option<Box<Composition>> {
-        let chain_of = |domain: &str, max_blocks| {
-            HashChain::new(BlockHash::root(b"model", domain.as_bytes()), None, max_blocks)
-        };
+        let chain_of =
+            |domain: &str, max_blocks| HashChain::new(BlockHash::root(b"model", domain.as_bytes()), None, max_blocks);
         Composition::new(pieces, prompt_len, 16, num_blocks, chain_of)
     }
 

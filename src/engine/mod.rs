@@ -15,8 +15,8 @@ mod tiers;
 
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix, Task,
-    TokenLogprob, TokenLogprobs,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix,
+    Task, TokenLogprob, TokenLogprobs,
 };
 pub use scheduler::SchedulerLimits;
 pub use step::{Engine, EngineConfig};

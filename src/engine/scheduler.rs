@@ -254,7 +254,7 @@ impl Scheduler {
             self.waiting.insert(at, sequence);
             return Admission::Prepared;
         }
-        let num_missing = sequence.tokens.len().div_ceil(self.limits.block_size) - sequence.blocks.len();
+        let num_missing = sequence.next_limit().div_ceil(self.limits.block_size) - sequence.blocks.len();
         while self.pool.num_free() < num_missing && self.reclaim_waiting() {}
         let num_tokens = budget.grant(&sequence);
         if num_tokens == 0 || self.pool.num_free() < num_missing {
@@ -508,7 +508,8 @@ struct Budget {
 impl Budget {
     /// How many of its tokens a sequence may compute now.
     fn grant(&self, sequence: &Sequence) -> usize {
-        let num_tokens = sequence.num_uncomputed_tokens().min(self.tokens);
+        let num_behind = sequence.tokens.len() - sequence.next_limit();
+        let num_tokens = (sequence.num_uncomputed_tokens() - num_behind).min(self.tokens);
         if sequence.wants_prompt_logits() { num_tokens.min(self.prompt_logits) } else { num_tokens }
     }
 

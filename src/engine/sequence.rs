@@ -130,6 +130,15 @@ impl Sequence {
         self.tokens.len() - first - behind.sum::<usize>()
     }
 
+    /// Where its next step ends at the latest: while it holds blocks of its pieces beside its own, with its prompt, because
+    /// room for more was not promised.
+    pub(super) fn next_limit(&self) -> usize {
+        match &self.composition {
+            Some(composition) if composition.wants_gather() => self.num_prompt_tokens,
+            _ => self.tokens.len(),
+        }
+    }
+
     /// Positions of the tokens to compute next, ascending, endlessly.
     pub(super) fn next_positions(&self) -> impl Iterator<Item = usize> {
         let mut gathered = self.gathered().iter().skip_while(|range| range.end <= self.num_computed_tokens).peekable();
@@ -145,7 +154,10 @@ impl Sequence {
 
     /// One past the position of the last of the next `num_tokens` tokens to compute.
     pub(super) fn end_of_next(&self, num_tokens: usize) -> usize {
-        num_tokens.checked_sub(1).and_then(|at| self.next_positions().nth(at)).map_or(self.num_computed_tokens, |at| at + 1)
+        match num_tokens.checked_sub(1).filter(|_| !self.gathered().is_empty()) {
+            Some(last) => self.next_positions().nth(last).map_or(self.num_computed_tokens, |at| at + 1),
+            None => self.num_computed_tokens + num_tokens,
+        }
     }
 
     /// Takes note of block `index`, which was found in `tier` before it was first scheduled.
