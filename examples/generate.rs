@@ -49,6 +49,7 @@ fn main() -> anyhow::Result<()> {
         domain: String::new(),
         shared_prefix: None,
         adapters: Vec::new(),
+        pieces: vec![],
     })?;
     let mut out = std::io::stdout().lock();
     write!(out, "{prompt}")?;

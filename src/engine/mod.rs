@@ -1,6 +1,7 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
 mod adapters;
+mod composition;
 mod deposit;
 mod generation;
 pub mod handle;
@@ -17,8 +18,8 @@ mod tiers;
 pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Reuse, SamplingParams, SharedPrefix, Task,
-    TokenLogprob, TokenLogprobs,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix,
+    Task, TokenLogprob, TokenLogprobs,
 };
 pub use scheduler::SchedulerLimits;
 pub use step::{Engine, EngineConfig};

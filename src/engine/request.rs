@@ -21,6 +21,30 @@ pub struct GenerateRequest {
     pub shared_prefix: Option<SharedPrefix>,
     /// Adapters that are added to the model, at most [`MAX_APPLIED`](super::MAX_APPLIED); none means the model alone.
     pub adapters: Vec<AppliedAdapter>,
+    /// Parts of the prompt whose KV is taken from elsewhere, which changes the answer; in order, none over another. Only
+    /// for [`Task::Generate`] without `prompt_logprobs`.
+    pub pieces: Vec<Piece>,
+}
+
+/// A part of a prompt whose KV is not computed at its place: it is that of the same tokens in another context, with keys
+/// rotated from there to here.
+///
+/// It is as if the source had been computed alone: where its blocks are not cached, they are computed and kept. What
+/// follows the source's last full block is computed in the prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Index in the prompt of its first token.
+    pub start: usize,
+    /// Tokens of it.
+    pub num_tokens: usize,
+    /// The tokens its KV is computed as, from position 0 on.
+    pub source: Vec<u32>,
+    /// Index in `source` of its first token.
+    pub source_start: usize,
+    /// The cache domain of the source's blocks, which the caller may read.
+    pub domain: String,
+    /// So many of its first tokens are computed in the prompt.
+    pub num_recomputed: usize,
 }
 
 /// A beginning of a prompt that others share.
@@ -163,6 +187,8 @@ pub struct Reuse {
     pub host_tokens: usize,
     /// Tokens brought up from disk.
     pub disk_tokens: usize,
+    /// Of the prompt's tokens, those whose KV was computed in another context and moved here.
+    pub linked_tokens: usize,
     /// Milliseconds the request waited for them.
     pub fetch_ms: f64,
     /// What became of the question.
@@ -191,6 +217,7 @@ impl Reuse {
         self.device_tokens += other.device_tokens;
         self.host_tokens += other.host_tokens;
         self.disk_tokens += other.disk_tokens;
+        self.linked_tokens += other.linked_tokens;
         self.fetch_ms += other.fetch_ms;
         if other.decision != FetchDecision::NothingBelow {
             self.decision = other.decision;

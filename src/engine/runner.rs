@@ -4,12 +4,15 @@ use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
 use super::adapters::{LoadedAdapter, MAX_APPLIED};
+use super::composition::Move;
 use super::lora_groups::LoraGroups;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor};
+use crate::backend::{
+    AttentionMetadata, Backend, DType, LoraBatch, LoraLoader, RotatedCopies, StepBounds, StreamKind, Tensor,
+};
 use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
 use crate::paging::{Pager, PagingConfig};
 
@@ -22,6 +25,8 @@ pub(super) struct ModelRunner<B: Backend> {
     stream: B::Stream,
     inputs: StepInputs<B>,
     lora: LoraGroups<LoraOf<B>>,
+    /// Slots and distances of what is copied into composed prompts.
+    moves: StepInputs<B>,
     argmax: Tensor<B::Buffer>,
     /// Argmax of each logits row, i32.
     host_argmax: B::HostBuffer,
@@ -54,6 +59,8 @@ pub(super) struct HostRows {
 
 /// Arrays of a step.
 const NUM_INPUTS: usize = 9;
+/// Arrays of copies into a composed prompt.
+const NUM_MOVE_ARRAYS: usize = 3;
 /// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 const ALIGNED_NUMBERS: usize = 4;
 
@@ -110,6 +117,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(Self {
             kv: KvCache::new(&backend, layout, limits.num_blocks)?,
             inputs: StepInputs::new(&backend, capacity)?,
+            moves: StepInputs::new(&backend, NUM_MOVE_ARRAYS * (limits.max_model_len + ALIGNED_NUMBERS))?,
             argmax: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
             host_argmax: backend.allocate_host(max_logits * 4)?,
             host_rows: backend.allocate_host(row_bytes)?,
@@ -173,8 +181,41 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
+    /// Copies what composed prompts take from their pieces into the blocks of those that are about to be computed.
+    fn gather(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
+        let block_size = self.kv.layout.block_size();
+        for entry in scheduled {
+            if let Some(moves) = running[entry.index].pending_moves(block_size) {
+                self.gather_one(moves)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the copies, because the next ones are written to the same arrays.
+    fn gather_one(&mut self, moves: impl Iterator<Item = Move>) -> Result<()> {
+        let inputs = &mut self.moves;
+        inputs.len = 0;
+        let moves: Vec<Move> = moves.collect();
+        let arrays = [(); NUM_MOVE_ARRAYS].map(|()| inputs.reserve(1, moves.len()));
+        for (at, found) in moves.iter().enumerate() {
+            let numbers = [found.source_slot as i32, found.target_slot as i32, found.position_delta as i32];
+            for ((_, range), number) in arrays.iter().zip(numbers) {
+                inputs.numbers()[range.start + at] = number;
+            }
+        }
+        let [source_slots, target_slots, position_deltas] = arrays.map(|(tensor, _)| tensor);
+        let uploaded = 0..inputs.len * size_of::<i32>();
+        self.backend.upload(&self.stream, &inputs.host, &inputs.device, uploaded)?;
+        let copies = RotatedCopies { source_slots, target_slots, position_deltas };
+        self.model.rotate_gather(&self.backend, &self.stream, &self.kv, &copies)?;
+        let done = self.backend.record(&self.stream)?;
+        self.backend.synchronize(&done)
+    }
+
     /// Computes the scheduled tokens and waits for the results.
     pub(super) fn run(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
+        self.gather(running, scheduled)?;
         let batch = self.prepare(running, scheduled);
         let adapted = self.write_adapters(running, scheduled);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
@@ -282,9 +323,8 @@ impl<B: Backend> ModelRunner<B> {
         numbers[starts_at.start] = 0;
         for (at, entry) in scheduled.iter().enumerate() {
             let sequence = &running[entry.index];
-            let first = sequence.num_computed_tokens;
-            let context_len = first + entry.num_tokens;
-            for position in first..context_len {
+            let context_len = sequence.end_of_next(entry.num_tokens);
+            for position in sequence.next_positions().take(entry.num_tokens) {
                 let block = sequence.blocks[position / block_size];
                 numbers[ids_at.start + token_row] = sequence.tokens[position] as i32;
                 numbers[positions_at.start + token_row] = position as i32;
@@ -370,7 +410,7 @@ fn needs_logits_on_host(sequence: &Sequence) -> bool {
         Work::Generate(generation) => {
             generation.wants_prompt_logits() || !generation.is_plain_greedy(sequence.num_output_tokens())
         }
-        Work::Embed { .. } | Work::Deposit { .. } => false,
+        Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
     }
 }
 
@@ -381,6 +421,6 @@ fn output_range(sequence: &Sequence, num_tokens: usize) -> std::ops::Range<usize
         Work::Embed { .. } => 0..num_tokens,
         Work::Generate(generation) if generation.wants_prompt_logits() => 0..num_tokens,
         Work::Generate(_) if completes => num_tokens - 1..num_tokens,
-        Work::Generate(_) | Work::Deposit { .. } => 0..0,
+        Work::Generate(_) | Work::Deposit { .. } | Work::Source => 0..0,
     }
 }

@@ -10,8 +10,9 @@
 use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use super::composition::Composition;
 use super::request::FinishReason;
-use super::sequence::{Sequence, SequenceStatus};
+use super::sequence::{Sequence, SequenceStatus, Work};
 use super::tiers::{Arrival, Plan, Tiers};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
@@ -160,6 +161,11 @@ impl Scheduler {
         sequence.chain.extend(&sequence.tokens, self.limits.block_size);
     }
 
+    /// Has a running sequence go on with its next piece.
+    pub(super) fn finish_source(&mut self, index: usize) {
+        self.running[index].status = SequenceStatus::Prepared;
+    }
+
     /// Releases the blocks of finished sequences and forgets them.
     pub(super) fn remove_finished(&mut self) {
         let mut index = 0;
@@ -173,6 +179,12 @@ impl Scheduler {
                     let mut sequence = self.running.remove(index);
                     self.withdraw_promises(&mut sequence);
                     self.tiers.start_deposit(sequence);
+                }
+                SequenceStatus::Prepared => {
+                    let mut sequence = self.running.remove(index);
+                    sequence.enter_next_stage();
+                    sequence.status = SequenceStatus::Waiting;
+                    self.add(sequence);
                 }
                 _ => index += 1,
             }
@@ -225,7 +237,7 @@ impl Scheduler {
         let mut at = 0;
         while at < self.waiting.len() && self.has_place() && budget.tokens > 0 {
             match self.try_admit(at, budget) {
-                Admission::Admitted | Admission::Fetching => {}
+                Admission::Admitted | Admission::Fetching | Admission::Prepared => {}
                 Admission::Deferred => at += 1,
                 Admission::NoRoom => break,
             }
@@ -241,7 +253,12 @@ impl Scheduler {
         if use_cache {
             self.attach_cached_blocks(&mut sequence);
         }
-        let num_missing = sequence.tokens.len().div_ceil(self.limits.block_size) - sequence.blocks.len();
+        if matches!(sequence.work, Work::Source) && sequence.num_uncomputed_tokens() == 0 {
+            sequence.enter_next_stage();
+            self.waiting.insert(at, sequence);
+            return Admission::Prepared;
+        }
+        let num_missing = sequence.next_limit().div_ceil(self.limits.block_size) - sequence.blocks.len();
         while self.pool.num_free() < num_missing && self.reclaim_waiting() {}
         let num_tokens = budget.grant(&sequence);
         if num_tokens == 0 || self.pool.num_free() < num_missing {
@@ -287,7 +304,7 @@ impl Scheduler {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
             sequence.blocks.push(block);
-            sequence.count_reuse(Tier::Device, block_size);
+            sequence.count_reuse(Tier::Device, index, block_size);
         }
         sequence.num_computed_tokens = sequence.blocks.len() * block_size;
         sequence.chain.num_published = sequence.blocks.len();
@@ -295,7 +312,7 @@ impl Scheduler {
     }
 
     fn promise_blocks(&mut self, sequence: &mut Sequence) {
-        sequence.num_cached_tokens.get_or_insert(sequence.num_computed_tokens);
+        sequence.count_cached();
         if !self.limits.prefix_caching {
             return;
         }
@@ -310,8 +327,9 @@ impl Scheduler {
     /// Takes note that `num_tokens` more of a running sequence are computed; full blocks can be found from now on.
     pub(super) fn advance(&mut self, index: usize, num_tokens: usize) {
         let block_size = self.limits.block_size;
+        self.release_sources(index);
         let sequence = &mut self.running[index];
-        sequence.num_computed_tokens += num_tokens;
+        sequence.num_computed_tokens = sequence.end_of_next(num_tokens);
         if !self.limits.prefix_caching {
             return;
         }
@@ -330,7 +348,9 @@ impl Scheduler {
     /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
     fn ensure_blocks(&mut self, index: usize, num_tokens: usize) -> bool {
         let sequence = &mut self.running[index];
-        let wanted = (sequence.num_computed_tokens + num_tokens).div_ceil(self.limits.block_size);
+        // What is copied into a prompt may lie anywhere in it.
+        let least = if sequence.composition.is_some() { sequence.num_prompt_tokens } else { 0 };
+        let wanted = sequence.end_of_next(num_tokens).max(least).div_ceil(self.limits.block_size);
         let num_missing = wanted.saturating_sub(sequence.blocks.len());
         if num_missing > self.pool.num_free() {
             return false;
@@ -404,7 +424,7 @@ impl Scheduler {
     /// Takes the blocks of the waiting sequence of the last rank that has some; `false` when none has. What they hold
     /// stays cached for the time being.
     fn reclaim_waiting(&mut self) -> bool {
-        let Some(at) = self.waiting.iter().rposition(|sequence| !sequence.blocks.is_empty()) else { return false };
+        let Some(at) = self.waiting.iter().rposition(|sequence| sequence.num_held_blocks() > 0) else { return false };
         let Some(mut sequence) = self.waiting.remove(at) else { return false };
         self.release(&mut sequence);
         sequence.reset();
@@ -442,17 +462,37 @@ impl Scheduler {
             self.pool.release(block);
             self.tiers.queue_save(block);
         }
+        if let Some(composition) = &mut sequence.composition {
+            release_held(&mut self.pool, &mut self.tiers, composition);
+        }
+    }
+
+    /// What a running sequence takes from its pieces has been copied, so their blocks are not needed any more.
+    fn release_sources(&mut self, index: usize) {
+        let composition = self.running[index].composition.as_mut();
+        if let Some(composition) = composition.filter(|composition| composition.wants_gather()) {
+            composition.set_gathered();
+            release_held(&mut self.pool, &mut self.tiers, composition);
+        }
     }
 
     /// Panics where block tables, reference counts and promises disagree. For tests and debug builds.
     pub(super) fn check_integrity(&self) {
         let queued = self.running.iter().chain(&self.waiting);
-        let num_held = queued.map(|sequence| sequence.blocks.len()).sum::<usize>() + self.tiers.num_held();
+        let num_held = queued.map(|sequence| sequence.num_held_blocks()).sum::<usize>() + self.tiers.num_held();
         self.pool.check_integrity(num_held);
         self.tiers.check_integrity();
         assert!(self.running.is_sorted_by_key(|sequence| sequence.rank()), "running sequences are out of order");
         let is_anyone_active = !self.running.is_empty() || self.tiers.num_held() > 0;
         assert!(is_anyone_active || self.promised.is_empty(), "promises outlive their sequences");
+    }
+}
+
+/// Gives back the blocks that are held of pieces.
+fn release_held(pool: &mut CachedPool, tiers: &mut Tiers, composition: &mut Composition) {
+    while let Some(block) = composition.pop_held_block() {
+        pool.release(block);
+        tiers.queue_save(block);
     }
 }
 
@@ -462,6 +502,8 @@ enum Admission {
     Fetching,
     /// Somebody is computing its next block.
     Deferred,
+    /// One of its pieces was all there; it waits for the next one, or for the rest.
+    Prepared,
     /// It has to wait, and so have those behind it.
     NoRoom,
 }
@@ -475,7 +517,8 @@ struct Budget {
 impl Budget {
     /// How many of its tokens a sequence may compute now.
     fn grant(&self, sequence: &Sequence) -> usize {
-        let num_tokens = sequence.num_uncomputed_tokens().min(self.tokens);
+        let num_behind = sequence.tokens.len() - sequence.next_limit();
+        let num_tokens = (sequence.num_uncomputed_tokens() - num_behind).min(self.tokens);
         if sequence.wants_prompt_logits() { num_tokens.min(self.prompt_logits) } else { num_tokens }
     }
 

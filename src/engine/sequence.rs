@@ -1,8 +1,10 @@
 //! A request while it runs: its tokens, its blocks, how far it has come.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use super::adapters::AppliedAdapter;
+use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::OutputSink;
 use super::request::{FinishReason, OutputEvent, Reuse};
@@ -17,6 +19,8 @@ pub(super) enum SequenceStatus {
     Running,
     /// Computed; its blocks are on their way to disk.
     Depositing,
+    /// One of its pieces is there; it waits for the next one.
+    Prepared,
     Finished,
 }
 
@@ -26,6 +30,8 @@ pub(super) enum Work {
     Generate(Box<Generation>),
     /// Computing its KV, to be kept on disk; durably or not.
     Deposit { is_durable: bool },
+    /// Computing what a piece of a composed prompt is taken from.
+    Source,
     /// Summing final hidden states; `[hidden_size]`.
     Embed { sum: Vec<f32> },
 }
@@ -39,7 +45,7 @@ pub(super) struct Sequence {
     /// Prompt, then output. Room for all that can come is reserved at the start.
     pub(super) tokens: Vec<u32>,
     pub(super) num_prompt_tokens: usize,
-    /// Tokens `[0, num_computed_tokens)` have their KV in `blocks`.
+    /// Tokens `[0, num_computed_tokens)` have their KV in `blocks`; behind them only those that were copied there.
     pub(super) num_computed_tokens: usize,
     /// Prompt tokens that came from the prefix cache when it was first scheduled.
     pub(super) num_cached_tokens: Option<usize>,
@@ -52,6 +58,8 @@ pub(super) struct Sequence {
     /// In order of digest.
     pub(super) adapters: Vec<AppliedAdapter>,
     pub(super) work: Work,
+    /// What of its prompt is copied instead of computed.
+    pub(super) composition: Option<Box<Composition>>,
     pub(super) sink: OutputSink,
     pub(super) arrived_at: Instant,
     /// When it was first given a place in a step.
@@ -67,6 +75,8 @@ pub(super) struct HashChain {
     /// The block from which on the chain runs in a domain of its own, and that domain.
     own: Option<(usize, String)>,
     hashes: Vec<BlockHash>,
+    /// Blocks from here on hold something else than their tokens say, and have no hash.
+    max_blocks: usize,
     /// Blocks `[0, num_published)` can be found by others.
     pub(super) num_published: usize,
     /// Blocks `[num_published, num_promised)` are being computed here, so that others may wait for them.
@@ -77,7 +87,7 @@ impl HashChain {
     /// An empty chain with room for `max_blocks`, which from the block given in `own` on runs in another domain.
     pub(super) fn new(root: BlockHash, own: Option<(usize, String)>, max_blocks: usize) -> Self {
         let hashes = Vec::with_capacity(max_blocks);
-        Self { root, is_provisional: false, own, hashes, num_published: 0, num_promised: 0 }
+        Self { root, is_provisional: false, own, hashes, max_blocks, num_published: 0, num_promised: 0 }
     }
 
     /// The same, for as long as it is not known which model it is.
@@ -90,9 +100,16 @@ impl HashChain {
         self.is_provisional
     }
 
+    /// The same chain, which ends before block `max_blocks`.
+    pub(super) fn cut_at(mut self, max_blocks: usize) -> Self {
+        self.max_blocks = self.max_blocks.min(max_blocks);
+        self
+    }
+
     /// Extends the chain over all full blocks of `tokens`.
     pub(super) fn extend(&mut self, tokens: &[u32], block_size: usize) {
-        for block in tokens.chunks_exact(block_size).skip(self.hashes.len()) {
+        let room = self.max_blocks - self.hashes.len();
+        for block in tokens.chunks_exact(block_size).skip(self.hashes.len()).take(room) {
             self.hashes.push(self.parent().child(block));
         }
     }
@@ -127,14 +144,67 @@ impl HashChain {
 impl Sequence {
     /// Tokens that still need to be computed before the next one can be sampled.
     pub(super) fn num_uncomputed_tokens(&self) -> usize {
-        self.tokens.len() - self.num_computed_tokens
+        let first = self.num_computed_tokens;
+        let behind = self.gathered().iter().map(|range| range.end.saturating_sub(range.start.max(first)));
+        self.tokens.len() - first - behind.sum::<usize>()
     }
 
-    /// Takes note of `num_tokens` tokens that need not be computed before it is first scheduled.
-    pub(super) fn count_reuse(&mut self, tier: Tier, num_tokens: usize) {
-        if self.num_cached_tokens.is_none() {
-            self.reuse.count(tier, num_tokens);
+    /// Where its next step ends at the latest: while it holds blocks of its pieces beside its own, with its prompt, because
+    /// room for more was not promised.
+    pub(super) fn next_limit(&self) -> usize {
+        match &self.composition {
+            Some(composition) if composition.wants_gather() => self.num_prompt_tokens,
+            _ => self.tokens.len(),
         }
+    }
+
+    /// Positions of the tokens to compute next, ascending, endlessly.
+    pub(super) fn next_positions(&self) -> impl Iterator<Item = usize> {
+        let mut gathered = self.gathered().iter().skip_while(|range| range.end <= self.num_computed_tokens).peekable();
+        let mut next = self.num_computed_tokens;
+        std::iter::from_fn(move || {
+            while let Some(range) = gathered.next_if(|range| range.start <= next) {
+                next = range.end;
+            }
+            next += 1;
+            Some(next - 1)
+        })
+    }
+
+    /// One past the position of the last of the next `num_tokens` tokens to compute.
+    pub(super) fn end_of_next(&self, num_tokens: usize) -> usize {
+        match num_tokens.checked_sub(1).filter(|_| !self.gathered().is_empty()) {
+            Some(last) => self.next_positions().nth(last).map_or(self.num_computed_tokens, |at| at + 1),
+            None => self.num_computed_tokens + num_tokens,
+        }
+    }
+
+    /// Takes note of block `index`, which was found in `tier` before it was first scheduled.
+    pub(super) fn count_reuse(&mut self, tier: Tier, index: usize, block_size: usize) {
+        if self.num_cached_tokens.is_some() {
+            return;
+        }
+        let tokens: Range<usize> = index * block_size..(index + 1) * block_size;
+        let num_tokens = match (&self.work, &mut self.composition) {
+            (Work::Source, Some(composition)) => composition.count_reuse(tokens),
+            _ => block_size,
+        };
+        self.reuse.count(tier, num_tokens);
+    }
+
+    /// Takes note of what it has when it is first scheduled.
+    pub(super) fn count_cached(&mut self) {
+        if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) {
+            return;
+        }
+        let composition = self.composition.as_deref();
+        self.num_cached_tokens = Some(self.num_computed_tokens + composition.map_or(0, Composition::num_reused_tokens));
+        self.reuse.linked_tokens = composition.map_or(0, Composition::num_gathered_tokens);
+    }
+
+    /// Blocks that nobody else can take.
+    pub(super) fn num_held_blocks(&self) -> usize {
+        self.blocks.len() + self.composition.as_ref().map_or(0, |composition| composition.num_held_blocks())
     }
 
     /// The tokens of full block `index`.
@@ -144,7 +214,10 @@ impl Sequence {
 
     /// Full blocks that others may share with it: its last token has to be computed, for its logits.
     pub(super) fn num_shareable_blocks(&self, block_size: usize) -> usize {
-        (self.tokens.len() - 1) / block_size
+        match self.work {
+            Work::Source => self.tokens.len() / block_size,
+            _ => (self.tokens.len() - 1) / block_size,
+        }
     }
 
     /// Tokens sampled so far.
@@ -156,7 +229,7 @@ impl Sequence {
     pub(super) fn wants_prompt_logits(&self) -> bool {
         match &self.work {
             Work::Generate(generation) => generation.wants_prompt_logits(),
-            Work::Embed { .. } | Work::Deposit { .. } => false,
+            Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
         }
     }
 
@@ -172,6 +245,14 @@ impl Sequence {
 
     /// Starts over: its KV is gone. Tiers that failed it are not asked again, or it would wait for them for ever.
     pub(super) fn reset(&mut self) {
+        self.reset_stage();
+        if self.composition.is_some() {
+            self.restart_composition();
+            self.reset_stage();
+        }
+    }
+
+    fn reset_stage(&mut self) {
         if !planted::is(Bug::PreemptedKeepsCount) {
             self.num_computed_tokens = 0;
         }
@@ -183,7 +264,7 @@ impl Sequence {
         match &mut self.work {
             Work::Generate(generation) => generation.prompt_logprobs.clear(),
             Work::Embed { sum } => sum.fill(0.0),
-            Work::Deposit { .. } => {}
+            Work::Deposit { .. } | Work::Source => {}
         }
     }
 

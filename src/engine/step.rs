@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, at, bounded, never, select};
 use uuid::Uuid;
 
-use super::adapters::{DeviceAdapterLoader, base_shapes, identity_under, in_order};
+use super::adapters::{AppliedAdapter, DeviceAdapterLoader, base_shapes, identity_under, in_order};
+use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
-use super::request::{FinishReason, GenerateRequest, OutputEvent, Reuse, Task};
+use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, Task};
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
 use super::scheduler::{Scheduler, SchedulerLimits};
@@ -198,8 +199,8 @@ impl<B: Backend> Engine<B> {
         }
         self.num_arrived += 1;
         tracing::debug!(id = %request.id, num_tokens = request.prompt.len(), "request");
+        self.metrics.request_prompt_tokens.observe(request.prompt.len() as f64);
         let sequence = self.make_sequence(request, sink);
-        self.metrics.request_prompt_tokens.observe(sequence.num_prompt_tokens as f64);
         self.scheduler.add(Box::new(sequence));
     }
 
@@ -217,8 +218,10 @@ impl<B: Backend> Engine<B> {
         if matches!(request.task, Task::Deposit { is_durable: true }) && !self.is_identified {
             return Err(Error::Exhausted("nothing can be kept before the vault is open; try again".into()));
         }
+        check_pieces(request, most)?;
         let vocab_size = self.runner.model().config().vocab_size;
-        match request.prompt.iter().find(|&&token| token as usize >= vocab_size) {
+        let sources = request.pieces.iter().flat_map(|piece| &piece.source);
+        match request.prompt.iter().chain(sources).find(|&&token| token as usize >= vocab_size) {
             Some(token) => Err(invalid!("prompt token {token} is outside the vocabulary of {vocab_size}")),
             None => Ok(()),
         }
@@ -228,6 +231,7 @@ impl<B: Backend> Engine<B> {
         let limits = &self.config.limits;
         let num_prompt_tokens = request.prompt.len();
         let (root, own) = self.chain_of(&request);
+        let composition = self.compose(request.pieces, &request.adapters, num_prompt_tokens);
         let (work, room) = match request.task {
             Task::Deposit { is_durable } => (Work::Deposit { is_durable }, 0),
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
@@ -241,7 +245,8 @@ impl<B: Backend> Engine<B> {
         let mut tokens = request.prompt;
         tokens.reserve_exact(room);
         let max_blocks = (num_prompt_tokens + room).div_ceil(limits.block_size);
-        Sequence {
+        let join = composition.as_ref().map_or(usize::MAX, |composition| composition.join());
+        let mut sequence = Sequence {
             priority: request.priority,
             number: self.num_arrived,
             status: SequenceStatus::Waiting,
@@ -252,14 +257,35 @@ impl<B: Backend> Engine<B> {
             reuse: Reuse::default(),
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
-            chain: HashChain::new(root, own, max_blocks).provisional(!self.is_identified),
+            chain: HashChain::new(root, own, max_blocks)
+                .provisional(!self.is_identified)
+                .cut_at(join / limits.block_size),
             adapters: request.adapters,
             work,
+            composition,
             sink,
             arrived_at: Instant::now(),
             scheduled_at: None,
             last_token_at: None,
-        }
+        };
+        sequence.begin_composition();
+        sequence
+    }
+
+    /// What of a prompt is copied instead of computed.
+    fn compose(
+        &self,
+        pieces: Vec<Piece>,
+        adapters: &[AppliedAdapter],
+        num_prompt_tokens: usize,
+    ) -> Option<Box<Composition>> {
+        let SchedulerLimits { block_size, num_blocks, .. } = self.config.limits;
+        let identity = identity_under(&self.hash_identity, adapters);
+        let chain_of = |domain: &str, max_blocks| {
+            let root = BlockHash::root(&identity, domain.as_bytes());
+            HashChain::new(root, None, max_blocks).provisional(!self.is_identified)
+        };
+        Composition::new(pieces, num_prompt_tokens, block_size, num_blocks, chain_of)
     }
 
     /// Where the chain of a request's block hashes begins, and from which block on it leaves the domain of what it shares.
@@ -321,6 +347,10 @@ impl<B: Backend> Engine<B> {
                 let mean = sum.iter().map(|value| value / num_tokens).collect();
                 sequence.sink.send(OutputEvent::Embedding(mean));
                 self.end(index, FinishReason::Stop { token: None });
+                Ok(())
+            }
+            Work::Source => {
+                self.scheduler.finish_source(index);
                 Ok(())
             }
             Work::Deposit { .. } => {
@@ -389,7 +419,7 @@ impl<B: Backend> Engine<B> {
                     }
                 }
             }
-            Work::Generate(_) | Work::Deposit { .. } => {}
+            Work::Generate(_) | Work::Deposit { .. } | Work::Source => {}
         }
     }
 
@@ -434,6 +464,28 @@ impl<B: Backend> Drop for Engine<B> {
         self.stopped.store(true, Ordering::SeqCst);
         self.submissions.try_iter().for_each(drop);
     }
+}
+
+/// Refuses pieces that are not parts of the prompt, in order.
+fn check_pieces(request: &GenerateRequest, max_model_len: usize) -> Result<()> {
+    let is_plain = |params: &SamplingParams| params.prompt_logprobs.is_none();
+    if !request.pieces.is_empty() && !matches!(&request.task, Task::Generate(params) if is_plain(params)) {
+        return Err(invalid!("a composed prompt can be continued; there are no prompt_logprobs or embeddings of it"));
+    }
+    let mut end = 0;
+    for piece in &request.pieces {
+        let Piece { start, num_tokens, source_start, .. } = *piece;
+        let here = start.checked_add(num_tokens).and_then(|end| request.prompt.get(start..end));
+        let there = source_start.checked_add(num_tokens).and_then(|end| piece.source.get(source_start..end));
+        if start < end || here.is_none() || here != there || piece.source.len() > max_model_len {
+            return Err(invalid!(
+                "a piece of {num_tokens} tokens at {start} must follow the piece before it and have the tokens of its \
+                 source, which are at most {max_model_len}"
+            ));
+        }
+        end = start + num_tokens;
+    }
+    Ok(())
 }
 
 /// Sends `Started` before the first token.

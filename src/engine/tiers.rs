@@ -144,7 +144,7 @@ impl Tiers {
         let fetched = self.fetches.iter().map(|fetch| fetch.blocks.len()).sum::<usize>();
         let fetching = self.fetches.iter().filter_map(|fetch| fetch.sequence.as_deref());
         let waiting = fetching.chain(self.deposits.iter().map(Deposit::sequence));
-        self.saves.len() + fetched + waiting.map(|sequence| sequence.blocks.len()).sum::<usize>()
+        self.saves.len() + fetched + waiting.map(Sequence::num_held_blocks).sum::<usize>()
     }
 
     /// When to look again if nothing happens.
@@ -350,7 +350,7 @@ impl Tiers {
                 let index = sequence.blocks.len();
                 pool.insert(fetched.hash, sequence.block_tokens(index, self.block_size), fetched.block);
                 sequence.blocks.push(fetched.block);
-                sequence.count_reuse(fetched.tier, self.block_size);
+                sequence.count_reuse(fetched.tier, index, self.block_size);
             } else {
                 pool.release(fetched.block);
             }

@@ -7,7 +7,7 @@ use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, StepLimits, Worksp
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 
-const BLOCK_SIZE: usize = 16;
+pub(crate) const BLOCK_SIZE: usize = 16;
 const NUM_BLOCKS: usize = 16;
 
 /// Longer than the sliding window.
@@ -16,7 +16,7 @@ const NUM_TOKENS: usize = 100;
 type Buffer = <CpuBackend as Device>::Buffer;
 
 /// A model with its cache, without an engine.
-struct Runner {
+pub(crate) struct Runner {
     backend: CpuBackend,
     stream: <CpuBackend as Device>::Stream,
     checkpoint: Checkpoint,
@@ -26,7 +26,7 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(family: Family, isa: Isa, kv_dtype: DType) -> Self {
+    pub(crate) fn new(family: Family, isa: Isa, kv_dtype: DType) -> Self {
         let written = TinyModel::new(family, 21).write();
         let backend = CpuBackend::new(isa, 2).unwrap();
         let checkpoint = Checkpoint::open(written.path()).unwrap();
@@ -62,8 +62,19 @@ impl Runner {
         self.download(&Tensor::new(self.kv.blocks.clone(), 0, 1, numbers, DType::F32))
     }
 
+    /// Copies tokens from slots to slots, all so many positions on.
+    pub(crate) fn copy(&self, sources: &[usize], targets: &[usize], position_delta: i32) {
+        let numbers = |values: &[usize]| self.indices(&values.iter().map(|value| *value as i32).collect::<Vec<_>>());
+        let copies = RotatedCopies {
+            source_slots: numbers(sources),
+            target_slots: numbers(targets),
+            position_deltas: self.indices(&vec![position_delta; sources.len()]),
+        };
+        self.model.rotate_gather(&self.backend, &self.stream, &self.kv, &copies).unwrap();
+    }
+
     /// Logits of the tokens at these positions of a sequence that lies in the first blocks, bytes of a row each.
-    fn forward(&self, tokens: &[u32], positions: &[usize]) -> Vec<Vec<u8>> {
+    pub(crate) fn forward(&self, tokens: &[u32], positions: &[usize]) -> Vec<Vec<u8>> {
         let num_tokens = positions.len();
         let numbers = |values: &mut dyn Iterator<Item = usize>| {
             self.indices(&values.map(|value| value as i32).collect::<Vec<_>>())

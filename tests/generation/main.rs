@@ -7,6 +7,7 @@ mod composition;
 mod definitions;
 mod invariance;
 mod lifecycle;
+mod link;
 mod parameters;
 #[path = "../support/mod.rs"]
 mod support;

@@ -163,6 +163,7 @@ pub fn request(prompt: &[u32], task: Task) -> GenerateRequest {
         domain: String::new(),
         shared_prefix: None,
         adapters: Vec::new(),
+        pieces: vec![],
     }
 }
 

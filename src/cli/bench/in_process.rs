@@ -60,6 +60,7 @@ impl InProcess {
             domain: String::new(),
             shared_prefix: None,
             adapters: Vec::new(),
+            pieces: vec![],
         };
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })

@@ -153,6 +153,7 @@ impl Session {
             domain: String::new(),
             shared_prefix: None,
             adapters: Vec::new(),
+            pieces: vec![],
         };
         let options = DetokenizerOptions { skip_special: true, stop: self.stop.clone(), include_stop: false };
         let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), options);

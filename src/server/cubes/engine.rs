@@ -73,6 +73,7 @@ impl VaultEngine {
             domain,
             shared_prefix: None,
             adapters: Vec::new(),
+            pieces: vec![],
         })?;
         let mut deposited = None;
         while let Some(event) = stream.next().await {

@@ -121,8 +121,9 @@ impl CallRequest {
     pub(super) fn check(self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
         let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
         let adapters = adapters_of(app, name, self.lora, self.lora_path)?;
-        let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal)?;
         let salt = check_salt(self.cache_salt)?;
+        let domain = request_domain(app, &caller.principal, salt.as_deref());
+        let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal, &domain)?;
         let stream = self.stream.unwrap_or(false);
         if self.stream_options.is_some() && !stream {
             let message = "stream_options can only be given together with stream=true.";
@@ -149,7 +150,7 @@ impl CallRequest {
                 in_every_chunk: include_usage && options.continuous_usage_stats.unwrap_or(false),
             },
             priority: self.priority.unwrap_or(0),
-            domain: request_domain(app, &caller.principal, salt.as_deref()),
+            domain,
             memory,
             adapters,
             return_token_ids: self.return_token_ids.unwrap_or(false),

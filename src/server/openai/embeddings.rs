@@ -141,6 +141,7 @@ fn submit(app: &App, call: &Call, inputs: Vec<Vec<u32>>) -> Result<Vec<OutputStr
             domain: call.domain.clone(),
             shared_prefix: None,
             adapters: call.adapters.clone(),
+            pieces: vec![],
         };
         app.model.engine.submit(request).map_err(ApiError::from)
     };

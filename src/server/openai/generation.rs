@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::call::Call;
 use super::choice::{Choice, ChoiceEvent, ChoiceStream};
 use super::prompt::{Prompts, check_prompt_len};
-use crate::engine::request::{GenerateRequest, SamplingParams, Task};
+use crate::engine::request::{GenerateRequest, Piece, SamplingParams, Task};
 use crate::server::error::ApiError;
 use crate::server::{App, AppRef, CallGuard};
 use crate::text::DetokenizerOptions;
@@ -22,6 +22,8 @@ pub(super) struct Generation {
     pub(super) prompts: Vec<Vec<u32>>,
     /// The tokens at the beginning of every prompt that are a cube's.
     num_cube_tokens: usize,
+    /// Parts of every prompt whose KV is moved there.
+    pieces: Vec<Piece>,
     /// Choices per prompt.
     pub(super) n: usize,
     /// The same for all, but for the seed.
@@ -34,7 +36,7 @@ impl Generation {
     /// Cuts the prompts as asked and refuses what the engine cannot hold.
     pub(super) fn new(
         field: &str,
-        Prompts { mut prompts, num_cube_tokens }: Prompts,
+        Prompts { mut prompts, num_cube_tokens, pieces }: Prompts,
         call: &Call,
         sampling: SamplingParams,
         text: DetokenizerOptions,
@@ -48,6 +50,10 @@ impl Generation {
             let message = format!("n times the number of prompts must be at most {}.", limits.max_sequences);
             return Err(ApiError::invalid_field("n", message));
         }
+        if !pieces.is_empty() && sampling.prompt_logprobs.is_some() {
+            let message = "Log-probabilities of a prompt need all of it computed; use memory.compose=\"text\".";
+            return Err(ApiError::invalid_field("prompt_logprobs", message));
+        }
         let max_model_len = app.model.engine.info().max_model_len;
         check_min_tokens(&sampling, max_model_len)?;
         for prompt in &mut prompts {
@@ -56,7 +62,7 @@ impl Generation {
             }
             check_prompt_len(field, prompt, max_model_len)?;
         }
-        Ok(Self { prompts, num_cube_tokens, n: call.n, sampling, text })
+        Ok(Self { prompts, num_cube_tokens, pieces, n: call.n, sampling, text })
     }
 
     pub(super) fn num_choices(&self) -> usize {
@@ -101,6 +107,7 @@ impl Generation {
             domain: call.domain.clone(),
             shared_prefix: call.shared_prefix(self.num_cube_tokens),
             adapters: call.adapters.clone(),
+            pieces: self.pieces.clone(),
         }
     }
 }

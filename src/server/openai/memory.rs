@@ -7,12 +7,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::link::{DEFAULT_RECOMPUTED, LinkedText, MAX_RECOMPUTED, append_texts};
+use super::prompt::Prompts;
 use super::usage::UsageCounter;
 use crate::engine::request::{FetchDecision, SharedPrefix};
 use crate::memory::{Cube, CubeAddress, Principal, Twin};
 use crate::server::App;
 use crate::server::cubes::service;
 use crate::server::error::ApiError;
+use crate::text::Tokenizer;
 
 /// Cubes in one call.
 const MAX_CUBES: usize = 16;
@@ -23,9 +26,13 @@ pub(super) struct MemoryRequest {
     /// Cubes whose content stands before the prompt, in order.
     #[serde(default)]
     cubes: Vec<CubeReference>,
-    /// `prefix` (the KV of one leading cube as it is; the default for one) or `text` (all tokens computed; the default for
-    /// several).
+    /// `prefix` (the KV of one leading cube as it is; the default for one), `text` (all tokens computed; the default for
+    /// several) or `link` (the KV that each text has alone, moved to its place; an approximation). A cube of its own mode
+    /// can be computed among linked ones.
     compose: Option<Compose>,
+    /// With `link`: so many of the first tokens of every cube are computed in the prompt.
+    #[schema(minimum = 0, maximum = 4096)]
+    recompute_tokens: Option<usize>,
 }
 
 /// A cube by its name, or `name@version`.
@@ -49,8 +56,12 @@ enum Compose {
 /// The cubes of a call, which the caller may read.
 pub(super) struct CallMemory {
     cubes: Vec<Arc<Cube>>,
-    mode: Compose,
+    /// One for each cube.
+    modes: Vec<Compose>,
     content: Content,
+    num_recomputed: usize,
+    /// The caller's own cache domain.
+    domain: String,
 }
 
 /// What the cubes hold together.
@@ -58,6 +69,8 @@ enum Content {
     Twin(Twin),
     /// A cube that was made from token ids.
     TokenIds(Vec<u32>),
+    /// Texts, some of which are moved to their places.
+    Linked(Vec<String>),
 }
 
 /// What became of a call's cubes, as its answer tells.
@@ -66,6 +79,8 @@ pub(super) struct MemoryAnswer {
     cubes: Vec<UsedCube>,
     /// Whether the answer is what computing every token would have given, bit for bit.
     exact: bool,
+    /// Prompt tokens whose KV was computed with nothing but its own cube before it, and moved to its place.
+    linked_tokens: usize,
     /// Prompt tokens whose KV was on the device.
     device_tokens: usize,
     /// Prompt tokens whose KV came from the host's memory.
@@ -115,6 +130,7 @@ impl CallMemory {
         in_model: impl Iterator<Item = &'a str>,
         app: &App,
         principal: &Principal,
+        domain: &str,
     ) -> Result<Option<Self>, ApiError> {
         let request = request.unwrap_or_default();
         let named = in_model.map(|name| CubeReference::Name(name.to_owned()));
@@ -125,7 +141,12 @@ impl CallMemory {
         if references.len() > MAX_CUBES {
             return Err(invalid(format!("A call may name {MAX_CUBES} cubes, this one names {}.", references.len())));
         }
-        let mode = mode_of(&references, request.compose)?;
+        let modes = modes_of(&references, request.compose)?;
+        let num_recomputed = request.recompute_tokens.unwrap_or(DEFAULT_RECOMPUTED);
+        if num_recomputed > MAX_RECOMPUTED {
+            let message = format!("recompute_tokens must be at most {MAX_RECOMPUTED}, got {num_recomputed}.");
+            return Err(ApiError::invalid_field("memory.recompute_tokens", message));
+        }
         let catalog = &service(app)?.catalog;
         let mut cubes = Vec::with_capacity(references.len());
         for reference in &references {
@@ -136,14 +157,49 @@ impl CallMemory {
             catalog.note_use(view.cube.id);
             cubes.push(view.cube);
         }
-        let content = content_of(&cubes)?;
-        Ok(Some(Self { cubes, mode, content }))
+        let content = if modes.contains(&Compose::Link) { linked_texts(&cubes)? } else { content_of(&cubes)? };
+        Ok(Some(Self { cubes, modes, content, num_recomputed, domain: domain.to_owned() }))
+    }
+
+    fn is_linked(&self) -> bool {
+        matches!(self.content, Content::Linked(_))
+    }
+
+    /// The text before which a template writes the head of a conversation with all the cubes in it.
+    pub(super) fn linked_text(&self) -> Option<&str> {
+        match &self.content {
+            Content::Linked(texts) => texts.first().map(String::as_str),
+            Content::Twin(_) | Content::TokenIds(_) => None,
+        }
+    }
+
+    /// Prompts that consist of `head`, the cubes' texts and one of `rests` each.
+    pub(super) fn link(
+        &self,
+        tokenizer: &Tokenizer,
+        head: Vec<u32>,
+        rests: Vec<Vec<u32>>,
+    ) -> Result<Prompts, ApiError> {
+        let Content::Linked(texts) = &self.content else { return Ok(Prompts::behind(&head, rests)) };
+        let linked = texts.iter().zip(&self.cubes).zip(&self.modes).map(|((text, cube), mode)| {
+            let activation = cube.payload.activation();
+            LinkedText {
+                text,
+                stored: activation.map_or(&[], |activation| activation.token_ids()),
+                domain: activation.map_or(&self.domain, |activation| activation.binding().domain.as_str()),
+                is_linked: *mode == Compose::Link,
+            }
+        });
+        let mut composed = head;
+        let texts: Vec<LinkedText<'_>> = linked.collect();
+        let pieces = append_texts(tokenizer, &mut composed, &texts, self.num_recomputed)?;
+        Ok(Prompts { pieces, num_cube_tokens: 0, ..Prompts::behind(&composed, rests) })
     }
 
     /// The beginning of the prompt that others share: the tokens of the one cube, in its own cache domain.
     pub(super) fn shared_prefix(&self, num_tokens: usize) -> Option<SharedPrefix> {
         let [cube] = &self.cubes[..] else { return None };
-        let activation = cube.payload.activation().filter(|_| self.mode == Compose::Prefix)?;
+        let activation = cube.payload.activation().filter(|_| self.modes == [Compose::Prefix])?;
         Some(SharedPrefix { num_tokens, domain: activation.binding().domain.to_string() })
     }
 
@@ -151,14 +207,14 @@ impl CallMemory {
     pub(super) fn twin(&self) -> Option<&Twin> {
         match &self.content {
             Content::Twin(twin) => Some(twin),
-            Content::TokenIds(_) => None,
+            Content::TokenIds(_) | Content::Linked(_) => None,
         }
     }
 
     /// The tokens of a cube without a text.
     pub(super) fn token_ids(&self) -> Option<&[u32]> {
         match &self.content {
-            Content::Twin(_) => None,
+            Content::Twin(_) | Content::Linked(_) => None,
             Content::TokenIds(ids) => Some(ids),
         }
     }
@@ -166,11 +222,15 @@ impl CallMemory {
     /// What became of it.
     pub(super) fn answer(&self, usage: &UsageCounter) -> MemoryAnswer {
         let reuse = usage.reuse();
-        let used =
-            |cube: &Arc<Cube>| UsedCube { name: cube.name.to_string(), version: cube.version.get(), mode: self.mode };
+        let used = |(cube, mode): (&Arc<Cube>, &Compose)| UsedCube {
+            name: cube.name.to_string(),
+            version: cube.version.get(),
+            mode: *mode,
+        };
         MemoryAnswer {
-            cubes: self.cubes.iter().map(used).collect(),
-            exact: true,
+            cubes: self.cubes.iter().zip(&self.modes).map(used).collect(),
+            exact: !self.is_linked(),
+            linked_tokens: reuse.linked_tokens,
             device_tokens: reuse.device_tokens,
             host_tokens: reuse.host_tokens,
             disk_tokens: reuse.disk_tokens,
@@ -185,19 +245,28 @@ fn invalid(message: impl Into<String>) -> ApiError {
     ApiError::invalid_field("memory", message)
 }
 
-fn mode_of(references: &[CubeReference], compose: Option<Compose>) -> Result<Compose, ApiError> {
+/// The mode of every cube: its own, else the call's, else what goes with the others'.
+fn modes_of(references: &[CubeReference], compose: Option<Compose>) -> Result<Vec<Compose>, ApiError> {
     let default = if references.len() == 1 { Compose::Prefix } else { Compose::Text };
-    let wanted = references.iter().find_map(CubeReference::mode).or(compose).unwrap_or(default);
-    match wanted {
-        Compose::Link | Compose::Blend => {
-            let message = "Composition by link or blend is not served yet; use prefix for one cube, or text.";
-            Err(ApiError::invalid_field("memory.compose", message))
-        }
-        Compose::Prefix if references.len() > 1 => {
-            Err(invalid("Only one cube can stand at the beginning of a prompt; compose several with text."))
-        }
-        mode => Ok(mode),
+    let default = compose.unwrap_or(default);
+    let modes: Vec<Compose> = references.iter().map(|reference| reference.mode().unwrap_or(default)).collect();
+    if modes.contains(&Compose::Blend) {
+        let message = "Composition by blend is not served yet; use prefix for one cube, link or text.";
+        return Err(ApiError::invalid_field("memory.compose", message));
     }
+    if modes.contains(&Compose::Prefix) && modes.len() > 1 {
+        return Err(invalid(
+            "Only one cube can stand at the beginning of a prompt; compose several with text or link.",
+        ));
+    }
+    Ok(modes)
+}
+
+/// The texts of cubes, each for itself.
+fn linked_texts(cubes: &[Arc<Cube>]) -> Result<Content, ApiError> {
+    let text = |cube: &Arc<Cube>| cube.payload.twin().and_then(Twin::text).map(str::to_owned);
+    let texts: Option<Vec<String>> = cubes.iter().map(text).collect();
+    texts.map(Content::Linked).ok_or_else(|| invalid("Only cubes of text can be linked; use text or prefix."))
 }
 
 /// All texts one after the other, or all messages.

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::memory::CallMemory;
 use super::prompt::Prompts;
-use crate::memory::{ChatSetting, CubePrompt, Twin, cube_prompt};
+use crate::memory::{ChatSetting, CubePrompt, Twin, cube_prompt, cube_prompt_text};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::limits::check_len;
@@ -112,15 +112,39 @@ impl ChatPrompt {
         memory: Option<&CallMemory>,
         tools: Option<&Value>,
     ) -> Result<Prompts, ApiError> {
-        match memory.map(|memory| (memory.twin(), memory.token_ids())) {
-            None => Ok(Prompts { prompts: vec![self.tokenize(app, tools)?], num_cube_tokens: 0 }),
-            Some((None, ids)) => Ok(Prompts::behind(ids.unwrap_or_default(), vec![self.tokenize(app, tools)?])),
-            Some((Some(_), _)) if self.continued.is_some() => {
-                let message = "continue_final_message cannot be combined with memory cubes.";
-                Err(ApiError::invalid_field("continue_final_message", message))
-            }
-            Some((Some(twin), _)) => self.behind_twin(app, twin, tools),
+        let Some(memory) = memory else { return Ok(Prompts::alone(vec![self.tokenize(app, tools)?])) };
+        if let Some(ids) = memory.token_ids() {
+            return Ok(Prompts::behind(ids, vec![self.tokenize(app, tools)?]));
         }
+        if self.continued.is_some() {
+            let message = "continue_final_message cannot be combined with memory cubes.";
+            return Err(ApiError::invalid_field("continue_final_message", message));
+        }
+        match (memory.twin(), memory.linked_text()) {
+            (Some(twin), _) => self.behind_twin(app, twin, tools),
+            (None, text) => self.behind_texts(app, memory, text.unwrap_or_default(), tools),
+        }
+    }
+
+    /// The cubes' texts stand where the template writes the first of them.
+    fn behind_texts(
+        self,
+        app: &App,
+        memory: &CallMemory,
+        text: &str,
+        tools: Option<&Value>,
+    ) -> Result<Prompts, ApiError> {
+        let (template, tokenizer) = (app.model.template.as_ref().ok_or_else(no_template)?, &app.model.tokenizer);
+        let setting =
+            ChatSetting { tools, add_generation_prompt: self.add_generation_prompt, variables: &self.variables };
+        let twin = Twin::Text(text.to_owned());
+        let CubePrompt { cube, rest } = cube_prompt_text(template, &twin, &self.messages, setting)
+            .map_err(|error| ApiError::from(error).with_param("messages"))?;
+        let head = cube.strip_suffix(text).ok_or_else(|| {
+            let message = "This model's chat template does not write a text as it is, so its KV cannot be linked.";
+            ApiError::invalid_field("memory.compose", message)
+        })?;
+        memory.link(tokenizer, tokenizer.encode(head, false)?, vec![tokenizer.encode(&rest, false)?])
     }
 
     fn behind_twin(self, app: &App, twin: &Twin, tools: Option<&Value>) -> Result<Prompts, ApiError> {

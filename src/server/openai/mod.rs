@@ -12,6 +12,7 @@ mod choice;
 mod completion_logprobs;
 mod completion_stream;
 mod generation;
+mod link;
 mod logprobs;
 mod memory;
 mod messages;

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::memory::CallMemory;
+use crate::engine::request::Piece;
 use crate::memory::{Twin, completion_cube_tokens};
 use crate::server::App;
 use crate::server::error::ApiError;
@@ -30,13 +31,20 @@ pub(super) enum PromptInput {
 pub(super) struct Prompts {
     pub(super) prompts: Vec<Vec<u32>>,
     pub(super) num_cube_tokens: usize,
+    /// Parts of every prompt whose KV is moved there.
+    pub(super) pieces: Vec<Piece>,
 }
 
 impl Prompts {
     /// Prompts behind the tokens of cubes.
     pub(super) fn behind(cube: &[u32], prompts: Vec<Vec<u32>>) -> Self {
         let prompts = prompts.into_iter().map(|prompt| [cube, &prompt].concat()).collect();
-        Self { prompts, num_cube_tokens: cube.len() }
+        Self { prompts, num_cube_tokens: cube.len(), pieces: vec![] }
+    }
+
+    /// Prompts without cubes.
+    pub(super) fn alone(prompts: Vec<Vec<u32>>) -> Self {
+        Self { prompts, num_cube_tokens: 0, pieces: vec![] }
     }
 }
 
@@ -50,8 +58,12 @@ impl PromptInput {
         add_special_tokens: bool,
     ) -> Result<Prompts, ApiError> {
         let Some(memory) = memory else {
-            return Ok(Prompts { prompts: self.tokenize(field, app, add_special_tokens)?, num_cube_tokens: 0 });
+            return Ok(Prompts::alone(self.tokenize(field, app, add_special_tokens)?));
         };
+        if memory.linked_text().is_some() {
+            let head = completion_cube_tokens(&app.model.tokenizer, "")?;
+            return memory.link(&app.model.tokenizer, head, self.tokenize(field, app, false)?);
+        }
         let cube = match (memory.twin(), memory.token_ids()) {
             (Some(Twin::Text(text)), _) => completion_cube_tokens(&app.model.tokenizer, text)?,
             (None, Some(ids)) => ids.to_vec(),

@@ -121,6 +121,7 @@ impl Session {
             domain,
             shared_prefix: shared,
             adapters: vec![],
+            pieces: vec![],
         };
         Ok(self.launched.handle.submit(request)?)
     }
