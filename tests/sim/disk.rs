@@ -8,7 +8,8 @@ use mneme::engine::Deposited;
 use mneme::paging::faulty::{Fault, FaultyFiles};
 use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, StoreConfig, VaultOpener};
 
-use crate::oracle::{Asked, NUM_LAYERS, Oracle};
+use crate::oracle::{NUM_LAYERS, Oracle};
+use crate::sharing::Asked;
 use crate::support::random::Random;
 
 /// Of a block of 32 tokens of the tiny model.

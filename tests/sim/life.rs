@@ -1,69 +1,20 @@
 //! One simulated life of an engine, or two with a crash or a clean end between them. A seed decides everything.
 
-use std::path::Path;
 use std::time::Duration;
 
 use mneme::backend::sim::SimBackend;
 use mneme::engine::{
-    FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SharedPrefix, SubmitError, Task,
-    TierConfig,
+    FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task, TierConfig,
 };
 
+use crate::adapters::{Checkpoints, Names};
 use crate::disk::{Disk, Kept, MAX_BLOCK_BYTES};
-use crate::oracle::{Asked, Oracle, Sharing};
+use crate::oracle::Oracle;
+use crate::prompts::Prompts;
+use crate::reached::Reached;
+use crate::sharing::{Asked, Sharing};
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, metric, request};
 use crate::support::random::Random;
-use crate::support::tiny_model::VOCAB;
-
-const DOMAINS: [&str; 4] = ["", "", "a", "b"];
-
-/// What one run did, to know that the seeds reach the interesting places.
-#[derive(Default, Debug, Clone, Copy)]
-pub struct Reached {
-    pub num_finished: usize,
-    pub num_cancelled: usize,
-    pub num_preemptions: usize,
-    pub num_cached_tokens: usize,
-    pub num_refused: usize,
-    pub num_host_tokens: usize,
-    pub num_disk_tokens: usize,
-    pub num_restarts: usize,
-    /// Restarts after a crash in the middle of a life.
-    pub num_crashes: usize,
-    pub num_restored_tokens: usize,
-    pub num_late: usize,
-    pub num_lost: usize,
-    pub num_deposits: usize,
-    pub num_refused_deposits: usize,
-    /// Blocks of durable deposits that were there after a restart.
-    pub num_kept_blocks: usize,
-    /// Tokens of durable deposits that a request was given after a restart.
-    pub num_kept_tokens: usize,
-    /// Tokens found beyond a shared prefix and in it, by those who are of another domain.
-    pub num_shared_tokens: usize,
-}
-
-impl std::ops::AddAssign for Reached {
-    fn add_assign(&mut self, other: Self) {
-        self.num_finished += other.num_finished;
-        self.num_cancelled += other.num_cancelled;
-        self.num_preemptions += other.num_preemptions;
-        self.num_cached_tokens += other.num_cached_tokens;
-        self.num_refused += other.num_refused;
-        self.num_host_tokens += other.num_host_tokens;
-        self.num_disk_tokens += other.num_disk_tokens;
-        self.num_restarts += other.num_restarts;
-        self.num_crashes += other.num_crashes;
-        self.num_restored_tokens += other.num_restored_tokens;
-        self.num_late += other.num_late;
-        self.num_lost += other.num_lost;
-        self.num_deposits += other.num_deposits;
-        self.num_refused_deposits += other.num_refused_deposits;
-        self.num_kept_blocks += other.num_kept_blocks;
-        self.num_kept_tokens += other.num_kept_tokens;
-        self.num_shared_tokens += other.num_shared_tokens;
-    }
-}
 
 /// What a request is to come to.
 #[derive(Clone, Copy)]
@@ -92,12 +43,8 @@ pub struct Simulation {
     disk: Option<Disk>,
     /// Whether the vault is known to be open in this life.
     is_open: bool,
-    /// Beginnings that many prompts have.
-    shared: Vec<Vec<u32>>,
-    /// Prompts and outputs that are over.
-    past: Vec<Vec<u32>>,
-    /// What was deposited, for others to continue.
-    deposited: Vec<Asked>,
+    prompts: Prompts,
+    names: Names,
     sharing: Sharing,
     running: Vec<Running>,
     reached: Reached,
@@ -120,7 +67,7 @@ impl Simulation {
             ..limits()
         };
         let num_host_blocks = if random.once_in(2) { 0 } else { random.within(1, 3 * limits.num_blocks) };
-        let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
+        let prompts = Prompts::new(&mut random, max_model_len);
         let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, limits.num_blocks));
         let max_fetch_wait = random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100));
         Self {
@@ -132,22 +79,21 @@ impl Simulation {
             limits,
             disk,
             is_open: false,
-            shared,
-            past: vec![],
-            deposited: vec![],
-            sharing: Sharing::new(block_size),
+            prompts,
+            names: Names::default(),
+            sharing: Sharing::new(limits),
             running: vec![],
             reached: Reached::default(),
         }
     }
 
     /// One life of an engine or, where there is a disk, two: the second one finds what survived of the first.
-    pub fn run(mut self, model: &Path) -> Reached {
-        self.live(model);
+    pub fn run(mut self, checkpoints: &Checkpoints) -> Reached {
+        self.live(checkpoints);
         if self.disk.is_some() {
             self.restart();
             let num_before = self.reached.num_disk_tokens;
-            self.live(model);
+            self.live(checkpoints);
             self.reached.num_restored_tokens += self.reached.num_disk_tokens - num_before;
             self.restart();
         }
@@ -163,11 +109,11 @@ impl Simulation {
         if self.random.once_in(3) {
             disk.identity = b"another model".to_vec();
             disk.kept.clear();
-            self.sharing = Sharing::new(self.limits.block_size);
+            self.sharing = Sharing::new(self.limits);
         }
     }
 
-    fn start(&mut self, model: &Path) -> TestEngine {
+    fn start(&mut self, checkpoints: &Checkpoints) -> TestEngine {
         let setup = Setup { limits: self.limits, ..Setup::default() };
         let delay = Duration::from_micros(self.random.below(2) as u64 * self.random.below(1000) as u64);
         let tiers = TierConfig {
@@ -177,11 +123,13 @@ impl Simulation {
             max_fetch_wait: self.max_fetch_wait,
         };
         let backend = self.slow_seed.map_or_else(SimBackend::default, SimBackend::slow);
-        TestEngine::start_with_tiers(backend, model, setup, tiers)
+        TestEngine::start_with_tiers(backend, checkpoints.model(), setup, tiers)
     }
 
-    fn live(&mut self, model: &Path) {
-        let engine = self.start(model);
+    fn live(&mut self, checkpoints: &Checkpoints) {
+        let engine = self.start(checkpoints);
+        self.names = Names::default();
+        (0..Names::COUNT).for_each(|name| self.load(&engine, name, checkpoints));
         self.is_open = false;
         let has_kept = self.disk.as_ref().is_some_and(|disk| !disk.kept.is_empty());
         if self.disk.is_some() && (has_kept || self.random.once_in(3)) {
@@ -189,12 +137,16 @@ impl Simulation {
             self.ask_for_kept(&engine);
         }
         for _ in 0..self.random.within(20, 60) {
-            match self.random.below(20) {
+            match self.random.below(21) {
                 0..=7 => self.submit(&engine),
                 8..=9 => self.submit_deposit(&engine),
                 10..=12 => self.cancel(),
                 13..=14 => self.listen(),
                 15 if self.random.once_in(2) => self.harm_disk(),
+                16 => {
+                    let name = self.random.below(Names::COUNT);
+                    self.load(&engine, name, checkpoints);
+                }
                 _ => self.finish_one(),
             }
         }
@@ -208,7 +160,7 @@ impl Simulation {
 
     /// The vault opens beside the first requests: a deposit that has to be durable is refused until then.
     fn wait_until_open(&mut self, engine: &TestEngine) {
-        let asked = Asked { tokens: vec![1], num_prompt: 1, domain: "open".into(), shared: None };
+        let asked = Asked { tokens: vec![1], num_prompt: 1, domain: "open".into(), ..Asked::default() };
         loop {
             let stream = engine.handle.submit(request_for(&asked, Task::Deposit { is_durable: true })).unwrap();
             match collect(stream).reason {
@@ -251,80 +203,42 @@ impl Simulation {
         }
     }
 
-    /// A beginning of a prompt: nothing, what others begin with too, or what is over already, now and then with one token
-    /// changed.
-    fn beginning(&mut self, most: usize) -> Vec<u32> {
-        let random = &mut self.random;
-        let mut beginning = match random.below(6) {
-            0..=1 => vec![],
-            at @ 2..=3 => self.shared[at - 2].clone(),
-            _ if self.past.is_empty() => self.shared[2].clone(),
-            _ => self.past[random.below(self.past.len())].clone(),
-        };
-        if !beginning.is_empty() && random.once_in(2) {
-            beginning.truncate(random.within(1, beginning.len()));
-        }
-        beginning.truncate(most);
-        if !beginning.is_empty() && random.once_in(4) {
-            let at = random.below(beginning.len());
-            beginning[at] = random.below(VOCAB) as u32;
-        }
-        beginning
-    }
-
-    /// What to ask for, in which domain, whether behind something deposited.
-    fn ask(&mut self) -> Asked {
-        let most = self.limits.max_model_len - 1;
-        let domain = DOMAINS[self.random.below(DOMAINS.len())].to_owned();
-        let base = if self.deposited.is_empty() || self.random.once_in(2) {
-            None
-        } else {
-            let base = &self.deposited[self.random.below(self.deposited.len())];
-            (base.num_prompt <= most).then(|| base.clone())
-        };
-        let mut tokens = match &base {
-            Some(base) => base.prompt().to_vec(),
-            None => self.beginning(most),
-        };
-        let room = most - tokens.len();
-        if base.is_some() && self.random.once_in(2) {
-            // What several ask behind the same deposit.
-            tokens.extend(&self.shared[0][..self.shared[0].len().min(room)]);
-        } else if room > 0 {
-            let least = usize::from(tokens.is_empty());
-            let num_own = self.random.within(least, room);
-            tokens.extend(self.random.tokens(num_own, VOCAB));
-        }
-        // Who continues a deposit may know its domain, or not.
-        let shared = base
-            .filter(|base| base.shared.is_none() && !self.random.once_in(4))
-            .map(|base| SharedPrefix { num_tokens: base.num_prompt, domain: base.domain });
-        Asked { num_prompt: tokens.len(), tokens, domain, shared }
+    /// Gives a name another content, whatever runs.
+    fn load(&mut self, engine: &TestEngine, name: usize, checkpoints: &Checkpoints) {
+        self.names.load(name, &engine.handle, checkpoints, &mut self.random);
     }
 
     fn submit(&mut self, engine: &TestEngine) {
-        let mut asked = self.ask();
-        if self.random.once_in(12) {
-            return self.send(engine, asked, Task::Embed, Wanted::Embedding);
-        }
-        let max_tokens = self.random.within(1, (self.limits.max_model_len - asked.num_prompt).min(60));
-        asked.tokens.extend(Oracle::continuation(&asked.tokens, max_tokens));
-        self.send(engine, asked, Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens));
+        let random = &mut self.random;
+        let is_composed = random.once_in(4);
+        let mut asked = if is_composed { self.prompts.ask_composed(random) } else { self.prompts.ask(random) };
+        let (adapters, updates) = self.names.compose(random);
+        asked.adapters = updates;
+        let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
+            (Task::Embed, Wanted::Embedding)
+        } else {
+            let max_tokens = random.within(1, (self.limits.max_model_len - asked.num_prompt).min(60));
+            asked.tokens.extend(Oracle::answer(&asked, &self.limits, max_tokens));
+            (Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens))
+        };
+        let request = GenerateRequest { adapters, ..request_for(&asked, task) };
+        self.send(engine, asked, request, wanted);
     }
 
+    /// Deposits are computed by the model alone.
     fn submit_deposit(&mut self, engine: &TestEngine) {
-        let asked = self.ask();
+        let asked = self.prompts.ask(&mut self.random);
         let is_durable = !self.random.once_in(3);
         let must_succeed = self.is_open && self.disk.as_ref().is_some_and(Disk::must_accept);
-        self.deposited.push(asked.clone());
-        let wanted = Wanted::Deposit { is_durable, must_succeed };
-        self.send(engine, asked, Task::Deposit { is_durable }, wanted);
+        self.prompts.add_deposited(asked.clone());
+        let request = request_for(&asked, Task::Deposit { is_durable });
+        self.send(engine, asked, request, Wanted::Deposit { is_durable, must_succeed });
     }
 
-    fn send(&mut self, engine: &TestEngine, asked: Asked, task: Task, wanted: Wanted) {
+    fn send(&mut self, engine: &TestEngine, asked: Asked, request: GenerateRequest, wanted: Wanted) {
         self.sharing.note(&asked);
         let priority = self.random.below(3) as i32;
-        match engine.handle.submit(GenerateRequest { priority, ..request_for(&asked, task) }) {
+        match engine.handle.submit(GenerateRequest { priority, ..request }) {
             Ok(stream) => self.running.push(Running { asked, wanted, output: Output::default(), stream }),
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("{error}"),
@@ -382,7 +296,25 @@ impl Simulation {
         if asked.shared.as_ref().is_some_and(|shared| shared.domain != asked.domain) {
             reached.num_shared_tokens += output.cached_tokens;
         }
-        self.past.push(asked.tokens);
+        self.count_made(&asked, output);
+        self.prompts.add_past(asked.tokens);
+    }
+
+    /// What adapters and pieces came to.
+    fn count_made(&mut self, asked: &Asked, output: &Output) {
+        let num_moved = self.sharing.num_moved(asked);
+        assert_eq!(output.reuse.linked_tokens, num_moved);
+        let reached = &mut self.reached;
+        if !asked.adapters.is_empty() {
+            reached.num_adapted += 1;
+            reached.num_adapted_tokens += output.cached_tokens;
+            reached.num_adapted_links += num_moved;
+        }
+        if !asked.pieces.is_empty() {
+            reached.num_composed += 1;
+            reached.num_linked_tokens += num_moved;
+            reached.num_relinked_tokens += output.cached_tokens;
+        }
     }
 
     fn take_deposit(&mut self, asked: Asked, output: Output, is_durable: bool, must_succeed: bool) {
@@ -413,6 +345,7 @@ fn request_for(asked: &Asked, task: Task) -> GenerateRequest {
     GenerateRequest {
         domain: asked.domain.clone(),
         shared_prefix: asked.shared.clone(),
+        pieces: asked.pieces.clone(),
         ..request(asked.prompt(), task)
     }
 }
@@ -421,7 +354,17 @@ fn request_for(asked: &Asked, task: Task) -> GenerateRequest {
 fn check(asked: &Asked, output: &Output, sharing: &Sharing) {
     let Asked { tokens, num_prompt, .. } = asked;
     let wanted = &tokens[*num_prompt..];
-    assert_eq!(output.tokens, wanted[..output.tokens.len()], "behind {num_prompt} prompt tokens: {:?}", output.reuse);
+    assert_eq!(output.tokens, wanted[..output.tokens.len()], "{}", told(asked, output));
     let most = sharing.most_cached(asked);
-    assert!(output.cached_tokens <= most, "{} tokens found, {most} may be: {:?}", output.cached_tokens, output.reuse);
+    assert!(output.cached_tokens <= most, "{most} tokens may be found {}", told(asked, output));
+}
+
+fn told(asked: &Asked, output: &Output) -> String {
+    let Asked { num_prompt, adapters, pieces, shared, .. } = asked;
+    let (num_adapters, num_pieces, is_shared) = (adapters.len(), pieces.len(), shared.is_some());
+    let Output { cached_tokens, reuse, .. } = output;
+    format!(
+        "behind {num_prompt} tokens, {num_adapters} adapters, {num_pieces} pieces, a shared prefix: {is_shared}; \
+         {cached_tokens} cached, {reuse:?}"
+    )
 }

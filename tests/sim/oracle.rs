@@ -1,19 +1,33 @@
-//! What has to come out, predicted from token ids and cache domains alone: no code of the engine, and of the double only
-//! the two functions that say what a payload is.
-
-use std::collections::HashMap;
+//! What has to come out, predicted from token ids, adapters and pieces alone: no code of the engine, and of the double
+//! only the two functions that say what a payload is. Who may find which block is `sharing.rs`'s.
 
 use mneme::backend::sim::{mix, rotated};
-use mneme::engine::SharedPrefix;
+use mneme::engine::{Piece, SchedulerLimits};
 
+use crate::sharing::Asked;
 use crate::support::tiny_model::VOCAB;
 
 pub const NUM_LAYERS: usize = 2;
 
+/// Products of a layer that adapters change.
+pub const NUM_PRODUCTS: usize = 4;
+
+/// What an adapter is to the double: a tag per layer and product.
+pub type Tags = [[Option<u64>; NUM_PRODUCTS]; NUM_LAYERS];
+
+/// An adapter, and the bits of its scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Update {
+    pub tags: Tags,
+    pub scale: u32,
+}
+
 /// The double's model, sequence by sequence: every layer keeps, per position, what came in rotated to the position, and
-/// hands on the fold of all of them up to there.
+/// hands on the fold of all of them up to there. Adapters leave their tags on the way.
 #[derive(Clone, Default)]
 pub struct Oracle {
+    /// In order of application.
+    adapters: Vec<Update>,
     folds: [u64; NUM_LAYERS],
     num_tokens: i64,
     /// What lies in the KV cache: per token one payload a layer.
@@ -21,96 +35,121 @@ pub struct Oracle {
 }
 
 impl Oracle {
+    fn under(adapters: &[Update]) -> Self {
+        Self { adapters: adapters.to_vec(), ..Self::default() }
+    }
+
+    fn adapted(&self, payload: u64, layer: usize, product: usize) -> u64 {
+        let updates = self.adapters.iter().filter_map(|update| Some((update.tags[layer][product]?, update.scale)));
+        updates.fold(payload, |payload, (tag, scale)| mix(payload, mix(tag, u64::from(scale))))
+    }
+
     /// Takes a token in and tells the one that follows.
     fn feed(&mut self, token: u32) -> u32 {
         let mut payload = mix(0, u64::from(token));
         let mut stored = [0; NUM_LAYERS];
-        for (fold, stored) in self.folds.iter_mut().zip(&mut stored) {
-            *stored = rotated(payload, self.num_tokens);
-            *fold = mix(*fold, *stored);
-            payload = *fold;
+        for (layer, stored) in stored.iter_mut().enumerate() {
+            *stored = rotated(self.adapted(payload, layer, 0), self.num_tokens);
+            self.folds[layer] = mix(self.folds[layer], *stored);
+            payload =
+                (1..NUM_PRODUCTS).fold(self.folds[layer], |payload, product| self.adapted(payload, layer, product));
         }
         self.stored.push(stored);
         self.num_tokens += 1;
         (payload % VOCAB as u64) as u32
     }
 
-    /// The greedy continuation of `prompt`.
+    /// Takes in what is stored of a token so many positions before here; nothing is said about what follows it.
+    fn take(&mut self, stored: [u64; NUM_LAYERS], distance: i64) {
+        let stored = stored.map(|stored| rotated(stored, distance));
+        for (fold, stored) in self.folds.iter_mut().zip(stored) {
+            *fold = mix(*fold, stored);
+        }
+        self.stored.push(stored);
+        self.num_tokens += 1;
+    }
+
+    fn feed_all(&mut self, tokens: &[u32]) -> u32 {
+        tokens.iter().fold(0, |_, token| self.feed(*token))
+    }
+
+    /// The greedy continuation of what somebody asked. What is kept of the sources of pieces is as if they had been
+    /// computed alone, under the same adapters.
+    pub fn answer(asked: &Asked, limits: &SchedulerLimits, num_tokens: usize) -> Vec<u32> {
+        let mut moved = vec![None; asked.num_prompt];
+        for (piece, places) in asked.pieces.iter().zip(moves(asked, limits)) {
+            let mut source = Self::under(&asked.adapters);
+            source.feed_all(&piece.source);
+            for Moved { here, there } in places {
+                moved[here] = Some((source.stored[there], here as i64 - there as i64));
+            }
+        }
+        let mut oracle = Self::under(&asked.adapters);
+        let mut next = 0;
+        for (token, moved) in asked.prompt().iter().zip(moved) {
+            match moved {
+                Some((stored, distance)) => oracle.take(stored, distance),
+                None => next = oracle.feed(*token),
+            }
+        }
+        oracle.go_on(next, num_tokens)
+    }
+
+    /// The greedy continuation of `prompt`, without adapters and pieces.
     pub fn continuation(prompt: &[u32], num_tokens: usize) -> Vec<u32> {
         let mut oracle = Self::default();
-        let mut next = prompt.iter().fold(0, |_, token| oracle.feed(*token));
+        let next = oracle.feed_all(prompt);
+        oracle.go_on(next, num_tokens)
+    }
+
+    fn go_on(mut self, mut next: u32, num_tokens: usize) -> Vec<u32> {
         let mut output = vec![next];
         while output.len() < num_tokens {
-            next = oracle.feed(next);
+            next = self.feed(next);
             output.push(next);
         }
         output
     }
 
-    /// The KV of `tokens`.
+    /// The KV of `tokens`, without adapters.
     pub fn stored(tokens: &[u32]) -> Vec<[u64; NUM_LAYERS]> {
         let mut oracle = Self::default();
-        tokens.iter().for_each(|token| {
-            oracle.feed(*token);
-        });
+        oracle.feed_all(tokens);
         oracle.stored
     }
 }
 
-/// What somebody asked for, as far as it decides which blocks may be shared.
-#[derive(Clone)]
-pub struct Asked {
-    /// The prompt, and behind it what is going to be generated.
-    pub tokens: Vec<u32>,
-    pub num_prompt: usize,
-    pub domain: String,
-    pub shared: Option<SharedPrefix>,
+/// A token's way from its piece's source into a prompt.
+pub struct Moved {
+    pub here: usize,
+    pub there: usize,
 }
 
-impl Asked {
-    pub fn prompt(&self) -> &[u32] {
-        &self.tokens[..self.num_prompt]
-    }
-}
-
-/// A block by who may find it and by what it holds: the domain that it begins in, where it leaves that for which other
-/// one, and all tokens up to its end.
-type BlockKey = (String, Option<(usize, String)>, Vec<u32>);
-
-/// The rule of cache domains: who has asked for which block so far. A request finds blocks that somebody in the same
-/// domains asked for, and no others.
-pub struct Sharing {
-    block_size: usize,
-    num_asked: HashMap<BlockKey, usize>,
-}
-
-impl Sharing {
-    pub fn new(block_size: usize) -> Self {
-        Self { block_size, num_asked: HashMap::new() }
-    }
-
-    fn key(&self, asked: &Asked, block: usize) -> BlockKey {
-        let tokens = asked.tokens[..(block + 1) * self.block_size].to_vec();
-        match asked.shared.as_ref().filter(|shared| shared.domain != asked.domain) {
-            None => (asked.domain.clone(), None, tokens),
-            Some(SharedPrefix { num_tokens, domain }) => {
-                let num_shared = num_tokens / self.block_size;
-                (domain.clone(), (block >= num_shared).then(|| (num_shared, asked.domain.clone())), tokens)
-            }
+/// What of each piece is moved: all that lies in full blocks, but for the first tokens of the piece, the prompt's last one,
+/// and pieces whose blocks have no room beside the prompt's.
+pub fn moves(asked: &Asked, limits: &SchedulerLimits) -> Vec<Vec<Moved>> {
+    let mut num_blocks = asked.num_prompt.div_ceil(limits.block_size);
+    let fitting = |piece: &Piece| {
+        let moves = wanted_moves(piece, asked.num_prompt, limits.block_size);
+        let num_wanted = num_source_blocks(&moves, limits.block_size);
+        if num_blocks + num_wanted > limits.num_blocks {
+            return vec![];
         }
-    }
+        num_blocks += num_wanted;
+        moves
+    };
+    asked.pieces.iter().map(fitting).collect()
+}
 
-    /// Takes note of a request.
-    pub fn note(&mut self, asked: &Asked) {
-        for block in 0..asked.tokens.len() / self.block_size {
-            *self.num_asked.entry(self.key(asked, block)).or_default() += 1;
-        }
-    }
+fn wanted_moves(piece: &Piece, num_prompt: usize, block_size: usize) -> Vec<Moved> {
+    let num_stored = piece.source.len() / block_size * block_size;
+    (piece.num_recomputed..piece.num_tokens)
+        .map(|at| Moved { here: piece.start + at, there: piece.source_start + at })
+        .filter(|moved| moved.here + 1 < num_prompt && moved.there < num_stored)
+        .collect()
+}
 
-    /// Prompt tokens that a request which has been noted may find at most: one is left to compute.
-    pub fn most_cached(&self, asked: &Asked) -> usize {
-        let num_shareable = (asked.num_prompt - 1) / self.block_size;
-        let is_found = |block: &usize| self.num_asked.get(&self.key(asked, *block)).is_some_and(|count| *count > 1);
-        (0..num_shareable).take_while(is_found).count() * self.block_size
-    }
+/// Blocks of a source up to the last one that something is moved from.
+pub fn num_source_blocks(moves: &[Moved], block_size: usize) -> usize {
+    moves.last().map_or(0, |moved| moved.there / block_size + 1)
 }

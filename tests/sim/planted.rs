@@ -5,7 +5,7 @@ use std::panic::{set_hook, take_hook};
 
 use mneme::planted::{Bug, plant};
 
-use crate::support::tiny_model::{Family, TinyModel};
+use crate::adapters::Checkpoints;
 use crate::{NUM_SEEDS, run_seeds, take_turn};
 
 /// Takes a planted bug out again, also when the test fails.
@@ -27,8 +27,8 @@ impl Drop for Planted {
 #[test]
 fn each_planted_bug_is_found() {
     let _turn = take_turn();
-    let model = TinyModel::new(Family::Llama, 1).write();
-    if let Err((seed, why)) = run_seeds(0..NUM_SEEDS, model.path()) {
+    let checkpoints = Checkpoints::write();
+    if let Err((seed, why)) = run_seeds(0..NUM_SEEDS, &checkpoints) {
         panic!("without a planted bug seed {seed} fails: {why}");
     }
     // What is expected to panic need not fill the log.
@@ -37,7 +37,7 @@ fn each_planted_bug_is_found() {
     let mut missed = Vec::new();
     for bug in Bug::ALL {
         let planted = Planted::new(bug);
-        match run_seeds(0..NUM_SEEDS, model.path()) {
+        match run_seeds(0..NUM_SEEDS, &checkpoints) {
             Ok(_) => missed.push(bug),
             Err((seed, why)) => eprintln!("{bug:?}: seed {seed}: {}", why.lines().next().unwrap_or_default()),
         }

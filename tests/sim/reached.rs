@@ -1,0 +1,98 @@
+//! What the seeds came to, and that they come to the interesting places.
+
+/// What one run did, to know that the seeds reach the interesting places.
+#[derive(Default, Debug, Clone, Copy)]
+pub struct Reached {
+    pub num_finished: usize,
+    pub num_cancelled: usize,
+    pub num_preemptions: usize,
+    pub num_cached_tokens: usize,
+    pub num_refused: usize,
+    pub num_host_tokens: usize,
+    pub num_disk_tokens: usize,
+    pub num_restarts: usize,
+    /// Restarts after a crash in the middle of a life.
+    pub num_crashes: usize,
+    pub num_restored_tokens: usize,
+    pub num_late: usize,
+    pub num_lost: usize,
+    pub num_deposits: usize,
+    pub num_refused_deposits: usize,
+    /// Blocks of durable deposits that were there after a restart.
+    pub num_kept_blocks: usize,
+    /// Tokens of durable deposits that a request was given after a restart.
+    pub num_kept_tokens: usize,
+    /// Tokens found beyond a shared prefix and in it, by those who are of another domain.
+    pub num_shared_tokens: usize,
+    /// Finished under adapters.
+    pub num_adapted: usize,
+    /// Tokens found under adapters.
+    pub num_adapted_tokens: usize,
+    /// Finished composed prompts.
+    pub num_composed: usize,
+    /// Tokens that were moved into them.
+    pub num_linked_tokens: usize,
+    /// Tokens that composed prompts found, in their pieces and in themselves.
+    pub num_relinked_tokens: usize,
+    /// Tokens that were moved under adapters.
+    pub num_adapted_links: usize,
+}
+
+impl std::ops::AddAssign for Reached {
+    fn add_assign(&mut self, other: Self) {
+        self.num_finished += other.num_finished;
+        self.num_cancelled += other.num_cancelled;
+        self.num_preemptions += other.num_preemptions;
+        self.num_cached_tokens += other.num_cached_tokens;
+        self.num_refused += other.num_refused;
+        self.num_host_tokens += other.num_host_tokens;
+        self.num_disk_tokens += other.num_disk_tokens;
+        self.num_restarts += other.num_restarts;
+        self.num_crashes += other.num_crashes;
+        self.num_restored_tokens += other.num_restored_tokens;
+        self.num_late += other.num_late;
+        self.num_lost += other.num_lost;
+        self.num_deposits += other.num_deposits;
+        self.num_refused_deposits += other.num_refused_deposits;
+        self.num_kept_blocks += other.num_kept_blocks;
+        self.num_kept_tokens += other.num_kept_tokens;
+        self.num_shared_tokens += other.num_shared_tokens;
+        self.num_adapted += other.num_adapted;
+        self.num_adapted_tokens += other.num_adapted_tokens;
+        self.num_composed += other.num_composed;
+        self.num_linked_tokens += other.num_linked_tokens;
+        self.num_relinked_tokens += other.num_relinked_tokens;
+        self.num_adapted_links += other.num_adapted_links;
+    }
+}
+
+impl Reached {
+    /// That as many seeds as are run anyway come to every place.
+    pub fn check(&self) {
+        let places = [
+            (self.num_finished, 1000),
+            (self.num_cancelled, 1000),
+            (self.num_preemptions, 100),
+            (self.num_cached_tokens, 10_000),
+            (self.num_host_tokens, 1000),
+            (self.num_disk_tokens, 500),
+            (self.num_restored_tokens, 100),
+            (self.num_restarts - self.num_crashes, 50),
+            (self.num_crashes, 50),
+            (self.num_late, 20),
+            (self.num_lost, 5),
+            (self.num_deposits, 500),
+            (self.num_refused_deposits, 20),
+            (self.num_kept_blocks, 500),
+            (self.num_kept_tokens, 500),
+            (self.num_shared_tokens, 1000),
+            (self.num_adapted, 100),
+            (self.num_adapted_tokens, 100),
+            (self.num_composed, 100),
+            (self.num_linked_tokens, 100),
+            (self.num_relinked_tokens, 100),
+            (self.num_adapted_links, 100),
+        ];
+        assert!(places.iter().all(|(reached, least)| reached >= least), "{self:?}");
+    }
+}

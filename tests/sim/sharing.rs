@@ -1,0 +1,102 @@
+//! Who may find which block, predicted from what was asked so far: requests share blocks within a domain and under the
+//! same adapters, and where a prompt is composed no longer than up to the first token that is moved there.
+
+use std::collections::HashMap;
+
+use mneme::engine::{Piece, SchedulerLimits, SharedPrefix};
+
+use crate::oracle::{Update, moves, num_source_blocks};
+
+/// What somebody asked for, as far as it decides what comes out and which blocks may be shared.
+#[derive(Clone, Default)]
+pub struct Asked {
+    /// The prompt, and behind it what is going to be generated.
+    pub tokens: Vec<u32>,
+    pub num_prompt: usize,
+    pub domain: String,
+    pub shared: Option<SharedPrefix>,
+    /// In order of application.
+    pub adapters: Vec<Update>,
+    pub pieces: Vec<Piece>,
+}
+
+impl Asked {
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.num_prompt]
+    }
+
+    /// What the source of a piece is computed as: a prompt of its own.
+    fn source(&self, piece: &Piece) -> Self {
+        Self {
+            tokens: piece.source.clone(),
+            num_prompt: piece.source.len(),
+            domain: piece.domain.clone(),
+            adapters: self.adapters.clone(),
+            ..Self::default()
+        }
+    }
+}
+
+/// A block by who may find it and by what it holds: the adapters it is computed under, the domain that it begins in, where
+/// it leaves that for which other one, and all tokens up to its end.
+type BlockKey = (Vec<Update>, String, Option<(usize, String)>, Vec<u32>);
+
+/// The rule of cache domains and adapters: who has asked for which block so far. A request finds blocks that somebody in
+/// the same domains and under the same adapters asked for, and no others.
+pub struct Sharing {
+    limits: SchedulerLimits,
+    num_asked: HashMap<BlockKey, usize>,
+}
+
+impl Sharing {
+    pub fn new(limits: SchedulerLimits) -> Self {
+        Self { limits, num_asked: HashMap::new() }
+    }
+
+    fn key(&self, asked: &Asked, block: usize) -> BlockKey {
+        let block_size = self.limits.block_size;
+        let tokens = asked.tokens[..(block + 1) * block_size].to_vec();
+        let adapters = asked.adapters.clone();
+        match asked.shared.as_ref().filter(|shared| shared.domain != asked.domain) {
+            None => (adapters, asked.domain.clone(), None, tokens),
+            Some(SharedPrefix { num_tokens, domain }) => {
+                let num_shared = num_tokens / block_size;
+                let own = (block >= num_shared).then(|| (num_shared, asked.domain.clone()));
+                (adapters, domain.clone(), own, tokens)
+            }
+        }
+    }
+
+    fn note_blocks(&mut self, asked: &Asked, num_blocks: usize) {
+        for block in 0..num_blocks {
+            *self.num_asked.entry(self.key(asked, block)).or_default() += 1;
+        }
+    }
+
+    /// Takes note of a request: of what its pieces are computed as, and of its prompt up to what is moved there.
+    pub fn note(&mut self, asked: &Asked) {
+        let block_size = self.limits.block_size;
+        for (piece, moves) in asked.pieces.iter().zip(moves(asked, &self.limits)) {
+            self.note_blocks(&asked.source(piece), num_source_blocks(&moves, block_size));
+        }
+        self.note_blocks(asked, self.join(asked).min(asked.tokens.len()) / block_size);
+    }
+
+    /// Where the first moved token goes; behind it nothing is what others compute.
+    fn join(&self, asked: &Asked) -> usize {
+        moves(asked, &self.limits).iter().flatten().map(|moved| moved.here).next().unwrap_or(usize::MAX)
+    }
+
+    /// Prompt tokens that a request has moved there.
+    pub fn num_moved(&self, asked: &Asked) -> usize {
+        moves(asked, &self.limits).iter().map(Vec::len).sum()
+    }
+
+    /// Prompt tokens that a request which has been noted may find at most: one is left to compute. What is moved may be
+    /// found in any case: who begins again finds the sources that it computed itself.
+    pub fn most_cached(&self, asked: &Asked) -> usize {
+        let num_shareable = (asked.num_prompt - 1).min(self.join(asked)) / self.limits.block_size;
+        let is_found = |block: &usize| self.num_asked.get(&self.key(asked, *block)).is_some_and(|count| *count > 1);
+        (0..num_shareable).take_while(is_found).count() * self.limits.block_size + self.num_moved(asked)
+    }
+}
