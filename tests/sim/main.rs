@@ -3,7 +3,7 @@
 //! predicted by a pure function of token ids and cache domains (`oracle.rs`).
 //!
 //! `MNEME_SIM_SEEDS=n` runs `n` seeds (500 otherwise), `MNEME_SIM_FIRST=n` begins with seed `n`; a failure names its seed.
-//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found.
+//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found (`MNEME_SIM_BUG=name`: one).
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
