@@ -34,7 +34,8 @@ use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_SEEDS: u64 = 500;
 
-const NUM_WORKERS: usize = 2;
+/// More than processors: a seed mostly waits for slow copies.
+const NUM_WORKERS: usize = 4;
 
 /// A seed takes some milliseconds; one that takes so long never ends.
 const MAX_WAIT: Duration = Duration::from_secs(30);
