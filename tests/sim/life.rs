@@ -401,7 +401,7 @@ impl Simulation {
         assert_eq!(output.reason, Some(FinishReason::Stop { token: None }));
         let block_size = self.limits.block_size;
         assert_eq!(deposited.blocks.len(), asked.num_prompt / block_size);
-        assert_eq!(deposited.tail.is_some(), asked.num_prompt % block_size > 0);
+        assert_eq!(deposited.tail.is_some(), !asked.num_prompt.is_multiple_of(block_size));
         assert_eq!(deposited.restored_tokens + deposited.computed_tokens, asked.num_prompt);
         assert!(deposited.restored_tokens <= self.sharing.most_cached(&asked));
         self.reached.num_deposits += 1;
