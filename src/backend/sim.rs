@@ -75,7 +75,7 @@ impl Delays {
     /// Most often hardly at all.
     fn wait(&self) {
         let drawn = mix(self.seed, self.num_drawn.fetch_add(1, Ordering::Relaxed));
-        if drawn % 4 == 0 {
+        if drawn.is_multiple_of(4) {
             thread::sleep(MAX_DELAY.mul_f64((drawn >> 40) as f64 / (1u64 << 24) as f64));
         }
     }

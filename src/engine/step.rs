@@ -216,7 +216,7 @@ impl<B: Backend> Engine<B> {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
         }
         if matches!(request.task, Task::Deposit { is_durable: true }) && !self.is_identified {
-            return Err(Error::Exhausted("nothing can be kept before the vault is open; try again".into()));
+            return Err(Error::Exhausted("nothing can be kept: the vault is not open yet; try again".into()));
         }
         check_pieces(request, most)?;
         let vocab_size = self.runner.model().config().vocab_size;

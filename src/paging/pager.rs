@@ -218,11 +218,6 @@ impl Pager {
             _ => return None,
         };
         let ticket = self.new_ticket();
-        if let Place::Host(slot) = place
-            && planted::is(Bug::HostSlotFoundEarly)
-        {
-            self.host.insert(hash, tokens, slot);
-        }
         let copy = BlockCopy { ticket, hash, tokens: tokens.into(), block, place };
         if self.send(|io| &io.saves, Job::Save(copy)) {
             self.num_saves += 1;

@@ -4,7 +4,7 @@
 //! too (`sharing.rs`).
 //!
 //! `MNEME_SIM_SEEDS=n` runs `n` seeds (500 otherwise), `MNEME_SIM_FIRST=n` begins with seed `n`; a failure names its seed.
-//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found.
+//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found (`MNEME_SIM_BUG=name`: one).
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
@@ -40,7 +40,8 @@ use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_SEEDS: u64 = 500;
 
-const NUM_WORKERS: usize = 2;
+/// More than processors: a seed mostly waits for slow copies.
+const NUM_WORKERS: usize = 4;
 
 /// A seed takes some milliseconds; one that takes so long never ends.
 const MAX_WAIT: Duration = Duration::from_secs(30);
