@@ -155,6 +155,8 @@ struct Simulation {
     adapters: Vec<TinyAdapter>,
     tags: Vec<Tags>,
     loaded: Vec<(usize, LoadedAdapter)>,
+    /// Few compositions share KV, so most lives go without.
+    has_adapters: bool,
     running: Vec<Running>,
     embeddings: Vec<OutputStream>,
     reached: Reached,
@@ -196,6 +198,7 @@ impl Simulation {
             adapters,
             tags,
             loaded: vec![],
+            has_adapters: seed.is_multiple_of(4),
             running: vec![],
             embeddings: vec![],
             reached: Reached::default(),
@@ -254,14 +257,16 @@ impl Simulation {
     fn live(&mut self, model: &Path) {
         let engine = self.start(model);
         self.loaded.clear();
-        (0..2).for_each(|name| self.load(&engine, name));
+        if self.has_adapters {
+            (0..2).for_each(|name| self.load(&engine, name));
+        }
         for _ in 0..self.random.within(20, 60) {
             match self.random.below(17) {
                 0..=8 => self.submit(&engine),
                 9..=10 => self.cancel(),
                 11..=12 => self.listen(),
                 13 => self.break_disk(),
-                14 => {
+                14 if self.has_adapters => {
                     let name = self.random.below(2);
                     self.load(&engine, name);
                 }
