@@ -198,8 +198,8 @@ fn damaged_and_too_large_adapters_change_nothing() {
     let before = setup.digest("a");
     let folder = setup.root.path().join("c");
     let replace = || setup.load(json!({ "lora_name": "a", "lora_path": "c", "load_inplace": true }));
-    adapter(100, 1).write_into(&folder);
-    assert_eq!(replace().status, 503, "100 ranks are more than {MAX_BYTES} bytes");
+    adapter(200, 1).write_into(&folder);
+    assert_eq!(replace().status, 503, "200 ranks are more than {MAX_BYTES} bytes");
     std::fs::write(folder.join("adapter_model.safetensors"), [0; 100]).unwrap();
     let damaged = replace();
     assert_eq!(damaged.status, 400, "{}", damaged.text());
