@@ -177,7 +177,13 @@ fn halves_ranks_and_shapes_that_do_not_fit_are_refused() {
         (one(|all| all[1] = tensor(name(0, "self_attn.q_proj", "B"), 16, 3)), &["rank 4", "lora_B has 3"][..]),
         (one(|all| all[0] = tensor(name(0, "self_attn.q_proj", "A"), 4, 9)), &["another base model", "[16, 9]"][..]),
         (one(|all| all[1] = tensor(name(0, "self_attn.q_proj", "B"), 17, 4)), &["another base model"][..]),
-        (one(|all| all[0].name = name(2, "self_attn.q_proj", "A")), &["2 layers"][..]),
+        (
+            one(|all| {
+                all[0].name = name(2, "self_attn.q_proj", "A");
+                all[1].name = name(2, "self_attn.q_proj", "B");
+            }),
+            &["2 layers"][..],
+        ),
         (one(|all| all.clear()), &["no lora_A"][..]),
         (one(|all| all[0].shape = vec![4, 2, 4]), &["two extents"][..]),
     ] {

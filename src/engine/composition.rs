@@ -224,6 +224,7 @@ impl Sequence {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // one range is what is wanted
 mod tests {
     use super::*;
     use crate::kv::BlockHash;

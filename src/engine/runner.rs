@@ -11,7 +11,7 @@ use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
-    AttentionMetadata, Backend, DType, LoraBatch, LoraLoader, RotatedCopies, StepBounds, StreamKind, Tensor,
+    AttentionMetadata, Backend, DType, Device, LoraBatch, LoraLoader, RotatedCopies, StepBounds, StreamKind, Tensor,
 };
 use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
 use crate::paging::{Pager, PagingConfig};
@@ -56,6 +56,9 @@ pub(super) struct HostRows {
     start: usize,
     pub(super) num_rows: usize,
 }
+
+/// Rows that adapters are added to, and by how much.
+type RowsAndScales<B> = (Tensor<<B as Device>::Buffer>, Tensor<<B as Device>::Buffer>);
 
 /// Arrays of a step.
 const NUM_INPUTS: usize = 9;
@@ -261,7 +264,7 @@ impl<B: Backend> ModelRunner<B> {
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
-    ) -> Option<(Tensor<B::Buffer>, Tensor<B::Buffer>)> {
+    ) -> Option<RowsAndScales<B>> {
         let num_entries = self.lora.collect(running, scheduled);
         if num_entries == 0 {
             return None;

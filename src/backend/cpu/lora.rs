@@ -46,6 +46,8 @@ struct Piece {
     shrunk_at: usize,
     /// The first of its tasks in the first pass.
     first_task: usize,
+    /// Which columns of the output it adds to.
+    columns: Range<usize>,
 }
 
 /// One adapter and the entries of its rows.
@@ -126,7 +128,16 @@ impl<'u, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Run<'_, '_, G> {
         self.num_shrunk += num_shrunk;
         self.num_tasks += found.rank.div_ceil(TASK_RANKS);
         self.num_products += num_shrunk * (found.num_inputs + found.num_outputs);
-        self.scratch.pieces.push(Piece { group, part, entries, shrunk_at, first_task });
+        let columns = found.first_column..found.first_column + found.num_outputs;
+        // A stripe of the second pass is the same columns of every part that writes there.
+        let agrees =
+            |other: &Range<usize>| *other == columns || other.end <= columns.start || columns.end <= other.start;
+        let pieces = &mut self.scratch.pieces;
+        assert!(
+            pieces.iter().all(|other| agrees(&other.columns)),
+            "adapters divide a projection into the same modules"
+        );
+        pieces.push(Piece { group, part, entries, shrunk_at, first_task, columns });
     }
 
     /// Runs both passes over the pieces so far.

@@ -49,13 +49,13 @@ fn load(parts: &[Plain], dtype: DType) -> CpuLora {
     CpuLoraLoader.load(&parts.iter().map(part).collect::<Vec<_>>()).unwrap()
 }
 
-/// Adapters of different ranks; the first has two parts, as one of a stacked projection.
+/// Adapters of different ranks for a projection of two modules, of 80 columns and 70; the first one updates both.
 fn adapters() -> Vec<Vec<Plain>> {
     vec![
-        vec![plain(3, 40, 0, 1), plain(16, 70, 80, 3)],
-        vec![plain(8, 150, 0, 5)],
-        vec![plain(33, 64, 64, 7)],
-        vec![plain(512, 1, 149, 9)],
+        vec![plain(3, 80, 0, 1), plain(16, 70, 80, 3)],
+        vec![plain(8, 80, 0, 5)],
+        vec![plain(33, 70, 80, 7)],
+        vec![plain(512, 70, 80, 9)],
     ]
 }
 
