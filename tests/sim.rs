@@ -68,7 +68,9 @@ impl Oracle {
         let mut num_blocks = prompt.len().div_ceil(size);
         for piece in pieces {
             let mut source = Self::default();
-            piece.source.iter().for_each(|token| drop(source.feed(*token)));
+            piece.source.iter().for_each(|token| {
+                source.feed(*token);
+            });
             let places = (0..piece.num_tokens).map(|at| (piece.start + at, piece.source_start + at));
             let places: Vec<(usize, usize)> = places
                 .skip(piece.num_recomputed)
