@@ -48,6 +48,8 @@ pub(super) struct Composition {
     /// Places in the prompt that stored tokens fill, ascending, never next to the prompt's end.
     gathered: Vec<Range<usize>>,
     is_gathered: bool,
+    /// Those of all sources and of the prompt.
+    num_wanted_blocks: usize,
     /// Of the gathered tokens, those whose KV was found somewhere.
     num_reused_tokens: usize,
 }
@@ -87,7 +89,14 @@ impl Composition {
             });
         }
         let gathered = sources.iter().map(|source| source.target..source.target + source.stored.len()).collect();
-        let composition = Self { sources, current: 0, gathered, is_gathered: false, num_reused_tokens: 0 };
+        let composition = Self {
+            sources,
+            current: 0,
+            gathered,
+            is_gathered: false,
+            num_wanted_blocks: num_held,
+            num_reused_tokens: 0,
+        };
         (!composition.sources.is_empty()).then(|| Box::new(composition))
     }
 
@@ -99,6 +108,11 @@ impl Composition {
     /// Blocks that are held beside those of the current stage.
     pub(super) fn num_held_blocks(&self) -> usize {
         self.sources.iter().map(|source| source.stage.blocks.len()).sum()
+    }
+
+    /// Blocks that all sources and the prompt take together, until the stored tokens are copied.
+    fn num_wanted_blocks(&self) -> Option<usize> {
+        (!self.is_gathered).then_some(self.num_wanted_blocks)
     }
 
     /// Takes one of these blocks out, the first of the last piece first, so that it is the last one to be forgotten.
@@ -209,6 +223,20 @@ impl Sequence {
         std::mem::swap(&mut self.blocks, &mut stage.blocks);
         std::mem::swap(&mut self.chain, &mut stage.chain);
         std::mem::swap(&mut self.work, &mut stage.work);
+    }
+
+    /// Blocks that it takes, at the most, before it gives some back or outgrows what it was admitted with.
+    pub(super) fn num_missing_blocks(&self, block_size: usize) -> usize {
+        match self.composition.as_ref().and_then(|composition| composition.num_wanted_blocks()) {
+            Some(num_wanted) => num_wanted.saturating_sub(self.num_held_blocks()),
+            None => self.tokens.len().div_ceil(block_size) - self.blocks.len(),
+        }
+    }
+
+    /// Blocks that are kept free for it, because it has some already and cannot go on without the others.
+    pub(super) fn num_reserved_blocks(&self, block_size: usize) -> usize {
+        let is_composing = self.composition.as_ref().is_some_and(|composition| !composition.is_gathered);
+        if is_composing && self.num_held_blocks() > 0 { self.num_missing_blocks(block_size) } else { 0 }
     }
 
     /// Places among its tokens that stored ones fill.

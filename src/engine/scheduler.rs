@@ -258,10 +258,10 @@ impl Scheduler {
             self.waiting.insert(at, sequence);
             return Admission::Prepared;
         }
-        let num_missing = sequence.next_limit().div_ceil(self.limits.block_size) - sequence.blocks.len();
-        while self.pool.num_free() < num_missing && self.reclaim_waiting() {}
+        let num_missing = sequence.num_missing_blocks(self.limits.block_size);
+        while self.pool.num_free() < num_missing + self.num_reserved() && self.reclaim_waiting() {}
         let num_tokens = budget.grant(&sequence);
-        if num_tokens == 0 || self.pool.num_free() < num_missing {
+        if num_tokens == 0 || self.pool.num_free() < num_missing + self.num_reserved() {
             self.release(&mut sequence);
             sequence.reset();
             self.waiting.insert(at, sequence);
@@ -371,6 +371,13 @@ impl Scheduler {
             self.num_preemptions += 1;
             self.add(sequence);
         }
+    }
+
+    /// Free blocks that sequences need which hold those of some pieces. Without that two of them could take each other's
+    /// room again and again.
+    fn num_reserved(&self) -> usize {
+        let queued = self.running.iter().chain(&self.waiting).map(Box::as_ref).chain(self.tiers.fetching());
+        queued.map(|sequence| sequence.num_reserved_blocks(self.limits.block_size)).sum()
     }
 
     /// Whether another sequence may begin, those that wait for blocks counted.

@@ -124,8 +124,13 @@ impl Tiers {
     }
 
     /// Sequences that wait for blocks.
+    pub(super) fn fetching(&self) -> impl Iterator<Item = &Sequence> {
+        self.fetches.iter().filter_map(|fetch| fetch.sequence.as_deref())
+    }
+
+    /// How many these are.
     pub(super) fn num_fetching(&self) -> usize {
-        self.fetches.iter().filter(|fetch| fetch.sequence.is_some()).count()
+        self.fetching().count()
     }
 
     /// Sequences that wait for copies of any kind.

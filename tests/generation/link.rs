@@ -3,7 +3,7 @@
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
 use mneme::engine::{
-    FetchDecision, FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task,
+    FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task,
     TokenLogprobs,
 };
 
@@ -176,10 +176,7 @@ fn nothing_but_the_request_decides_the_answer() {
                 assert!(reuse.device_tokens > 100, "{family:?}: {reuse:?}");
             }
             if name.starts_with("tight") {
-                assert!(metric(&handle, "num_preemptions_total") > 0.0 || host_bytes > 0, "{family:?} {name}");
-            }
-            if host_bytes > 0 {
-                assert_ne!(reuse.decision, FetchDecision::NothingBelow, "{family:?}: {reuse:?}");
+                assert!(metric(&handle, "num_preemptions_total") > 0.0 || limits.max_num_seqs == 2, "{family:?} {name}");
             }
         }
     }
