@@ -86,12 +86,12 @@ impl Reached {
             (self.num_kept_blocks, 500),
             (self.num_kept_tokens, 500),
             (self.num_shared_tokens, 1000),
-            (self.num_adapted, 100),
-            (self.num_adapted_tokens, 100),
-            (self.num_composed, 100),
-            (self.num_linked_tokens, 100),
-            (self.num_relinked_tokens, 100),
-            (self.num_adapted_links, 100),
+            (self.num_adapted, 1000),
+            (self.num_adapted_tokens, 1000),
+            (self.num_composed, 500),
+            (self.num_linked_tokens, 10_000),
+            (self.num_relinked_tokens, 1500),
+            (self.num_adapted_links, 5000),
         ];
         assert!(places.iter().all(|(reached, least)| reached >= least), "{self:?}");
     }
