@@ -193,7 +193,6 @@ impl Sequence {
             composition.current += 1;
         }
         self.exchange_stage();
-        self.may_fetch = true;
     }
 
     /// Goes back to the first piece; no block is held.

@@ -262,7 +262,7 @@ impl Scheduler {
         while self.pool.num_free() < num_missing + self.num_reserved() && self.reclaim_waiting() {}
         let num_tokens = budget.grant(&sequence);
         if num_tokens == 0 || self.pool.num_free() < num_missing + self.num_reserved() {
-            self.release(&mut sequence);
+            self.give_back(&mut sequence);
             sequence.reset();
             self.waiting.insert(at, sequence);
             return Admission::NoRoom;
@@ -366,7 +366,6 @@ impl Scheduler {
         if let Some(mut sequence) = self.running.pop() {
             self.release(&mut sequence);
             sequence.reset();
-            sequence.may_fetch = true;
             sequence.status = SequenceStatus::Waiting;
             self.num_preemptions += 1;
             self.add(sequence);
@@ -433,7 +432,7 @@ impl Scheduler {
     fn reclaim_waiting(&mut self) -> bool {
         let Some(at) = self.waiting.iter().rposition(|sequence| sequence.num_held_blocks() > 0) else { return false };
         let Some(mut sequence) = self.waiting.remove(at) else { return false };
-        self.release(&mut sequence);
+        self.give_back(&mut sequence);
         sequence.reset();
         self.waiting.insert(at, sequence);
         true
@@ -462,7 +461,8 @@ impl Scheduler {
         sequence.chain.num_promised = sequence.chain.num_promised.min(sequence.chain.num_published);
     }
 
-    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest.
+    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest, and has them copied
+    /// down.
     fn release(&mut self, sequence: &mut Sequence) {
         self.withdraw_promises(sequence);
         while let Some(block) = sequence.blocks.pop() {
@@ -471,6 +471,20 @@ impl Scheduler {
         }
         if let Some(composition) = &mut sequence.composition {
             release_held(&mut self.pool, &mut self.tiers, composition);
+        }
+    }
+
+    /// Gives back the blocks of a sequence that has not run since it got them. They are not copied down: the copies would
+    /// hold them, and a sequence that needs every block would find one missing whenever it looks.
+    fn give_back(&mut self, sequence: &mut Sequence) {
+        self.withdraw_promises(sequence);
+        while let Some(block) = sequence.blocks.pop() {
+            self.pool.release(block);
+        }
+        if let Some(composition) = &mut sequence.composition {
+            while let Some(block) = composition.pop_held_block() {
+                self.pool.release(block);
+            }
         }
     }
 
