@@ -3,8 +3,7 @@
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
 use mneme::engine::{
-    FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task,
-    TokenLogprobs,
+    FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task, TokenLogprobs,
 };
 
 use crate::composition::{BLOCK_SIZE, Runner};
@@ -176,7 +175,10 @@ fn nothing_but_the_request_decides_the_answer() {
                 assert!(reuse.device_tokens > 100, "{family:?}: {reuse:?}");
             }
             if name.starts_with("tight") {
-                assert!(metric(&handle, "num_preemptions_total") > 0.0 || limits.max_num_seqs == 2, "{family:?} {name}");
+                assert!(
+                    metric(&handle, "num_preemptions_total") > 0.0 || limits.max_num_seqs == 2,
+                    "{family:?} {name}"
+                );
             }
         }
     }

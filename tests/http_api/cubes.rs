@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering;
 use mneme::server::ServerConfig;
 use serde_json::{Value, json};
 
-use crate::{TestServer, chat_body, completion_body};
 use crate::client::Reply;
 use crate::fake_cubes::{BYTES_PER_TOKEN, FakeCubes, Prefill};
 use crate::fake_engine::{BOS, MAX_MODEL_LEN, Script, VOCAB_SIZE};
+use crate::{TestServer, chat_body, completion_body};
 
 struct Setup {
     server: TestServer,
@@ -340,7 +340,8 @@ fn linked_cubes_are_pieces_of_the_prompt() {
     let whole = "Oranges.\n\nTea and rain.\n\nBread.\n\nTea and rain.";
     assert!(request.prompt.starts_with(&chat_tokens(whole)), "{:?}", request.prompt);
     let head = chat_tokens("").len();
-    let found: Vec<_> = request.pieces.iter().map(|piece| (piece.start - head, &piece.source, piece.source_start)).collect();
+    let found: Vec<_> =
+        request.pieces.iter().map(|piece| (piece.start - head, &piece.source, piece.source_start)).collect();
     let alone = &request.pieces[1].source;
     assert!(alone.ends_with(&tokens("Bread.")) && alone.len() <= 7, "{alone:?}");
     let (oranges, tea) = (chat_tokens("Oranges."), chat_tokens("Tea and rain."));
