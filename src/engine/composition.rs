@@ -50,6 +50,8 @@ pub(super) struct Composition {
     is_gathered: bool,
     /// Those of all sources and of the prompt.
     num_wanted_blocks: usize,
+    /// Whether it had to start again after its first source.
+    is_restarted: bool,
     /// Of the gathered tokens, those whose KV was found somewhere.
     num_reused_tokens: usize,
 }
@@ -95,6 +97,7 @@ impl Composition {
             gathered,
             is_gathered: false,
             num_wanted_blocks: num_held,
+            is_restarted: false,
             num_reused_tokens: 0,
         };
         (!composition.sources.is_empty()).then(|| Box::new(composition))
@@ -128,6 +131,12 @@ impl Composition {
     /// Takes note that they have been; the blocks they came from are not needed any more.
     pub(super) fn set_gathered(&mut self) {
         self.is_gathered = true;
+    }
+
+    /// Whether blocks that are given back are to be saved: once. The copies hold blocks for a while, and the want of
+    /// these could make it start again, for ever.
+    pub(super) fn wants_saves(&self) -> bool {
+        !self.is_restarted
     }
 
     /// Places in the prompt that are not computed.
@@ -199,6 +208,7 @@ impl Sequence {
     pub(super) fn restart_composition(&mut self) {
         self.exchange_stage();
         if let Some(composition) = &mut self.composition {
+            composition.is_restarted |= composition.current > 0;
             composition.current = 0;
             composition.is_gathered = false;
             composition.num_reused_tokens = 0;

@@ -465,9 +465,12 @@ impl Scheduler {
     /// down.
     fn release(&mut self, sequence: &mut Sequence) {
         self.withdraw_promises(sequence);
+        let wants_saves = sequence.composition.as_ref().is_none_or(|composition| composition.wants_saves());
         while let Some(block) = sequence.blocks.pop() {
             self.pool.release(block);
-            self.tiers.queue_save(block);
+            if wants_saves {
+                self.tiers.queue_save(block);
+            }
         }
         if let Some(composition) = &mut sequence.composition {
             release_held(&mut self.pool, &mut self.tiers, composition);
@@ -513,7 +516,9 @@ impl Scheduler {
 fn release_held(pool: &mut CachedPool, tiers: &mut Tiers, composition: &mut Composition) {
     while let Some(block) = composition.pop_held_block() {
         pool.release(block);
-        tiers.queue_save(block);
+        if composition.wants_saves() {
+            tiers.queue_save(block);
+        }
     }
 }
 

@@ -6,10 +6,10 @@ use std::sync::atomic::Ordering;
 use mneme::server::ServerConfig;
 use serde_json::{Value, json};
 
-use crate::TestServer;
 use crate::client::Reply;
 use crate::fake_cubes::{BYTES_PER_TOKEN, FakeCubes, Prefill};
 use crate::fake_engine::{BOS, MAX_MODEL_LEN, Script, VOCAB_SIZE};
+use crate::{TestServer, chat_body, completion_body};
 
 struct Setup {
     server: TestServer,
@@ -324,6 +324,62 @@ fn bad_requests_reach_no_engine() {
     }
     setup.cubes.is_loading.store(true, Ordering::SeqCst);
     assert_eq!(setup.refused("POST", "/v1/memcubes", Some(json!({ "name": "ana/b", "text": "x" }))).0, 503);
+}
+
+/// Every text's tokens are those of its cube, wherever it stands; a cube of another mode is computed among them.
+#[test]
+fn linked_cubes_are_pieces_of_the_prompt() {
+    let setup = Setup::new();
+    setup.create("ana/a", "Tea and rain.");
+    setup.create("ana/b", "Oranges.");
+    setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/plain", "text": "Bread.", "kind": "plaintext" })));
+    let cubes = json!(["ana/b", { "name": "ana/a", "mode": "text" }, "ana/plain", "ana/a"]);
+    let memory = json!({ "cubes": cubes, "compose": "link", "recompute_tokens": 2 });
+    let answer = setup.ok("POST", "/v1/chat/completions", Some(chat_body(json!({ "memory": memory }))));
+    let request = setup.server.requests.recv().unwrap();
+    let whole = "Oranges.\n\nTea and rain.\n\nBread.\n\nTea and rain.";
+    assert!(request.prompt.starts_with(&chat_tokens(whole)), "{:?}", request.prompt);
+    let head = chat_tokens("").len();
+    let found: Vec<_> =
+        request.pieces.iter().map(|piece| (piece.start - head, &piece.source, piece.source_start)).collect();
+    let alone = &request.pieces[1].source;
+    assert!(alone.ends_with(&tokens("Bread.")) && alone.len() <= 7, "{alone:?}");
+    let (oranges, tea) = (chat_tokens("Oranges."), chat_tokens("Tea and rain."));
+    assert_eq!(found, [(0, &oranges, head), (25, alone, alone.len() - 6), (33, &tea, head)]);
+    assert!(request.pieces.iter().all(|piece| piece.num_recomputed == 2 && piece.domain == "public"));
+    assert!(request.shared_prefix.is_none());
+    let used = &answer["memory"];
+    let modes: Vec<&Value> = used["cubes"].as_array().unwrap().iter().map(|cube| &cube["mode"]).collect();
+    assert_eq!((modes, &used["exact"]), (vec!["link", "text", "link", "link"], &json!(false)));
+    assert_eq!(used["linked_tokens"], 0, "this engine moves nothing");
+    // A completion has a BOS where texts begin with one.
+    let memory = json!({ "cubes": ["ana/b"], "compose": "link" });
+    setup.ok("POST", "/v1/completions", Some(completion_body(json!({ "memory": memory }))));
+    let request = setup.server.requests.recv().unwrap();
+    assert!(request.prompt.ends_with(&tokens("Oranges.hi")), "{:?}", request.prompt);
+    assert_eq!((request.pieces.len(), request.pieces[0].start), (1, request.prompt.len() - 10));
+}
+
+#[test]
+fn what_cannot_be_linked_is_refused() {
+    let setup = Setup::new();
+    setup.create("ana/a", "Tea.");
+    let messages = json!([{ "role": "user", "content": "Who?" }]);
+    setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/talk", "messages": messages })));
+    for (param, status, memory) in [
+        ("memory.compose", 501, json!({ "cubes": ["ana/a"], "compose": "blend" })),
+        ("memory", 400, json!({ "cubes": ["ana/a", "ana/talk"], "compose": "link" })),
+        ("memory", 400, json!({ "cubes": ["ana/a", { "name": "ana/a", "mode": "prefix" }], "compose": "link" })),
+        ("memory.recompute_tokens", 400, json!({ "cubes": ["ana/a"], "compose": "link", "recompute_tokens": 5000 })),
+    ] {
+        let body = chat_body(json!({ "memory": memory }));
+        let (found, error) = setup.refused("POST", "/v1/chat/completions", Some(body));
+        assert_eq!((found, error["param"].as_str()), (status, Some(param)), "{memory}: {error}");
+    }
+    let memory = json!({ "cubes": ["ana/a"], "compose": "link" });
+    let body = completion_body(json!({ "memory": memory, "prompt_logprobs": 1 }));
+    assert_eq!(setup.refused("POST", "/v1/completions", Some(body)).0, 400);
+    assert!(setup.server.requests.try_recv().is_err());
 }
 
 #[test]
