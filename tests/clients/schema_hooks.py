@@ -39,13 +39,24 @@ def before_call(context, case, kwargs):
             body[name] = min(body[name], MAX_CHOICES)
     if body.get("stream") is not True:
         body.pop("stream_options", None)
-    if "chat" in case.path and not body.get("messages"):
+    # The model's template wants text in every message.
+    messages = body.get("messages") or [{}]
+    if "chat" in case.path and not all(isinstance(it, dict) and isinstance(it.get("content"), str) for it in messages):
         body["messages"] = QUESTION
     # An empty prompt and none are OpenAI's separator of documents, which is a token of its models.
     if case.path.endswith("/completions") and "chat" not in case.path and not body.get("prompt"):
         body["prompt"] = "Say yes."
     # Of the model, not of the schema: it has no text to put behind the output, and hears and speaks nothing.
     for name in ("suffix", "audio", "modalities"):
+        body.pop(name, None)
+    # A length, or -1 for as much as there is room for; what lies between is neither, which a schema's bounds cannot say.
+    if isinstance(body.get("truncate_prompt_tokens"), int):
+        body["truncate_prompt_tokens"] = 64
+    # OpenAI's document has a number as log-probability of the first prompt token, and there is none.
+    if body.get("logprobs") is not None and "chat" not in case.path:
+        body.pop("echo", None)
+    # Names of cubes and adapters that this server does not have.
+    for name in ("memory", "lora", "lora_path"):
         body.pop(name, None)
 
 
