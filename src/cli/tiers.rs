@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
@@ -40,6 +42,10 @@ pub(crate) struct TierArgs {
     kv_host_memory_bytes: usize,
 }
 
+/// How long a start waits for the vault. Opening takes as long only when the model's digest has yet to be computed, or
+/// much has to be moved.
+const MAX_OPENING: Duration = Duration::from_millis(250);
+
 /// A vault in use: its cubes, and its blocks once they can be read.
 pub(crate) struct OpenVault {
     pub(crate) vault: Vault,
@@ -53,6 +59,17 @@ pub(crate) struct Numerics<'a> {
     /// How weights are kept.
     pub(crate) weight_dtype: String,
     pub(crate) assets: &'a TextAssets,
+}
+
+impl OpenVault {
+    /// Waits until blocks can be read, but not for long. Before that requests are answered as well, and what they computed
+    /// does not survive a restart.
+    pub(crate) fn wait_until_open(&self) {
+        let started_at = Instant::now();
+        while self.blocks.get().is_none() && started_at.elapsed() < MAX_OPENING {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 impl TierArgs {

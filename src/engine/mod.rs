@@ -15,7 +15,7 @@ mod sequence;
 mod step;
 mod tiers;
 
-pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED};
+pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED, base_shapes};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use request::{
     Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix,

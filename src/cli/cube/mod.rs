@@ -1,6 +1,7 @@
 //! `mneme cube`: memory cubes of a running server.
 
 mod client;
+mod fuse;
 mod print;
 
 use std::io::{Read, Write};
@@ -11,6 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
 
 use self::client::Client;
+use self::fuse::FuseArgs;
 use self::print::Printer;
 
 /// Make, find, change and check the memory cubes of a running server.
@@ -51,6 +53,8 @@ enum CubeCommand {
     Append(AppendArgs),
     /// Read a cube's blocks and compare their digests
     Verify(NameArgs),
+    /// Make one adapter out of several; needs no server
+    Fuse(FuseArgs),
 }
 
 #[derive(Debug, Args)]
@@ -189,6 +193,7 @@ impl CubeCommand {
                 (client.post(&path(&args.cube.name, "/append")?, &body)?, print::made)
             }
             Self::Verify(args) => (client.post(&path(&args.name, "/verify")?, &json!({}))?, print::verified),
+            Self::Fuse(args) => (args.run()?, print::fused),
         })
     }
 }

@@ -51,6 +51,17 @@ fn aligned(rows: &[[String; 6]], out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
+/// A fused adapter.
+pub(super) fn fused(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let lost = answer["largest_loss"].as_f64().unwrap_or(0.0) * 100.0;
+    writeln!(
+        out,
+        "{}: rank {}, at most {lost:.2} % of a module's update lost",
+        shown(&answer["folder"]),
+        answer["rank"]
+    )
+}
+
 /// One cube, a line for each field that has a value.
 pub(super) fn cube(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
     let separator = if io::stdout().is_terminal() { ": " } else { "\t" };

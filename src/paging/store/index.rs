@@ -13,6 +13,9 @@ use crate::paging::FileHandle;
 /// Hashes that wait to be told of at most; the oldest are forgotten, and whoever asks for such a block finds it missing.
 const MAX_DROPPED: usize = 1 << 16;
 
+/// Sealed files that are kept open for reading; the one opened first is closed first.
+const MAX_READERS: usize = 64;
+
 /// A floor holds for an eighth of as many requests as there are blocks.
 const REQUESTS_PER_FLOOR: u64 = 8;
 
@@ -34,8 +37,10 @@ pub(super) struct Located {
     pub(super) place: Place,
     /// Where the row begins in its file.
     pub(super) offset: u64,
-    /// The file's handle, if that is not sealed.
+    /// The file's handle, if it is open.
     pub(super) handle: Option<Arc<dyn FileHandle>>,
+    /// Whether the file is still being written.
+    pub(super) is_growing: bool,
 }
 
 /// A segment of the store's own format.
@@ -51,6 +56,8 @@ pub(super) struct Segment {
     pub(super) last_use: u64,
     /// Until it is sealed: its file has another name then.
     pub(super) handle: Option<Arc<dyn FileHandle>>,
+    /// Of a sealed file that was read lately.
+    reader: Option<Arc<dyn FileHandle>>,
 }
 
 /// Sizes of a segment's file.
@@ -103,6 +110,8 @@ pub(super) struct Index {
     foreign_bytes: u64,
     leftover_bytes: u64,
     dropped: VecDeque<BlockHash>,
+    /// Segments with a reader, in order of opening.
+    readers: VecDeque<SegmentId>,
     /// What the last newcomer that was turned away would have had to be worth more than, and when that was.
     floor: Option<(f64, u64)>,
     pub(super) counters: Counters,
@@ -125,6 +134,7 @@ impl Index {
             foreign_bytes: 0,
             leftover_bytes: 0,
             dropped: VecDeque::new(),
+            readers: VecDeque::with_capacity(MAX_READERS),
             floor: None,
             counters: Counters::default(),
             degraded: None,
@@ -140,7 +150,21 @@ impl Index {
         let place = self.find(hash)?;
         let segment = &self.segments[&place.segment];
         let offset = segment.region_bytes + u64::from(place.slot) * self.stride;
-        Some(Located { place, offset, handle: segment.handle.clone() })
+        let handle = segment.handle.as_ref().or(segment.reader.as_ref()).cloned();
+        Some(Located { place, offset, handle, is_growing: segment.handle.is_some() })
+    }
+
+    /// Keeps a sealed segment's file open, in place of the one that has been open longest.
+    pub(super) fn keep_reader(&mut self, id: SegmentId, reader: Arc<dyn FileHandle>) {
+        let Some(segment) = self.segments.get_mut(&id).filter(|segment| segment.reader.is_none()) else { return };
+        segment.reader = Some(reader);
+        if self.readers.len() == MAX_READERS
+            && let Some(oldest) = self.readers.pop_front()
+            && let Some(segment) = self.segments.get_mut(&oldest)
+        {
+            segment.reader = None;
+        }
+        self.readers.push_back(id);
     }
 
     /// Notes that somebody wants a block, whether it is here or not.
@@ -262,7 +286,8 @@ impl Index {
         let Extent { bytes, region_bytes } = extent;
         self.own_bytes += bytes;
         let (hashes, last_use) = (Vec::new(), self.clock);
-        let segment = Segment { bytes, region_bytes, hashes, num_live: 0, num_pinned: 0, last_use, handle };
+        let segment =
+            Segment { bytes, region_bytes, hashes, num_live: 0, num_pinned: 0, last_use, handle, reader: None };
         let replaced = self.segments.insert(id, segment);
         assert!(replaced.is_none(), "segment numbers are given once");
     }
@@ -361,6 +386,7 @@ impl Index {
 
     fn remove_segment(&mut self, id: SegmentId) -> Option<u64> {
         let bytes = self.segments.remove(&id)?.bytes;
+        self.readers.retain(|reader| *reader != id);
         self.own_bytes -= bytes;
         self.leftover_bytes += bytes;
         Some(bytes)

@@ -150,24 +150,31 @@ impl BlockStore {
     }
 
     fn read_located(&self, hash: &BlockHash, tokens: &[u32], located: &Located, bytes: &mut [u8]) -> io::Result<Found> {
-        let Located { place, offset, handle } = located;
+        let Located { place, offset, handle, is_growing } = located;
         let file = match handle {
             Some(handle) => Arc::clone(handle),
-            None => Arc::from(self.files.open(&self.folder.join(place.segment.file_name()))?),
+            None => self.open_reader(place.segment)?,
         };
         file.read_at(bytes, *offset)?;
         if digest_of(hash, tokens, bytes) == place.digest || planted::is(Bug::DigestIgnored) {
             return Ok(Found::Whole);
         }
         // Either the bytes are wrong or the question is: the tokens that were written tell.
-        let stored = self.stored_tokens(place, handle.is_some(), &*file).filter(|stored| stored != tokens);
+        let stored = self.stored_tokens(place, *is_growing, &*file).filter(|stored| stored != tokens);
         let is_whole = stored.is_some_and(|stored| digest_of(hash, &stored, bytes) == place.digest);
         Ok(if is_whole { Found::Missing } else { Found::Damaged("its digest is wrong".into()) })
     }
 
-    fn stored_tokens(&self, place: &Place, is_open: bool, file: &dyn FileHandle) -> Option<Vec<u32>> {
+    fn open_reader(&self, segment: SegmentId) -> io::Result<Arc<dyn FileHandle>> {
+        let file: Arc<dyn FileHandle> = Arc::from(self.files.open(&self.folder.join(segment.file_name()))?);
+        self.index().keep_reader(segment, Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn stored_tokens(&self, place: &Place, is_growing: bool, file: &dyn FileHandle) -> Option<Vec<u32>> {
         let slot = place.slot as usize;
-        if is_open && let Some(open) = self.writer().open.as_ref().filter(|open| open.segment.id() == place.segment) {
+        if is_growing && let Some(open) = self.writer().open.as_ref().filter(|open| open.segment.id() == place.segment)
+        {
             return open.segment.records().get(slot).map(|record| record.tokens.clone());
         }
         read_header(file).ok()?.records.into_iter().nth(slot).map(|record| record.tokens)

@@ -78,6 +78,8 @@ impl SwapPlan {
         files.bring_in(&mut buffer)?;
         round.push(("disk to device, cached", mover.load(self, 2)?));
         round.push(("read of the files, cached", files.read(&mut buffer)?));
+        round.push(("read and hashed, one thread, cached", files.read_and_hash(&mut buffer)?));
+        round.push(("mapped and hashed, one thread, cached", files.map_and_hash()?));
         for name in ["disk to device, dropped", "read of the files, dropped"] {
             if let Some(fault) = files.drop_pages()? {
                 tracing::warn!(%fault, "{name}: not measured");
