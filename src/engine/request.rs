@@ -79,6 +79,9 @@ pub enum Task {
     Deposit {
         /// Whether it has to survive a crash before the answer comes.
         is_durable: bool,
+        /// The cache domain under which it is kept, where that is not the request's own: found is what the request may
+        /// find, and what is kept is found by those of this domain.
+        kept_in: Option<String>,
     },
 }
 

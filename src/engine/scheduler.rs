@@ -155,10 +155,17 @@ impl Scheduler {
 
     /// Has the blocks of a running sequence, which is computed, kept on disk.
     pub(super) fn begin_deposit(&mut self, index: usize) {
-        let sequence = &mut self.running[index];
+        let mut sequence = self.running.remove(index);
+        self.withdraw_promises(&mut sequence);
         sequence.status = SequenceStatus::Depositing;
+        if let Work::Deposit { kept_under: Some(root), .. } = sequence.work
+            && !planted::is(Bug::KeptDomainIgnored)
+        {
+            sequence.chain = sequence.chain.under(root);
+        }
         // Blocks go to disk by their hashes, also where none are shared on the device.
         sequence.chain.extend(&sequence.tokens, self.limits.block_size);
+        self.running.insert(index, sequence);
     }
 
     /// Has a running sequence go on with its next piece.
@@ -176,8 +183,7 @@ impl Scheduler {
                     self.release(&mut sequence);
                 }
                 SequenceStatus::Depositing => {
-                    let mut sequence = self.running.remove(index);
-                    self.withdraw_promises(&mut sequence);
+                    let sequence = self.running.remove(index);
                     self.tiers.start_deposit(sequence);
                 }
                 SequenceStatus::Prepared => {

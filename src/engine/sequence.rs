@@ -28,8 +28,8 @@ pub(super) enum SequenceStatus {
 pub(super) enum Work {
     /// Sampling tokens.
     Generate(Box<Generation>),
-    /// Computing its KV, to be kept on disk; durably or not.
-    Deposit { is_durable: bool },
+    /// Computing its KV, to be kept on disk; durably or not, and under which root if not under its own.
+    Deposit { is_durable: bool, kept_under: Option<BlockHash> },
     /// Computing what a piece of a composed prompt is taken from.
     Source,
     /// Summing final hidden states; `[hidden_size]`.
@@ -93,6 +93,11 @@ impl HashChain {
     /// The same, for as long as it is not known which model it is.
     pub(super) fn provisional(self, is_provisional: bool) -> Self {
         Self { is_provisional, ..self }
+    }
+
+    /// An empty chain over the same blocks under another root.
+    pub(super) fn under(&self, root: BlockHash) -> Self {
+        Self::new(root, None, self.max_blocks).provisional(self.is_provisional)
     }
 
     /// Whether these hashes say nothing about the model, so that they mean nothing to another process.

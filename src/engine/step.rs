@@ -215,7 +215,7 @@ impl<B: Backend> Engine<B> {
         if len == 0 || len > longest {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
         }
-        if matches!(request.task, Task::Deposit { is_durable: true }) && !self.is_identified {
+        if matches!(request.task, Task::Deposit { is_durable: true, .. }) && !self.is_identified {
             return Err(Error::Exhausted("nothing can be kept: the vault is not open yet; try again".into()));
         }
         check_pieces(request, most)?;
@@ -233,7 +233,11 @@ impl<B: Backend> Engine<B> {
         let (root, own) = self.chain_of(&request);
         let composition = self.compose(request.pieces, &request.adapters, num_prompt_tokens);
         let (work, room) = match request.task {
-            Task::Deposit { is_durable } => (Work::Deposit { is_durable }, 0),
+            Task::Deposit { is_durable, kept_in } => {
+                let identity = identity_under(&self.hash_identity, &request.adapters);
+                let kept_under = kept_in.map(|domain| BlockHash::root(&identity, domain.as_bytes()));
+                (Work::Deposit { is_durable, kept_under }, 0)
+            }
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
             Task::Generate(mut params) => {
                 params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);

@@ -232,7 +232,7 @@ impl Tiers {
 
     /// Has the blocks of a computed sequence kept on disk.
     pub(super) fn start_deposit(&mut self, sequence: Box<Sequence>) {
-        let is_durable = matches!(sequence.work, Work::Deposit { is_durable: true });
+        let is_durable = matches!(sequence.work, Work::Deposit { is_durable: true, .. });
         self.deposits.push(Deposit::new(sequence, is_durable));
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use mneme::kv::BlockHash;
 use mneme::memory::{Binding, Catalog, CatalogLimits, Digest, Form, Label, SystemClock, Vault};
-use mneme::server::{ApiError, BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+use mneme::server::{ApiError, BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 
 const BLOCK_SIZE: usize = 16;
 pub(crate) const BYTES_PER_TOKEN: u64 = 100;
@@ -18,6 +18,7 @@ pub(crate) struct Prefill {
     pub(crate) token_ids: Vec<u32>,
     pub(crate) domain: String,
     pub(crate) durable: bool,
+    pub(crate) source: Option<BlockSource>,
 }
 
 #[derive(Default)]
@@ -68,13 +69,9 @@ impl FakeCubes {
 }
 
 impl CubeEngine for FakeCubes {
-    fn materialize(
-        &self,
-        token_ids: Vec<u32>,
-        domain: String,
-        durable: bool,
-    ) -> BoxFuture<'_, Result<Materialized, ApiError>> {
-        Box::pin(async move { Ok(self.add(Prefill { token_ids, domain, durable })) })
+    fn materialize(&self, wanted: BlockRequest) -> BoxFuture<'_, Result<Materialized, ApiError>> {
+        let BlockRequest { token_ids, domain, durable, source } = wanted;
+        Box::pin(async move { Ok(self.add(Prefill { token_ids, domain, durable, source })) })
     }
 
     fn verify<'a>(&'a self, _token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {

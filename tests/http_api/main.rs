@@ -12,6 +12,7 @@ mod cubes;
 mod embeddings;
 mod errors;
 mod hosts;
+mod saves;
 #[path = "../support/mod.rs"]
 mod support;
 

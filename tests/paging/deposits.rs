@@ -10,7 +10,8 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 use crate::vault::Tiers;
 
 fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
-    let request = GenerateRequest { domain: domain.into(), ..request(prompt, Task::Deposit { is_durable }) };
+    let request =
+        GenerateRequest { domain: domain.into(), ..request(prompt, Task::Deposit { is_durable, kept_in: None }) };
     collect(engine.handle.submit(request).unwrap())
 }
 
@@ -72,6 +73,31 @@ fn a_shared_beginning_is_found_and_the_rest_stays_private() {
     assert_eq!(ask("ana", None).cached_tokens, 0, "who does not name the cube does not find it");
     assert_eq!(ask("team", None).cached_tokens, 64);
     assert_eq!(ask("ana", Some("team")).tokens, ana.tokens);
+}
+
+/// What a request computed is kept for others, under a name of theirs, without being computed again.
+#[test]
+fn what_was_computed_in_one_domain_is_kept_in_another() {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let tiers = Tiers::new(Family::Llama);
+    let prompt = Random::new(5).tokens(100, VOCAB);
+    let ask = |engine: &TestEngine, domain: &str, task: Task| {
+        let request = GenerateRequest { domain: domain.into(), ..request(&prompt, task) };
+        collect(engine.handle.submit(request).unwrap())
+    };
+    let generate = || Task::Generate(Box::new(greedy(4)));
+    let engine = tiers.start(model.path());
+    let wanted = ask(&engine, "ana", generate());
+    let kept = ask(&engine, "ana", Task::Deposit { is_durable: true, kept_in: Some("team".into()) });
+    let kept = kept.deposited.unwrap();
+    assert_eq!((kept.restored_tokens, kept.computed_tokens), (96, 4));
+    assert_eq!(ask(&engine, "ben", generate()).cached_tokens, 0);
+    drop(engine);
+    let engine = tiers.start(model.path());
+    let found = ask(&engine, "team", generate());
+    assert_eq!((found.reuse.disk_tokens, &found.tokens), (96, &wanted.tokens));
+    let directly = deposit(&engine, &prompt, "team", true).deposited.unwrap();
+    assert_eq!((directly.blocks, directly.tail), (kept.blocks, kept.tail));
 }
 
 #[test]

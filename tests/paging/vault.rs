@@ -67,6 +67,6 @@ impl Tiers {
 
 /// The vault opens beside the first requests: one that asks for it is refused until then.
 pub fn wait_until_open(engine: &TestEngine) {
-    let ask = || engine.handle.submit(request(&[1], Task::Deposit { is_durable: true })).unwrap();
+    let ask = || engine.handle.submit(request(&[1], Task::Deposit { is_durable: true, kept_in: None })).unwrap();
     while collect(ask()).deposited.is_none() {}
 }

@@ -17,10 +17,9 @@ use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits,
 use crate::support::random::Random;
 
 /// What a request is to come to.
-#[derive(Clone, Copy)]
 enum Wanted {
     Tokens(usize),
-    Deposit { is_durable: bool, must_succeed: bool },
+    Deposit { is_durable: bool, must_succeed: bool, kept: Box<Asked> },
     Embedding,
 }
 
@@ -167,7 +166,8 @@ impl Simulation {
     fn wait_until_open(&mut self, engine: &TestEngine) {
         let asked = Asked { tokens: vec![1], num_prompt: 1, domain: "open".into(), ..Asked::default() };
         loop {
-            let stream = engine.handle.submit(request_for(&asked, Task::Deposit { is_durable: true })).unwrap();
+            let stream =
+                engine.handle.submit(request_for(&asked, Task::Deposit { is_durable: true, kept_in: None })).unwrap();
             match collect(stream).reason {
                 Some(FinishReason::Error(why)) if why.contains("not open") => {}
                 _ => break,
@@ -235,9 +235,14 @@ impl Simulation {
         let asked = self.prompts.ask(&mut self.random);
         let is_durable = !self.random.once_in(3);
         let must_succeed = self.is_open && self.disk.as_ref().is_some_and(Disk::must_accept);
-        self.prompts.add_deposited(asked.clone());
-        let request = request_for(&asked, Task::Deposit { is_durable });
-        self.send(engine, asked, request, Wanted::Deposit { is_durable, must_succeed });
+        let kept_in = self.random.once_in(3).then(|| self.prompts.domain(&mut self.random));
+        let kept = kept_as(&asked, kept_in.as_deref());
+        if kept_in.is_some() {
+            self.sharing.note(&kept);
+        }
+        self.prompts.add_deposited(kept.clone());
+        let request = request_for(&asked, Task::Deposit { is_durable, kept_in });
+        self.send(engine, asked, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });
     }
 
     fn send(&mut self, engine: &TestEngine, asked: Asked, request: GenerateRequest, wanted: Wanted) {
@@ -283,7 +288,9 @@ impl Simulation {
         check(&asked, &output, &self.sharing);
         match wanted {
             Wanted::Tokens(num_tokens) => self.take_tokens(asked, &output, num_tokens),
-            Wanted::Deposit { is_durable, must_succeed } => self.take_deposit(asked, output, is_durable, must_succeed),
+            Wanted::Deposit { is_durable, must_succeed, kept } => {
+                self.take_deposit(&asked, *kept, output, is_durable, must_succeed);
+            }
             Wanted::Embedding => assert_eq!(output.reason, Some(FinishReason::Stop { token: None })),
         }
     }
@@ -322,7 +329,7 @@ impl Simulation {
         }
     }
 
-    fn take_deposit(&mut self, asked: Asked, output: Output, is_durable: bool, must_succeed: bool) {
+    fn take_deposit(&mut self, asked: &Asked, kept: Asked, output: Output, is_durable: bool, must_succeed: bool) {
         let Some(deposited) = output.deposited else {
             let must_succeed = must_succeed && self.disk.as_ref().is_some_and(Disk::must_accept);
             assert!(!must_succeed, "a deposit was refused without a reason: {:?}", output.reason);
@@ -335,14 +342,23 @@ impl Simulation {
         assert_eq!(deposited.blocks.len(), asked.num_prompt / block_size);
         assert_eq!(deposited.tail.is_some(), !asked.num_prompt.is_multiple_of(block_size));
         assert_eq!(deposited.restored_tokens + deposited.computed_tokens, asked.num_prompt);
-        assert!(deposited.restored_tokens <= self.sharing.most_cached(&asked));
+        assert!(deposited.restored_tokens <= self.sharing.most_cached(asked));
         self.reached.num_deposits += 1;
+        self.reached.num_rekept += usize::from(kept.domain != asked.domain);
         if is_durable {
             // Now that one was accepted the vault is open.
             self.is_open = true;
             let disk = self.disk.as_mut().expect("nothing is durable without a disk");
-            disk.kept.push(Kept { asked, deposited });
+            disk.kept.push(Kept { asked: kept, deposited });
         }
+    }
+}
+
+/// What a deposit is found as.
+fn kept_as(asked: &Asked, domain: Option<&str>) -> Asked {
+    match domain {
+        None => asked.clone(),
+        Some(domain) => Asked { domain: domain.to_owned(), shared: None, ..asked.clone() },
     }
 }
 

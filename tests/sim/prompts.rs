@@ -33,6 +33,10 @@ impl Prompts {
         Self { most: max_model_len - 1, shared, past: vec![], deposited: vec![] }
     }
 
+    pub fn domain(&self, random: &mut Random) -> String {
+        DOMAINS[random.below(DOMAINS.len())].to_owned()
+    }
+
     pub fn add_past(&mut self, tokens: Vec<u32>) {
         self.past.push(tokens);
     }

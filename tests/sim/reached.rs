@@ -18,6 +18,8 @@ pub struct Reached {
     pub num_lost: usize,
     pub num_deposits: usize,
     pub num_refused_deposits: usize,
+    /// Deposits kept in another domain than they were computed in.
+    pub num_rekept: usize,
     /// Blocks of durable deposits that were there after a restart.
     pub num_kept_blocks: usize,
     /// Tokens of durable deposits that a request was given after a restart.
@@ -54,6 +56,7 @@ impl std::ops::AddAssign for Reached {
         self.num_lost += other.num_lost;
         self.num_deposits += other.num_deposits;
         self.num_refused_deposits += other.num_refused_deposits;
+        self.num_rekept += other.num_rekept;
         self.num_kept_blocks += other.num_kept_blocks;
         self.num_kept_tokens += other.num_kept_tokens;
         self.num_shared_tokens += other.num_shared_tokens;
@@ -83,6 +86,7 @@ impl Reached {
             (self.num_lost, 5),
             (self.num_deposits, 500),
             (self.num_refused_deposits, 20),
+            (self.num_rekept, 100),
             (self.num_kept_blocks, 500),
             (self.num_kept_tokens, 500),
             (self.num_shared_tokens, 1000),

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use super::object::Work;
 use super::service;
-use super::service::CubeService;
+use super::service::{BlockRequest, CubeService};
 use crate::memory::{
     Activation, Binding, Blocks, ChatSetting, Digest, Payload, Twin, chat_cube_tokens, completion_cube_tokens,
     cube_prompt,
@@ -229,7 +229,8 @@ impl TokenizedContent {
     ) -> Result<(Payload, Work), ApiError> {
         let known = service.engine.binding()?;
         let binding = Binding { template: self.template, domain: domain.parse()?, ..known };
-        let found = service.engine.materialize(self.token_ids.clone(), domain, durable).await?;
+        let wanted = BlockRequest { token_ids: self.token_ids.clone(), domain, durable, source: None };
+        let found = service.engine.materialize(wanted).await?;
         let work = Work::of(&found);
         let blocks = Blocks { full: found.blocks, tail: found.tail, num_bytes: found.bytes };
         let activation = Activation::new(self.twin, binding, self.token_ids, blocks)?;

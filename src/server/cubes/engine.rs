@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use super::service::{BoxFuture, CubeEngine, Materialized, Verified};
+use super::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, Materialized, Verified};
 use crate::engine::handle::EngineHandle;
 use crate::engine::request::{FinishReason, GenerateRequest, OutputEvent, Task};
 use crate::kv::BlockHash;
@@ -63,15 +63,20 @@ impl VaultEngine {
         store.unpin(&stray.map(|(hash, _)| hash).collect::<Vec<_>>());
     }
 
-    async fn deposit(&self, token_ids: Vec<u32>, domain: String, durable: bool) -> Result<Materialized, ApiError> {
+    async fn deposit(&self, wanted: BlockRequest) -> Result<Materialized, ApiError> {
         let open = self.open()?;
+        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source } = wanted;
+        let (domain, shared_prefix, kept_in) = match source {
+            Some(BlockSource { domain, shared_prefix }) => (domain, shared_prefix, Some(kept_in)),
+            None => (kept_in, None, None),
+        };
         let mut stream = self.engine.submit(GenerateRequest {
             id: "memcube".into(),
             prompt: token_ids,
-            task: Task::Deposit { is_durable: durable },
+            task: Task::Deposit { is_durable, kept_in },
             priority: 0,
             domain,
-            shared_prefix: None,
+            shared_prefix,
             adapters: Vec::new(),
             pieces: vec![],
         })?;
@@ -116,13 +121,8 @@ impl VaultEngine {
 }
 
 impl CubeEngine for VaultEngine {
-    fn materialize(
-        &self,
-        token_ids: Vec<u32>,
-        domain: String,
-        durable: bool,
-    ) -> BoxFuture<'_, Result<Materialized, ApiError>> {
-        Box::pin(self.deposit(token_ids, domain, durable))
+    fn materialize(&self, wanted: BlockRequest) -> BoxFuture<'_, Result<Materialized, ApiError>> {
+        Box::pin(self.deposit(wanted))
     }
 
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {

@@ -13,6 +13,7 @@ pub(super) mod read;
 mod content;
 mod engine;
 mod object;
+mod save;
 mod service;
 mod sweep;
 
@@ -24,7 +25,8 @@ use super::{App, AppRef};
 use crate::memory::{CubeName, Principal};
 
 pub use self::engine::{OpenBlocks, VaultEngine};
-pub use self::service::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+pub(super) use self::save::{CubeToSave, check_save, save};
+pub use self::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 pub(super) use self::sweep::sweep;
 
 /// The domain of a server without keys.

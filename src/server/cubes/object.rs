@@ -240,6 +240,11 @@ impl Work {
         Self { restored_tokens: 0, computed_tokens: 0, reason: reason.to_owned() }
     }
 
+    /// Tokens found, tokens computed, and why.
+    pub(in crate::server) fn into_parts(self) -> (usize, usize, String) {
+        (self.restored_tokens, self.computed_tokens, self.reason)
+    }
+
     pub(super) fn of(materialized: &Materialized) -> Self {
         let Materialized { restored_tokens, computed_tokens, .. } = *materialized;
         let reason = match (restored_tokens, computed_tokens) {

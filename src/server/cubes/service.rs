@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use crate::engine::request::SharedPrefix;
 use crate::kv::BlockHash;
 use crate::memory::{Binding, Catalog};
 use crate::server::error::ApiError;
@@ -12,14 +13,9 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Turns tokens into KV blocks that stay, and looks after them.
 pub trait CubeEngine: Send + Sync + 'static {
-    /// Sees to it that the blocks of `token_ids` are there: found ones are used, the others computed. With `durable` they
-    /// are on disk when this returns. They stay at least until the caller has had time to name them in a cube.
-    fn materialize(
-        &self,
-        token_ids: Vec<u32>,
-        domain: String,
-        durable: bool,
-    ) -> BoxFuture<'_, Result<Materialized, ApiError>>;
+    /// Sees to it that the blocks of some tokens are there: found ones are used, the others computed. They stay at least
+    /// until the caller has had time to name them in a cube.
+    fn materialize(&self, wanted: BlockRequest) -> BoxFuture<'_, Result<Materialized, ApiError>>;
 
     /// Reads the blocks of `token_ids`, the partial one last, and compares their digests.
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified>;
@@ -29,6 +25,28 @@ pub trait CubeEngine: Send + Sync + 'static {
 
     /// What blocks computed now are valid for; in prefix form, in no domain yet. An error while it is not yet known.
     fn binding(&self) -> Result<Binding, ApiError>;
+}
+
+/// Tokens whose blocks are wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockRequest {
+    /// From position 0 on.
+    pub token_ids: Vec<u32>,
+    /// The cache domain that the blocks are kept in.
+    pub domain: String,
+    /// Whether they are on disk when they are there.
+    pub durable: bool,
+    /// Where they may be found; in that domain when it is not said.
+    pub source: Option<BlockSource>,
+}
+
+/// What a call may find.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockSource {
+    /// The cache domain of what is its own.
+    pub domain: String,
+    /// A beginning whose blocks belong to another domain.
+    pub shared_prefix: Option<SharedPrefix>,
 }
 
 /// The blocks of some tokens.
