@@ -17,7 +17,7 @@ use super::engine_args::parse_bytes;
 use super::text_assets::TextAssets;
 
 /// Bytes of one file of blocks.
-const SEGMENT_BYTES: u64 = 128 << 20;
+pub(crate) const SEGMENT_BYTES: u64 = 128 << 20;
 
 /// Threads that copy blocks between tiers.
 pub(crate) const NUM_IO_THREADS: usize = 2;

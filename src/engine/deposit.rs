@@ -2,11 +2,12 @@
 //! who asked is told when they are there.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::request::{Deposited, FinishReason, OutputEvent};
 use super::sequence::Sequence;
 use crate::kv::BlockHash;
-use crate::paging::{Pager, Ticket, Tier};
+use crate::paging::{Pager, PinnedBlocks, Ticket, Tier};
 use crate::planted::{self, Bug};
 
 const CLOSED: &str = "nothing can be kept: the vault is not open";
@@ -21,6 +22,8 @@ pub(super) struct Deposit {
     /// Blocks `[0, next)` are on disk or on their way.
     next: usize,
     under_way: HashSet<Ticket>,
+    /// Keeps them from being evicted; the caller takes it over.
+    pins: Option<PinnedBlocks>,
     seal: Option<Ticket>,
     is_sealed: bool,
     failure: Option<&'static str>,
@@ -35,7 +38,8 @@ enum Progress {
 
 impl Deposit {
     pub(super) fn new(sequence: Box<Sequence>, is_durable: bool) -> Self {
-        Self { sequence, is_durable, next: 0, under_way: HashSet::new(), seal: None, is_sealed: false, failure: None }
+        let under_way = HashSet::new();
+        Self { sequence, is_durable, next: 0, under_way, pins: None, seal: None, is_sealed: false, failure: None }
     }
 
     pub(super) fn sequence(&self) -> &Sequence {
@@ -53,7 +57,8 @@ impl Deposit {
         match self.progress(pager, block_size) {
             Progress::Waiting => Err(self),
             Progress::Complete => {
-                let deposited = deposited(&self.sequence, block_size);
+                let mut deposited = deposited(&self.sequence, block_size);
+                deposited.pins = self.pins.take().map(Arc::new);
                 self.sequence.sink.send(OutputEvent::Deposited(Box::new(deposited)));
                 self.sequence.finish(FinishReason::Stop { token: None });
                 Ok(self.sequence)
@@ -93,7 +98,13 @@ impl Deposit {
         let num_computed = self.sequence.num_computed_tokens;
         while self.next < self.sequence.blocks.len() && self.next * block_size < num_computed {
             let Some((hash, tokens)) = block_of(&self.sequence, self.next, block_size) else { break };
-            if !pager.is_on_disk(&hash) {
+            if self.pins.is_none() {
+                self.pins = pager.pins();
+            }
+            // What is pinned and there stays; what the pager believes may be older than an eviction.
+            let is_there = self.pins.as_mut().is_some_and(|pins| pins.hold(self.next, hash));
+            if !is_there {
+                pager.forget_on_disk(&hash);
                 let Some(ticket) = pager.save(hash, tokens, self.sequence.blocks[self.next], Tier::Disk) else {
                     return;
                 };
@@ -132,7 +143,8 @@ pub(super) fn deposited(sequence: &Sequence, block_size: usize) -> Deposited {
     let mut blocks: Vec<BlockHash> = hashes.collect();
     let tail = (num_blocks > num_full).then(|| blocks.pop()).flatten();
     let restored_tokens = sequence.num_cached_tokens.unwrap_or(0);
-    Deposited { blocks, tail, restored_tokens, computed_tokens: sequence.tokens.len() - restored_tokens }
+    let computed_tokens = sequence.tokens.len() - restored_tokens;
+    Deposited { blocks, tail, restored_tokens, computed_tokens, pins: None }
 }
 
 /// The hash and the tokens of a block, the partial last one included.

@@ -20,6 +20,7 @@ mod manifest;
 mod name;
 mod payload;
 mod plaintext;
+mod portable;
 mod timestamp;
 mod vault;
 
@@ -49,5 +50,6 @@ pub use self::payload::{Activation, Binding, Blocks, Form, Kind, Payload, Twin};
 pub use self::plaintext::{
     ChatSetting, CubePrompt, chat_cube_tokens, completion_cube_tokens, completion_prompt, cube_prompt, cube_prompt_text,
 };
+pub use self::portable::{Incoming, Outgoing, PortableCube};
 pub use self::timestamp::{Clock, SystemClock, Timestamp};
 pub use self::vault::Vault;

@@ -13,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender, bounded, select};
 use super::host::HostArena;
 use super::io::{BlockCopy, Completions, Done, IoThread, Job, Place, SharedStore, Ticket};
 use super::rates::Rates;
-use super::store::BlockStore;
+use super::store::{BlockStore, PinnedBlocks};
 use super::{PagingConfig, Tier};
 use crate::backend::{Device, Transfer};
 use crate::kv::{BlockHash, BlockId, CachedPool};
@@ -180,6 +180,16 @@ impl Pager {
         self.disk.contains(hash)
     }
 
+    /// A hold on blocks of the disk tier, when that is open.
+    pub fn pins(&self) -> Option<PinnedBlocks> {
+        self.io.as_ref()?.store.get().map(|store| PinnedBlocks::new(Arc::clone(store)))
+    }
+
+    /// Takes note that a block is not on disk, whatever was believed.
+    pub fn forget_on_disk(&mut self, hash: &BlockHash) {
+        self.disk.remove(hash);
+    }
+
     fn place_of(&self, hash: &BlockHash, tokens: &[u32]) -> Option<Place> {
         let host = self.host.find(hash, tokens).map(Place::Host);
         host.or_else(|| self.disk.contains(hash).then_some(Place::Disk))
@@ -280,6 +290,9 @@ impl Pager {
         let io = self.io.as_ref()?;
         if let Ok(opened) = io.opened.try_recv() {
             return Some(self.open(opened));
+        }
+        if let Some(store) = io.store.get() {
+            self.disk.extend(store.take_announced());
         }
         let done = io.done.try_recv().ok()?;
         Some(self.absorb(done))

@@ -18,8 +18,12 @@ pub(crate) struct Setup {
 
 impl Setup {
     pub(crate) fn new() -> Self {
+        Self::with_config(ServerConfig::default())
+    }
+
+    pub(crate) fn with_config(config: ServerConfig) -> Self {
         let cubes = Arc::new(FakeCubes::default());
-        Self { server: TestServer::with_cubes(ServerConfig::default(), cubes.service()), cubes }
+        Self { server: TestServer::with_cubes(config, cubes.service()), cubes }
     }
 
     pub(crate) fn with_keys() -> Self {

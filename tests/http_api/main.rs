@@ -15,6 +15,7 @@ mod hosts;
 mod saves;
 #[path = "../support/mod.rs"]
 mod support;
+mod transfers;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

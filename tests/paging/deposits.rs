@@ -9,7 +9,7 @@ use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 use crate::vault::Tiers;
 
-fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
+pub fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
     let request =
         GenerateRequest { domain: domain.into(), ..request(prompt, Task::Deposit { is_durable, kept_in: None }) };
     collect(engine.handle.submit(request).unwrap())
@@ -24,7 +24,7 @@ fn what_was_acknowledged_is_there_after_a_crash() {
         let engine = tiers.start(model.path());
         let output = deposit(&engine, &prompt, "team", true);
         assert_eq!(output.reason, Some(FinishReason::Stop { token: None }));
-        let Deposited { blocks, tail, restored_tokens, computed_tokens } = output.deposited.unwrap();
+        let Deposited { blocks, tail, restored_tokens, computed_tokens, .. } = output.deposited.unwrap();
         assert_eq!((blocks.len(), tail.is_some()), (num_tokens / 16, num_tokens % 16 > 0));
         assert_eq!((restored_tokens, computed_tokens), (0, num_tokens));
         // As if the power had gone: the engine never gets to close anything.

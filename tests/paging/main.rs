@@ -4,6 +4,7 @@
 
 mod deposits;
 mod identity;
+mod portable;
 #[path = "../support/mod.rs"]
 mod support;
 mod tiers;

@@ -49,7 +49,17 @@ impl Tiers {
 
     /// The same, whose vault opens for this model once `wait` returns.
     pub fn start_closed(&self, model: &Path, identity: &[u8], wait: impl FnOnce() + Send + 'static) -> TestEngine {
-        let store = Arc::new(self.open_store());
+        self.start_over(model, identity, Arc::new(self.open_store()), wait)
+    }
+
+    /// The same over a store that others use as well.
+    pub fn start_over(
+        &self,
+        model: &Path,
+        identity: &[u8],
+        store: Arc<BlockStore>,
+        wait: impl FnOnce() + Send + 'static,
+    ) -> TestEngine {
         let identity = identity.to_vec();
         let open = move || {
             wait();

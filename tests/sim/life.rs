@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use mneme::backend::sim::SimBackend;
 use mneme::engine::{
-    FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task, TierConfig,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task,
+    TierConfig,
 };
 
 use crate::adapters::{Checkpoints, Names};
@@ -349,6 +350,7 @@ impl Simulation {
             // Now that one was accepted the vault is open.
             self.is_open = true;
             let disk = self.disk.as_mut().expect("nothing is durable without a disk");
+            let deposited = Deposited { pins: None, ..deposited };
             disk.kept.push(Kept { asked: kept, deposited });
         }
     }

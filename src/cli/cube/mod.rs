@@ -1,6 +1,7 @@
-//! `mneme cube`: memory cubes of a running server.
+//! `mneme cube`: memory cubes of a running server, and files of cubes without one.
 
 mod client;
+mod offline;
 mod print;
 
 use std::io::{Read, Write};
@@ -12,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use self::client::Client;
 use self::print::Printer;
+use super::engine_args::parse_bytes;
 
 /// Make, find, change and check the memory cubes of a running server.
 #[derive(Debug, Args)]
@@ -51,6 +53,45 @@ enum CubeCommand {
     Append(AppendArgs),
     /// Read a cube's blocks and compare their digests
     Verify(NameArgs),
+    /// Write a cube, its KV included, to a file
+    Export(ExportArgs),
+    /// Make a cube of a file that export wrote
+    Import(ImportArgs),
+}
+
+/// The vault of a server that does not run.
+#[derive(Debug, Args)]
+struct OfflineArgs {
+    /// Folder of a vault that no server uses, instead of a server
+    #[arg(long, value_name = "DIR")]
+    vault: Option<PathBuf>,
+    /// Most bytes of KV blocks in that vault, with an optional suffix K, M or G; as the server has it
+    #[arg(long, value_parser = parse_bytes, default_value = "8G", requires = "vault")]
+    vault_size_bytes: usize,
+}
+
+#[derive(Debug, Args)]
+struct ExportArgs {
+    #[command(flatten)]
+    cube: NameArgs,
+    /// The file to write
+    file: PathBuf,
+    #[command(flatten)]
+    offline: OfflineArgs,
+}
+
+#[derive(Debug, Args)]
+struct ImportArgs {
+    /// The file to read
+    file: PathBuf,
+    /// What the cube will be called [default: what it was called]
+    #[arg(long)]
+    name: Option<String>,
+    /// Have the KV computed anew when it is another model's
+    #[arg(long, conflicts_with = "vault")]
+    rebuild: bool,
+    #[command(flatten)]
+    offline: OfflineArgs,
 }
 
 #[derive(Debug, Args)]
@@ -189,6 +230,8 @@ impl CubeCommand {
                 (client.post(&path(&args.cube.name, "/append")?, &body)?, print::made)
             }
             Self::Verify(args) => (client.post(&path(&args.name, "/verify")?, &json!({}))?, print::verified),
+            Self::Export(args) => (args.export(client)?, print::exported),
+            Self::Import(args) => (args.import(client)?, print::made),
         })
     }
 }
@@ -202,6 +245,31 @@ fn path(name: &str, action: &str) -> anyhow::Result<String> {
         name.escape_debug()
     );
     Ok(format!("/v1/memcubes/{name}{action}"))
+}
+
+impl ExportArgs {
+    /// Under another name first: a file of this name is whole.
+    fn export(&self, client: &Client) -> anyhow::Result<Value> {
+        let partial = self.file.with_added_extension("partial");
+        let num_bytes = match &self.offline.vault {
+            Some(vault) => offline::export(vault, self.offline.vault_size_bytes as u64, &self.cube.name, &partial),
+            None => client.download(&path(&self.cube.name, "/export")?, &partial),
+        };
+        let num_bytes = num_bytes.inspect_err(|_| drop(std::fs::remove_file(&partial)))?;
+        std::fs::rename(&partial, &self.file).with_context(|| format!("cannot write {}", self.file.display()))?;
+        Ok(json!({ "name": self.cube.name, "file": self.file.display().to_string(), "bytes": num_bytes }))
+    }
+}
+
+impl ImportArgs {
+    fn import(&self, client: &Client) -> anyhow::Result<Value> {
+        if let Some(vault) = &self.offline.vault {
+            return offline::import(vault, self.offline.vault_size_bytes as u64, &self.file, self.name.as_deref());
+        }
+        let rebuild = if self.rebuild { "true" } else { "" };
+        let query = [("name", self.name.clone().unwrap_or_default()), ("rebuild", rebuild.to_owned())];
+        client.upload("/v1/memcubes/import", &query, &self.file)
+    }
 }
 
 impl TwoNamesArgs {
@@ -325,6 +393,16 @@ mod tests {
         std::fs::write(&file, "{").unwrap();
         let error = messages.body().unwrap_err().to_string();
         assert!(error.contains("JSON"), "{error}");
+    }
+
+    #[test]
+    fn a_vault_is_read_instead_of_a_server() {
+        let CubeCommand::Export(args) = command("cube export ana/a file --vault /v --vault-size-bytes 1G") else {
+            panic!("another command")
+        };
+        assert_eq!((args.offline.vault, args.offline.vault_size_bytes), (Some("/v".into()), 1 << 30));
+        let refused = ["cube import file --rebuild --vault /v", "cube export ana/a file --vault-size-bytes 1G"];
+        assert!(refused.iter().all(|line| Command::try_parse_from(line.split(' ')).is_err()));
     }
 
     #[test]

@@ -84,6 +84,12 @@ pub(super) fn verified(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "{}\t{whole} blocks whole, {missing} missing, {damaged} damaged", address(answer))
 }
 
+/// A cube in a file.
+pub(super) fn exported(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let [name, file, bytes] = ["name", "file", "bytes"].map(|field| shown(&answer[field]));
+    writeln!(out, "{name}\t{bytes} bytes in {file}")
+}
+
 fn address(answer: &Value) -> String {
     format!("{}@{}", shown(&answer["name"]), shown(&answer["version"]))
 }

@@ -24,6 +24,7 @@ mod frequency;
 mod geometry;
 mod index;
 mod outcome;
+mod pins;
 mod reclaim;
 mod scan;
 mod segment;
@@ -32,10 +33,13 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use format::BlockFormat;
+pub(super) use format::digest_of as block_digest;
 pub use outcome::{Found, OpenReport, StoreStats, Stored};
+pub use pins::PinnedBlocks;
 
 use self::format::{BlockRecord, digest_of, read_header};
 use self::geometry::Geometry;
@@ -69,6 +73,9 @@ pub struct BlockStore {
     geometry: Geometry,
     index: Mutex<Index>,
     writer: Mutex<Writer>,
+    /// Blocks that came another way than through the pager, for it to take note of.
+    announced: Mutex<Vec<BlockHash>>,
+    has_announced: AtomicBool,
 }
 
 /// What one thread at a time writes to.
@@ -102,7 +109,9 @@ impl BlockStore {
         report.num_blocks = index.num_blocks();
         report.bytes = index.total_bytes();
         let writer = Writer { open: None, next_id: scanned.next_id };
-        let store = Self { files, folder: own, geometry, index: Mutex::new(index), writer: Mutex::new(writer) };
+        let (index, writer) = (Mutex::new(index), Mutex::new(writer));
+        let (announced, has_announced) = (Mutex::default(), AtomicBool::new(false));
+        let store = Self { files, folder: own, geometry, index, writer, announced, has_announced };
         if let Err(e) = made {
             if !is_refusal(&e) {
                 return Err(Error::io("create", &store.folder, e));
@@ -123,6 +132,38 @@ impl BlockStore {
     /// The blocks that can be read now, in no order.
     pub fn hashes(&self) -> Vec<BlockHash> {
         self.index().hashes().copied().collect()
+    }
+
+    /// What blocks there are below a store's folder, of this model and of others.
+    ///
+    /// # Errors
+    /// `Io` when the folder cannot be listed.
+    pub fn formats(files: &dyn Files, folder: &Path) -> Result<Vec<BlockFormat>> {
+        scan::formats(files, folder)
+    }
+
+    /// What its blocks are.
+    pub fn format(&self) -> &BlockFormat {
+        &self.geometry.format
+    }
+
+    /// The digest of a block that can be read now, over hash, tokens and bytes.
+    pub fn digest(&self, hash: &BlockHash) -> Option<[u8; 32]> {
+        self.index().find(hash).map(|place| place.digest)
+    }
+
+    /// Has whoever keeps track of the store's blocks take note of some that were written beside it.
+    pub fn announce(&self, hashes: &[BlockHash]) {
+        self.announced.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).extend_from_slice(hashes);
+        self.has_announced.store(true, Ordering::Release);
+    }
+
+    /// What was announced since the last call. Looks at one word when that is nothing.
+    pub fn take_announced(&self) -> Vec<BlockHash> {
+        if !self.has_announced.swap(false, Ordering::AcqRel) {
+            return Vec::new();
+        }
+        std::mem::take(&mut *self.announced.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     /// Reads a block into `bytes`, which is one block long, and checks that digest, hash and `tokens` belong together.

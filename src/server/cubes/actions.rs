@@ -18,8 +18,7 @@ use crate::server::json::JsonBody;
 use crate::server::{App, AppRef};
 
 /// Actions that have a name and no code yet.
-const FUTURE_ACTIONS: [&str; 10] =
-    ["promote", "demote", "snapshot", "restore", "export", "distill", "describe", "merge", "fuse", "import"];
+const FUTURE_ACTIONS: [&str; 8] = ["promote", "demote", "snapshot", "restore", "distill", "describe", "merge", "fuse"];
 
 /// A change of a cube's header that needs nothing but its name.
 type Toggle = fn(&Catalog, &Principal, &CubeName) -> crate::Result<CubeView>;
@@ -56,13 +55,14 @@ pub(in crate::server) struct VerifiedCube {
     reason: &'static str,
 }
 
-/// Does something with a cube: `append`, `fork`, `rename`, `freeze`, `unfreeze`, `pin`, `unpin` or `verify`.
+/// Does something with a cube: `append`, `fork`, `rename`, `freeze`, `unfreeze`, `pin`, `unpin`, `verify` or `export`,
+/// which answers the bytes of a file.
 #[utoipa::path(
     post,
     path = "/v1/memcubes/{name}/{action}",
     params(
-        ("name" = String, Path, description = "namespace/path; for fork and verify also namespace/path@version"),
-        ("action" = String, Path, description = "append, fork, rename, freeze, unfreeze, pin, unpin or verify")
+        ("name" = String, Path, description = "namespace/path; for fork, verify and export also namespace/path@version"),
+        ("action" = String, Path, description = "append, fork, rename, freeze, unfreeze, pin, unpin, verify or export")
     ),
     request_body = ActionRequest,
     responses(
@@ -87,6 +87,7 @@ pub(in crate::server) async fn act(
         "unfreeze" => toggle(&app, principal, name.parse()?, Catalog::unfreeze).await,
         "pin" => toggle(&app, principal, name.parse()?, Catalog::pin).await,
         "unpin" => toggle(&app, principal, name.parse()?, Catalog::unpin).await,
+        "export" => super::transfer::export(&app, &principal, name.parse()?).await,
         "verify" => verify(&app, &principal, name.parse()?).await,
         future if FUTURE_ACTIONS.contains(&future) => {
             Err(ApiError::not_implemented(format!("Cubes cannot do '{future}' yet.")))

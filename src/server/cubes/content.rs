@@ -220,6 +220,17 @@ fn check_context(field: &str, tokenized: TokenizedContent, app: &App) -> Result<
 }
 
 impl TokenizedContent {
+    /// Tokens that were made elsewhere, by the same vocabulary and under the same template.
+    pub(super) fn of_tokens(
+        twin: Option<Twin>,
+        token_ids: Vec<u32>,
+        template: Option<Digest>,
+        app: &App,
+    ) -> Result<Self, ApiError> {
+        check_token_ids("token_ids", &token_ids, vocab_size(app))?;
+        check_context("token_ids", Self { twin, token_ids, template }, app)
+    }
+
     /// Runs the model as far as blocks are missing.
     pub(super) async fn materialize(
         self,

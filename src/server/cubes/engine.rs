@@ -53,7 +53,7 @@ impl VaultEngine {
     }
 
     /// Keeps blocks until the catalog names them, and lets go of those that it never came to name.
-    fn hold(&self, store: &BlockStore, blocks: impl Iterator<Item = BlockHash>) {
+    fn keep(&self, store: &BlockStore, blocks: impl Iterator<Item = BlockHash>) {
         let now = Instant::now();
         let mut pinned = self.pinned();
         let added: Vec<BlockHash> = blocks.filter(|hash| pinned.insert(*hash, now).is_none()).collect();
@@ -89,7 +89,7 @@ impl VaultEngine {
             }
         }
         let found = deposited.ok_or_else(|| ApiError::unavailable("The server is shutting down."))?;
-        self.hold(&open.store, found.blocks.iter().chain(&found.tail).copied());
+        self.keep(&open.store, found.blocks.iter().chain(&found.tail).copied());
         let num_blocks = found.blocks.len() + usize::from(found.tail.is_some());
         Ok(Materialized {
             blocks: found.blocks,
@@ -127,6 +127,16 @@ impl CubeEngine for VaultEngine {
 
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {
         Box::pin(async move { self.check_blocks(token_ids, blocks) })
+    }
+
+    fn store(&self) -> Result<Arc<BlockStore>, ApiError> {
+        Ok(Arc::clone(&self.open()?.store))
+    }
+
+    fn hold(&self, blocks: &[BlockHash]) {
+        if let Some(OpenBlocks { store, .. }) = self.open.get() {
+            self.keep(store, blocks.iter().copied());
+        }
     }
 
     fn release(&self, blocks: Vec<BlockHash>) {

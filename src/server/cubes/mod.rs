@@ -9,6 +9,7 @@ pub(super) mod change;
 pub(super) mod create;
 pub(super) mod events;
 pub(super) mod read;
+pub(super) mod transfer;
 
 mod content;
 mod engine;
@@ -37,6 +38,7 @@ pub(super) fn routes() -> Router<AppRef> {
     Router::new()
         .route("/v1/memcubes", post(create::create).get(read::list))
         .route("/v1/memcubes/events", get(events::events))
+        .route("/v1/memcubes/import", post(transfer::import))
         .route("/v1/memcubes/{*rest}", get(read::get).patch(change::change).delete(change::delete).post(actions::act))
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::engine::request::SharedPrefix;
 use crate::kv::BlockHash;
 use crate::memory::{Binding, Catalog};
+use crate::paging::BlockStore;
 use crate::server::error::ApiError;
 
 /// A future of an object whose type is not known here.
@@ -19,6 +20,12 @@ pub trait CubeEngine: Send + Sync + 'static {
 
     /// Reads the blocks of `token_ids`, the partial one last, and compares their digests.
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified>;
+
+    /// Where the blocks are kept. An error while that is not yet open.
+    fn store(&self) -> Result<Arc<BlockStore>, ApiError>;
+
+    /// Keeps blocks until the caller has had time to name them in a cube. Returns at once.
+    fn hold(&self, blocks: &[BlockHash]);
 
     /// Takes note of blocks that no cube references any more: they need not be kept. Returns at once.
     fn release(&self, blocks: Vec<BlockHash>);
