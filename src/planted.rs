@@ -52,13 +52,15 @@ pub enum Bug {
     SharedPrefixRoundedUp,
     /// A deposit is kept in the domain that it was computed in, whichever was asked for.
     KeptDomainIgnored,
+    /// A partial block that was copied counts as a full one.
+    TailTakenForFull,
     /// Blocks are hashed as if the model were still unknown when it no longer is.
     IdentityNotTaken,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 23] = [
+    pub const ALL: [Bug; 24] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -81,6 +83,7 @@ impl Bug {
         Bug::OwnDomainIgnored,
         Bug::SharedPrefixRoundedUp,
         Bug::KeptDomainIgnored,
+        Bug::TailTakenForFull,
         Bug::IdentityNotTaken,
     ];
 }

@@ -21,6 +21,8 @@ pub(super) struct Deposit {
     is_durable: bool,
     /// Blocks `[0, next)` are on disk or on their way.
     next: usize,
+    /// Whether the partial block went to the host tier, which gets no other way to it.
+    is_tail_on_host: bool,
     under_way: HashSet<Ticket>,
     /// Keeps them from being evicted; the caller takes it over.
     pins: Option<PinnedBlocks>,
@@ -39,7 +41,17 @@ enum Progress {
 impl Deposit {
     pub(super) fn new(sequence: Box<Sequence>, is_durable: bool) -> Self {
         let under_way = HashSet::new();
-        Self { sequence, is_durable, next: 0, under_way, pins: None, seal: None, is_sealed: false, failure: None }
+        Self {
+            sequence,
+            is_durable,
+            next: 0,
+            is_tail_on_host: false,
+            under_way,
+            pins: None,
+            seal: None,
+            is_sealed: false,
+            failure: None,
+        }
     }
 
     pub(super) fn sequence(&self) -> &Sequence {
@@ -82,7 +94,10 @@ impl Deposit {
             None => {
                 self.save_more(pager, block_size);
                 let is_written = self.under_way.is_empty() || planted::is(Bug::SealBeforeSaves);
-                match self.next == self.sequence.blocks.len() && is_written {
+                match self.next == self.sequence.blocks.len()
+                    && is_written
+                    && !self.save_tail_to_host(pager, block_size)
+                {
                     true if !self.is_durable || planted::is(Bug::AckBeforeSeal) => Progress::Complete,
                     true => {
                         self.seal = pager.seal();
@@ -117,10 +132,24 @@ impl Deposit {
         }
     }
 
+    /// Has the partial block copied to the host tier, once; whether that is under way now. Full blocks get there when the
+    /// sequence gives them back, found by what they hold, as a partial one on the device is not.
+    fn save_tail_to_host(&mut self, pager: &mut Pager, block_size: usize) -> bool {
+        if std::mem::replace(&mut self.is_tail_on_host, true) || !pager.has_host() {
+            return false;
+        }
+        let index = self.sequence.tokens.len() / block_size;
+        let Some(block) = self.sequence.blocks.get(index) else { return false };
+        let Some((hash, tokens)) = block_of(&self.sequence, index, block_size) else { return false };
+        let ticket = pager.save(hash, tokens, *block, Tier::Host);
+        self.under_way.extend(ticket);
+        ticket.is_some()
+    }
+
     /// Whether the copy was one of its own.
-    pub(super) fn absorb_saved(&mut self, ticket: Ticket, is_there: bool) -> bool {
+    pub(super) fn absorb_saved(&mut self, ticket: Ticket, tier: Tier, is_there: bool) -> bool {
         let is_own = self.under_way.remove(&ticket);
-        if is_own && !is_there && !planted::is(Bug::SaveFailureIgnored) {
+        if is_own && tier == Tier::Disk && !is_there && !planted::is(Bug::SaveFailureIgnored) {
             self.failure = Some(FULL);
         }
         is_own
@@ -152,7 +181,7 @@ pub(super) fn block_of(sequence: &Sequence, index: usize, block_size: usize) -> 
     let tokens = &sequence.tokens[index * block_size..sequence.tokens.len().min((index + 1) * block_size)];
     match sequence.chain.get(index) {
         Some(hash) => Some((*hash, tokens)),
-        None if tokens.len() < block_size => Some((sequence.chain.before(index)?.tail(tokens), tokens)),
+        None if tokens.len() < block_size => Some((sequence.chain.own_tail(index, tokens)?, tokens)),
         None => None,
     }
 }

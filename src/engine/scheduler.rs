@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::composition::Composition;
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Plan, Tiers};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
@@ -273,8 +273,8 @@ impl Scheduler {
             self.waiting.insert(at, sequence);
             return Admission::NoRoom;
         }
-        if use_cache && let Plan::Fetch(num_blocks) = self.plan_fetch(&mut sequence) {
-            self.start_fetch(sequence, num_blocks);
+        if use_cache && let Plan::Fetch(found) = self.plan_fetch(&mut sequence) {
+            self.start_fetch(sequence, found);
             return Admission::Fetching;
         }
         self.promise_blocks(&mut sequence);
@@ -306,15 +306,31 @@ impl Scheduler {
     fn attach_cached_blocks(&mut self, sequence: &mut Sequence) {
         let block_size = self.limits.block_size;
         sequence.chain.extend(&sequence.tokens, block_size);
-        for index in sequence.blocks.len()..sequence.num_shareable_blocks(block_size) {
+        self.replace_tail(sequence);
+        let num_shareable =
+            if sequence.attached_tail.is_some() { 0 } else { sequence.num_shareable_blocks(block_size) };
+        for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
-        sequence.num_computed_tokens = sequence.blocks.len() * block_size;
-        sequence.chain.num_published = sequence.blocks.len();
-        sequence.chain.num_promised = sequence.blocks.len();
+        sequence.note_attached(block_size);
+    }
+
+    /// Gives the copy of a partial block back when the full block that begins like it can be shared by now.
+    fn replace_tail(&mut self, sequence: &mut Sequence) {
+        let block_size = self.limits.block_size;
+        let Some(index) = sequence.attached_tail.and(sequence.blocks.len().checked_sub(1)) else { return };
+        let is_full = index < sequence.num_shareable_blocks(block_size)
+            && sequence
+                .chain
+                .get(index)
+                .is_some_and(|hash| self.pool.find(hash, sequence.block_tokens(index, block_size)).is_some());
+        if is_full && let Some(block) = sequence.blocks.pop() {
+            self.pool.release(block);
+            sequence.attached_tail = None;
+        }
     }
 
     fn promise_blocks(&mut self, sequence: &mut Sequence) {
@@ -395,8 +411,8 @@ impl Scheduler {
         self.tiers.plan(sequence, num_shareable)
     }
 
-    fn start_fetch(&mut self, sequence: Box<Sequence>, num_blocks: usize) {
-        self.tiers.start_fetch(&mut self.pool, sequence, num_blocks);
+    fn start_fetch(&mut self, sequence: Box<Sequence>, found: Fetchable) {
+        self.tiers.start_fetch(&mut self.pool, sequence, found);
         self.promised.extend(self.tiers.last_promised());
     }
 
@@ -408,9 +424,7 @@ impl Scheduler {
             match arrival {
                 Arrival::Ready(mut sequence, promised) => {
                     self.break_promises(&promised);
-                    sequence.num_computed_tokens = sequence.blocks.len() * self.limits.block_size;
-                    sequence.chain.num_published = sequence.blocks.len();
-                    sequence.chain.num_promised = sequence.blocks.len();
+                    sequence.note_attached(self.limits.block_size);
                     self.add(sequence);
                 }
                 Arrival::Abandoned(promised) => self.break_promises(&promised),

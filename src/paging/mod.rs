@@ -17,6 +17,8 @@ pub use pager::{Completion, OpenedVault, Pager, VaultOpener};
 pub use rates::Rates;
 pub use store::{BlockFormat, BlockStore, Found, OpenReport, PinnedBlocks, StoreConfig, StoreStats, Stored};
 
+use crate::backend::KvLayout;
+
 /// Where a block can lie, fastest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tier {
@@ -34,6 +36,9 @@ pub struct PagingConfig {
     pub block_bytes: usize,
     /// Tokens of a block.
     pub block_size: usize,
+    /// Where the numbers of a block lie, so that of partial blocks nothing else goes to disk; where there are none, nobody
+    /// needs to know.
+    pub layout: Option<KvLayout>,
     /// Blocks of the host tier; 0 for none.
     pub num_host_blocks: usize,
     /// Threads that copy.

@@ -129,7 +129,7 @@ impl Pager {
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
-        let PagingConfig { block_bytes, block_size, num_host_blocks, num_threads, open } = config;
+        let PagingConfig { block_bytes, block_size, layout, num_host_blocks, num_threads, open } = config;
         if num_host_blocks == 0 && open.is_none() {
             return Ok(Self::disabled());
         }
@@ -146,6 +146,7 @@ impl Pager {
                 transfer: device.create_transfer()?,
                 blocks: blocks.clone(),
                 block_bytes,
+                layout,
                 host: Arc::clone(&arena),
                 store: Arc::clone(&store),
             };

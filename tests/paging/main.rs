@@ -7,6 +7,7 @@ mod identity;
 mod portable;
 #[path = "../support/mod.rs"]
 mod support;
+mod tails;
 mod tiers;
 mod vault;
 

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use mneme::backend::sim::SimBackend;
 use mneme::engine::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SubmitError, Task,
-    TierConfig,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SharedPrefix, SubmitError,
+    Task, TierConfig,
 };
 
 use crate::adapters::{Checkpoints, Names};
@@ -16,6 +16,7 @@ use crate::reached::Reached;
 use crate::sharing::{Asked, Sharing};
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, metric, request};
 use crate::support::random::Random;
+use crate::support::tiny_model::VOCAB;
 
 /// What a request is to come to.
 enum Wanted {
@@ -183,16 +184,29 @@ impl Simulation {
         if !disk.must_keep() || disk.kept.is_empty() || !self.limits.prefix_caching {
             return;
         }
-        let asked = disk.kept[self.random.below(disk.kept.len())].asked.clone();
+        let mut asked = disk.kept[self.random.below(disk.kept.len())].asked.clone();
+        asked.tokens.truncate(asked.num_prompt);
+        let mut num_wanted = asked.num_prompt.saturating_sub(1) / self.limits.block_size * self.limits.block_size;
+        if asked.shared.is_none() && asked.num_prompt + 1 < self.limits.max_model_len {
+            // Who names it finds all of it.
+            num_wanted = asked.num_prompt;
+            asked.shared = Some(SharedPrefix { num_tokens: asked.num_prompt, domain: asked.domain.clone() });
+            asked.tokens.extend(self.random.tokens(1, VOCAB));
+            asked.num_prompt += 1;
+            self.reached.num_kept_tails += usize::from(!num_wanted.is_multiple_of(self.limits.block_size));
+        }
         if asked.num_prompt >= self.limits.max_model_len {
             return;
         }
         let output = collect(engine.handle.submit(request_for(&asked, Task::Generate(Box::new(greedy(1))))).unwrap());
         assert_eq!(output.tokens, Oracle::continuation(asked.prompt(), 1));
-        let num_wanted = (asked.num_prompt - 1) / self.limits.block_size * self.limits.block_size;
         match output.reuse.decision {
             FetchDecision::Fetched => {
-                assert_eq!((output.cached_tokens, output.reuse.disk_tokens), (num_wanted, num_wanted));
+                let (num_cached, num_tail) = (output.cached_tokens, self.limits.block_size - 1);
+                assert_eq!(num_cached, output.reuse.disk_tokens);
+                // Who continues another deposit may find more than full blocks, too.
+                let most = if asked.shared.is_some() { num_wanted + num_tail } else { num_wanted };
+                assert!((num_wanted..=most).contains(&num_cached), "{num_cached} of {num_wanted} tokens were found");
                 self.reached.num_kept_tokens += num_wanted;
             }
             // What takes longer than computing is not waited for.
@@ -241,6 +255,7 @@ impl Simulation {
         if kept_in.is_some() {
             self.sharing.note(&kept);
         }
+        self.sharing.note_kept(&kept);
         self.prompts.add_deposited(kept.clone());
         let request = request_for(&asked, Task::Deposit { is_durable, kept_in });
         self.send(engine, asked, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });

@@ -24,6 +24,8 @@ pub struct Reached {
     pub num_kept_blocks: usize,
     /// Tokens of durable deposits that a request was given after a restart.
     pub num_kept_tokens: usize,
+    /// Such requests that named a deposit which ends with a partial block.
+    pub num_kept_tails: usize,
     /// Tokens found beyond a shared prefix and in it, by those who are of another domain.
     pub num_shared_tokens: usize,
     /// Finished under adapters.
@@ -59,6 +61,7 @@ impl std::ops::AddAssign for Reached {
         self.num_rekept += other.num_rekept;
         self.num_kept_blocks += other.num_kept_blocks;
         self.num_kept_tokens += other.num_kept_tokens;
+        self.num_kept_tails += other.num_kept_tails;
         self.num_shared_tokens += other.num_shared_tokens;
         self.num_adapted += other.num_adapted;
         self.num_adapted_tokens += other.num_adapted_tokens;
@@ -89,6 +92,7 @@ impl Reached {
             (self.num_rekept, 100),
             (self.num_kept_blocks, 500),
             (self.num_kept_tokens, 500),
+            (self.num_kept_tails, 20),
             (self.num_shared_tokens, 1000),
             (self.num_adapted, 1000),
             (self.num_adapted_tokens, 1000),
