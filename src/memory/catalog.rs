@@ -37,6 +37,8 @@ pub struct CatalogLimits {
     pub max_payload_bytes: usize,
     /// Tombstones; the oldest ones go first.
     pub max_tombstones: usize,
+    /// Snapshots, of all principals together.
+    pub max_snapshots: usize,
     /// Events kept in memory.
     pub max_events: usize,
     /// Cubes or events in one answer.
@@ -99,6 +101,7 @@ impl Default for CatalogLimits {
             max_tokens: 1 << 18,
             max_payload_bytes: 2 << 30,
             max_tombstones: 100_000,
+            max_snapshots: 1000,
             max_events: 4096,
             max_page: 1000,
         }
@@ -115,6 +118,8 @@ impl Catalog {
         let dead = bury_all(&mut index, &mut contents);
         clear_leftovers(&folder, &mut index, &contents.manifests, &dead)?;
         contents.manifests.retain(|cube| !dead.contains(&cube.id));
+        let snapshots = std::mem::take(&mut contents.snapshots);
+        index.snapshots = snapshots.into_iter().map(|snapshot| (snapshot.id, Arc::new(snapshot))).collect();
         let damaged = admit_all(&mut index, contents);
         for Damaged { path, error, .. } in &damaged {
             tracing::warn!(path = %path.display(), %error, "a file of the vault is damaged and left out");

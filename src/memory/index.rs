@@ -12,6 +12,7 @@ use super::lifecycle::{State, Usage};
 use super::manifest::Tombstone;
 use super::name::{CubeAddress, CubeName, Version};
 use super::payload::Payload;
+use super::snapshot::{Snapshot, SnapshotId};
 use super::timestamp::Timestamp;
 use crate::kv::BlockHash;
 use crate::{Error, Result};
@@ -48,6 +49,7 @@ pub(super) struct Index {
     pub(super) cubes: HashMap<CubeId, Entry>,
     names: BTreeMap<CubeName, CubeId>,
     pub(super) tombstones: BTreeMap<CubeId, Tombstone>,
+    pub(super) snapshots: BTreeMap<SnapshotId, Arc<Snapshot>>,
     /// Deleted cubes some of whose manifests are still there.
     pub(super) leftovers: HashSet<CubeId>,
     references: HashMap<BlockHash, u32>,
@@ -108,6 +110,7 @@ impl Index {
             cubes: HashMap::new(),
             names: BTreeMap::new(),
             tombstones: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             leftovers: HashSet::new(),
             references: HashMap::new(),
             num_payload_bytes: 0,

@@ -21,6 +21,7 @@ mod name;
 mod payload;
 mod plaintext;
 mod portable;
+mod snapshot;
 mod timestamp;
 mod vault;
 
@@ -51,5 +52,8 @@ pub use self::plaintext::{
     ChatSetting, CubePrompt, chat_cube_tokens, completion_cube_tokens, completion_prompt, cube_prompt, cube_prompt_text,
 };
 pub use self::portable::{Incoming, Outgoing, PortableCube};
+pub use self::snapshot::{
+    Difference, DifferenceKind, Restoration, RestoreOutcome, Snapshot, SnapshotCube, SnapshotId, SnapshotScope,
+};
 pub use self::timestamp::{Clock, SystemClock, Timestamp};
 pub use self::vault::Vault;

@@ -13,6 +13,7 @@ mod embeddings;
 mod errors;
 mod hosts;
 mod saves;
+mod snapshots;
 #[path = "../support/mod.rs"]
 mod support;
 mod transfers;

@@ -37,8 +37,10 @@ impl Client {
         self.answer(self.signed(request).call())
     }
 
-    pub(super) fn delete(&self, path: &str) -> anyhow::Result<Value> {
-        self.answer(self.signed(self.agent.delete(self.at(path))).call())
+    pub(super) fn delete(&self, path: &str, query: &[(&str, String)]) -> anyhow::Result<Value> {
+        let request = self.agent.delete(self.at(path));
+        let request = query.iter().fold(request, |request, (name, value)| request.query(name, value));
+        self.answer(self.signed(request).call())
     }
 
     pub(super) fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {

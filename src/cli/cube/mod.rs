@@ -57,6 +57,30 @@ enum CubeCommand {
     Export(ExportArgs),
     /// Make a cube of a file that export wrote
     Import(ImportArgs),
+    /// Note which versions the cubes of a namespace have, or one cube
+    Snapshot(ScopeArgs),
+    /// List the snapshots of a namespace or a cube
+    Snapshots(ScopeArgs),
+    /// Compare with a snapshot
+    Diff(SnapshotArgs),
+    /// Go back to a snapshot: old content becomes new versions
+    Restore(SnapshotArgs),
+    /// Forget a snapshot
+    DropSnapshot(SnapshotArgs),
+}
+
+#[derive(Debug, Args)]
+struct ScopeArgs {
+    /// A namespace, or namespace/path
+    scope: String,
+}
+
+#[derive(Debug, Args)]
+struct SnapshotArgs {
+    #[command(flatten)]
+    scope: ScopeArgs,
+    /// The snapshot's id
+    snapshot: String,
 }
 
 /// The vault of a server that does not run.
@@ -220,7 +244,7 @@ impl CubeCommand {
                 let include = if args.payload { "payload" } else { "" };
                 (client.get(&path(&args.cube.name, "")?, &[("include", include.to_owned())])?, print::cube)
             }
-            Self::Delete(args) => (client.delete(&path(&args.name, "")?)?, print::deleted),
+            Self::Delete(args) => (client.delete(&path(&args.name, "")?, &[])?, print::deleted),
             Self::Pin(args) => (client.post(&path(&args.name, "/pin")?, &json!({}))?, print::changed),
             Self::Unpin(args) => (client.post(&path(&args.name, "/unpin")?, &json!({}))?, print::changed),
             Self::Rename(args) => (args.post(client, "/rename")?, print::changed),
@@ -232,19 +256,46 @@ impl CubeCommand {
             Self::Verify(args) => (client.post(&path(&args.name, "/verify")?, &json!({}))?, print::verified),
             Self::Export(args) => (args.export(client)?, print::exported),
             Self::Import(args) => (args.import(client)?, print::made),
+            Self::Snapshot(args) => (client.post(&args.path("/snapshot")?, &json!({}))?, print::snapshot),
+            Self::Snapshots(args) => (client.get(&args.path("/snapshot")?, &[])?, print::snapshots),
+            Self::Diff(args) => {
+                let query = [("snapshot", args.snapshot.clone())];
+                (client.get(&args.scope.path("/snapshot")?, &query)?, print::differences)
+            }
+            Self::Restore(args) => {
+                let body = json!({ "snapshot": args.snapshot });
+                (client.post(&args.scope.path("/restore")?, &body)?, print::restorations)
+            }
+            Self::DropSnapshot(args) => {
+                let query = [("snapshot", args.snapshot.clone())];
+                (client.delete(&args.scope.path("/snapshot")?, &query)?, print::dropped)
+            }
         })
     }
 }
 
 /// The path of a cube. The server checks the name; here only what would lead to another route is refused.
 fn path(name: &str, action: &str) -> anyhow::Result<String> {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./@".contains(c);
     anyhow::ensure!(
-        name.contains('/') && name.chars().all(is_plain) && !name.contains(".."),
+        name.contains('/') && is_plain(name),
         "'{}' is no cube name: expected namespace/path of letters, digits, '-', '_' and '.'",
         name.escape_debug()
     );
     Ok(format!("/v1/memcubes/{name}{action}"))
+}
+
+/// Whether nothing in it leads anywhere else.
+fn is_plain(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./@".contains(c);
+    name.chars().all(is_plain) && !name.contains("..")
+}
+
+impl ScopeArgs {
+    fn path(&self, action: &str) -> anyhow::Result<String> {
+        let is_name = !self.scope.is_empty() && is_plain(&self.scope);
+        anyhow::ensure!(is_name, "'{}' is neither a namespace nor a cube's name", self.scope.escape_debug());
+        Ok(format!("/v1/memcubes/{}{action}", self.scope))
+    }
 }
 
 impl ExportArgs {
@@ -408,6 +459,9 @@ mod tests {
     #[test]
     fn names_cannot_lead_to_another_route() {
         assert_eq!(path("ana/a@2", "/verify").unwrap(), "/v1/memcubes/ana/a@2/verify");
+        let scope = |scope: &str| ScopeArgs { scope: scope.to_owned() }.path("/snapshot");
+        assert_eq!(scope("ana").unwrap(), "/v1/memcubes/ana/snapshot");
+        assert!(scope("").is_err() && scope("ana?x").is_err());
         for name in ["a", "a/../../health", "a/b?x=1", "a/b#c", "a/b c", "a/%2e%2e"] {
             assert!(path(name, "").is_err(), "{name}");
         }

@@ -16,6 +16,7 @@ mod engine;
 mod object;
 mod save;
 mod service;
+mod snapshot;
 mod sweep;
 
 use axum::Router;
