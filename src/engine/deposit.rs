@@ -58,6 +58,11 @@ impl Deposit {
         &self.sequence
     }
 
+    /// Gives it up.
+    pub(super) fn into_sequence(self) -> Box<Sequence> {
+        self.sequence
+    }
+
     /// Copies under way that it waits for.
     pub(super) fn num_saves(&self) -> usize {
         self.under_way.len()

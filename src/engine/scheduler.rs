@@ -202,6 +202,7 @@ impl Scheduler {
         let mut sequences = std::mem::take(&mut self.running);
         sequences.extend(self.waiting.drain(..));
         sequences.extend(self.tiers.take_all());
+        sequences.extend(self.tiers.take_deposits());
         sequences.iter_mut().for_each(|sequence| self.release(sequence));
         self.scheduled.clear();
         sequences

@@ -437,6 +437,11 @@ impl Tiers {
         self.take_if(|_| true)
     }
 
+    /// All sequences whose blocks are on their way to disk; nobody waits for that any more.
+    pub(super) fn take_deposits(&mut self) -> impl Iterator<Item = Box<Sequence>> + '_ {
+        self.deposits.drain(..).map(Deposit::into_sequence)
+    }
+
     fn take_if(&mut self, wanted: impl Fn(&Sequence) -> bool) -> Vec<Box<Sequence>> {
         let waiting = self.fetches.iter_mut().map(|fetch| &mut fetch.sequence);
         waiting.filter_map(|sequence| sequence.take_if(|sequence| wanted(sequence))).collect()

@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::acl::{Access, Principal};
-use super::cube::{Cube, CubeId};
+use super::cube::{Cube, CubeId, Priority};
 use super::event::{EventKind, EventLog, EventPage};
 use super::folder::{Contents, Damaged, ManifestFolder};
-use super::index::{CubeView, Index};
+use super::index::{CubeView, Entry, Index};
 use super::lifecycle::State;
 use super::manifest::{FileName, Tombstone};
 use super::name::{CubeAddress, CubeName, Version};
@@ -189,6 +189,18 @@ impl Catalog {
         self.read().is_referenced(hash)
     }
 
+    /// How hard a block is held on to, by the cube that does so hardest; `None` when no cube references it.
+    pub fn priority_of(&self, hash: &BlockHash) -> Option<Priority> {
+        self.read().priority_of(hash)
+    }
+
+    /// Every block of all versions of a cube.
+    pub fn blocks_of(&self, id: CubeId) -> Vec<BlockHash> {
+        let index = self.read();
+        let versions = index.cubes.get(&id).into_iter().flat_map(Entry::versions);
+        versions.flat_map(|cube| cube.payload.blocks()).copied().collect()
+    }
+
     /// Cubes there are, of all principals.
     pub fn num_cubes(&self) -> usize {
         self.read().cubes.len()
@@ -293,7 +305,7 @@ fn admit_all(index: &mut Index, contents: Contents) -> Vec<Damaged> {
             if is_taken {
                 damaged.push(doubled(head));
             }
-            versions.values().for_each(|cube| index.reference(&cube.payload));
+            versions.values().for_each(|cube| index.reference(cube));
             continue;
         }
         versions.into_values().for_each(|cube| index.put(Arc::new(cube), false));

@@ -28,6 +28,8 @@ pub(crate) struct FakeCubes {
     store: Arc<BlockStore>,
     blocks: Mutex<HashSet<BlockHash>>,
     prefills: Mutex<Vec<Prefill>>,
+    /// Blocks whose cubes were made or changed.
+    pub(crate) settled: Mutex<HashSet<BlockHash>>,
     pub(crate) is_loading: AtomicBool,
     pub(crate) has_other_vocabulary: AtomicBool,
     pub(crate) has_other_weights: AtomicBool,
@@ -44,6 +46,7 @@ impl Default for FakeCubes {
             store: Arc::new(store),
             blocks: Mutex::default(),
             prefills: Mutex::default(),
+            settled: Mutex::default(),
             is_loading: AtomicBool::default(),
             has_other_vocabulary: AtomicBool::default(),
             has_other_weights: AtomicBool::default(),
@@ -119,6 +122,10 @@ impl CubeEngine for FakeCubes {
     fn release(&self, released: Vec<BlockHash>) {
         let mut blocks = self.blocks.lock().expect("no test panics here");
         released.iter().for_each(|hash| assert!(blocks.remove(hash), "a released block was there"));
+    }
+
+    fn settle(&self, settled: Vec<BlockHash>) {
+        self.settled.lock().expect("no test panics here").extend(settled);
     }
 
     fn binding(&self) -> Result<Binding, ApiError> {

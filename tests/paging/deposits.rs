@@ -1,13 +1,16 @@
 //! Prompts whose KV is kept on demand: told apart, acknowledged, found again.
 
+use std::sync::Arc;
+
 use mneme::engine::{Deposited, FinishReason, GenerateRequest, SharedPrefix, Task};
 use mneme::paging::Found;
 use mneme::paging::faulty::Fault;
 
+use crate::gate::GatedFiles;
 use crate::support::engine::{Output, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
-use crate::vault::Tiers;
+use crate::vault::{Tiers, wait_until_open};
 
 pub fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
     let request =
@@ -114,6 +117,24 @@ fn a_disk_that_fails_refuses_and_loses_nothing_else() {
         assert!(output.deposited.is_none());
         assert_eq!(engine.greedy(&prompt, 8), wanted, "{fault:?}: the engine serves on");
     }
+}
+
+/// An engine that ends while blocks are on their way to disk says so.
+#[test]
+fn who_waits_for_a_deposit_is_told_that_the_engine_ends() {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let tiers = Tiers::new(Family::Llama);
+    let (files, gate) = GatedFiles::new(&tiers.files);
+    let engine = tiers.start_over(model.path(), b"test", Arc::new(tiers.open_store_on(files)), || ());
+    wait_until_open(&engine);
+    gate.close();
+    let asked = request(&[1, 2, 3], Task::Deposit { is_durable: true, kept_in: None });
+    let stream = engine.handle.submit(asked).unwrap();
+    gate.wait_for_somebody();
+    let thread = engine.leave();
+    assert_eq!(collect(stream).reason, Some(FinishReason::Abort));
+    gate.open();
+    thread.join().unwrap();
 }
 
 /// Blocks go to disk by what they hold, also where requests share none on the device.

@@ -3,6 +3,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod deposits;
+mod gate;
 mod identity;
 mod portable;
 #[path = "../support/mod.rs"]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mneme::engine::{Task, TierConfig};
 use mneme::paging::faulty::FaultyFiles;
-use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig};
+use mneme::paging::{BlockFormat, BlockStore, Files, OpenedVault, StoreConfig};
 
 use crate::support::engine::{Setup, TestEngine, collect, request};
 use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
@@ -34,10 +34,15 @@ impl Tiers {
 
     /// The disk tier alone.
     pub fn open_store(&self) -> BlockStore {
+        self.open_store_on(self.files.clone())
+    }
+
+    /// The same over other files.
+    pub fn open_store_on(&self, files: impl Files) -> BlockStore {
         let block_size = self.setup.limits.block_size;
         let format = BlockFormat { block_bytes: self.block_bytes(), block_size, layout: "test".into() };
         let config = StoreConfig { format, max_bytes: 64 << 20, segment_bytes: 4 << 20 };
-        BlockStore::open(Arc::new(self.files.clone()), Path::new(FOLDER), config).unwrap().0
+        BlockStore::open(Arc::new(files), Path::new(FOLDER), config).unwrap().0
     }
 
     /// An engine with a host tier if there is one, and with the disk tier; the vault is open when this returns.

@@ -149,6 +149,7 @@ impl Simulation {
                 10..=12 => self.cancel(),
                 13..=14 => self.listen(),
                 15 if self.random.once_in(2) => self.harm_disk(),
+                15 => self.import(),
                 16 => {
                     let name = self.random.below(Names::COUNT);
                     self.load(&engine, name, checkpoints);
@@ -214,6 +215,17 @@ impl Simulation {
             FetchDecision::NothingBelow | FetchDecision::Lost => {
                 assert_eq!(num_wanted, 0, "a durable deposit is not found: {:?}", output.reuse);
             }
+        }
+    }
+
+    /// Blocks come in a file; requests continue them like those of a deposit.
+    fn import(&mut self) {
+        let asked = self.prompts.ask_imported(&mut self.random);
+        if self.disk.as_ref().is_some_and(|disk| disk.import(&asked)) {
+            self.sharing.note(&asked);
+            self.sharing.note_kept(&asked);
+            self.prompts.add_deposited(asked);
+            self.reached.num_imports += 1;
         }
     }
 

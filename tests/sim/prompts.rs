@@ -95,6 +95,14 @@ impl Prompts {
         Asked { num_prompt: tokens.len(), tokens, domain, shared, ..Asked::default() }
     }
 
+    /// Something that came in a file, in a domain that nobody else has.
+    pub fn ask_imported(&self, random: &mut Random) -> Asked {
+        let num_tokens = random.within(1, self.most);
+        let tokens = random.tokens(num_tokens, VOCAB);
+        let domain = format!("import/{}", random.next());
+        Asked { num_prompt: num_tokens, tokens, domain, ..Asked::default() }
+    }
+
     /// A prompt of some texts that others have as well, each computed behind another head, and what is its own.
     pub fn ask_composed(&self, random: &mut Random) -> Asked {
         let domain = DOMAINS[random.below(DOMAINS.len())].to_owned();

@@ -18,6 +18,8 @@ pub struct Reached {
     pub num_lost: usize,
     pub num_deposits: usize,
     pub num_refused_deposits: usize,
+    /// Blocks that came in files.
+    pub num_imports: usize,
     /// Deposits kept in another domain than they were computed in.
     pub num_rekept: usize,
     /// Blocks of durable deposits that were there after a restart.
@@ -59,6 +61,7 @@ impl std::ops::AddAssign for Reached {
         self.num_deposits += other.num_deposits;
         self.num_refused_deposits += other.num_refused_deposits;
         self.num_rekept += other.num_rekept;
+        self.num_imports += other.num_imports;
         self.num_kept_blocks += other.num_kept_blocks;
         self.num_kept_tokens += other.num_kept_tokens;
         self.num_kept_tails += other.num_kept_tails;
@@ -90,6 +93,7 @@ impl Reached {
             (self.num_deposits, 500),
             (self.num_refused_deposits, 20),
             (self.num_rekept, 100),
+            (self.num_imports, 100),
             (self.num_kept_blocks, 500),
             (self.num_kept_tokens, 500),
             (self.num_kept_tails, 20),

@@ -10,6 +10,7 @@ use anyhow::Context;
 use mneme::memory::{CatalogLimits, Cube, CubeAddress, Durability, Incoming, NewCube, Origin, Outgoing, Principal};
 use mneme::memory::{SystemClock, Vault};
 use mneme::paging::{BlockFormat, BlockStore, StoreConfig, SystemFiles};
+use mneme::server::hold_all;
 use serde_json::{Value, json};
 
 use crate::cli::tiers::SEGMENT_BYTES;
@@ -40,7 +41,7 @@ pub(super) fn import(vault: &Path, max_bytes: u64, file: &Path, name: Option<&st
         None => (incoming.into_plaintext()?, None),
         Some(format) => {
             let store = Arc::new(open_store(&vault, max_bytes, format)?);
-            store.pin(&vault.catalog().block_references());
+            hold_all(&store, vault.catalog());
             let (payload, pins) = incoming.store(&store, NAMESPACE)?;
             (payload, Some(pins))
         }

@@ -13,6 +13,12 @@ use crate::paging::FileHandle;
 /// Hashes that wait to be told of at most; the oldest are forgotten, and whoever asks for such a block finds it missing.
 const MAX_DROPPED: usize = 1 << 16;
 
+/// What one more step of a level adds to a block's worth: more than any block without a level is worth.
+const LEVEL_VALUE: f64 = 17.0;
+
+/// The level of a newcomer that is pinned and has none: somebody is about to name it in a cube like most.
+pub(super) const PINNED_LEVEL: u8 = 5;
+
 /// A floor holds for an eighth of as many requests as there are blocks.
 const REQUESTS_PER_FLOOR: u64 = 8;
 
@@ -76,6 +82,8 @@ pub(super) struct LiveBlock {
     pub(super) hash: BlockHash,
     pub(super) value: f64,
     pub(super) is_pinned: bool,
+    /// How hard it is held on to, when it is at all.
+    pub(super) level: Option<u8>,
 }
 
 /// What happened so far.
@@ -93,6 +101,8 @@ pub(super) struct Index {
     segments: BTreeMap<SegmentId, Segment>,
     foreign: Vec<ForeignSegment>,
     pins: HashMap<BlockHash, u32>,
+    /// Blocks that cubes hold on to, and how hard; here or not.
+    levels: HashMap<BlockHash, u8>,
     sketch: FrequencySketch,
     /// Bytes from one row of a segment to the next.
     stride: u64,
@@ -118,6 +128,7 @@ impl Index {
             segments: BTreeMap::new(),
             foreign: Vec::new(),
             pins: HashMap::new(),
+            levels: HashMap::new(),
             sketch: FrequencySketch::new(num_blocks),
             stride,
             clock: 0,
@@ -180,9 +191,30 @@ impl Index {
         self.own_bytes + self.foreign_bytes + self.leftover_bytes
     }
 
-    /// What a block never stored would be worth, were it stored now: one more than how often it was asked for.
+    /// What a block never stored would be worth, were it stored now: one more than how often it was asked for, and more
+    /// when a cube holds on to it or is about to.
     pub(super) fn candidate_value(&self, hash: &BlockHash) -> f64 {
+        self.frequency(hash) + self.candidate_level(hash).map_or(0.0, level_value)
+    }
+
+    fn frequency(&self, hash: &BlockHash) -> f64 {
         1.0 + f64::from(self.sketch.estimate(hash))
+    }
+
+    /// How hard a block that is not stored yet will be held on to.
+    pub(super) fn candidate_level(&self, hash: &BlockHash) -> Option<u8> {
+        self.levels.get(hash).copied().or_else(|| self.is_pinned(hash).then_some(PINNED_LEVEL))
+    }
+
+    /// Holds on to a block this hard, or no longer.
+    pub(super) fn set_level(&mut self, hash: &BlockHash, level: Option<u8>) {
+        let before = match level {
+            Some(level) => self.levels.insert(*hash, level),
+            None => self.levels.remove(hash),
+        };
+        if before > level {
+            self.floor = None;
+        }
     }
 
     /// Whether a newcomer of this value need not be weighed: one like it was turned away, and too little has happened
@@ -200,7 +232,7 @@ impl Index {
     /// Frequency over age, where a block is one older when as many requests came since as there are blocks.
     fn value(&self, hash: &BlockHash, entry: &Entry) -> f64 {
         let age = (self.clock - entry.last_use) as f64 / self.blocks.len().max(1) as f64;
-        self.candidate_value(hash) / (1.0 + age)
+        self.frequency(hash) / (1.0 + age) + self.levels.get(hash).copied().map_or(0.0, level_value)
     }
 
     /// The live blocks of a segment, by row.
@@ -209,8 +241,8 @@ impl Index {
         let live = segment.hashes.iter().enumerate().filter_map(|(slot, hash)| {
             let entry = self.blocks.get(hash)?;
             let is_here = entry.place.segment == id && entry.place.slot as usize == slot;
-            let is_pinned = self.is_pinned(hash);
-            is_here.then(|| LiveBlock { hash: *hash, value: self.value(hash, entry), is_pinned })
+            let (is_pinned, level) = (self.is_pinned(hash), self.levels.get(hash).copied());
+            is_here.then(|| LiveBlock { hash: *hash, value: self.value(hash, entry), is_pinned, level })
         });
         live.collect()
     }
@@ -372,11 +404,12 @@ impl Index {
         self.foreign.insert(at, segment);
     }
 
-    /// Takes the oldest foreign segment that may go: none that holds a pinned block. Its bytes count until
+    /// Takes the oldest foreign segment that may go: none that holds a pinned block or a cube's. Its bytes count until
     /// [`Index::forget_leftover`].
     pub(super) fn take_foreign(&mut self) -> Option<ForeignSegment> {
         let may_go = |segment: &ForeignSegment| {
-            segment.is_evictable && !segment.hashes.iter().any(|hash| self.pins.contains_key(hash))
+            segment.is_evictable
+                && !segment.hashes.iter().any(|hash| self.pins.contains_key(hash) || self.levels.contains_key(hash))
         };
         let at = self.foreign.iter().position(may_go)?;
         let segment = self.foreign.remove(at);
@@ -414,4 +447,8 @@ impl Index {
         assert_eq!(self.foreign_bytes, self.foreign.iter().map(|segment| segment.bytes).sum::<u64>());
         assert!(self.pins.values().all(|&count| count > 0));
     }
+}
+
+fn level_value(level: u8) -> f64 {
+    LEVEL_VALUE * (1.0 + f64::from(level))
 }

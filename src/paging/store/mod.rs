@@ -8,9 +8,10 @@
 //!
 //! **Bound.** All segments of all formats, the one being written and the copy that compaction makes take at most
 //! `max_bytes`, at any moment and after any crash. To make room, in this order: segments nothing is live in; segments of
-//! other formats, oldest first, whole, and none that holds a pinned block; then the segment whose blocks are worth least
-//! per byte freed. Of the last, pinned blocks and, up to half of it, those worth more than the newcomer are copied and
-//! the others evicted. A newcomer that is worth no more than the least of them is turned away (TinyLFU).
+//! other formats, oldest first, whole, and none that holds a pinned block or a cube's; then the segment whose blocks are
+//! worth least per byte freed. Of the last, pinned blocks and, up to half of it, those worth more than the newcomer are
+//! copied and the others evicted. A newcomer that is worth no more than the least of them is turned away (TinyLFU).
+//! Blocks with a level, a cube's, go to newcomers of a higher one alone.
 //!
 //! **Failure.** An error of the disk on the way down makes the store read-only until it is opened again, with one
 //! warning; a block that cannot be read, or whose digest is wrong, is forgotten and counted. Neither is an error to
@@ -347,6 +348,13 @@ impl BlockStore {
     pub fn unpin(&self, hashes: &[BlockHash]) {
         let mut index = self.index();
         hashes.iter().for_each(|hash| index.unpin(hash));
+    }
+
+    /// Holds on to blocks, whether they are here yet or not, as hard as `level` says, or no longer: they are evicted for blocks
+    /// of a higher level alone, and never for those without one. A pinned newcomer counts as one of level 5.
+    pub fn set_level(&self, hashes: &[BlockHash], level: Option<u8>) {
+        let mut index = self.index();
+        hashes.iter().for_each(|hash| index.set_level(hash, level));
     }
 
     /// Evicts until the bound holds, as when it is lower than at the last run: call it once pins are known. Whether it

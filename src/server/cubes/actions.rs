@@ -116,6 +116,7 @@ fn answer(status: StatusCode, view: &CubeView, principal: &Principal, work: Work
 async fn toggle(app: &App, principal: Principal, name: CubeName, change: Toggle) -> Result<Response, ApiError> {
     let (catalog, asking) = (service(app)?.catalog.clone(), principal.clone());
     let view = blocking(move || change(&catalog, &asking, &name)).await?;
+    service(app)?.settle(&view);
     Ok(answer(StatusCode::OK, &view, &principal, Work::none("Only the header was changed.")))
 }
 
@@ -128,6 +129,7 @@ async fn rename(app: &App, principal: Principal, name: CubeName, target: CubeNam
 async fn fork(app: &App, principal: Principal, source: CubeAddress, name: CubeName) -> Result<Response, ApiError> {
     let (catalog, asking) = (service(app)?.catalog.clone(), principal.clone());
     let view = blocking(move || catalog.fork(&asking, &source, name)).await?;
+    service(app)?.settle(&view);
     Ok(answer(StatusCode::CREATED, &view, &principal, Work::none("The fork shares the blocks of its source.")))
 }
 
@@ -152,6 +154,7 @@ async fn append(app: &AppRef, principal: Principal, name: CubeName, body: JsonBo
     };
     let (catalog, asking, based_on) = (service.catalog.clone(), principal.clone(), head.version);
     let view = blocking(move || catalog.append(&asking, &name, based_on, payload)).await?;
+    service.settle(&view);
     Ok(answer(StatusCode::OK, &view, &principal, work))
 }
 

@@ -98,10 +98,12 @@ pub(in crate::server) async fn change(
     Path(name): Path<String>,
     body: JsonBody,
 ) -> Result<Json<CubeAnswer>, ApiError> {
-    let (catalog, name) = (service(&app)?.catalog.clone(), name.parse::<CubeName>()?);
+    let service = service(&app)?;
+    let (catalog, name) = (service.catalog.clone(), name.parse::<CubeName>()?);
     refuse_fixed(&body.parse::<FixedFields>()?)?;
     let (changes, asking) = (body.parse::<ChangeRequest>()?.check()?, principal.clone());
     let view = blocking(move || catalog.change(&asking, &name, changes)).await?;
+    service.settle(&view);
     Ok(Json(CubeAnswer::new(&view, &principal, false, Work::none("Only the header was changed."))))
 }
 

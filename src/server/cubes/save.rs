@@ -58,6 +58,7 @@ pub(in crate::server) async fn save(app: &App, cube: CubeToSave) -> Result<(Cube
     let new = NewCube { name, payload, parents, origin: Origin::Inference, changes };
     let catalog = service.catalog.clone();
     let view = blocking(move || put(&catalog, &principal, new, durability)).await?;
+    service.settle(&view);
     Ok((view, work))
 }
 

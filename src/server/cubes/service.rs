@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::engine::request::SharedPrefix;
 use crate::kv::BlockHash;
-use crate::memory::{Binding, Catalog};
+use crate::memory::{Binding, Catalog, CubeView};
 use crate::paging::BlockStore;
 use crate::server::error::ApiError;
 
@@ -26,6 +26,9 @@ pub trait CubeEngine: Send + Sync + 'static {
 
     /// Keeps blocks until the caller has had time to name them in a cube. Returns at once.
     fn hold(&self, blocks: &[BlockHash]);
+
+    /// Takes note of blocks whose cubes were made or changed: the catalog says how hard they are held on to. Returns at once.
+    fn settle(&self, blocks: Vec<BlockHash>);
 
     /// Takes note of blocks that no cube references any more: they need not be kept. Returns at once.
     fn release(&self, blocks: Vec<BlockHash>);
@@ -89,4 +92,11 @@ pub struct CubeService {
     pub catalog: Arc<Catalog>,
     /// Computes their blocks.
     pub engine: Arc<dyn CubeEngine>,
+}
+
+impl CubeService {
+    /// Has the blocks of a cube that was just made or changed held on to as it says.
+    pub(super) fn settle(&self, view: &CubeView) {
+        self.engine.settle(self.catalog.blocks_of(view.cube.id));
+    }
 }

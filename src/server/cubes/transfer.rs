@@ -124,6 +124,7 @@ pub(in crate::server) async fn import(
     let new = NewCube { name, payload, parents: Vec::new(), origin: Origin::Import, changes: cube.changes() };
     let (catalog, owner) = (service.catalog.clone(), principal.clone());
     let view = blocking(move || catalog.create(&owner, new, Durability::Synced)).await?;
+    service.settle(&view);
     Ok((StatusCode::CREATED, Json(CubeAnswer::new(&view, &principal, false, work))).into_response())
 }
 
