@@ -30,8 +30,6 @@ mod catalog_tests;
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
-mod faulty_files;
-#[cfg(test)]
 mod samples;
 
 pub use self::acl::{Access, Acl, AclLists, Principal, Visibility};
