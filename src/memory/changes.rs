@@ -62,6 +62,8 @@ pub struct Ended {
     pub ids: Vec<CubeId>,
     /// Blocks that no cube references any more.
     pub unreferenced: Vec<BlockHash>,
+    /// Of these, what is to be erased.
+    pub to_erase: Vec<BlockHash>,
 }
 
 impl NewCube {

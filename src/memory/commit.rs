@@ -129,7 +129,11 @@ impl Catalog {
         let versions: Vec<Version> = index.cubes[&cube.id].versions().map(|cube| cube.version).collect();
         index.events.push(kind, now, principal, Arc::clone(cube));
         ended.ids.push(cube.id);
-        ended.unreferenced.extend(index.bury(tombstone));
+        let freed = index.bury(tombstone);
+        if cube.governance.erase_on_free {
+            ended.to_erase.extend(&freed);
+        }
+        ended.unreferenced.extend(freed);
         drop(index);
         self.clean_up(cube.id, versions);
         Ok(())

@@ -25,7 +25,7 @@ pub(crate) struct Prefill {
 }
 
 pub(crate) struct FakeCubes {
-    store: Arc<BlockStore>,
+    pub(crate) store: Arc<BlockStore>,
     blocks: Mutex<HashSet<BlockHash>>,
     prefills: Mutex<Vec<Prefill>>,
     /// Blocks whose cubes were made or changed.
@@ -122,6 +122,10 @@ impl CubeEngine for FakeCubes {
     fn release(&self, released: Vec<BlockHash>) {
         let mut blocks = self.blocks.lock().expect("no test panics here");
         released.iter().for_each(|hash| assert!(blocks.remove(hash), "a released block was there"));
+    }
+
+    fn erase(&self, blocks: &[BlockHash]) -> mneme::Result<()> {
+        self.store.erase(blocks)
     }
 
     fn settle(&self, settled: Vec<BlockHash>) {

@@ -138,6 +138,19 @@ fn blocks_that_are_gone_are_not_exported() {
 }
 
 #[test]
+fn a_cube_that_is_to_be_erased_leaves_nothing_on_disk() {
+    let setup = Setup::new();
+    setup.create("ana/notes", TEXT);
+    setup.create("ana/other", "Something else that is longer than a block.");
+    setup.ok("PATCH", "/v1/memcubes/ana/notes", Some(json!({ "erase_on_free": true })));
+    let num_blocks = setup.cubes.store.hashes().len();
+    let deleted = setup.ok("DELETE", "/v1/memcubes/ana/notes", None);
+    assert!(deleted["reason"].as_str().unwrap().contains("overwritten"), "{deleted}");
+    assert_eq!(setup.cubes.store.hashes().len(), num_blocks - chat_tokens(TEXT).len().div_ceil(16));
+    assert_eq!(setup.ok("POST", "/v1/memcubes/ana/other/verify", None)["missing"], 0);
+}
+
+#[test]
 fn nobody_exports_the_cubes_of_others_or_imports_into_their_names() {
     let setup = Setup::with_keys();
     let body = json!({ "name": "ana/notes", "text": TEXT });

@@ -63,6 +63,10 @@ impl Files for GatedFiles {
         self.files.open(path)
     }
 
+    fn open_to_change(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
+        self.files.open_to_change(path)
+    }
+
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
         self.files.rename(source, target)
     }

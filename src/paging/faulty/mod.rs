@@ -294,6 +294,10 @@ impl Files for FaultyFiles {
         Ok(self.handle(&disk, content))
     }
 
+    fn open_to_change(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
+        self.open(path)
+    }
+
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
         self.lock().change(Kind::Rename, |disk| disk.names.rename(source, target))
     }

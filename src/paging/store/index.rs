@@ -1,6 +1,6 @@
 //! Which block lies where, what it is worth, and how many bytes all files take. Touches no file.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -325,6 +325,29 @@ impl Index {
         segment.num_live -= 1;
         segment.num_pinned -= u32::from(is_pinned);
         Some(entry)
+    }
+
+    /// Forgets blocks, pinned or not; how many there were.
+    pub(super) fn forget(&mut self, hashes: &HashSet<BlockHash>) -> usize {
+        let found: Vec<BlockHash> = hashes.iter().filter(|hash| self.blocks.contains_key(hash)).copied().collect();
+        for hash in &found {
+            self.remove_block(hash);
+            self.tell_dropped(*hash);
+        }
+        found.len()
+    }
+
+    /// Segments that have rows of these blocks, live or dead.
+    pub(super) fn segments_with(&self, hashes: &HashSet<BlockHash>) -> Vec<SegmentId> {
+        let has = |segment: &Segment| segment.hashes.iter().any(|hash| hashes.contains(hash));
+        self.segments.iter().filter(|(_, segment)| has(segment)).map(|(id, _)| *id).collect()
+    }
+
+    /// Where the rows of these blocks begin in a segment's file.
+    pub(super) fn rows_of(&self, id: SegmentId, hashes: &HashSet<BlockHash>) -> Vec<u64> {
+        let Some(segment) = self.segments.get(&id) else { return Vec::new() };
+        let rows = segment.hashes.iter().zip(0..).filter(|(hash, _)| hashes.contains(hash));
+        rows.map(|(_, slot): (_, u64)| segment.region_bytes + slot * self.stride).collect()
     }
 
     /// The file has its last name; readers open it by that.

@@ -20,6 +20,7 @@
 //! **Locks.** `writer` is held for a whole write, seal or compaction; `index` for moments, and never over I/O. Who needs
 //! both takes `writer` first. Readers take `index` alone, so compaction does not hold them up.
 
+mod erase;
 mod format;
 mod frequency;
 mod geometry;

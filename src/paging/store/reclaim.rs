@@ -18,9 +18,9 @@ const NUM_WEIGHED: usize = 16;
 const NUM_SMALL: usize = 8;
 
 /// A segment to be rewritten: what is kept of it.
-struct Rewrite {
-    id: SegmentId,
-    retained: Vec<BlockHash>,
+pub(super) struct Rewrite {
+    pub(super) id: SegmentId,
+    pub(super) retained: Vec<BlockHash>,
 }
 
 /// The segment whose loss costs least.
@@ -102,7 +102,7 @@ impl BlockStore {
     }
 
     /// Copies what is to be kept into a sealed segment; `None` if that is nothing. After an error nothing has changed.
-    fn copy_retained(&self, writer: &mut Writer, rewrites: &[Rewrite]) -> io::Result<Option<SegmentWriter>> {
+    pub(super) fn copy_retained(&self, writer: &mut Writer, rewrites: &[Rewrite]) -> io::Result<Option<SegmentWriter>> {
         let num_slots: usize = rewrites.iter().map(|rewrite| rewrite.retained.len()).sum();
         if num_slots == 0 {
             return Ok(None);
@@ -158,7 +158,7 @@ impl BlockStore {
     }
 
     /// The room counts as free only when the removal is durable: a file that a crash brought back would break the bound.
-    fn remove_segments(&self, doomed: &[(SegmentId, u64)]) {
+    pub(super) fn remove_segments(&self, doomed: &[(SegmentId, u64)]) {
         if doomed.is_empty() {
             return;
         }

@@ -289,6 +289,31 @@ fn blocks_with_a_level_go_to_higher_ones_alone() {
     assert!(files.peak_bytes() <= config(5).max_bytes);
 }
 
+/// What is erased lies nowhere any more, not where it was moved away from either, and what lay beside it stays.
+#[test]
+fn erased_blocks_are_overwritten_and_their_neighbours_stay() {
+    let files = FaultyFiles::new(1);
+    let store = open(&files, 16);
+    write_sealed(&store, 0..8);
+    write(&store, 8);
+    store.pin(&[hash(5)]);
+    store.erase(&[hash(2), hash(5), hash(8), hash(77)]).unwrap();
+    store.check_integrity();
+    assert_eq!(present(&store, 0..9), [0, 1, 3, 4, 6, 7]);
+    assert!((0..9).all(|number| (read(&store, number) == Found::Whole) == store.contains(&hash(number))));
+    drop(store);
+    files.restart();
+    let store = open(&files, 16);
+    assert_eq!(present(&store, 0..9), [0, 1, 3, 4, 6, 7], "and after a crash");
+    let lies_somewhere = |number: u32| {
+        let wanted = block(number).bytes;
+        let has = |path: &PathBuf| files.contents(path).unwrap().windows(64).any(|bytes| bytes == &wanted[..64]);
+        files.paths().iter().any(has)
+    };
+    assert!(lies_somewhere(3) && ![2, 5, 8].into_iter().any(lies_somewhere));
+    assert_eq!(write(&store, 2), Stored::New, "it can be stored again");
+}
+
 #[test]
 fn small_segments_are_merged() {
     let files = FaultyFiles::new(1);

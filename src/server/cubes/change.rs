@@ -150,7 +150,10 @@ pub(in crate::server) async fn delete(
     let target = name.clone();
     let ended = blocking(move || catalog.delete(&principal, &target)).await?;
     let id = *ended.ids.first().expect("a deletion ends one cube");
-    service.engine.release(ended.unreferenced);
-    let deleted = DeletedCube { id, name, deleted: true, restored_tokens: 0, reason: "The cube was deleted." };
+    let is_erased = !ended.to_erase.is_empty();
+    service.end(ended).await?;
+    let reason =
+        if is_erased { "The cube was deleted, and its KV overwritten on disk." } else { "The cube was deleted." };
+    let deleted = DeletedCube { id, name, deleted: true, restored_tokens: 0, reason };
     Ok(Json(deleted).into_response())
 }

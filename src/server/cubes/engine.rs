@@ -134,6 +134,10 @@ impl CubeEngine for VaultEngine {
         self.settle(blocks);
     }
 
+    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()> {
+        self.open.get().map_or(Ok(()), |OpenBlocks { store, .. }| store.erase(blocks))
+    }
+
     fn binding(&self) -> Result<Binding, ApiError> {
         Ok(self.open()?.binding.clone())
     }

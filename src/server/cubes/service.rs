@@ -3,9 +3,10 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
+use super::blocking;
 use crate::engine::request::SharedPrefix;
 use crate::kv::BlockHash;
-use crate::memory::{Binding, Catalog, CubeView};
+use crate::memory::{Binding, Catalog, CubeView, Ended};
 use crate::paging::BlockStore;
 use crate::server::error::ApiError;
 
@@ -32,6 +33,9 @@ pub trait CubeEngine: Send + Sync + 'static {
 
     /// Takes note of blocks that no cube references any more: they need not be kept. Returns at once.
     fn release(&self, blocks: Vec<BlockHash>);
+
+    /// Overwrites blocks on disk, durably, and has nobody find them. Waits for the disk.
+    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()>;
 
     /// What blocks computed now are valid for; in prefix form, in no domain yet. An error while it is not yet known.
     fn binding(&self) -> Result<Binding, ApiError>;
@@ -95,6 +99,16 @@ pub struct CubeService {
 }
 
 impl CubeService {
+    /// Lets go of what ended cubes had, and erases what is to be erased.
+    pub(super) async fn end(&self, ended: Ended) -> Result<(), ApiError> {
+        self.engine.release(ended.unreferenced);
+        if ended.to_erase.is_empty() {
+            return Ok(());
+        }
+        let engine = Arc::clone(&self.engine);
+        blocking(move || engine.erase(&ended.to_erase)).await
+    }
+
     /// Has the blocks of a cube that was just made or changed held on to as it says.
     pub(super) fn settle(&self, view: &CubeView) {
         self.engine.settle(self.catalog.blocks_of(view.cube.id));
