@@ -124,9 +124,8 @@ impl CubeEngine for VaultEngine {
     }
 
     fn settle(&self, blocks: Vec<BlockHash>) {
-        if let Some(OpenBlocks { store, .. }) = self.open.get() {
-            self.holds().settle(store, &self.catalog, blocks.into_iter());
-        }
+        let store = self.open.get().map(|open| &*open.store);
+        self.holds().settle(store, &self.catalog, blocks.into_iter());
     }
 
     fn release(&self, blocks: Vec<BlockHash>) {

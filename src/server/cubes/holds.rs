@@ -35,24 +35,31 @@ impl Holds {
     pub(super) fn keep(&mut self, store: &BlockStore, catalog: &Catalog, blocks: impl Iterator<Item = BlockHash>) {
         let now = Instant::now();
         for hash in blocks {
-            self.set(store, hash, Some(Hold::Since(now)));
+            self.set(Some(store), hash, Some(Hold::Since(now)));
         }
         let is_over = |hold: &Hold| matches!(hold, Hold::Since(since) if now - *since > GRACE);
         let over: Vec<BlockHash> = self.0.iter().filter(|(_, hold)| is_over(hold)).map(|(hash, _)| *hash).collect();
-        over.into_iter().for_each(|hash| self.set(store, hash, catalog.priority_of(&hash).map(Hold::from)));
+        over.into_iter().for_each(|hash| self.set(Some(store), hash, catalog.priority_of(&hash).map(Hold::from)));
     }
 
-    /// Takes note that cubes which name these blocks were made, changed or deleted.
-    pub(super) fn settle(&mut self, store: &BlockStore, catalog: &Catalog, blocks: impl Iterator<Item = BlockHash>) {
+    /// Takes note that cubes which name these blocks were made, changed or deleted. A store that is not open yet is told when
+    /// it is.
+    pub(super) fn settle(
+        &mut self,
+        store: Option<&BlockStore>,
+        catalog: &Catalog,
+        blocks: impl Iterator<Item = BlockHash>,
+    ) {
         blocks.for_each(|hash| self.set(store, hash, catalog.priority_of(&hash).map(Hold::from)));
     }
 
     /// The new hold begins before the old one ends.
-    fn set(&mut self, store: &BlockStore, hash: BlockHash, hold: Option<Hold>) {
+    fn set(&mut self, store: Option<&BlockStore>, hash: BlockHash, hold: Option<Hold>) {
         let before = match hold {
             Some(hold) => self.0.insert(hash, hold),
             None => self.0.remove(&hash),
         };
+        let Some(store) = store else { return };
         let is_pin = |hold: Option<Hold>| matches!(hold, Some(Hold::Since(_) | Hold::Pinned));
         if is_pin(hold) && !is_pin(before) {
             store.pin(&[hash]);
