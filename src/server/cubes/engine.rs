@@ -134,7 +134,11 @@ impl CubeEngine for VaultEngine {
     }
 
     fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()> {
-        self.open.get().map_or(Ok(()), |OpenBlocks { store, .. }| store.erase(blocks))
+        let Some(OpenBlocks { store, .. }) = self.open.get() else { return Ok(()) };
+        let holds = self.holds();
+        let free: Vec<BlockHash> = blocks.iter().filter(|hash| !holds.has(hash)).copied().collect();
+        drop(holds);
+        store.erase(&free)
     }
 
     fn binding(&self) -> Result<Binding, ApiError> {

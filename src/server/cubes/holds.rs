@@ -50,7 +50,18 @@ impl Holds {
         catalog: &Catalog,
         blocks: impl Iterator<Item = BlockHash>,
     ) {
-        blocks.for_each(|hash| self.set(store, hash, catalog.priority_of(&hash).map(Hold::from)));
+        for hash in blocks {
+            let named = catalog.priority_of(&hash).map(Hold::from);
+            // One that nobody names any more somebody else may be about to.
+            if named.is_some() || !matches!(self.0.get(&hash), Some(Hold::Since(_))) {
+                self.set(store, hash, named);
+            }
+        }
+    }
+
+    /// Whether anybody holds on to a block.
+    pub(super) fn has(&self, hash: &BlockHash) -> bool {
+        self.0.contains_key(hash)
     }
 
     /// The new hold begins before the old one ends.
