@@ -93,10 +93,11 @@ fn a_tail_is_copied_and_never_shared() {
         engine.handle.submit(GenerateRequest { domain: "ana".into(), shared_prefix, ..request(prompt, task) }).unwrap()
     };
     let streams: Vec<_> = prompts.iter().map(submit).collect();
-    for (stream, wanted) in streams.into_iter().zip(alone) {
-        let output = collect(stream);
-        assert_eq!((output.cached_tokens, output.tokens), (23, wanted));
-    }
+    let outputs: Vec<_> = streams.into_iter().map(collect).collect();
+    assert!(outputs.iter().map(|output| &output.tokens).eq(&alone));
+    // Computing a few tokens may turn out to be cheaper than fetching them.
+    assert!(outputs.iter().all(|output| [16, 23].contains(&output.cached_tokens)));
+    assert!(outputs.iter().any(|output| output.cached_tokens == 23));
 }
 
 /// The last token of a prompt is computed, for its logits.

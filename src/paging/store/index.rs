@@ -329,7 +329,7 @@ impl Index {
 
     /// Forgets blocks, pinned or not; how many there were.
     pub(super) fn forget(&mut self, hashes: &HashSet<BlockHash>) -> usize {
-        let found: Vec<BlockHash> = hashes.iter().filter(|hash| self.blocks.contains_key(hash)).copied().collect();
+        let found: Vec<BlockHash> = hashes.iter().filter(|hash| self.blocks.contains_key(*hash)).copied().collect();
         for hash in &found {
             self.remove_block(hash);
             self.tell_dropped(*hash);
@@ -346,7 +346,7 @@ impl Index {
     /// Where the rows of these blocks begin in a segment's file.
     pub(super) fn rows_of(&self, id: SegmentId, hashes: &HashSet<BlockHash>) -> Vec<u64> {
         let Some(segment) = self.segments.get(&id) else { return Vec::new() };
-        let rows = segment.hashes.iter().zip(0..).filter(|(hash, _)| hashes.contains(hash));
+        let rows = segment.hashes.iter().zip(0..).filter(|(hash, _)| hashes.contains(*hash));
         rows.map(|(_, slot): (_, u64)| segment.region_bytes + slot * self.stride).collect()
     }
 
