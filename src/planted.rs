@@ -50,13 +50,17 @@ pub enum Bug {
     OwnDomainIgnored,
     /// The block that a shared prefix ends in is hashed in the domain of the prefix.
     SharedPrefixRoundedUp,
+    /// A deposit is kept in the domain that it was computed in, whichever was asked for.
+    KeptDomainIgnored,
+    /// A partial block that was copied counts as a full one.
+    TailTakenForFull,
     /// Blocks are hashed as if the model were still unknown when it no longer is.
     IdentityNotTaken,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 22] = [
+    pub const ALL: [Bug; 24] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -78,6 +82,8 @@ impl Bug {
         Bug::PreemptedKeepsCount,
         Bug::OwnDomainIgnored,
         Bug::SharedPrefixRoundedUp,
+        Bug::KeptDomainIgnored,
+        Bug::TailTakenForFull,
         Bug::IdentityNotTaken,
     ];
 }

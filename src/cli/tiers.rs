@@ -13,13 +13,13 @@ use mneme::hub::Cache;
 use mneme::memory::{Binding, CatalogLimits, Digest, Form, SystemClock, Vault};
 use mneme::models::{Checkpoint, WeightsDigest, weights_digest};
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, SystemFiles, VaultOpener};
-use mneme::server::OpenBlocks;
+use mneme::server::{OpenBlocks, hold_all};
 
 use super::engine_args::parse_bytes;
 use super::text_assets::TextAssets;
 
 /// Bytes of one file of blocks.
-const SEGMENT_BYTES: u64 = 128 << 20;
+pub(crate) const SEGMENT_BYTES: u64 = 128 << 20;
 
 /// Threads that copy blocks between tiers.
 pub(crate) const NUM_IO_THREADS: usize = 2;
@@ -128,7 +128,7 @@ impl TierArgs {
             let folder = open.vault.segments_folder();
             let (store, report) = BlockStore::open(Arc::new(SystemFiles), &folder, config)?;
             report.faults.iter().for_each(|fault| tracing::warn!(%fault, "a file of the vault cannot be used"));
-            store.pin(&open.vault.catalog().block_references());
+            hold_all(&store, open.vault.catalog());
             store.trim();
             tracing::info!(folder = %open.vault.folder().display(), blocks = report.num_blocks, "the vault is open");
             let (identity, store) = (binding.identity.as_bytes().to_vec(), Arc::new(store));

@@ -1,8 +1,10 @@
 //! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
 
+use std::sync::Arc;
+
 use super::adapters::AppliedAdapter;
 use crate::kv::BlockHash;
-use crate::paging::Tier;
+use crate::paging::{PinnedBlocks, Tier};
 use crate::text::grammar::GrammarState;
 
 /// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
@@ -67,6 +69,8 @@ pub struct Deposited {
     pub restored_tokens: usize,
     /// Tokens that were computed.
     pub computed_tokens: usize,
+    /// Keeps all of them on disk as long as somebody has it.
+    pub pins: Option<Arc<PinnedBlocks>>,
 }
 
 /// What a request wants from the model.
@@ -79,6 +83,9 @@ pub enum Task {
     Deposit {
         /// Whether it has to survive a crash before the answer comes.
         is_durable: bool,
+        /// The cache domain under which it is kept, where that is not the request's own: found is what the request may
+        /// find, and what is kept is found by those of this domain.
+        kept_in: Option<String>,
     },
 }
 

@@ -140,6 +140,7 @@ impl<B: Backend> ModelRunner<B> {
         let config = PagingConfig {
             block_bytes,
             block_size: limits.block_size,
+            layout: Some(self.kv.layout),
             num_host_blocks: tiers.host_bytes / block_bytes,
             num_threads: tiers.num_io_threads,
             open: tiers.open_vault,

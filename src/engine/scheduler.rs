@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::composition::Composition;
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Plan, Tiers};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
@@ -155,10 +155,17 @@ impl Scheduler {
 
     /// Has the blocks of a running sequence, which is computed, kept on disk.
     pub(super) fn begin_deposit(&mut self, index: usize) {
-        let sequence = &mut self.running[index];
+        let mut sequence = self.running.remove(index);
+        self.withdraw_promises(&mut sequence);
         sequence.status = SequenceStatus::Depositing;
+        if let Work::Deposit { kept_under: Some(root), .. } = sequence.work
+            && !planted::is(Bug::KeptDomainIgnored)
+        {
+            sequence.chain = sequence.chain.under(root);
+        }
         // Blocks go to disk by their hashes, also where none are shared on the device.
         sequence.chain.extend(&sequence.tokens, self.limits.block_size);
+        self.running.insert(index, sequence);
     }
 
     /// Has a running sequence go on with its next piece.
@@ -176,8 +183,7 @@ impl Scheduler {
                     self.release(&mut sequence);
                 }
                 SequenceStatus::Depositing => {
-                    let mut sequence = self.running.remove(index);
-                    self.withdraw_promises(&mut sequence);
+                    let sequence = self.running.remove(index);
                     self.tiers.start_deposit(sequence);
                 }
                 SequenceStatus::Prepared => {
@@ -196,6 +202,7 @@ impl Scheduler {
         let mut sequences = std::mem::take(&mut self.running);
         sequences.extend(self.waiting.drain(..));
         sequences.extend(self.tiers.take_all());
+        sequences.extend(self.tiers.take_deposits());
         sequences.iter_mut().for_each(|sequence| self.release(sequence));
         self.scheduled.clear();
         sequences
@@ -267,8 +274,8 @@ impl Scheduler {
             self.waiting.insert(at, sequence);
             return Admission::NoRoom;
         }
-        if use_cache && let Plan::Fetch(num_blocks) = self.plan_fetch(&mut sequence) {
-            self.start_fetch(sequence, num_blocks);
+        if use_cache && let Plan::Fetch(found) = self.plan_fetch(&mut sequence) {
+            self.start_fetch(sequence, found);
             return Admission::Fetching;
         }
         self.promise_blocks(&mut sequence);
@@ -300,15 +307,31 @@ impl Scheduler {
     fn attach_cached_blocks(&mut self, sequence: &mut Sequence) {
         let block_size = self.limits.block_size;
         sequence.chain.extend(&sequence.tokens, block_size);
-        for index in sequence.blocks.len()..sequence.num_shareable_blocks(block_size) {
+        self.replace_tail(sequence);
+        let num_shareable =
+            if sequence.attached_tail.is_some() { 0 } else { sequence.num_shareable_blocks(block_size) };
+        for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
-        sequence.num_computed_tokens = sequence.blocks.len() * block_size;
-        sequence.chain.num_published = sequence.blocks.len();
-        sequence.chain.num_promised = sequence.blocks.len();
+        sequence.note_attached(block_size);
+    }
+
+    /// Gives the copy of a partial block back when the full block that begins like it can be shared by now.
+    fn replace_tail(&mut self, sequence: &mut Sequence) {
+        let block_size = self.limits.block_size;
+        let Some(index) = sequence.attached_tail.and(sequence.blocks.len().checked_sub(1)) else { return };
+        let is_full = index < sequence.num_shareable_blocks(block_size)
+            && sequence
+                .chain
+                .get(index)
+                .is_some_and(|hash| self.pool.find(hash, sequence.block_tokens(index, block_size)).is_some());
+        if is_full && let Some(block) = sequence.blocks.pop() {
+            self.pool.release(block);
+            sequence.attached_tail = None;
+        }
     }
 
     fn promise_blocks(&mut self, sequence: &mut Sequence) {
@@ -389,8 +412,8 @@ impl Scheduler {
         self.tiers.plan(sequence, num_shareable)
     }
 
-    fn start_fetch(&mut self, sequence: Box<Sequence>, num_blocks: usize) {
-        self.tiers.start_fetch(&mut self.pool, sequence, num_blocks);
+    fn start_fetch(&mut self, sequence: Box<Sequence>, found: Fetchable) {
+        self.tiers.start_fetch(&mut self.pool, sequence, found);
         self.promised.extend(self.tiers.last_promised());
     }
 
@@ -402,9 +425,7 @@ impl Scheduler {
             match arrival {
                 Arrival::Ready(mut sequence, promised) => {
                     self.break_promises(&promised);
-                    sequence.num_computed_tokens = sequence.blocks.len() * self.limits.block_size;
-                    sequence.chain.num_published = sequence.blocks.len();
-                    sequence.chain.num_promised = sequence.blocks.len();
+                    sequence.note_attached(self.limits.block_size);
                     self.add(sequence);
                 }
                 Arrival::Abandoned(promised) => self.break_promises(&promised),

@@ -28,8 +28,8 @@ pub(super) enum SequenceStatus {
 pub(super) enum Work {
     /// Sampling tokens.
     Generate(Box<Generation>),
-    /// Computing its KV, to be kept on disk; durably or not.
-    Deposit { is_durable: bool },
+    /// Computing its KV, to be kept on disk; durably or not, and under which root if not under its own.
+    Deposit { is_durable: bool, kept_under: Option<BlockHash> },
     /// Computing what a piece of a composed prompt is taken from.
     Source,
     /// Summing final hidden states; `[hidden_size]`.
@@ -54,6 +54,10 @@ pub(super) struct Sequence {
     /// Whether lower tiers may be asked: not again after they failed it.
     pub(super) may_fetch: bool,
     pub(super) blocks: BlockTable,
+    /// The end of a shared beginning that fills no block: whoever holds one may copy it.
+    pub(super) shared_tail: Option<SharedTail>,
+    /// The copy of that which its last block begins with, until the block is full.
+    pub(super) attached_tail: Option<AttachedTail>,
     pub(super) chain: HashChain,
     /// In order of digest.
     pub(super) adapters: Vec<AppliedAdapter>,
@@ -65,6 +69,29 @@ pub(super) struct Sequence {
     /// When it was first given a place in a step.
     pub(super) scheduled_at: Option<Instant>,
     pub(super) last_token_at: Option<Instant>,
+}
+
+/// Tokens of a prompt that a shared beginning ends with, behind its last full block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SharedTail {
+    /// Which block of the prompt they begin.
+    pub(super) block: usize,
+    pub(super) num_tokens: usize,
+}
+
+/// What of a shared tail was copied into a sequence's own block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AttachedTail {
+    pub(super) tier: Tier,
+    pub(super) num_tokens: usize,
+}
+
+/// A partial block that a sequence could copy.
+pub(super) struct WantedTail<'a> {
+    pub(super) hash: BlockHash,
+    pub(super) tokens: &'a [u32],
+    /// How many of them are of use: the last token of a prompt is computed.
+    pub(super) num_used: usize,
 }
 
 /// The hashes of a sequence's full blocks, computed as they fill.
@@ -93,6 +120,11 @@ impl HashChain {
     /// The same, for as long as it is not known which model it is.
     pub(super) fn provisional(self, is_provisional: bool) -> Self {
         Self { is_provisional, ..self }
+    }
+
+    /// An empty chain over the same blocks under another root.
+    pub(super) fn under(&self, root: BlockHash) -> Self {
+        Self::new(root, None, self.max_blocks).provisional(self.is_provisional)
     }
 
     /// Whether these hashes say nothing about the model, so that they mean nothing to another process.
@@ -125,9 +157,15 @@ impl HashChain {
         }
     }
 
-    /// What block `index` follows, when that is the last one hashed. Partial blocks belong to the domain before them.
-    pub(super) fn before(&self, index: usize) -> Option<&BlockHash> {
-        (index == self.hashes.len()).then(|| self.hashes.last().unwrap_or(&self.root))
+    /// The hash of its own tokens behind the full blocks, when these are all hashed and `index` of them.
+    pub(super) fn own_tail(&self, index: usize, tokens: &[u32]) -> Option<BlockHash> {
+        (index == self.hashes.len()).then(|| self.parent().tail(tokens))
+    }
+
+    /// The hash of the tokens that a shared beginning ends with in block `index`: in the domain that it belongs to.
+    fn shared_tail(&self, index: usize, tokens: &[u32]) -> Option<BlockHash> {
+        let before = index.checked_sub(1).map_or(Some(&self.root), |last| self.hashes.get(last));
+        before.map(|before| before.tail(tokens))
     }
 
     /// The hash of block `index`, if the chain reaches it.
@@ -179,6 +217,28 @@ impl Sequence {
         }
     }
 
+    /// The partial block that it could copy behind `num_blocks` full ones.
+    pub(super) fn wanted_tail(&self, num_blocks: usize, block_size: usize) -> Option<WantedTail<'_>> {
+        let SharedTail { block, num_tokens } = self.shared_tail.filter(|tail| tail.block == num_blocks)?;
+        let start = block * block_size;
+        let tokens = self.tokens.get(start..start + num_tokens)?;
+        let num_used = num_tokens.min((self.tokens.len() - 1).saturating_sub(start));
+        let hash = self.chain.shared_tail(block, tokens)?;
+        (self.attached_tail.is_none() && num_used > 0).then_some(WantedTail { hash, tokens, num_used })
+    }
+
+    /// Takes note of the blocks that it has got before it runs.
+    pub(super) fn note_attached(&mut self, block_size: usize) {
+        let num_full = self.blocks.len() - usize::from(self.attached_tail.is_some());
+        let num_behind = self.attached_tail.map_or(0, |tail| tail.num_tokens);
+        self.num_computed_tokens = match planted::is(Bug::TailTakenForFull) {
+            true => (self.blocks.len() * block_size).min(self.tokens.len() - 1),
+            false => num_full * block_size + num_behind,
+        };
+        self.chain.num_published = num_full;
+        self.chain.num_promised = num_full;
+    }
+
     /// Takes note of block `index`, which was found in `tier` before it was first scheduled.
     pub(super) fn count_reuse(&mut self, tier: Tier, index: usize, block_size: usize) {
         if self.num_cached_tokens.is_some() {
@@ -196,6 +256,9 @@ impl Sequence {
     pub(super) fn count_cached(&mut self) {
         if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) {
             return;
+        }
+        if let Some(AttachedTail { tier, num_tokens }) = self.attached_tail {
+            self.reuse.count(tier, num_tokens);
         }
         let composition = self.composition.as_deref();
         self.num_cached_tokens = Some(self.num_computed_tokens + composition.map_or(0, Composition::num_reused_tokens));
@@ -259,6 +322,7 @@ impl Sequence {
         if self.num_cached_tokens.is_none() {
             self.reuse = Reuse { fetch_ms: self.reuse.fetch_ms, decision: self.reuse.decision, ..Reuse::default() };
         }
+        self.attached_tail = None;
         self.chain.num_published = 0;
         self.chain.num_promised = 0;
         match &mut self.work {

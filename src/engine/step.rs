@@ -15,7 +15,7 @@ use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, S
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
 use super::scheduler::{Scheduler, SchedulerLimits};
-use super::sequence::{HashChain, Sequence, SequenceStatus, Work};
+use super::sequence::{HashChain, Sequence, SequenceStatus, SharedTail, Work};
 use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
 use crate::kv::BlockHash;
@@ -215,7 +215,7 @@ impl<B: Backend> Engine<B> {
         if len == 0 || len > longest {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
         }
-        if matches!(request.task, Task::Deposit { is_durable: true }) && !self.is_identified {
+        if matches!(request.task, Task::Deposit { is_durable: true, .. }) && !self.is_identified {
             return Err(Error::Exhausted("nothing can be kept: the vault is not open yet; try again".into()));
         }
         check_pieces(request, most)?;
@@ -231,9 +231,14 @@ impl<B: Backend> Engine<B> {
         let limits = &self.config.limits;
         let num_prompt_tokens = request.prompt.len();
         let (root, own) = self.chain_of(&request);
+        let shared_tail = shared_tail(&request, limits.block_size);
         let composition = self.compose(request.pieces, &request.adapters, num_prompt_tokens);
         let (work, room) = match request.task {
-            Task::Deposit { is_durable } => (Work::Deposit { is_durable }, 0),
+            Task::Deposit { is_durable, kept_in } => {
+                let identity = identity_under(&self.hash_identity, &request.adapters);
+                let kept_under = kept_in.map(|domain| BlockHash::root(&identity, domain.as_bytes()));
+                (Work::Deposit { is_durable, kept_under }, 0)
+            }
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
             Task::Generate(mut params) => {
                 params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);
@@ -257,6 +262,8 @@ impl<B: Backend> Engine<B> {
             reuse: Reuse::default(),
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
+            shared_tail,
+            attached_tail: None,
             chain: HashChain::new(root, own, max_blocks)
                 .provisional(!self.is_identified)
                 .cut_at(join / limits.block_size),
@@ -464,6 +471,15 @@ impl<B: Backend> Drop for Engine<B> {
         self.stopped.store(true, Ordering::SeqCst);
         self.submissions.try_iter().for_each(drop);
     }
+}
+
+/// What a shared beginning has behind its last full block.
+fn shared_tail(request: &GenerateRequest, block_size: usize) -> Option<SharedTail> {
+    let num_shared = request.shared_prefix.as_ref()?.num_tokens;
+    let (block, num_tokens) = (num_shared / block_size, num_shared % block_size);
+    // What is moved into a prompt may lie in the same block.
+    let is_plain = request.pieces.is_empty() && num_shared <= request.prompt.len();
+    (num_tokens > 0 && is_plain).then_some(SharedTail { block, num_tokens })
 }
 
 /// Refuses pieces that are not parts of the prompt, in order.

@@ -230,7 +230,7 @@ fn impossible_pieces_are_refused() {
     }
     for task in [
         Task::Embed,
-        Task::Deposit { is_durable: false },
+        Task::Deposit { is_durable: false, kept_in: None },
         Task::Generate(Box::new(SamplingParams { prompt_logprobs: Some(1), ..sampling(4) })),
     ] {
         let request = GenerateRequest { pieces: pieces.clone(), ..request(&prompt, task) };

@@ -11,25 +11,29 @@ use crate::fake_cubes::{BYTES_PER_TOKEN, FakeCubes, Prefill};
 use crate::fake_engine::{BOS, MAX_MODEL_LEN, Script, VOCAB_SIZE};
 use crate::{TestServer, chat_body, completion_body};
 
-struct Setup {
-    server: TestServer,
-    cubes: Arc<FakeCubes>,
+pub(crate) struct Setup {
+    pub(crate) server: TestServer,
+    pub(crate) cubes: Arc<FakeCubes>,
 }
 
 impl Setup {
-    fn new() -> Self {
-        let cubes = Arc::new(FakeCubes::default());
-        Self { server: TestServer::with_cubes(ServerConfig::default(), cubes.service()), cubes }
+    pub(crate) fn new() -> Self {
+        Self::with_config(ServerConfig::default())
     }
 
-    fn with_keys() -> Self {
+    pub(crate) fn with_config(config: ServerConfig) -> Self {
+        let cubes = Arc::new(FakeCubes::default());
+        Self { server: TestServer::with_cubes(config, cubes.service()), cubes }
+    }
+
+    pub(crate) fn with_keys() -> Self {
         let cubes = Arc::new(FakeCubes::default());
         let api_keys = vec!["ana".to_owned(), "bert".to_owned()];
         let config = ServerConfig { api_keys, ..ServerConfig::default() };
         Self { server: TestServer::with_cubes(config, cubes.service()), cubes }
     }
 
-    fn send(&self, method: &str, path: &str, key: &str, body: Option<Value>) -> Reply {
+    pub(crate) fn send(&self, method: &str, path: &str, key: &str, body: Option<Value>) -> Reply {
         let body = body.map(|body| body.to_string());
         let content = body.as_ref().map_or_else(String::new, |body| {
             format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
@@ -40,34 +44,34 @@ impl Setup {
         self.server.send(head.as_bytes())
     }
 
-    fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+    pub(crate) fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
         let reply = self.send(method, path, "", body);
         assert!([200, 201].contains(&reply.status), "{method} {path}: {}", reply.text());
         reply.json()
     }
 
-    fn create(&self, name: &str, text: &str) -> Value {
+    pub(crate) fn create(&self, name: &str, text: &str) -> Value {
         let reply = self.send("POST", "/v1/memcubes", "", Some(json!({ "name": name, "text": text })));
         assert_eq!(reply.status, 201, "{}", reply.text());
         reply.json()
     }
 
-    fn get(&self, name: &str) -> Value {
+    pub(crate) fn get(&self, name: &str) -> Value {
         self.ok("GET", &format!("/v1/memcubes/{name}"), None)
     }
 
-    fn refused(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+    pub(crate) fn refused(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         let reply = self.send(method, path, "", body);
         (reply.status, reply.json()["error"].clone())
     }
 }
 
-fn tokens(text: &str) -> Vec<u32> {
+pub(crate) fn tokens(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).collect()
 }
 
 /// The tokens of a text cube: the template's head and the text.
-fn chat_tokens(text: &str) -> Vec<u32> {
+pub(crate) fn chat_tokens(text: &str) -> Vec<u32> {
     [vec![BOS], tokens("system:"), tokens(text)].concat()
 }
 
@@ -77,7 +81,10 @@ fn a_text_becomes_a_cube_with_blocks() {
     let text = "Ana likes tea and cycling.";
     let made = setup.create("ana/notes", text);
     let wanted = chat_tokens(text);
-    assert_eq!(setup.cubes.prefills(), [Prefill { token_ids: wanted.clone(), domain: "public".into(), durable: true }]);
+    assert_eq!(
+        setup.cubes.prefills(),
+        [Prefill { token_ids: wanted.clone(), domain: "public".into(), durable: true, source: None }]
+    );
     for (field, value) in [
         ("object", json!("memcube")),
         ("name", json!("ana/notes")),

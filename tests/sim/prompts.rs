@@ -33,6 +33,10 @@ impl Prompts {
         Self { most: max_model_len - 1, shared, past: vec![], deposited: vec![] }
     }
 
+    pub fn domain(&self, random: &mut Random) -> String {
+        DOMAINS[random.below(DOMAINS.len())].to_owned()
+    }
+
     pub fn add_past(&mut self, tokens: Vec<u32>) {
         self.past.push(tokens);
     }
@@ -89,6 +93,14 @@ impl Prompts {
         }
         let shared = base.and_then(|base| prefix(base, random));
         Asked { num_prompt: tokens.len(), tokens, domain, shared, ..Asked::default() }
+    }
+
+    /// Something that came in a file, in a domain that nobody else has.
+    pub fn ask_imported(&self, random: &mut Random) -> Asked {
+        let num_tokens = random.within(1, self.most);
+        let tokens = random.tokens(num_tokens, VOCAB);
+        let domain = format!("import/{}", random.next());
+        Asked { num_prompt: num_tokens, tokens, domain, ..Asked::default() }
     }
 
     /// A prompt of some texts that others have as well, each computed behind another head, and what is its own.

@@ -6,6 +6,8 @@
 
 mod command;
 mod families;
+#[path = "../paging/gate.rs"]
+mod gate;
 mod golden;
 #[path = "../generation/invariance.rs"]
 mod invariance;

@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use super::link::{DEFAULT_RECOMPUTED, LinkedText, MAX_RECOMPUTED, append_texts};
 use super::prompt::Prompts;
+use super::save::{SaveRequest, SavedCube};
 use super::usage::UsageCounter;
 use crate::engine::request::{FetchDecision, SharedPrefix};
 use crate::memory::{Cube, CubeAddress, Principal, Twin};
@@ -33,6 +34,9 @@ pub(super) struct MemoryRequest {
     /// With `link`: so many of the first tokens of every cube are computed in the prompt.
     #[schema(minimum = 0, maximum = 4096)]
     recompute_tokens: Option<usize>,
+    /// Keep the prompt and its answer as a cube.
+    #[schema(inline)]
+    save: Option<SaveRequest>,
 }
 
 /// A cube by its name, or `name@version`.
@@ -93,6 +97,9 @@ pub(super) struct MemoryAnswer {
     fetch_ms: f64,
     /// What was decided about KV below the device, and why.
     decision: &'static str,
+    /// What became of `save`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    saved: Option<SavedCube>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -123,7 +130,19 @@ pub(super) fn split_model(model: &str) -> (&str, impl Iterator<Item = &str>) {
     (name, cubes.split("@@").filter(|cube| !cube.is_empty()))
 }
 
+impl MemoryRequest {
+    /// Takes out what is to be kept of the call.
+    pub(super) fn take_save(&mut self) -> Option<SaveRequest> {
+        self.save.take()
+    }
+}
+
 impl CallMemory {
+    /// Its cubes.
+    pub(super) fn cubes(&self) -> impl Iterator<Item = &Cube> + Clone {
+        self.cubes.iter().map(Arc::as_ref)
+    }
+
     /// Finds the cubes named in `model` and in the `memory` object; `None` when there are none.
     pub(super) fn resolve<'a>(
         request: Option<MemoryRequest>,
@@ -219,17 +238,23 @@ impl CallMemory {
         }
     }
 
-    /// What became of it.
-    pub(super) fn answer(&self, usage: &UsageCounter) -> MemoryAnswer {
-        let reuse = usage.reuse();
+    fn used(&self) -> Vec<UsedCube> {
         let used = |(cube, mode): (&Arc<Cube>, &Compose)| UsedCube {
             name: cube.name.to_string(),
             version: cube.version.get(),
             mode: *mode,
         };
-        MemoryAnswer {
-            cubes: self.cubes.iter().zip(&self.modes).map(used).collect(),
-            exact: !self.is_linked(),
+        self.cubes.iter().zip(&self.modes).map(used).collect()
+    }
+}
+
+impl MemoryAnswer {
+    /// What became of a call's cubes, and of what it wanted saved.
+    pub(super) fn new(memory: Option<&CallMemory>, usage: &UsageCounter, saved: Option<SavedCube>) -> Self {
+        let reuse = usage.reuse();
+        Self {
+            cubes: memory.map(CallMemory::used).unwrap_or_default(),
+            exact: !memory.is_some_and(CallMemory::is_linked),
             linked_tokens: reuse.linked_tokens,
             device_tokens: reuse.device_tokens,
             host_tokens: reuse.host_tokens,
@@ -237,6 +262,7 @@ impl CallMemory {
             recomputed_tokens: usage.num_recomputed_tokens(),
             fetch_ms: reuse.fetch_ms,
             decision: decision_text(reuse.decision),
+            saved,
         }
     }
 }

@@ -113,6 +113,7 @@ impl SwapPlan {
         let config = PagingConfig {
             block_bytes: self.block_bytes,
             block_size: BLOCK_TOKENS,
+            layout: None,
             num_host_blocks: self.num_blocks,
             num_threads: NUM_IO_THREADS,
             open: Some(Box::new(move || open_store(&folder, store))),
