@@ -52,11 +52,13 @@ pub enum Bug {
     SharedPrefixRoundedUp,
     /// Blocks are hashed as if the model were still unknown when it no longer is.
     IdentityNotTaken,
+    /// Of several composed prompts that look for deviating tokens in one step, all take what the first one found.
+    DeviationsOfAnother,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 22] = [
+    pub const ALL: [Bug; 23] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -79,6 +81,7 @@ impl Bug {
         Bug::OwnDomainIgnored,
         Bug::SharedPrefixRoundedUp,
         Bug::IdentityNotTaken,
+        Bug::DeviationsOfAnother,
     ];
 }
 

@@ -67,11 +67,7 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Takes the next tokens of composed prompts through the lowest layers and waits for their deviations.
-    pub(in crate::engine) fn probe(
-        &mut self,
-        running: &[Box<Sequence>],
-        probing: &[ScheduledSequence],
-    ) -> Result<()> {
+    pub(in crate::engine) fn probe(&mut self, running: &[Box<Sequence>], probing: &[ScheduledSequence]) -> Result<()> {
         if probing.is_empty() {
             return Ok(());
         }

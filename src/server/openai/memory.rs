@@ -20,11 +20,8 @@ use crate::text::Tokenizer;
 /// Cubes in one call.
 const MAX_CUBES: usize = 16;
 
-/// Tokens that are computed in the prompt at the beginning of every linked cube, unless a call says otherwise.
-const DEFAULT_LINK_TOKENS: usize = 16;
-
-/// The same for cubes whose deviating tokens are computed as well.
-const DEFAULT_BLEND_TOKENS: usize = 4;
+/// Tokens that are computed in the prompt at the beginning of every moved cube, unless a call says otherwise.
+const DEFAULT_RECOMPUTE_TOKENS: usize = 16;
 
 /// The most a call can ask for.
 const MAX_RECOMPUTE_TOKENS: usize = 4096;
@@ -43,8 +40,8 @@ pub(super) struct MemoryRequest {
     /// the tokens that deviate most from what they would be there are computed again). A cube can have a mode of its own
     /// among linked ones.
     compose: Option<Compose>,
-    /// With `link` and `blend`: so many of the first tokens of every cube are computed in the prompt; 16 with `link` and 4
-    /// with `blend`, when left out.
+    /// With `link` and `blend`: so many of the first tokens of every cube are computed in the prompt; 16 when left
+    /// out.
     #[schema(minimum = 0, maximum = 4096)]
     recompute_tokens: Option<usize>,
     /// With `blend`: the share of every cube's tokens that is computed besides; 0.15 when left out.
@@ -295,7 +292,7 @@ fn recomputed_of(
     modes: &[Compose],
     request: &MemoryRequest,
 ) -> Result<Vec<Option<Recomputed>>, ApiError> {
-    let num_first = request.recompute_tokens.unwrap_or(0);
+    let num_first = request.recompute_tokens.unwrap_or(DEFAULT_RECOMPUTE_TOKENS);
     if num_first > MAX_RECOMPUTE_TOKENS {
         let message = format!("recompute_tokens must be at most {MAX_RECOMPUTE_TOKENS}, got {num_first}.");
         return Err(ApiError::invalid_field("memory.recompute_tokens", message));
@@ -308,12 +305,12 @@ fn recomputed_of(
         return Err(ApiError::invalid_field("memory.recompute_share", message));
     }
     let recomputed = |(reference, mode): (&CubeReference, &Compose)| {
-        let (default_first, share) = match mode {
+        let share = match mode {
             Compose::Prefix | Compose::Text => return None,
-            Compose::Link => (DEFAULT_LINK_TOKENS, 0.0),
-            Compose::Blend => (DEFAULT_BLEND_TOKENS, share_of(reference)),
+            Compose::Link => 0.0,
+            Compose::Blend => share_of(reference),
         };
-        Some(Recomputed { num_first: request.recompute_tokens.unwrap_or(default_first), share })
+        Some(Recomputed { num_first, share })
     };
     Ok(references.iter().zip(modes).map(recomputed).collect())
 }
