@@ -42,7 +42,7 @@ fn a_piece_that_is_not_moved_is_a_prefix() {
                 num_recomputed: 0,
                 num_chosen: 0,
             };
-            let blend = blended(&[piece.clone()], 5);
+            let blend = blended(std::slice::from_ref(&piece), 5);
             let [linked, blended, whole] = [vec![piece], blend, vec![]].map(|pieces| {
                 let engine = start(model.path(), Setup::default());
                 run(&engine, &prompt, &pieces, 12)

@@ -83,7 +83,7 @@ impl Oracle {
         let mut moved = vec![None; asked.num_prompt];
         let mut whole = Self::under(&asked.adapters);
         whole.feed_all(asked.prompt());
-        for (piece, places) in asked.pieces.iter().zip(moves(asked, limits)) {
+        for (piece, mut places) in asked.pieces.iter().zip(moves(asked, limits)) {
             let mut source = Self::under(&asked.adapters);
             source.feed_all(&piece.source);
             let kept = |moved: &Moved| (source.stored[moved.there], moved.here as i64 - moved.there as i64);
@@ -91,7 +91,6 @@ impl Oracle {
                 let (stored, distance) = kept(moved);
                 deviation(whole.stored[moved.here][PROBE_LAYER], rotated(stored[PROBE_LAYER], distance))
             };
-            let mut places: Vec<Moved> = places;
             places.sort_by(|a, b| deviates(b).total_cmp(&deviates(a)).then(a.here.cmp(&b.here)));
             for found in places.iter().skip(piece.num_chosen) {
                 moved[found.here] = Some(kept(found));
