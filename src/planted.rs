@@ -56,11 +56,13 @@ pub enum Bug {
     TailTakenForFull,
     /// Blocks are hashed as if the model were still unknown when it no longer is.
     IdentityNotTaken,
+    /// Of several composed prompts that look for deviating tokens in one step, all take what the first one found.
+    DeviationsOfAnother,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 24] = [
+    pub const ALL: [Bug; 25] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -85,6 +87,7 @@ impl Bug {
         Bug::KeptDomainIgnored,
         Bug::TailTakenForFull,
         Bug::IdentityNotTaken,
+        Bug::DeviationsOfAnother,
     ];
 }
 

@@ -7,6 +7,7 @@ mod generation;
 pub mod handle;
 mod lora_groups;
 mod output;
+mod probe;
 pub mod request;
 mod runner;
 mod sampling;

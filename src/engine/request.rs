@@ -33,6 +33,10 @@ pub struct GenerateRequest {
 ///
 /// It is as if the source had been computed alone: where its blocks are not cached, they are computed and kept. What
 /// follows the source's last full block is computed in the prompt.
+///
+/// Where some tokens are chosen, the layers below [`ModelConfig::probe_layer`](crate::models::ModelConfig::probe_layer) are
+/// computed for all of the prompt up to the last piece with such tokens, and there the stored keys and values compared with
+/// those of the whole prompt. A piece of which nothing is left to move is not asked for at all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     /// Index in the prompt of its first token.
@@ -47,6 +51,9 @@ pub struct Piece {
     pub domain: String,
     /// So many of its first tokens are computed in the prompt.
     pub num_recomputed: usize,
+    /// Of the others, so many are computed in the prompt as well: those whose stored KV deviates most from what it would
+    /// be there.
+    pub num_chosen: usize,
 }
 
 /// A beginning of a prompt that others share.
@@ -196,6 +203,8 @@ pub struct Reuse {
     pub disk_tokens: usize,
     /// Of the prompt's tokens, those whose KV was computed in another context and moved here.
     pub linked_tokens: usize,
+    /// Of the prompt's tokens, those that were moved here too and computed because they deviated most.
+    pub chosen_tokens: usize,
     /// Milliseconds the request waited for them.
     pub fetch_ms: f64,
     /// What became of the question.
@@ -225,6 +234,7 @@ impl Reuse {
         self.host_tokens += other.host_tokens;
         self.disk_tokens += other.disk_tokens;
         self.linked_tokens += other.linked_tokens;
+        self.chosen_tokens += other.chosen_tokens;
         self.fetch_ms += other.fetch_ms;
         if other.decision != FetchDecision::NothingBelow {
             self.decision = other.decision;

@@ -56,6 +56,8 @@ pub(super) struct Scheduler {
     /// In order of rank.
     running: Vec<Box<Sequence>>,
     scheduled: Vec<ScheduledSequence>,
+    /// Composed prompts whose tokens go through the lowest layers in this step.
+    probing: Vec<ScheduledSequence>,
     pool: CachedPool,
     tiers: Tiers,
     /// Blocks that running sequences are about to fill, or that are on their way up.
@@ -69,6 +71,7 @@ impl Scheduler {
             waiting: VecDeque::with_capacity(limits.max_num_waiting + limits.max_num_seqs),
             running: Vec::with_capacity(limits.max_num_seqs),
             scheduled: Vec::with_capacity(limits.max_num_seqs),
+            probing: Vec::with_capacity(limits.max_num_seqs),
             pool: CachedPool::new(limits.num_blocks, limits.block_size),
             tiers: Tiers::new(pager, max_fetch_wait, limits.num_blocks, limits.block_size),
             promised: HashSet::with_capacity(limits.num_blocks * 2),
@@ -116,6 +119,10 @@ impl Scheduler {
 
     pub(super) fn scheduled(&self) -> &[ScheduledSequence] {
         &self.scheduled
+    }
+
+    pub(super) fn probing(&self) -> &[ScheduledSequence] {
+        &self.probing
     }
 
     pub(super) fn running(&self) -> &[Box<Sequence>] {
@@ -204,19 +211,32 @@ impl Scheduler {
         sequences.extend(self.tiers.take_all());
         sequences.extend(self.tiers.take_deposits());
         sequences.iter_mut().for_each(|sequence| self.release(sequence));
-        self.scheduled.clear();
+        self.clear_scheduled();
         sequences
     }
 
     /// Decides the next step.
     pub(super) fn schedule(&mut self) {
-        self.scheduled.clear();
+        self.clear_scheduled();
         let mut budget =
             Budget { tokens: self.limits.max_num_batched_tokens, prompt_logits: self.limits.max_prompt_logits };
         let preempted = self.schedule_running(&mut budget);
         if !preempted {
             self.schedule_waiting(&mut budget);
         }
+    }
+
+    fn clear_scheduled(&mut self) {
+        self.scheduled.clear();
+        self.probing.clear();
+    }
+
+    /// Gives a running sequence, which has the blocks for it, so many tokens of the step.
+    fn give_tokens(&mut self, index: usize, num_tokens: usize, budget: &mut Budget) {
+        let sequence = &self.running[index];
+        budget.spend(sequence, num_tokens);
+        let list = if sequence.unprobed().is_some() { &mut self.probing } else { &mut self.scheduled };
+        list.push(ScheduledSequence { index, num_tokens });
     }
 
     /// Returns whether anything was preempted for want of blocks.
@@ -232,8 +252,7 @@ impl Scheduler {
                 }
             }
             if index < self.running.len() && num_tokens > 0 {
-                budget.spend(&self.running[index], num_tokens);
-                self.scheduled.push(ScheduledSequence { index, num_tokens });
+                self.give_tokens(index, num_tokens, budget);
             }
             index += 1;
         }
@@ -282,13 +301,11 @@ impl Scheduler {
         sequence.scheduled_at.get_or_insert_with(Instant::now);
         sequence.status = SequenceStatus::Running;
         let index = self.running.partition_point(|other| other.rank() < sequence.rank());
-        self.scheduled.iter_mut().filter(|scheduled| scheduled.index >= index).for_each(|scheduled| {
-            scheduled.index += 1;
-        });
+        let scheduled = self.scheduled.iter_mut().chain(&mut self.probing);
+        scheduled.filter(|scheduled| scheduled.index >= index).for_each(|scheduled| scheduled.index += 1);
         self.running.insert(index, sequence);
         assert!(self.ensure_blocks(index, num_tokens), "the blocks were just counted");
-        budget.spend(&self.running[index], num_tokens);
-        self.scheduled.push(ScheduledSequence { index, num_tokens });
+        self.give_tokens(index, num_tokens, budget);
         Admission::Admitted
     }
 
@@ -366,6 +383,12 @@ impl Scheduler {
             }
         }
         sequence.chain.num_published = sequence.chain.num_published.max(num_full);
+    }
+
+    /// Takes note of the deviations of the next tokens of a composed prompt. Its pieces' blocks are not needed any more.
+    pub(super) fn take_deviations(&mut self, index: usize, deviations: &[f32]) {
+        self.release_sources(index);
+        self.running[index].take_deviations(deviations);
     }
 
     /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
@@ -564,8 +587,7 @@ struct Budget {
 impl Budget {
     /// How many of its tokens a sequence may compute now.
     fn grant(&self, sequence: &Sequence) -> usize {
-        let num_behind = sequence.tokens.len() - sequence.next_limit();
-        let num_tokens = (sequence.num_uncomputed_tokens() - num_behind).min(self.tokens);
+        let num_tokens = sequence.num_next_tokens().min(self.tokens);
         if sequence.wants_prompt_logits() { num_tokens.min(self.prompt_logits) } else { num_tokens }
     }
 

@@ -183,23 +183,34 @@ impl Sequence {
     /// Tokens that still need to be computed before the next one can be sampled.
     pub(super) fn num_uncomputed_tokens(&self) -> usize {
         let first = self.num_computed_tokens;
-        let behind = self.gathered().iter().map(|range| range.end.saturating_sub(range.start.max(first)));
+        let behind = self.gathered_from(first).iter().map(|range| range.end - range.start.max(first));
         self.tokens.len() - first - behind.sum::<usize>()
     }
 
-    /// Where its next step ends at the latest: while it holds blocks of its pieces beside its own, with its prompt, because
-    /// room for more was not promised.
-    pub(super) fn next_limit(&self) -> usize {
-        match &self.composition {
-            Some(composition) if composition.wants_gather() => self.num_prompt_tokens,
-            _ => self.tokens.len(),
+    /// Tokens of its next step, at the most. While it holds blocks of its pieces beside its own, the step ends with its
+    /// prompt, because room for more was not promised.
+    pub(super) fn num_next_tokens(&self) -> usize {
+        match (self.unprobed(), &self.composition) {
+            (Some(places), _) => places.len(),
+            (None, Some(composition)) if composition.wants_gather() => {
+                self.num_uncomputed_tokens() - self.num_output_tokens()
+            }
+            (None, _) => self.num_uncomputed_tokens(),
         }
     }
 
-    /// Positions of the tokens to compute next, ascending, endlessly.
+    /// From where on its next step takes tokens, and which places behind that it passes over.
+    fn next_places(&self) -> (usize, &[Range<usize>]) {
+        match self.unprobed() {
+            Some(places) => (places.start, &[]),
+            None => (self.num_computed_tokens, self.gathered_from(self.num_computed_tokens)),
+        }
+    }
+
+    /// Positions of the tokens that its next step takes, ascending, endlessly.
     pub(super) fn next_positions(&self) -> impl Iterator<Item = usize> {
-        let mut gathered = self.gathered().iter().skip_while(|range| range.end <= self.num_computed_tokens).peekable();
-        let mut next = self.num_computed_tokens;
+        let (mut next, gathered) = self.next_places();
+        let mut gathered = gathered.iter().peekable();
         std::iter::from_fn(move || {
             while let Some(range) = gathered.next_if(|range| range.start <= next) {
                 next = range.end;
@@ -209,11 +220,12 @@ impl Sequence {
         })
     }
 
-    /// One past the position of the last of the next `num_tokens` tokens to compute.
+    /// One past the position of the last of the next `num_tokens` tokens.
     pub(super) fn end_of_next(&self, num_tokens: usize) -> usize {
-        match num_tokens.checked_sub(1).filter(|_| !self.gathered().is_empty()) {
-            Some(last) => self.next_positions().nth(last).map_or(self.num_computed_tokens, |at| at + 1),
-            None => self.num_computed_tokens + num_tokens,
+        let (first, gathered) = self.next_places();
+        match num_tokens.checked_sub(1).filter(|_| !gathered.is_empty()) {
+            Some(last) => self.next_positions().nth(last).map_or(first, |at| at + 1),
+            None => first + num_tokens,
         }
     }
 
@@ -245,24 +257,30 @@ impl Sequence {
             return;
         }
         let tokens: Range<usize> = index * block_size..(index + 1) * block_size;
-        let num_tokens = match (&self.work, &mut self.composition) {
-            (Work::Source, Some(composition)) => composition.count_reuse(tokens),
-            _ => block_size,
-        };
-        self.reuse.count(tier, num_tokens);
+        match (&self.work, &mut self.composition) {
+            (Work::Source, Some(composition)) => composition.count_reuse(tier, tokens),
+            _ => self.reuse.count(tier, block_size),
+        }
     }
 
-    /// Takes note of what it has when it is first scheduled.
+    /// Takes note of what it has when it is first scheduled, or when it is known which of it is used.
     pub(super) fn count_cached(&mut self) {
-        if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) {
+        if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) || self.unprobed().is_some() {
             return;
         }
         if let Some(AttachedTail { tier, num_tokens }) = self.attached_tail {
             self.reuse.count(tier, num_tokens);
         }
-        let composition = self.composition.as_deref();
-        self.num_cached_tokens = Some(self.num_computed_tokens + composition.map_or(0, Composition::num_reused_tokens));
-        self.reuse.linked_tokens = composition.map_or(0, Composition::num_gathered_tokens);
+        let mut num_cached_tokens = self.num_computed_tokens;
+        if let Some(composition) = &self.composition {
+            for (tier, num_tokens) in composition.reused_tokens() {
+                self.reuse.count(tier, num_tokens);
+                num_cached_tokens += num_tokens;
+            }
+            self.reuse.linked_tokens = composition.num_gathered_tokens();
+            self.reuse.chosen_tokens = composition.num_chosen_tokens();
+        }
+        self.num_cached_tokens = Some(num_cached_tokens);
     }
 
     /// Blocks that nobody else can take.

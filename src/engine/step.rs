@@ -14,7 +14,7 @@ use super::handle::{EngineHandle, EngineInfo, Submission};
 use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, Task};
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
-use super::scheduler::{Scheduler, SchedulerLimits};
+use super::scheduler::{ScheduledSequence, Scheduler, SchedulerLimits};
 use super::sequence::{HashChain, Sequence, SequenceStatus, SharedTail, Work};
 use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
@@ -312,11 +312,12 @@ impl<B: Backend> Engine<B> {
             self.metrics.count_finished("abort");
         }
         self.scheduler.schedule();
-        if self.scheduler.scheduled().is_empty() {
+        if self.scheduler.scheduled().is_empty() && self.scheduler.probing().is_empty() {
             let is_waiting = !self.scheduler.has_queued() || self.scheduler.tiers().num_held() > 0;
             assert!(is_waiting, "sequences wait and nothing is under way");
             return Ok(false);
         }
+        self.probe()?;
         let started_at = Instant::now();
         self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
         let took = started_at.elapsed();
@@ -326,6 +327,20 @@ impl<B: Backend> Engine<B> {
             self.scheduler.check_integrity();
         }
         Ok(true)
+    }
+
+    /// Has composed prompts learn which of their tokens to compute.
+    fn probe(&mut self) -> Result<()> {
+        self.runner.probe(self.scheduler.running(), self.scheduler.probing())?;
+        let mut row = 0;
+        for at in 0..self.scheduler.probing().len() {
+            let ScheduledSequence { index, num_tokens } = self.scheduler.probing()[at];
+            self.scheduler.take_deviations(index, &self.runner.deviations()[row..row + num_tokens]);
+            if !planted::is(Bug::DeviationsOfAnother) {
+                row += num_tokens;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the results over: computed tokens, sampled tokens, ended sequences.
@@ -451,11 +466,13 @@ impl<B: Backend> Engine<B> {
     }
 
     fn record_step(&mut self, took: Duration) {
-        let num_tokens = self.scheduler.scheduled().iter().map(|entry| entry.num_tokens).sum();
+        let num_tokens_of = |entries: &[ScheduledSequence]| entries.iter().map(|entry| entry.num_tokens).sum::<usize>();
+        let num_tokens = num_tokens_of(self.scheduler.scheduled());
+        let num_probed_tokens = num_tokens_of(self.scheduler.probing());
         self.scheduler.tiers_mut().pager_mut().observe_step(num_tokens, took);
         self.record_usage();
         let metrics = &self.metrics;
-        metrics.count_step(num_tokens);
+        metrics.count_step(num_tokens + num_probed_tokens);
         metrics.num_requests_running.set(self.scheduler.num_running() as i64);
         metrics.num_requests_waiting.set(self.scheduler.num_waiting() as i64);
         let num_preemptions = self.scheduler.num_preemptions();

@@ -13,7 +13,7 @@ mod llama;
 mod model;
 mod weights;
 
-pub use batch::{ForwardBatch, KvCache, StepLimits, Workspace};
+pub use batch::{ForwardBatch, KvCache, ProbeBatch, StepLimits, Workspace};
 pub use config::{Architecture, ModelConfig, SlidingWindow};
 pub use identity::{WeightsDigest, weights_digest};
 pub use model::Model;

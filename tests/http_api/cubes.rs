@@ -370,6 +370,33 @@ fn linked_cubes_are_pieces_of_the_prompt() {
     assert_eq!((request.pieces.len(), request.pieces[0].start), (1, request.prompt.len() - 10));
 }
 
+/// How much of each cube is computed is the cube's, else the call's, else what is usual.
+#[test]
+fn blended_cubes_are_pieces_with_chosen_tokens() {
+    let setup = Setup::new();
+    setup.create("ana/a", "Tea and rain.");
+    let cubes = json!([
+        "ana/a",
+        { "name": "ana/a", "recompute_share": 1 },
+        { "name": "ana/a", "mode": "link" },
+        { "name": "ana/a", "recompute_share": 0 }
+    ]);
+    let ask = |memory: Value| {
+        let answer = setup.ok("POST", "/v1/chat/completions", Some(chat_body(json!({ "memory": memory }))));
+        let pieces = setup.server.requests.recv().unwrap().pieces;
+        let amounts: Vec<_> = pieces.iter().map(|piece| (piece.num_recomputed, piece.num_chosen)).collect();
+        (amounts, answer["memory"].clone())
+    };
+    // A token a byte: 13.
+    let (amounts, used) = ask(json!({ "cubes": cubes, "compose": "blend", "recompute_share": 0.5 }));
+    assert_eq!(amounts, [(16, 7), (16, 13), (16, 0), (16, 0)]);
+    let modes: Vec<&Value> = used["cubes"].as_array().unwrap().iter().map(|cube| &cube["mode"]).collect();
+    assert_eq!(modes, ["blend", "blend", "link", "blend"]);
+    assert_eq!((&used["exact"], &used["chosen_tokens"]), (&json!(false), &json!(0)), "this engine moves nothing");
+    let (amounts, _) = ask(json!({ "cubes": ["ana/a"], "compose": "blend", "recompute_tokens": 0 }));
+    assert_eq!(amounts, [(0, 2)]);
+}
+
 #[test]
 fn what_cannot_be_linked_is_refused() {
     let setup = Setup::new();
@@ -377,7 +404,9 @@ fn what_cannot_be_linked_is_refused() {
     let messages = json!([{ "role": "user", "content": "Who?" }]);
     setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/talk", "messages": messages })));
     for (param, status, memory) in [
-        ("memory.compose", 400, json!({ "cubes": ["ana/a"], "compose": "blend" })),
+        ("memory.recompute_share", 400, json!({ "cubes": ["ana/a"], "compose": "blend", "recompute_share": 1.5 })),
+        ("memory.recompute_share", 400, json!({ "cubes": [{ "name": "ana/a", "recompute_share": -0.1 }] })),
+        ("memory", 400, json!({ "cubes": ["ana/talk"], "compose": "blend" })),
         ("memory", 400, json!({ "cubes": ["ana/a", "ana/talk"], "compose": "link" })),
         ("memory", 400, json!({ "cubes": ["ana/a", { "name": "ana/a", "mode": "prefix" }], "compose": "link" })),
         ("memory.recompute_tokens", 400, json!({ "cubes": ["ana/a"], "compose": "link", "recompute_tokens": 5000 })),

@@ -344,6 +344,7 @@ impl Simulation {
     fn count_made(&mut self, asked: &Asked, output: &Output) {
         let num_moved = self.sharing.num_moved(asked);
         assert_eq!(output.reuse.linked_tokens, num_moved);
+        assert_eq!(output.reuse.chosen_tokens, self.sharing.num_chosen(asked));
         let reached = &mut self.reached;
         if !asked.adapters.is_empty() {
             reached.num_adapted += 1;
@@ -353,6 +354,7 @@ impl Simulation {
         if !asked.pieces.is_empty() {
             reached.num_composed += 1;
             reached.num_linked_tokens += num_moved;
+            reached.num_chosen_tokens += output.reuse.chosen_tokens;
             reached.num_relinked_tokens += output.cached_tokens;
         }
     }

@@ -142,7 +142,8 @@ impl Prompts {
             }
         };
         let num_recomputed = [0, 0, 4, random.below(40)][random.below(4)];
-        Piece { start, num_tokens, source, source_start, domain, num_recomputed }
+        let num_chosen = [0, 0, 1, random.below(40)][random.below(4)];
+        Piece { start, num_tokens, source, source_start, domain, num_recomputed, num_chosen }
     }
 }
 

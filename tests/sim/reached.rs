@@ -38,6 +38,8 @@ pub struct Reached {
     pub num_composed: usize,
     /// Tokens that were moved into them.
     pub num_linked_tokens: usize,
+    /// Tokens that were moved into them and computed because they deviated most.
+    pub num_chosen_tokens: usize,
     /// Tokens that composed prompts found, in their pieces and in themselves.
     pub num_relinked_tokens: usize,
     /// Tokens that were moved under adapters.
@@ -70,6 +72,7 @@ impl std::ops::AddAssign for Reached {
         self.num_adapted_tokens += other.num_adapted_tokens;
         self.num_composed += other.num_composed;
         self.num_linked_tokens += other.num_linked_tokens;
+        self.num_chosen_tokens += other.num_chosen_tokens;
         self.num_relinked_tokens += other.num_relinked_tokens;
         self.num_adapted_links += other.num_adapted_links;
     }
@@ -102,6 +105,7 @@ impl Reached {
             (self.num_adapted_tokens, 1000),
             (self.num_composed, 500),
             (self.num_linked_tokens, 10_000),
+            (self.num_chosen_tokens, 1000),
             (self.num_relinked_tokens, 1500),
             (self.num_adapted_links, 5000),
         ];

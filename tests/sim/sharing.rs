@@ -109,9 +109,16 @@ impl Sharing {
         moves(asked, &self.limits).iter().flatten().map(|moved| moved.here).next().unwrap_or(usize::MAX)
     }
 
-    /// Prompt tokens that a request has moved there.
+    /// Prompt tokens that a request has moved there, and that stay.
     pub fn num_moved(&self, asked: &Asked) -> usize {
-        moves(asked, &self.limits).iter().map(Vec::len).sum()
+        moves(asked, &self.limits).iter().map(Vec::len).sum::<usize>() - self.num_chosen(asked)
+    }
+
+    /// Prompt tokens that a request has moved there and computed all the same.
+    pub fn num_chosen(&self, asked: &Asked) -> usize {
+        let moves = moves(asked, &self.limits);
+        let blended = asked.pieces.iter().zip(&moves).filter(|(_, moves)| !moves.is_empty());
+        blended.map(|(piece, _)| piece.num_chosen).sum()
     }
 
     /// Prompt tokens that a request which has been noted may find at most: one is left to compute. What is moved may be

@@ -4,6 +4,7 @@
 #![cfg(feature = "cuda")]
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod blend;
 mod command;
 mod families;
 #[path = "../paging/gate.rs"]
