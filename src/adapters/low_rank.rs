@@ -40,7 +40,10 @@ impl Factors {
         let singular = singular_vectors(core);
         let total: f64 = singular.iter().map(|(value, ..)| value * value).sum();
         let lost: f64 = singular.iter().skip(rank).map(|(value, ..)| value * value).sum();
-        let kept = || singular.iter().take(rank).filter(|(value, ..)| *value > 0.0);
+        // What is left of products that take each other away is rounding.
+        let sizes = self.outputs.iter().zip(&self.inputs).map(|(a, b)| (dot(a, a) * dot(b, b)).sqrt());
+        let least = DEPENDENT * sizes.sum::<f64>();
+        let kept = || singular.iter().take(rank).filter(|(value, ..)| *value > least);
         let scaled = |basis: &Columns, parts: &[f64], value: f64| combine(basis, parts, value.sqrt());
         let factors = Self {
             outputs: kept().map(|(value, outputs, _)| scaled(&left, outputs, *value)).collect(),
