@@ -52,11 +52,15 @@ pub enum Bug {
     SharedPrefixRoundedUp,
     /// Blocks are hashed as if the model were still unknown when it no longer is.
     IdentityNotTaken,
+    /// The form of a sequence's adapters is not part of what its blocks are known by.
+    FormIgnored,
+    /// Rows that do not ask for a merged adapter use its copy.
+    BystandersUseCopy,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 22] = [
+    pub const ALL: [Bug; 24] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -79,6 +83,8 @@ impl Bug {
         Bug::OwnDomainIgnored,
         Bug::SharedPrefixRoundedUp,
         Bug::IdentityNotTaken,
+        Bug::FormIgnored,
+        Bug::BystandersUseCopy,
     ];
 }
 

@@ -2,10 +2,12 @@
 
 mod adapters;
 mod composition;
+mod credit;
 mod deposit;
 mod generation;
 pub mod handle;
 mod lora_groups;
+mod merge;
 mod output;
 pub mod request;
 mod runner;
@@ -17,6 +19,7 @@ mod tiers;
 
 pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
+pub use merge::{MergeConfig, MergeRule};
 pub use request::{
     Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix,
     Task, TokenLogprob, TokenLogprobs,

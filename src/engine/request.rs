@@ -193,6 +193,8 @@ pub struct Reuse {
     pub fetch_ms: f64,
     /// What became of the question.
     pub decision: FetchDecision,
+    /// Whether all of it, and what follows, is computed with the request's adapters merged into the weights.
+    pub is_merged: bool,
 }
 
 /// Whether blocks in lower tiers were taken.
@@ -219,6 +221,7 @@ impl Reuse {
         self.disk_tokens += other.disk_tokens;
         self.linked_tokens += other.linked_tokens;
         self.fetch_ms += other.fetch_ms;
+        self.is_merged |= other.is_merged;
         if other.decision != FetchDecision::NothingBelow {
             self.decision = other.decision;
         }

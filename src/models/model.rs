@@ -5,9 +5,10 @@ use super::config::{Architecture, ModelConfig};
 use super::gemma::GemmaLayers;
 use super::layers::{Loader, Pass};
 use super::llama::LlamaLayers;
+use super::merged::Adapted;
 use super::weights::Checkpoint;
 use crate::Result;
-use crate::backend::{Backend, DType, KvLayer, KvLayout, LoraBatch, RotatedCopies};
+use crate::backend::{Backend, DType, KvLayer, KvLayout, LoraSite, RotatedCopies};
 
 /// A model on a device. Written once for every backend.
 pub struct Model<B: Backend> {
@@ -74,19 +75,27 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// Queues one step, in which `lora` is added to some rows of every projection. Afterwards `workspace` has the final hidden states of the output rows, and the logits of the
-    /// first `num_logits` of them.
+    /// The weights of one projection.
+    pub(super) fn projection(&self, site: LoraSite) -> &B::Matrix {
+        match &self.layers {
+            Layers::Llama(layers) => layers.projection(site),
+            Layers::Gemma(layers) => layers.projection(site),
+        }
+    }
+
+    /// Queues one step, some rows of which may be `adapted`. Afterwards `workspace` has the final hidden states of the
+    /// output rows, and the logits of the first `num_logits` of them.
     pub fn forward(
         &self,
         backend: &B,
         stream: &B::Stream,
         batch: &ForwardBatch<B::Buffer>,
-        lora: Option<&LoraBatch<'_, B>>,
+        adapted: Option<&Adapted<'_, B>>,
         kv: &KvCache<B::Buffer>,
         workspace: &Workspace<B::Buffer>,
     ) -> Result<()> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, lora };
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         match &self.layers {
             Layers::Llama(layers) => layers.forward(&pass)?,
