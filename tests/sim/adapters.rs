@@ -75,8 +75,8 @@ pub fn merge_config(random: &mut Random) -> MergeConfig {
         is_enabled: !random.once_in(4),
         max_bytes: if random.once_in(6) { 10_000 } else { 1 << 30 },
         merge_share,
-        unmerge_share: merge_share * [0.5, 1.0][random.below(2)],
-        window_tokens: random.within(10, 200),
+        unmerge_share: merge_share * [0.0, 0.3, 1.0][random.below(3)],
+        window_tokens: random.within(10, 400),
     }
 }
 
@@ -109,7 +109,7 @@ impl Names {
 
     /// No adapter, one, or a sum of both names, which may stand for the same; and what that is to the double.
     pub fn compose(&self, random: &mut Random) -> (Vec<AppliedAdapter>, Vec<Update>) {
-        const SCALES: [f32; 4] = [1.0, -0.5, 0.5, 0.25];
+        const SCALES: [f32; 6] = [1.0, 1.0, 1.0, -0.5, 0.5, 0.25];
         let mut chosen: Vec<(&Known, f32)> = vec![];
         for known in &self.loaded {
             if random.once_in(3) {

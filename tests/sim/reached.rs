@@ -105,7 +105,7 @@ impl Reached {
             (self.num_adapted, 1000),
             (self.num_adapted_tokens, 1000),
             (self.num_merged, 100),
-            (self.num_merged_tokens, 100),
+            (self.num_merged_tokens, 50),
             (self.num_merged_links, 100),
             (self.num_merges, 100),
             (self.num_unmerges, 50),

@@ -19,6 +19,8 @@ use crate::cli::engine_args::EngineArgs;
 
 /// How often the engine is asked whether the copy is whole.
 const POLL: Duration = Duration::from_millis(5);
+/// What the first request may take before its copy is begun.
+const MAX_BEGIN: Duration = Duration::from_secs(60);
 /// A copy that takes longer never comes.
 const MAX_BUILD: Duration = Duration::from_secs(600);
 
@@ -66,11 +68,23 @@ struct Round {
     added: Batch,
 }
 
+/// Milliseconds between two tokens of requests of the model alone.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Bystanders {
+    median_itl_ms: f64,
+    p99_itl_ms: f64,
+    max_itl_ms: f64,
+}
+
 #[derive(Debug, Serialize)]
 struct LoraReport {
     merged_bytes: i64,
-    /// From the first request to the copy's last row, requests of the same adapter between.
+    /// Spent on writing the copy, between steps.
     build_seconds: f64,
+    /// While the copy was written.
+    while_merging: Bystanders,
+    /// As many batches behind that.
+    when_merged: Bystanders,
     rounds: Vec<Round>,
 }
 
@@ -92,10 +106,9 @@ fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraRepor
     let adapter = handle.load_adapter(&args.adapter)?;
     let mut bench = Bench { engine, batch_size: args.batch_size.get(), next_index: 0 };
     let merged = adapter.clone().with_merge_rule(MergeRule::Always);
-    // The first request begins the copy.
-    bench.run(Some(&merged))?;
-    wait_until_merged(engine)?;
     let metrics = &handle.metrics().merges;
+    let (while_merging, when_merged) = bench.watch_bystanders(&merged)?;
+    wait_until_merged(engine)?;
     let (merged_bytes, build_seconds) = (metrics.merged_bytes.get(), metrics.build_seconds.get());
     let added = adapter.with_merge_rule(MergeRule::Never);
     let mut rounds = Vec::new();
@@ -113,7 +126,7 @@ fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraRepor
         }
     }
     anyhow::ensure!(metrics.stage() == MergeStage::Merged, "the copy was given up during the measurement");
-    Ok(LoraReport { merged_bytes, build_seconds, rounds })
+    Ok(LoraReport { merged_bytes, build_seconds, while_merging, when_merged, rounds })
 }
 
 fn wait_until_merged(engine: &InProcess) -> anyhow::Result<()> {
@@ -137,7 +150,39 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
+    /// Begins the copy, and has batches of the model alone run while it is written, and as many again.
+    fn watch_bystanders(&mut self, adapter: &LoadedAdapter) -> anyhow::Result<(Bystanders, Bystanders)> {
+        self.timings(None)?;
+        let metrics = &self.engine.launched.handle.metrics().merges;
+        let adapters = vec![AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }];
+        let first = self.engine.submit_with(self.next_index, adapters)?;
+        self.next_index += 1;
+        let started_at = Instant::now();
+        while metrics.stage() == MergeStage::None && started_at.elapsed() < MAX_BEGIN {
+            std::thread::sleep(POLL);
+        }
+        drop(first);
+        let (mut during, mut behind, mut num_batches) = (Vec::new(), Vec::new(), 0);
+        while metrics.stage() == MergeStage::Building {
+            during.extend(self.timings(None)?.1);
+            num_batches += 1;
+        }
+        for _ in 0..num_batches {
+            behind.extend(self.timings(None)?.1);
+        }
+        Ok((Bystanders::new(&during), Bystanders::new(&behind)))
+    }
+
     fn run(&mut self, adapter: Option<&LoadedAdapter>) -> anyhow::Result<Batch> {
+        let (seconds, timings) = self.timings(adapter)?;
+        let mean_of = |times: Vec<Duration>| Samples::new(times.into_iter().map(millis).collect()).mean();
+        let tpot_ms = mean_of(timings.iter().filter_map(Timing::tpot).collect());
+        let ttft_ms = mean_of(timings.iter().map(|timing| timing.ttft).collect());
+        Ok(Batch { seconds, tpot_ms, ttft_ms })
+    }
+
+    /// Seconds of one batch, and its requests.
+    fn timings(&mut self, adapter: Option<&LoadedAdapter>) -> anyhow::Result<(f64, Vec<Timing>)> {
         let adapters = || adapter.map(|adapter| AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }).into_iter();
         let first = self.next_index;
         self.next_index += self.batch_size;
@@ -147,14 +192,18 @@ impl Bench<'_> {
             .collect::<Result<Vec<_>, _>>()?;
         let timings =
             self.engine.runtime.block_on(try_join_all(requests.into_iter().map(|request| request.finish())))?;
-        let seconds = started_at.elapsed().as_secs_f64();
-        let millis = |times: Vec<Duration>| {
-            Samples::new(times.into_iter().map(|time| time.as_secs_f64() * 1e3).collect()).mean()
-        };
-        let tpot_ms = millis(timings.iter().filter_map(Timing::tpot).collect());
-        anyhow::ensure!(!timings.is_empty(), "nothing was measured");
-        let ttft_ms = millis(timings.iter().map(|timing| timing.ttft).collect());
-        Ok(Batch { seconds, tpot_ms, ttft_ms })
+        Ok((started_at.elapsed().as_secs_f64(), timings))
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+impl Bystanders {
+    fn new(timings: &[Timing]) -> Self {
+        let itl = Samples::new(timings.iter().flat_map(|timing| &timing.itl).map(|time| millis(*time)).collect());
+        Self { median_itl_ms: itl.median(), p99_itl_ms: itl.percentile(99.0), max_itl_ms: itl.percentile(100.0) }
     }
 }
 
@@ -164,8 +213,16 @@ impl LoraReport {
     }
 
     fn write_table(&self, out: &mut dyn Write) -> anyhow::Result<()> {
-        let Self { merged_bytes, build_seconds, rounds } = self;
+        let Self { merged_bytes, build_seconds, rounds, .. } = self;
         writeln!(out, "Copy: {merged_bytes} bytes, written in {build_seconds:.2} s; {} rounds", rounds.len())?;
+        for (what, found) in [("while merging", &self.while_merging), ("when merged", &self.when_merged)] {
+            let Bystanders { median_itl_ms, p99_itl_ms, max_itl_ms } = found;
+            writeln!(
+                out,
+                "Inter-token latency of the model alone {what}: median {median_itl_ms:.3} ms, p99 {p99_itl_ms:.3} ms, \
+                 largest {max_itl_ms:.3} ms"
+            )?;
+        }
         writeln!(
             out,
             "{:<22}{:>12}{:>12}{:>12}{:>22}{:>22}",
@@ -202,7 +259,8 @@ mod tests {
             added: batch(added),
         };
         let rounds = vec![round(1.0, 1.01, 1.5), round(2.0, 2.02, 3.0), round(4.0, 4.4, 6.0)];
-        let report = LoraReport { merged_bytes: 7, build_seconds: 0.5, rounds };
+        let (while_merging, when_merged) = Default::default();
+        let report = LoraReport { merged_bytes: 7, build_seconds: 0.5, while_merging, when_merged, rounds };
         let mut text = Vec::new();
         report.write_table(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
