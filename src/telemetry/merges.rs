@@ -129,8 +129,10 @@ impl MergeMetrics {
 
     /// Takes note of what the copy is at.
     pub fn set_stage(&self, stage: MergeStage) {
-        for known in STAGES {
-            self.stage.get_or_create(&known.label()).set(i64::from(known == stage));
+        // The new one first: who looks meanwhile finds one of them, never none.
+        self.stage.get_or_create(&stage.label()).set(1);
+        for other in STAGES.into_iter().filter(|other| *other != stage) {
+            self.stage.get_or_create(&other.label()).set(0);
         }
     }
 
