@@ -129,7 +129,7 @@ fn a_copy_is_what_the_definition_says_for_all_shapes_types_and_instructions() {
             for factors in [DType::BF16, DType::F32] {
                 let loaded: Vec<_> = plain.iter().map(|(parts, scale)| (load(parts, factors), *scale)).collect();
                 for isa in Isa::available() {
-                    let whole = merged(isa, &weight, &loaded, [0..first + second]);
+                    let whole = merged(isa, &weight, &loaded, std::iter::once(0..first + second));
                     assert_eq!(whole, wanted, "{isa} {dtype} [{first}+{second}, {inputs}] rank {rank}");
                 }
             }

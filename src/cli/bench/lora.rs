@@ -88,6 +88,9 @@ struct LoraReport {
     rounds: Vec<Round>,
 }
 
+/// A figure of a batch, and what it is called.
+type Figure = (&'static str, fn(&Batch) -> f64);
+
 /// Runs the measurement.
 pub(super) fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
     let engine = InProcess::start(&args.engine, args.input_len.get(), args.output_len.get())?;
@@ -228,7 +231,7 @@ impl LoraReport {
             "{:<22}{:>12}{:>12}{:>12}{:>22}{:>22}",
             "median", "base", "merged", "added", "merged/base", "added/base"
         )?;
-        let figures: [(&str, fn(&Batch) -> f64); 3] =
+        let figures: [Figure; 3] =
             [("batch s", |it| it.seconds), ("TPOT ms", |it| it.tpot_ms), ("TTFT ms", |it| it.ttft_ms)];
         for (name, figure) in figures {
             let median = |of: fn(&Round) -> &Batch| self.samples(|round| figure(of(round))).median();
