@@ -1,15 +1,17 @@
-//! How far composed prompts are from computed ones: `cargo run --release --example compose_quality [MODEL]`.
+//! How far composed prompts are from computed ones: `cargo run --release --example compose_quality [MODEL [LAYER]]`.
 //!
 //! Three texts in random order stand in the system message of a chat, and a question about one of them follows. Every
 //! method reads the answer that the model gives when the whole prompt is computed; printed are the mean KL divergence of
 //! its next-token distributions from those of full prefill, and how often both have the same likeliest token. `link`
 //! moves the KV that each text has alone to its new place and computes the first `k` tokens of each; `plain` takes it
-//! with its old positions; `without` leaves the texts out. As in the engine, what does not fill a block is computed.
+//! with its old positions; `without` leaves the texts out. `blend` computes, beside the first `k` tokens, the share `r` of
+//! each text that deviates most in the model's probe layer, or in `LAYER`. As in the engine, what does not fill a block is
+//! computed.
 
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::backend::{AttentionMetadata, DType, Device, RotatedCopies, StreamKind, Tensor};
 use mneme::hub::{Cache, ModelRef, catalog, resolve, stderr_progress};
-use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, StepLimits, Workspace};
+use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, ProbeBatch, StepLimits, Workspace};
 use mneme::text::Tokenizer;
 
 const BLOCK_SIZE: usize = 16;
@@ -113,7 +115,11 @@ impl Runner {
     }
 
     fn indices(&self, values: impl Iterator<Item = usize>) -> anyhow::Result<Tensor<Buffer>> {
-        let values: Vec<i32> = values.map(|value| value as i32).collect();
+        self.numbers(values.map(|value| value as i32))
+    }
+
+    fn numbers(&self, values: impl Iterator<Item = i32>) -> anyhow::Result<Tensor<Buffer>> {
+        let values: Vec<i32> = values.collect();
         let mut host = self.backend.allocate_host(4 * values.len())?;
         for (bytes, value) in host.as_mut().chunks_exact_mut(4).zip(&values) {
             bytes.copy_from_slice(&value.to_le_bytes());
@@ -125,9 +131,19 @@ impl Runner {
 
     /// Computes the tokens at `positions` of a sequence in the first blocks; the logits of the last `num_logits`.
     fn forward(&self, tokens: &[u32], positions: &[usize], num_logits: usize) -> anyhow::Result<Vec<Vec<f32>>> {
+        let attention = self.attention(positions)?;
+        let input_ids = self.indices(positions.iter().map(|at| tokens[*at] as usize))?;
+        let output_rows = self.indices(positions.len() - num_logits..positions.len())?;
+        let batch = ForwardBatch { input_ids, attention, output_rows, num_logits };
+        self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace)?;
+        let logits = self.workspace.logits(num_logits);
+        Ok(self.download(&logits)?.chunks(self.model.config().vocab_size).map(<[f32]>::to_vec).collect())
+    }
+
+    fn attention(&self, positions: &[usize]) -> anyhow::Result<AttentionMetadata<Buffer>> {
         let num_tokens = positions.len();
         let context_len = positions.last().map_or(0, |last| last + 1);
-        let attention = AttentionMetadata {
+        Ok(AttentionMetadata {
             num_seqs: 1,
             num_tokens,
             max_query_len: num_tokens,
@@ -137,18 +153,29 @@ impl Runner {
             block_tables: self.indices(0..MAX_TOKENS / BLOCK_SIZE)?,
             positions: self.indices(positions.iter().copied())?,
             slot_mapping: self.indices(positions.iter().copied())?,
+        })
+    }
+
+    fn download(&self, numbers: &Tensor<Buffer>) -> anyhow::Result<Vec<f32>> {
+        let mut host = self.backend.allocate_host(numbers.num_bytes().max(4))?;
+        self.backend.download(&self.stream, numbers, &mut host, 0)?;
+        let bytes = &host.as_ref()[..numbers.num_bytes()];
+        Ok(bytes.chunks_exact(4).map(|at| f32::from_le_bytes([at[0], at[1], at[2], at[3]])).collect())
+    }
+
+    /// How far the KV of the tokens is from what lies at their places in the cache.
+    fn probe(&self, tokens: &[u32], layer: Option<usize>) -> anyhow::Result<Vec<f32>> {
+        let num_tokens = tokens.len();
+        let batch = ProbeBatch {
+            input_ids: self.indices(tokens.iter().map(|token| *token as usize))?,
+            attention: self.attention(&(0..num_tokens).collect::<Vec<_>>())?,
+            layer: layer.unwrap_or(self.model.config().probe_layer()),
+            slots: self.indices(0..num_tokens)?,
+            no_slots: self.numbers(tokens.iter().map(|_| -1))?,
+            deviations: Tensor::new(self.backend.allocate(4 * num_tokens)?, 0, 1, num_tokens, DType::F32),
         };
-        let input_ids = self.indices(positions.iter().map(|at| tokens[*at] as usize))?;
-        let output_rows = self.indices(num_tokens - num_logits..num_tokens)?;
-        let batch = ForwardBatch { input_ids, attention, output_rows, num_logits };
-        self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace)?;
-        let logits = self.workspace.logits(num_logits);
-        let mut host = self.backend.allocate_host(logits.num_bytes().max(4))?;
-        self.backend.download(&self.stream, &logits, &mut host, 0)?;
-        let row =
-            |bytes: &[u8]| bytes.chunks_exact(4).map(|at| f32::from_le_bytes([at[0], at[1], at[2], at[3]])).collect();
-        let vocab_size = self.model.config().vocab_size;
-        Ok(host.as_ref()[..logits.num_bytes()].chunks_exact(4 * vocab_size).map(row).collect())
+        self.model.probe(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace)?;
+        self.download(&batch.deviations)
     }
 
     /// Copies tokens between slots; keys are turned by the distance when that is wanted.
@@ -211,6 +238,24 @@ impl Prompt {
     }
 }
 
+impl Prompt {
+    /// The same, and the share of each text that deviates most is left to compute.
+    fn blend(&self, runner: &Runner, blend: Blend) -> anyhow::Result<Vec<usize>> {
+        let mut computed = self.link(runner, blend.num_recomputed, true)?;
+        let (start, text) = self.texts.last().ok_or_else(|| anyhow::anyhow!("a prompt without texts"))?;
+        let deviations = runner.probe(&self.tokens[..start + text.len()], blend.layer)?;
+        for (start, text) in &self.texts {
+            let places = *start..start + text.len();
+            let mut moved: Vec<usize> = places.filter(|at| computed.binary_search(at).is_err()).collect();
+            moved.sort_by(|a, b| deviations[*b].total_cmp(&deviations[*a]));
+            moved.truncate((blend.share * text.len() as f64).round() as usize);
+            computed.extend(moved);
+            computed.sort_unstable();
+        }
+        Ok(computed)
+    }
+}
+
 fn best(logits: &[f32]) -> u32 {
     logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(id, _)| id as u32)
 }
@@ -251,7 +296,16 @@ enum Method {
     Text,
     Link(usize),
     Plain(usize),
+    Blend(Blend),
     Without,
+}
+
+/// How much of each text is computed again, and in which layer its tokens are compared.
+#[derive(Clone, Copy)]
+struct Blend {
+    num_recomputed: usize,
+    share: f64,
+    layer: Option<usize>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -263,6 +317,8 @@ fn main() -> anyhow::Result<()> {
         None => Tokenizer::from_json_file(&path.join("tokenizer.json"))?,
     };
     let runner = Runner::new(&checkpoint)?;
+    let layer = std::env::args().nth(2).map(|layer| layer.parse()).transpose()?;
+    let blend = |num_recomputed, share| Method::Blend(Blend { num_recomputed, share, layer });
     let methods = [
         ("text", Method::Text),
         ("link, k = 0", Method::Link(0)),
@@ -270,6 +326,12 @@ fn main() -> anyhow::Result<()> {
         ("link, k = 8", Method::Link(8)),
         ("link, k = 16", Method::Link(16)),
         ("link, k = 32", Method::Link(32)),
+        ("blend, k = 0, r = 10 %", blend(0, 0.10)),
+        ("blend, k = 0, r = 15 %", blend(0, 0.15)),
+        ("blend, k = 0, r = 30 %", blend(0, 0.30)),
+        ("blend, k = 16, r = 10 %", blend(16, 0.10)),
+        ("blend, k = 16, r = 15 %", blend(16, 0.15)),
+        ("blend, k = 16, r = 30 %", blend(16, 0.30)),
         ("plain, k = 0", Method::Plain(0)),
         ("plain, k = 16", Method::Plain(16)),
         ("without", Method::Without),
@@ -319,6 +381,7 @@ fn compare(
         let (prompt, mut computed) = match *method {
             Method::Text => (&prompt, (0..prompt.tokens.len()).collect()),
             Method::Link(num_recomputed) => (&prompt, prompt.link(runner, num_recomputed, true)?),
+            Method::Blend(blend) => (&prompt, prompt.blend(runner, blend)?),
             Method::Plain(num_recomputed) => (&prompt, prompt.link(runner, num_recomputed, false)?),
             Method::Without => (&without, (0..without.tokens.len()).collect()),
         };

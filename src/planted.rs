@@ -50,8 +50,14 @@ pub enum Bug {
     OwnDomainIgnored,
     /// The block that a shared prefix ends in is hashed in the domain of the prefix.
     SharedPrefixRoundedUp,
+    /// A deposit is kept in the domain that it was computed in, whichever was asked for.
+    KeptDomainIgnored,
+    /// A partial block that was copied counts as a full one.
+    TailTakenForFull,
     /// Blocks are hashed as if the model were still unknown when it no longer is.
     IdentityNotTaken,
+    /// Of several composed prompts that look for deviating tokens in one step, all take what the first one found.
+    DeviationsOfAnother,
     /// The form of a sequence's adapters is not part of what its blocks are known by.
     FormIgnored,
     /// Rows that do not ask for a merged adapter use its copy.
@@ -60,7 +66,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 24] = [
+    pub const ALL: [Bug; 27] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -82,7 +88,10 @@ impl Bug {
         Bug::PreemptedKeepsCount,
         Bug::OwnDomainIgnored,
         Bug::SharedPrefixRoundedUp,
+        Bug::KeptDomainIgnored,
+        Bug::TailTakenForFull,
         Bug::IdentityNotTaken,
+        Bug::DeviationsOfAnother,
         Bug::FormIgnored,
         Bug::BystandersUseCopy,
     ];

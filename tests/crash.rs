@@ -165,6 +165,9 @@ impl Files for Careless {
     fn open(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
         self.files.open(path)
     }
+    fn open_to_change(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
+        self.files.open_to_change(path)
+    }
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
         self.files.rename(source, target)
     }

@@ -4,8 +4,12 @@
 mod base;
 mod device;
 mod format;
+mod fuse;
+mod low_rank;
 mod peft_config;
+mod peft_writer;
 
 pub use base::{BaseShapes, Module};
 pub use device::load_onto;
 pub use format::{Adapter, AdapterDigest, MAX_ADAPTER_BYTES, MAX_RANK};
+pub use fuse::{FuseMethod, Fused, MAX_PARTS, Part, fuse};

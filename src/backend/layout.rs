@@ -159,6 +159,24 @@ impl KvLayout {
         }
     }
 
+    /// Zeroes what a block holds behind its first `num_tokens` tokens: whatever lay there before.
+    ///
+    /// # Panics
+    /// When `block` is no block of this layout.
+    pub fn clear_behind(&self, block: &mut [u8], num_tokens: usize) {
+        let heads = (0..self.num_layers).flat_map(|layer| (0..self.num_kv_heads).map(move |head| (layer, head)));
+        for (layer, head) in heads {
+            let (k_tile, v_tile) = (self.k_tile_offset(layer, head), self.v_tile_offset(layer, head));
+            for token in num_tokens..self.block_size {
+                for dim in 0..self.head_dim {
+                    for offset in [k_tile + self.k_offset(token, dim), v_tile + self.v_offset(token, dim)] {
+                        block[offset..offset + self.dtype.block_bytes()].fill(0);
+                    }
+                }
+            }
+        }
+    }
+
     /// Bytes from one pair of dimensions to the next in a K tile in pairs.
     pub fn k_pair_bytes(&self) -> usize {
         2 * self.block_size * self.dtype.block_bytes()
@@ -203,6 +221,24 @@ mod tests {
                 }
             }
             assert_eq!(taken.iter().filter(|taken| **taken).count(), 2 * 3 * 2 * 32 * 48);
+        }
+    }
+
+    #[test]
+    fn what_lies_behind_the_tokens_is_cleared_and_nothing_else() {
+        for (order, dtype) in [(KvOrder::Pairs, DType::BF16), (KvOrder::Pairs, DType::F32), (KvOrder::Rows, DType::F16)]
+        {
+            let layout = KvLayout::with_order(order, 2, 2, 16, 16, dtype).unwrap();
+            for num_tokens in [0, 1, 15, 16] {
+                let mut block = vec![1; layout.block_bytes()];
+                layout.clear_behind(&mut block, num_tokens);
+                let is_set = |offset: usize| block[offset..offset + dtype.block_bytes()].iter().all(|byte| *byte == 1);
+                for (layer, head, token) in (0..64).map(|at| (at / 32, at / 16 % 2, at % 16)) {
+                    let k = layout.k_tile_offset(layer, head) + layout.k_offset(token, 3);
+                    let v = layout.v_tile_offset(layer, head) + layout.v_offset(token, 3);
+                    assert_eq!((is_set(k), is_set(v)), (token < num_tokens, token < num_tokens));
+                }
+            }
         }
     }
 

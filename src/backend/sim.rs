@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies, ScaledUpdate,
-    StreamKind, Tensor, Transfer,
+    KvLayer, KvLayout, KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies,
+    ScaledUpdate, StreamKind, Tensor, Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -142,6 +142,17 @@ impl Transfer for SimTransfer {
         self.wait();
         target.lock()[offset..offset + bytes].copy_from_slice(&staging);
         Ok(())
+    }
+
+    /// A token's payloads are one per layer.
+    fn clear_behind(layout: &KvLayout, block: &mut [u8], num_tokens: usize) {
+        let block_size = layout.block_size();
+        for (layer, token) in
+            (0..layout.num_layers()).flat_map(|layer| (num_tokens..block_size).map(move |at| (layer, at)))
+        {
+            let start = (layer * block_size + token) * PAYLOAD_BYTES;
+            block[start..start + PAYLOAD_BYTES].fill(0);
+        }
     }
 
     fn show(

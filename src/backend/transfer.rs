@@ -1,5 +1,6 @@
 //! The way bytes of device memory take to and from the host's files and tiers, beside the engine's thread.
 
+use super::KvLayout;
 use crate::Result;
 
 /// Moves runs of bytes between device memory and code on the host, on the thread that calls it. Each I/O thread has one
@@ -17,6 +18,11 @@ pub trait Transfer: Send + 'static {
         bytes: usize,
         write: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()>;
+
+    /// Zeroes what a block holds behind its first `num_tokens` tokens, in host memory.
+    fn clear_behind(layout: &KvLayout, block: &mut [u8], num_tokens: usize) {
+        layout.clear_behind(block, num_tokens);
+    }
 
     /// Shows bytes `[offset, offset + bytes)` of `source` to `read`.
     fn show(

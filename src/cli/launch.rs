@@ -120,5 +120,8 @@ fn launch_on<B: Backend>(
     let (engine, handle) = Engine::with_tiers(backend, weights, config, tiers)?;
     let thread =
         thread::Builder::new().name("engine".into()).spawn(|| engine.run()).context("cannot start the engine")?;
+    if let Some(vault) = &vault {
+        vault.wait_until_open();
+    }
     Ok(Launched { model, handle, assets, vault, thread })
 }

@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use clap::Args;
 use mneme::server::{
-    AdapterRegistry, CubeService, DEFAULT_MAX_LORA_BYTES, ServedModel, ServerConfig, ServerThread, VaultEngine,
+    AdapterRegistry, CubeService, DEFAULT_MAX_LORA_BYTES, RequestLimits, ServedModel, ServerConfig, ServerThread,
+    VaultEngine,
 };
 use mneme::text::GrammarEngine;
 use tokio::signal::unix::{SignalKind, signal};
@@ -51,6 +52,9 @@ pub(crate) struct ServeArgs {
     /// Bytes of all adapters together, with an optional suffix K, M or G
     #[arg(long, value_parser = parse_bytes, default_value_t = DEFAULT_MAX_LORA_BYTES as usize)]
     max_lora_bytes: usize,
+    /// Bytes of a cube's file that is imported, with an optional suffix K, M or G
+    #[arg(long, value_parser = parse_bytes, default_value = "4G")]
+    max_import_bytes: usize,
     /// `owned_by` in /v1/models; some gateways look for "vllm"
     #[arg(long, default_value = "mneme")]
     owned_by: String,
@@ -91,6 +95,10 @@ impl ServeArgs {
             api_keys,
             owned_by: self.owned_by.clone(),
             drain_timeout: Duration::from_secs(self.shutdown_timeout),
+            request_limits: RequestLimits {
+                max_import_bytes: self.max_import_bytes as u64,
+                ..RequestLimits::default()
+            },
             ..ServerConfig::default()
         })
     }

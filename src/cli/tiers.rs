@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
@@ -11,13 +13,13 @@ use mneme::hub::Cache;
 use mneme::memory::{Binding, CatalogLimits, Digest, Form, SystemClock, Vault};
 use mneme::models::{Checkpoint, WeightsDigest, weights_digest};
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, SystemFiles, VaultOpener};
-use mneme::server::OpenBlocks;
+use mneme::server::{OpenBlocks, hold_all};
 
 use super::engine_args::parse_bytes;
 use super::text_assets::TextAssets;
 
 /// Bytes of one file of blocks.
-const SEGMENT_BYTES: u64 = 128 << 20;
+pub(crate) const SEGMENT_BYTES: u64 = 128 << 20;
 
 /// Threads that copy blocks between tiers.
 pub(crate) const NUM_IO_THREADS: usize = 2;
@@ -40,6 +42,10 @@ pub(crate) struct TierArgs {
     kv_host_memory_bytes: usize,
 }
 
+/// How long a start waits for the vault. Opening takes as long only when the model's digest has yet to be computed, or
+/// much has to be moved.
+const MAX_OPENING: Duration = Duration::from_millis(250);
+
 /// A vault in use: its cubes, and its blocks once they can be read.
 pub(crate) struct OpenVault {
     pub(crate) vault: Vault,
@@ -53,6 +59,17 @@ pub(crate) struct Numerics<'a> {
     /// How weights are kept.
     pub(crate) weight_dtype: String,
     pub(crate) assets: &'a TextAssets,
+}
+
+impl OpenVault {
+    /// Waits until blocks can be read, but not for long. Before that requests are answered as well, and what they computed
+    /// does not survive a restart.
+    pub(crate) fn wait_until_open(&self) {
+        let started_at = Instant::now();
+        while self.blocks.get().is_none() && started_at.elapsed() < MAX_OPENING {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 impl TierArgs {
@@ -111,7 +128,7 @@ impl TierArgs {
             let folder = open.vault.segments_folder();
             let (store, report) = BlockStore::open(Arc::new(SystemFiles), &folder, config)?;
             report.faults.iter().for_each(|fault| tracing::warn!(%fault, "a file of the vault cannot be used"));
-            store.pin(&open.vault.catalog().block_references());
+            hold_all(&store, open.vault.catalog());
             store.trim();
             tracing::info!(folder = %open.vault.folder().display(), blocks = report.num_blocks, "the vault is open");
             let (identity, store) = (binding.identity.as_bytes().to_vec(), Arc::new(store));

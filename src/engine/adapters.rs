@@ -140,7 +140,7 @@ impl LoadedAdapter {
 }
 
 /// The modules of a model.
-pub(super) fn base_shapes(config: &ModelConfig) -> BaseShapes {
+pub fn base_shapes(config: &ModelConfig) -> BaseShapes {
     BaseShapes {
         num_layers: config.num_layers,
         hidden_size: config.hidden_size,

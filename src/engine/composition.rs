@@ -3,14 +3,17 @@
 //! A composed sequence runs in stages. In all but the last one it is an ordinary sequence over the tokens that a piece's
 //! KV is computed as: it takes their blocks from whatever tier has them, or computes and publishes them, and holds them.
 //! In the last one it is over its prompt: all that is kept of its pieces is copied to its new place before the first
-//! step, the pieces' blocks are given back, and the rest is computed. So its answer is a function of the request: it does
-//! not depend on what was cached, on how steps were cut, or on preemption, after which it begins again.
+//! step, the pieces' blocks are given back, and the rest is computed. Where some of what was copied is to be computed too,
+//! because it deviates, the tokens go through the lowest layers before (`probe.rs`). So its answer is a function of the
+//! request: it does not depend on what was cached, on how steps were cut, or on preemption, after which it begins again.
 
 use std::ops::Range;
 
+use super::probe::{Candidates, Probe};
 use super::request::Piece;
 use super::sequence::{HashChain, Sequence, Work};
 use crate::kv::{BlockId, BlockTable};
+use crate::paging::Tier;
 
 /// What a sequence is about in one stage.
 pub(super) struct Stage {
@@ -30,6 +33,14 @@ struct Source {
     stored: Range<usize>,
     /// Where the first of them goes.
     target: usize,
+    /// How many of them are computed, once it is known which.
+    num_chosen: usize,
+}
+
+/// Stored tokens that were not computed for this request, by their places in the prompt.
+struct Found {
+    places: Range<usize>,
+    tier: Tier,
 }
 
 /// One token's way to its new place.
@@ -48,12 +59,16 @@ pub(super) struct Composition {
     /// Places in the prompt that stored tokens fill, ascending, never next to the prompt's end.
     gathered: Vec<Range<usize>>,
     is_gathered: bool,
+    /// Which of these are computed after all, where some are.
+    probe: Option<Probe>,
+    /// Whether they have been taken out of `gathered`.
+    is_decided: bool,
     /// Those of all sources and of the prompt.
     num_wanted_blocks: usize,
     /// Whether it had to start again after its first source.
     is_restarted: bool,
-    /// Of the gathered tokens, those whose KV was found somewhere.
-    num_reused_tokens: usize,
+    /// A block each.
+    found: Vec<Found>,
 }
 
 impl Composition {
@@ -88,19 +103,24 @@ impl Composition {
                 },
                 stored,
                 target,
+                num_chosen: piece.num_chosen,
             });
         }
-        let gathered = sources.iter().map(|source| source.target..source.target + source.stored.len()).collect();
-        let composition = Self {
-            sources,
+        if sources.is_empty() {
+            return None;
+        }
+        let probe = Probe::new(sources.iter().map(Source::candidates).collect());
+        Some(Box::new(Self {
             current: 0,
-            gathered,
+            gathered: sources.iter().map(Source::places).collect(),
             is_gathered: false,
+            is_decided: probe.is_none(),
+            probe,
             num_wanted_blocks: num_held,
             is_restarted: false,
-            num_reused_tokens: 0,
-        };
-        (!composition.sources.is_empty()).then(|| Box::new(composition))
+            found: Vec::with_capacity(num_held - prompt_len.div_ceil(block_size)),
+            sources,
+        }))
     }
 
     /// Where the first stored token goes: from there on nothing is what computing every token would give.
@@ -148,16 +168,45 @@ impl Composition {
         self.gathered.iter().map(Range::len).sum()
     }
 
-    pub(super) fn num_reused_tokens(&self) -> usize {
-        self.num_reused_tokens
+    /// Tokens that were moved, and are computed because they deviated most.
+    pub(super) fn num_chosen_tokens(&self) -> usize {
+        self.sources.iter().map(|source| source.stored.len()).sum::<usize>() - self.num_gathered_tokens()
     }
 
-    /// How many of the tokens at `stored` in the current source are used; they need not be computed for this request.
-    pub(super) fn count_reuse(&mut self, stored: Range<usize>) -> usize {
-        let Some(source) = self.sources.get(self.current) else { return 0 };
-        let num_used = overlap(&source.stored, &stored);
-        self.num_reused_tokens += num_used;
-        num_used
+    /// Takes note that the tokens at `stored` in the current source were found in `tier`.
+    pub(super) fn count_reuse(&mut self, tier: Tier, stored: Range<usize>) {
+        let Some(source) = self.sources.get(self.current) else { return };
+        let used = stored.start.max(source.stored.start)..stored.end.min(source.stored.end);
+        if !used.is_empty() {
+            let place = |at: usize| at - source.stored.start + source.target;
+            self.found.push(Found { places: place(used.start)..place(used.end), tier });
+        }
+    }
+
+    /// Of the gathered tokens, those whose KV was found somewhere.
+    pub(super) fn reused_tokens(&self) -> impl Iterator<Item = (Tier, usize)> {
+        self.found.iter().map(|found| {
+            let gathered = following(&self.gathered, found.places.start).iter();
+            let gathered = gathered.take_while(|range| range.start < found.places.end);
+            (found.tier, gathered.map(|range| overlap(range, &found.places)).sum())
+        })
+    }
+
+    /// What the lowest layers have to be asked before it is known what is computed; nothing before the prompt is the
+    /// current stage.
+    fn pending_probe(&self) -> Option<&Probe> {
+        self.probe.as_ref().filter(|_| self.current == self.sources.len() && !self.is_decided)
+    }
+
+    /// Takes note of how far the tokens from place `first` on are from the moved ones. Behind the last of them the places
+    /// to compute are known.
+    fn take_deviations(&mut self, first: usize, deviations: &[f32]) {
+        if let Some(probe) = &mut self.probe
+            && probe.take(first, deviations)
+        {
+            self.gathered = probe.kept();
+            self.is_decided = true;
+        }
     }
 
     /// The ways of all stored tokens into the blocks of the prompt.
@@ -173,14 +222,31 @@ impl Composition {
     }
 }
 
-/// How many blocks of a piece's source are wanted, and which of their tokens. The last token of a prompt is computed in
-/// any case, for its logits; what follows the source's last full block is as well.
+impl Source {
+    /// Where its stored tokens go.
+    fn places(&self) -> Range<usize> {
+        self.target..self.target + self.stored.len()
+    }
+
+    fn candidates(&self) -> Candidates {
+        Candidates { places: self.places(), num_chosen: self.num_chosen }
+    }
+}
+
+/// The ranges from the first one on that ends behind `place`.
+fn following(ranges: &[Range<usize>], place: usize) -> &[Range<usize>] {
+    &ranges[ranges.partition_point(|range| range.end <= place)..]
+}
+
+/// How many blocks of a piece's source are wanted, and which of their tokens: none when all of them are to be computed. The
+/// last token of a prompt is computed in any case, for its logits; what follows the source's last full block is as well.
 fn kept(piece: &Piece, prompt_len: usize, block_size: usize) -> (usize, Range<usize>) {
     let first = piece.source_start + piece.num_recomputed.min(piece.num_tokens);
     let num_tokens = piece.num_tokens.min((prompt_len - 1).saturating_sub(piece.start));
     let end = piece.source_start + num_tokens;
     let num_blocks = end.div_ceil(block_size).min(piece.source.len() / block_size);
-    (num_blocks, first..end.min(num_blocks * block_size))
+    let stored = first..end.min(num_blocks * block_size);
+    (num_blocks, if piece.num_chosen < stored.len() { stored } else { first..first })
 }
 
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> usize {
@@ -211,7 +277,13 @@ impl Sequence {
             composition.is_restarted |= composition.current > 0;
             composition.current = 0;
             composition.is_gathered = false;
-            composition.num_reused_tokens = 0;
+            composition.found.clear();
+            if let Some(probe) = &mut composition.probe {
+                probe.reset();
+                composition.is_decided = false;
+                composition.gathered.clear();
+                composition.gathered.extend(composition.sources.iter().map(Source::places));
+            }
             for Source { stage, .. } in &mut composition.sources {
                 stage.num_computed_tokens = 0;
                 stage.chain.num_published = 0;
@@ -248,9 +320,30 @@ impl Sequence {
         if is_composing && self.num_held_blocks() > 0 { self.num_missing_blocks(block_size) } else { 0 }
     }
 
-    /// Places among its tokens that stored ones fill.
-    pub(super) fn gathered(&self) -> &[Range<usize>] {
-        self.composition.as_ref().map_or(&[], |composition| composition.gathered())
+    /// Places from `first` on among its tokens that stored ones fill, the first range possibly from before.
+    pub(super) fn gathered_from(&self, first: usize) -> &[Range<usize>] {
+        self.composition.as_ref().map_or(&[], |composition| following(composition.gathered(), first))
+    }
+
+    /// Whether a stored token fills place `at`.
+    pub(super) fn is_gathered(&self, at: usize) -> bool {
+        self.gathered_from(at).first().is_some_and(|range| range.start <= at)
+    }
+
+    /// The places that the lowest layers have to be asked about before its next tokens are computed, in any number of
+    /// steps. What was computed before deviates by nothing.
+    pub(super) fn unprobed(&self) -> Option<Range<usize>> {
+        let probe = self.composition.as_ref()?.pending_probe()?;
+        Some(probe.unknown(self.num_computed_tokens))
+    }
+
+    /// Takes note of the deviations of the first places of these.
+    pub(super) fn take_deviations(&mut self, deviations: &[f32]) {
+        let first = self.unprobed().map_or(0, |places| places.start);
+        if let Some(composition) = &mut self.composition {
+            composition.take_deviations(first, deviations);
+        }
+        self.count_cached();
     }
 
     /// What has to be copied before its next step.
@@ -268,7 +361,11 @@ mod tests {
 
     fn piece(start: usize, num_tokens: usize, head: usize, num_recomputed: usize) -> Piece {
         let source = vec![7; head + num_tokens];
-        Piece { start, num_tokens, source, source_start: head, domain: String::new(), num_recomputed }
+        Piece { start, num_tokens, source, source_start: head, domain: String::new(), num_recomputed, num_chosen: 0 }
+    }
+
+    fn blended(piece: Piece, num_chosen: usize) -> Piece {
+        Piece { num_chosen, ..piece }
     }
 
     fn compose(pieces: Vec<Piece>, prompt_len: usize, num_blocks: usize) -> Option<Box<Composition>> {
@@ -289,6 +386,36 @@ mod tests {
         assert_eq!(compose(vec![longer], 100, 100).unwrap().gathered, [14..42]);
         // The last token of the prompt is computed.
         assert_eq!(compose(vec![piece(10, 47, 1, 0)], 57, 100).unwrap().gathered, [10..56]);
+    }
+
+    #[test]
+    fn what_deviates_most_is_not_kept() {
+        // 32 stored tokens of each, the first at places 10 and 50.
+        let pieces = vec![blended(piece(10, 32, 0, 0), 2), piece(50, 32, 0, 0)];
+        let mut composition = compose(pieces, 100, 100).unwrap();
+        for (tier, stored) in [(Tier::Device, 0..16), (Tier::Disk, 16..32)] {
+            composition.count_reuse(tier, stored);
+        }
+        composition.current = 2;
+        assert_eq!(composition.pending_probe().unwrap().unknown(0), 0..42);
+        let deviations: Vec<f32> = (0..42).map(|at| if at == 12 || at == 30 { 2.0 } else { 1.0 }).collect();
+        composition.take_deviations(0, &deviations[..20]);
+        assert_eq!(composition.gathered(), [10..42, 50..82], "it is not known yet");
+        composition.take_deviations(20, &deviations[20..]);
+        assert_eq!(composition.gathered(), [10..12, 13..30, 31..42, 50..82]);
+        assert!(composition.pending_probe().is_none());
+        assert_eq!((composition.num_gathered_tokens(), composition.num_chosen_tokens()), (62, 2));
+        assert_eq!(composition.reused_tokens().collect::<Vec<_>>(), [(Tier::Device, 15), (Tier::Disk, 15)]);
+    }
+
+    #[test]
+    fn a_piece_of_which_everything_is_chosen_is_left_out() {
+        assert!(compose(vec![blended(piece(10, 32, 0, 0), 32)], 100, 100).is_none());
+        assert!(compose(vec![blended(piece(10, 32, 0, 0), 31)], 100, 100).is_some());
+        // None chosen: nobody has to be asked.
+        let mut composition = compose(vec![piece(10, 32, 0, 0)], 100, 100).unwrap();
+        composition.current = 1;
+        assert!(composition.pending_probe().is_none());
     }
 
     #[test]

@@ -2,11 +2,12 @@
 //! who asked is told when they are there.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::request::{Deposited, FinishReason, OutputEvent};
 use super::sequence::Sequence;
 use crate::kv::BlockHash;
-use crate::paging::{Pager, Ticket, Tier};
+use crate::paging::{Pager, PinnedBlocks, Ticket, Tier};
 use crate::planted::{self, Bug};
 
 const CLOSED: &str = "nothing can be kept: the vault is not open";
@@ -20,7 +21,11 @@ pub(super) struct Deposit {
     is_durable: bool,
     /// Blocks `[0, next)` are on disk or on their way.
     next: usize,
+    /// Whether the partial block went to the host tier, which gets no other way to it.
+    is_tail_on_host: bool,
     under_way: HashSet<Ticket>,
+    /// Keeps them from being evicted; the caller takes it over.
+    pins: Option<PinnedBlocks>,
     seal: Option<Ticket>,
     is_sealed: bool,
     failure: Option<&'static str>,
@@ -35,11 +40,27 @@ enum Progress {
 
 impl Deposit {
     pub(super) fn new(sequence: Box<Sequence>, is_durable: bool) -> Self {
-        Self { sequence, is_durable, next: 0, under_way: HashSet::new(), seal: None, is_sealed: false, failure: None }
+        let under_way = HashSet::new();
+        Self {
+            sequence,
+            is_durable,
+            next: 0,
+            is_tail_on_host: false,
+            under_way,
+            pins: None,
+            seal: None,
+            is_sealed: false,
+            failure: None,
+        }
     }
 
     pub(super) fn sequence(&self) -> &Sequence {
         &self.sequence
+    }
+
+    /// Gives it up.
+    pub(super) fn into_sequence(self) -> Box<Sequence> {
+        self.sequence
     }
 
     /// Copies under way that it waits for.
@@ -53,7 +74,8 @@ impl Deposit {
         match self.progress(pager, block_size) {
             Progress::Waiting => Err(self),
             Progress::Complete => {
-                let deposited = deposited(&self.sequence, block_size);
+                let mut deposited = deposited(&self.sequence, block_size);
+                deposited.pins = self.pins.take().map(Arc::new);
                 self.sequence.sink.send(OutputEvent::Deposited(Box::new(deposited)));
                 self.sequence.finish(FinishReason::Stop { token: None });
                 Ok(self.sequence)
@@ -77,7 +99,10 @@ impl Deposit {
             None => {
                 self.save_more(pager, block_size);
                 let is_written = self.under_way.is_empty() || planted::is(Bug::SealBeforeSaves);
-                match self.next == self.sequence.blocks.len() && is_written {
+                match self.next == self.sequence.blocks.len()
+                    && is_written
+                    && !self.save_tail_to_host(pager, block_size)
+                {
                     true if !self.is_durable || planted::is(Bug::AckBeforeSeal) => Progress::Complete,
                     true => {
                         self.seal = pager.seal();
@@ -93,7 +118,13 @@ impl Deposit {
         let num_computed = self.sequence.num_computed_tokens;
         while self.next < self.sequence.blocks.len() && self.next * block_size < num_computed {
             let Some((hash, tokens)) = block_of(&self.sequence, self.next, block_size) else { break };
-            if !pager.is_on_disk(&hash) {
+            if self.pins.is_none() {
+                self.pins = pager.pins();
+            }
+            // What is pinned and there stays; what the pager believes may be older than an eviction.
+            let is_there = self.pins.as_mut().is_some_and(|pins| pins.hold(self.next, hash));
+            if !is_there {
+                pager.forget_on_disk(&hash);
                 let Some(ticket) = pager.save(hash, tokens, self.sequence.blocks[self.next], Tier::Disk) else {
                     return;
                 };
@@ -106,10 +137,24 @@ impl Deposit {
         }
     }
 
+    /// Has the partial block copied to the host tier, once; whether that is under way now. Full blocks get there when the
+    /// sequence gives them back, found by what they hold, as a partial one on the device is not.
+    fn save_tail_to_host(&mut self, pager: &mut Pager, block_size: usize) -> bool {
+        if std::mem::replace(&mut self.is_tail_on_host, true) || !pager.has_host() {
+            return false;
+        }
+        let index = self.sequence.tokens.len() / block_size;
+        let Some(block) = self.sequence.blocks.get(index) else { return false };
+        let Some((hash, tokens)) = block_of(&self.sequence, index, block_size) else { return false };
+        let ticket = pager.save(hash, tokens, *block, Tier::Host);
+        self.under_way.extend(ticket);
+        ticket.is_some()
+    }
+
     /// Whether the copy was one of its own.
-    pub(super) fn absorb_saved(&mut self, ticket: Ticket, is_there: bool) -> bool {
+    pub(super) fn absorb_saved(&mut self, ticket: Ticket, tier: Tier, is_there: bool) -> bool {
         let is_own = self.under_way.remove(&ticket);
-        if is_own && !is_there && !planted::is(Bug::SaveFailureIgnored) {
+        if is_own && tier == Tier::Disk && !is_there && !planted::is(Bug::SaveFailureIgnored) {
             self.failure = Some(FULL);
         }
         is_own
@@ -132,7 +177,8 @@ pub(super) fn deposited(sequence: &Sequence, block_size: usize) -> Deposited {
     let mut blocks: Vec<BlockHash> = hashes.collect();
     let tail = (num_blocks > num_full).then(|| blocks.pop()).flatten();
     let restored_tokens = sequence.num_cached_tokens.unwrap_or(0);
-    Deposited { blocks, tail, restored_tokens, computed_tokens: sequence.tokens.len() - restored_tokens }
+    let computed_tokens = sequence.tokens.len() - restored_tokens;
+    Deposited { blocks, tail, restored_tokens, computed_tokens, pins: None }
 }
 
 /// The hash and the tokens of a block, the partial last one included.
@@ -140,7 +186,7 @@ pub(super) fn block_of(sequence: &Sequence, index: usize, block_size: usize) -> 
     let tokens = &sequence.tokens[index * block_size..sequence.tokens.len().min((index + 1) * block_size)];
     match sequence.chain.get(index) {
         Some(hash) => Some((*hash, tokens)),
-        None if tokens.len() < block_size => Some((sequence.chain.before(index)?.tail(tokens), tokens)),
+        None if tokens.len() < block_size => Some((sequence.chain.own_tail(index, tokens)?, tokens)),
         None => None,
     }
 }

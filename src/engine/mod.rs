@@ -9,6 +9,7 @@ pub mod handle;
 mod lora_groups;
 mod merge;
 mod output;
+mod probe;
 pub mod request;
 mod runner;
 mod sampling;
@@ -17,7 +18,7 @@ mod sequence;
 mod step;
 mod tiers;
 
-pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED};
+pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED, base_shapes};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use merge::{MergeConfig, MergeRule};
 pub use request::{

@@ -1,8 +1,10 @@
 //! What the engine is asked, and what it answers: plain data, no JSON and no blocks.
 
+use std::sync::Arc;
+
 use super::adapters::AppliedAdapter;
 use crate::kv::BlockHash;
-use crate::paging::Tier;
+use crate::paging::{PinnedBlocks, Tier};
 use crate::text::grammar::GrammarState;
 
 /// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
@@ -31,6 +33,10 @@ pub struct GenerateRequest {
 ///
 /// It is as if the source had been computed alone: where its blocks are not cached, they are computed and kept. What
 /// follows the source's last full block is computed in the prompt.
+///
+/// Where some tokens are chosen, the layers below [`ModelConfig::probe_layer`](crate::models::ModelConfig::probe_layer) are
+/// computed for all of the prompt up to the last piece with such tokens, and there the stored keys and values compared with
+/// those of the whole prompt. A piece of which nothing is left to move is not asked for at all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     /// Index in the prompt of its first token.
@@ -45,6 +51,9 @@ pub struct Piece {
     pub domain: String,
     /// So many of its first tokens are computed in the prompt.
     pub num_recomputed: usize,
+    /// Of the others, so many are computed in the prompt as well: those whose stored KV deviates most from what it would
+    /// be there.
+    pub num_chosen: usize,
 }
 
 /// A beginning of a prompt that others share.
@@ -67,6 +76,8 @@ pub struct Deposited {
     pub restored_tokens: usize,
     /// Tokens that were computed.
     pub computed_tokens: usize,
+    /// Keeps all of them on disk as long as somebody has it.
+    pub pins: Option<Arc<PinnedBlocks>>,
 }
 
 /// What a request wants from the model.
@@ -79,6 +90,9 @@ pub enum Task {
     Deposit {
         /// Whether it has to survive a crash before the answer comes.
         is_durable: bool,
+        /// The cache domain under which it is kept, where that is not the request's own: found is what the request may
+        /// find, and what is kept is found by those of this domain.
+        kept_in: Option<String>,
     },
 }
 
@@ -189,6 +203,8 @@ pub struct Reuse {
     pub disk_tokens: usize,
     /// Of the prompt's tokens, those whose KV was computed in another context and moved here.
     pub linked_tokens: usize,
+    /// Of the prompt's tokens, those that were moved here too and computed because they deviated most.
+    pub chosen_tokens: usize,
     /// Milliseconds the request waited for them.
     pub fetch_ms: f64,
     /// What became of the question.
@@ -220,6 +236,7 @@ impl Reuse {
         self.host_tokens += other.host_tokens;
         self.disk_tokens += other.disk_tokens;
         self.linked_tokens += other.linked_tokens;
+        self.chosen_tokens += other.chosen_tokens;
         self.fetch_ms += other.fetch_ms;
         self.is_merged |= other.is_merged;
         if other.decision != FetchDecision::NothingBelow {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::composition::Composition;
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Plan, Tiers};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
@@ -56,6 +56,8 @@ pub(super) struct Scheduler {
     /// In order of rank.
     running: Vec<Box<Sequence>>,
     scheduled: Vec<ScheduledSequence>,
+    /// Composed prompts whose tokens go through the lowest layers in this step.
+    probing: Vec<ScheduledSequence>,
     pool: CachedPool,
     tiers: Tiers,
     /// Blocks that running sequences are about to fill, or that are on their way up.
@@ -69,6 +71,7 @@ impl Scheduler {
             waiting: VecDeque::with_capacity(limits.max_num_waiting + limits.max_num_seqs),
             running: Vec::with_capacity(limits.max_num_seqs),
             scheduled: Vec::with_capacity(limits.max_num_seqs),
+            probing: Vec::with_capacity(limits.max_num_seqs),
             pool: CachedPool::new(limits.num_blocks, limits.block_size),
             tiers: Tiers::new(pager, max_fetch_wait, limits.num_blocks, limits.block_size),
             promised: HashSet::with_capacity(limits.num_blocks * 2),
@@ -118,6 +121,10 @@ impl Scheduler {
         &self.scheduled
     }
 
+    pub(super) fn probing(&self) -> &[ScheduledSequence] {
+        &self.probing
+    }
+
     pub(super) fn running(&self) -> &[Box<Sequence>] {
         &self.running
     }
@@ -155,10 +162,17 @@ impl Scheduler {
 
     /// Has the blocks of a running sequence, which is computed, kept on disk.
     pub(super) fn begin_deposit(&mut self, index: usize) {
-        let sequence = &mut self.running[index];
+        let mut sequence = self.running.remove(index);
+        self.withdraw_promises(&mut sequence);
         sequence.status = SequenceStatus::Depositing;
+        if let Work::Deposit { kept_under: Some(root), .. } = sequence.work
+            && !planted::is(Bug::KeptDomainIgnored)
+        {
+            sequence.chain = sequence.chain.under(root);
+        }
         // Blocks go to disk by their hashes, also where none are shared on the device.
         sequence.chain.extend(&sequence.tokens, self.limits.block_size);
+        self.running.insert(index, sequence);
     }
 
     /// Has a running sequence go on with its next piece.
@@ -176,8 +190,7 @@ impl Scheduler {
                     self.release(&mut sequence);
                 }
                 SequenceStatus::Depositing => {
-                    let mut sequence = self.running.remove(index);
-                    self.withdraw_promises(&mut sequence);
+                    let sequence = self.running.remove(index);
                     self.tiers.start_deposit(sequence);
                 }
                 SequenceStatus::Prepared => {
@@ -196,14 +209,15 @@ impl Scheduler {
         let mut sequences = std::mem::take(&mut self.running);
         sequences.extend(self.waiting.drain(..));
         sequences.extend(self.tiers.take_all());
+        sequences.extend(self.tiers.take_deposits());
         sequences.iter_mut().for_each(|sequence| self.release(sequence));
-        self.scheduled.clear();
+        self.clear_scheduled();
         sequences
     }
 
     /// Decides the next step.
     pub(super) fn schedule(&mut self) {
-        self.scheduled.clear();
+        self.clear_scheduled();
         let mut budget =
             Budget { tokens: self.limits.max_num_batched_tokens, prompt_logits: self.limits.max_prompt_logits };
         let preempted = self.schedule_running(&mut budget);
@@ -216,9 +230,24 @@ impl Scheduler {
     /// Puts those whose adapters are merged behind the others: a step is divided at one row.
     fn group_by_form(&mut self) {
         if self.running.iter().any(|sequence| sequence.is_merged()) {
-            let Self { running, scheduled, .. } = self;
-            scheduled.sort_unstable_by_key(|entry| (running[entry.index].is_merged(), entry.index));
+            let Self { running, scheduled, probing, .. } = self;
+            for list in [scheduled, probing] {
+                list.sort_unstable_by_key(|entry| (running[entry.index].is_merged(), entry.index));
+            }
         }
+    }
+
+    fn clear_scheduled(&mut self) {
+        self.scheduled.clear();
+        self.probing.clear();
+    }
+
+    /// Gives a running sequence, which has the blocks for it, so many tokens of the step.
+    fn give_tokens(&mut self, index: usize, num_tokens: usize, budget: &mut Budget) {
+        let sequence = &self.running[index];
+        budget.spend(sequence, num_tokens);
+        let list = if sequence.unprobed().is_some() { &mut self.probing } else { &mut self.scheduled };
+        list.push(ScheduledSequence { index, num_tokens });
     }
 
     /// Returns whether anything was preempted for want of blocks.
@@ -234,8 +263,7 @@ impl Scheduler {
                 }
             }
             if index < self.running.len() && num_tokens > 0 {
-                budget.spend(&self.running[index], num_tokens);
-                self.scheduled.push(ScheduledSequence { index, num_tokens });
+                self.give_tokens(index, num_tokens, budget);
             }
             index += 1;
         }
@@ -276,21 +304,19 @@ impl Scheduler {
             self.waiting.insert(at, sequence);
             return Admission::NoRoom;
         }
-        if use_cache && let Plan::Fetch(num_blocks) = self.plan_fetch(&mut sequence) {
-            self.start_fetch(sequence, num_blocks);
+        if use_cache && let Plan::Fetch(found) = self.plan_fetch(&mut sequence) {
+            self.start_fetch(sequence, found);
             return Admission::Fetching;
         }
         self.promise_blocks(&mut sequence);
         sequence.scheduled_at.get_or_insert_with(Instant::now);
         sequence.status = SequenceStatus::Running;
         let index = self.running.partition_point(|other| other.rank() < sequence.rank());
-        self.scheduled.iter_mut().filter(|scheduled| scheduled.index >= index).for_each(|scheduled| {
-            scheduled.index += 1;
-        });
+        let scheduled = self.scheduled.iter_mut().chain(&mut self.probing);
+        scheduled.filter(|scheduled| scheduled.index >= index).for_each(|scheduled| scheduled.index += 1);
         self.running.insert(index, sequence);
         assert!(self.ensure_blocks(index, num_tokens), "the blocks were just counted");
-        budget.spend(&self.running[index], num_tokens);
-        self.scheduled.push(ScheduledSequence { index, num_tokens });
+        self.give_tokens(index, num_tokens, budget);
         Admission::Admitted
     }
 
@@ -309,15 +335,31 @@ impl Scheduler {
     fn attach_cached_blocks(&mut self, sequence: &mut Sequence) {
         let block_size = self.limits.block_size;
         sequence.chain.extend(&sequence.tokens, block_size);
-        for index in sequence.blocks.len()..sequence.num_shareable_blocks(block_size) {
+        self.replace_tail(sequence);
+        let num_shareable =
+            if sequence.attached_tail.is_some() { 0 } else { sequence.num_shareable_blocks(block_size) };
+        for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
-        sequence.num_computed_tokens = sequence.blocks.len() * block_size;
-        sequence.chain.num_published = sequence.blocks.len();
-        sequence.chain.num_promised = sequence.blocks.len();
+        sequence.note_attached(block_size);
+    }
+
+    /// Gives the copy of a partial block back when the full block that begins like it can be shared by now.
+    fn replace_tail(&mut self, sequence: &mut Sequence) {
+        let block_size = self.limits.block_size;
+        let Some(index) = sequence.attached_tail.and(sequence.blocks.len().checked_sub(1)) else { return };
+        let is_full = index < sequence.num_shareable_blocks(block_size)
+            && sequence
+                .chain
+                .get(index)
+                .is_some_and(|hash| self.pool.find(hash, sequence.block_tokens(index, block_size)).is_some());
+        if is_full && let Some(block) = sequence.blocks.pop() {
+            self.pool.release(block);
+            sequence.attached_tail = None;
+        }
     }
 
     fn promise_blocks(&mut self, sequence: &mut Sequence) {
@@ -352,6 +394,12 @@ impl Scheduler {
             }
         }
         sequence.chain.num_published = sequence.chain.num_published.max(num_full);
+    }
+
+    /// Takes note of the deviations of the next tokens of a composed prompt. Its pieces' blocks are not needed any more.
+    pub(super) fn take_deviations(&mut self, index: usize, deviations: &[f32]) {
+        self.release_sources(index);
+        self.running[index].take_deviations(deviations);
     }
 
     /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
@@ -398,8 +446,8 @@ impl Scheduler {
         self.tiers.plan(sequence, num_shareable)
     }
 
-    fn start_fetch(&mut self, sequence: Box<Sequence>, num_blocks: usize) {
-        self.tiers.start_fetch(&mut self.pool, sequence, num_blocks);
+    fn start_fetch(&mut self, sequence: Box<Sequence>, found: Fetchable) {
+        self.tiers.start_fetch(&mut self.pool, sequence, found);
         self.promised.extend(self.tiers.last_promised());
     }
 
@@ -411,9 +459,7 @@ impl Scheduler {
             match arrival {
                 Arrival::Ready(mut sequence, promised) => {
                     self.break_promises(&promised);
-                    sequence.num_computed_tokens = sequence.blocks.len() * self.limits.block_size;
-                    sequence.chain.num_published = sequence.blocks.len();
-                    sequence.chain.num_promised = sequence.blocks.len();
+                    sequence.note_attached(self.limits.block_size);
                     self.add(sequence);
                 }
                 Arrival::Abandoned(promised) => self.break_promises(&promised),
@@ -552,8 +598,7 @@ struct Budget {
 impl Budget {
     /// How many of its tokens a sequence may compute now.
     fn grant(&self, sequence: &Sequence) -> usize {
-        let num_behind = sequence.tokens.len() - sequence.next_limit();
-        let num_tokens = (sequence.num_uncomputed_tokens() - num_behind).min(self.tokens);
+        let num_tokens = sequence.num_next_tokens().min(self.tokens);
         if sequence.wants_prompt_logits() { num_tokens.min(self.prompt_logits) } else { num_tokens }
     }
 

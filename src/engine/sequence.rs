@@ -30,8 +30,8 @@ pub(super) enum SequenceStatus {
 pub(super) enum Work {
     /// Sampling tokens.
     Generate(Box<Generation>),
-    /// Computing its KV, to be kept on disk; durably or not.
-    Deposit { is_durable: bool },
+    /// Computing its KV, to be kept on disk; durably or not, and under which root if not under its own.
+    Deposit { is_durable: bool, kept_under: Option<BlockHash> },
     /// Computing what a piece of a composed prompt is taken from.
     Source,
     /// Summing final hidden states; `[hidden_size]`.
@@ -56,6 +56,10 @@ pub(super) struct Sequence {
     /// Whether lower tiers may be asked: not again after they failed it.
     pub(super) may_fetch: bool,
     pub(super) blocks: BlockTable,
+    /// The end of a shared beginning that fills no block: whoever holds one may copy it.
+    pub(super) shared_tail: Option<SharedTail>,
+    /// The copy of that which its last block begins with, until the block is full.
+    pub(super) attached_tail: Option<AttachedTail>,
     pub(super) chain: HashChain,
     /// In order of digest.
     pub(super) adapters: Vec<AppliedAdapter>,
@@ -71,6 +75,29 @@ pub(super) struct Sequence {
     /// When it was first given a place in a step.
     pub(super) scheduled_at: Option<Instant>,
     pub(super) last_token_at: Option<Instant>,
+}
+
+/// Tokens of a prompt that a shared beginning ends with, behind its last full block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SharedTail {
+    /// Which block of the prompt they begin.
+    pub(super) block: usize,
+    pub(super) num_tokens: usize,
+}
+
+/// What of a shared tail was copied into a sequence's own block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct AttachedTail {
+    pub(super) tier: Tier,
+    pub(super) num_tokens: usize,
+}
+
+/// A partial block that a sequence could copy.
+pub(super) struct WantedTail<'a> {
+    pub(super) hash: BlockHash,
+    pub(super) tokens: &'a [u32],
+    /// How many of them are of use: the last token of a prompt is computed.
+    pub(super) num_used: usize,
 }
 
 /// The hashes of a sequence's full blocks, computed as they fill.
@@ -99,6 +126,11 @@ impl HashChain {
     /// The same, for as long as it is not known which model it is.
     pub(super) fn provisional(self, is_provisional: bool) -> Self {
         Self { is_provisional, ..self }
+    }
+
+    /// An empty chain over the same blocks under another root.
+    pub(super) fn under(&self, root: BlockHash) -> Self {
+        Self::new(root, None, self.max_blocks).provisional(self.is_provisional)
     }
 
     /// Whether these hashes say nothing about the model, so that they mean nothing to another process.
@@ -131,9 +163,15 @@ impl HashChain {
         }
     }
 
-    /// What block `index` follows, when that is the last one hashed. Partial blocks belong to the domain before them.
-    pub(super) fn before(&self, index: usize) -> Option<&BlockHash> {
-        (index == self.hashes.len()).then(|| self.hashes.last().unwrap_or(&self.root))
+    /// The hash of its own tokens behind the full blocks, when these are all hashed and `index` of them.
+    pub(super) fn own_tail(&self, index: usize, tokens: &[u32]) -> Option<BlockHash> {
+        (index == self.hashes.len()).then(|| self.parent().tail(tokens))
+    }
+
+    /// The hash of the tokens that a shared beginning ends with in block `index`: in the domain that it belongs to.
+    fn shared_tail(&self, index: usize, tokens: &[u32]) -> Option<BlockHash> {
+        let before = index.checked_sub(1).map_or(Some(&self.root), |last| self.hashes.get(last));
+        before.map(|before| before.tail(tokens))
     }
 
     /// The hash of block `index`, if the chain reaches it.
@@ -151,7 +189,7 @@ impl Sequence {
     /// Tokens that still need to be computed before the next one can be sampled.
     pub(super) fn num_uncomputed_tokens(&self) -> usize {
         let first = self.num_computed_tokens;
-        let behind = self.gathered().iter().map(|range| range.end.saturating_sub(range.start.max(first)));
+        let behind = self.gathered_from(first).iter().map(|range| range.end - range.start.max(first));
         self.tokens.len() - first - behind.sum::<usize>()
     }
 
@@ -165,19 +203,30 @@ impl Sequence {
         if self.is_merged() { &[] } else { &self.adapters }
     }
 
-    /// Where its next step ends at the latest: while it holds blocks of its pieces beside its own, with its prompt, because
-    /// room for more was not promised.
-    pub(super) fn next_limit(&self) -> usize {
-        match &self.composition {
-            Some(composition) if composition.wants_gather() => self.num_prompt_tokens,
-            _ => self.tokens.len(),
+    /// Tokens of its next step, at the most. While it holds blocks of its pieces beside its own, the step ends with its
+    /// prompt, because room for more was not promised.
+    pub(super) fn num_next_tokens(&self) -> usize {
+        match (self.unprobed(), &self.composition) {
+            (Some(places), _) => places.len(),
+            (None, Some(composition)) if composition.wants_gather() => {
+                self.num_uncomputed_tokens() - self.num_output_tokens()
+            }
+            (None, _) => self.num_uncomputed_tokens(),
         }
     }
 
-    /// Positions of the tokens to compute next, ascending, endlessly.
+    /// From where on its next step takes tokens, and which places behind that it passes over.
+    fn next_places(&self) -> (usize, &[Range<usize>]) {
+        match self.unprobed() {
+            Some(places) => (places.start, &[]),
+            None => (self.num_computed_tokens, self.gathered_from(self.num_computed_tokens)),
+        }
+    }
+
+    /// Positions of the tokens that its next step takes, ascending, endlessly.
     pub(super) fn next_positions(&self) -> impl Iterator<Item = usize> {
-        let mut gathered = self.gathered().iter().skip_while(|range| range.end <= self.num_computed_tokens).peekable();
-        let mut next = self.num_computed_tokens;
+        let (mut next, gathered) = self.next_places();
+        let mut gathered = gathered.iter().peekable();
         std::iter::from_fn(move || {
             while let Some(range) = gathered.next_if(|range| range.start <= next) {
                 next = range.end;
@@ -187,12 +236,35 @@ impl Sequence {
         })
     }
 
-    /// One past the position of the last of the next `num_tokens` tokens to compute.
+    /// One past the position of the last of the next `num_tokens` tokens.
     pub(super) fn end_of_next(&self, num_tokens: usize) -> usize {
-        match num_tokens.checked_sub(1).filter(|_| !self.gathered().is_empty()) {
-            Some(last) => self.next_positions().nth(last).map_or(self.num_computed_tokens, |at| at + 1),
-            None => self.num_computed_tokens + num_tokens,
+        let (first, gathered) = self.next_places();
+        match num_tokens.checked_sub(1).filter(|_| !gathered.is_empty()) {
+            Some(last) => self.next_positions().nth(last).map_or(first, |at| at + 1),
+            None => first + num_tokens,
         }
+    }
+
+    /// The partial block that it could copy behind `num_blocks` full ones.
+    pub(super) fn wanted_tail(&self, num_blocks: usize, block_size: usize) -> Option<WantedTail<'_>> {
+        let SharedTail { block, num_tokens } = self.shared_tail.filter(|tail| tail.block == num_blocks)?;
+        let start = block * block_size;
+        let tokens = self.tokens.get(start..start + num_tokens)?;
+        let num_used = num_tokens.min((self.tokens.len() - 1).saturating_sub(start));
+        let hash = self.chain.shared_tail(block, tokens)?;
+        (self.attached_tail.is_none() && num_used > 0).then_some(WantedTail { hash, tokens, num_used })
+    }
+
+    /// Takes note of the blocks that it has got before it runs.
+    pub(super) fn note_attached(&mut self, block_size: usize) {
+        let num_full = self.blocks.len() - usize::from(self.attached_tail.is_some());
+        let num_behind = self.attached_tail.map_or(0, |tail| tail.num_tokens);
+        self.num_computed_tokens = match planted::is(Bug::TailTakenForFull) {
+            true => (self.blocks.len() * block_size).min(self.tokens.len() - 1),
+            false => num_full * block_size + num_behind,
+        };
+        self.chain.num_published = num_full;
+        self.chain.num_promised = num_full;
     }
 
     /// Takes note of block `index`, which was found in `tier` before it was first scheduled.
@@ -201,21 +273,30 @@ impl Sequence {
             return;
         }
         let tokens: Range<usize> = index * block_size..(index + 1) * block_size;
-        let num_tokens = match (&self.work, &mut self.composition) {
-            (Work::Source, Some(composition)) => composition.count_reuse(tokens),
-            _ => block_size,
-        };
-        self.reuse.count(tier, num_tokens);
+        match (&self.work, &mut self.composition) {
+            (Work::Source, Some(composition)) => composition.count_reuse(tier, tokens),
+            _ => self.reuse.count(tier, block_size),
+        }
     }
 
-    /// Takes note of what it has when it is first scheduled.
+    /// Takes note of what it has when it is first scheduled, or when it is known which of it is used.
     pub(super) fn count_cached(&mut self) {
-        if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) {
+        if self.num_cached_tokens.is_some() || matches!(self.work, Work::Source) || self.unprobed().is_some() {
             return;
         }
-        let composition = self.composition.as_deref();
-        self.num_cached_tokens = Some(self.num_computed_tokens + composition.map_or(0, Composition::num_reused_tokens));
-        self.reuse.linked_tokens = composition.map_or(0, Composition::num_gathered_tokens);
+        if let Some(AttachedTail { tier, num_tokens }) = self.attached_tail {
+            self.reuse.count(tier, num_tokens);
+        }
+        let mut num_cached_tokens = self.num_computed_tokens;
+        if let Some(composition) = &self.composition {
+            for (tier, num_tokens) in composition.reused_tokens() {
+                self.reuse.count(tier, num_tokens);
+                num_cached_tokens += num_tokens;
+            }
+            self.reuse.linked_tokens = composition.num_gathered_tokens();
+            self.reuse.chosen_tokens = composition.num_chosen_tokens();
+        }
+        self.num_cached_tokens = Some(num_cached_tokens);
     }
 
     /// Blocks that nobody else can take.
@@ -275,6 +356,7 @@ impl Sequence {
         if self.num_cached_tokens.is_none() {
             self.reuse = Reuse { fetch_ms: self.reuse.fetch_ms, decision: self.reuse.decision, ..Reuse::default() };
         }
+        self.attached_tail = None;
         self.chain.num_published = 0;
         self.chain.num_promised = 0;
         match &mut self.work {

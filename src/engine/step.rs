@@ -15,8 +15,8 @@ use super::merge::{MergeConfig, Merger, StepWork};
 use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, Task};
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
-use super::scheduler::{Scheduler, SchedulerLimits};
-use super::sequence::{HashChain, Sequence, SequenceStatus, Work};
+use super::scheduler::{ScheduledSequence, Scheduler, SchedulerLimits};
+use super::sequence::{HashChain, Sequence, SequenceStatus, SharedTail, Work};
 use super::tiers::TierConfig;
 use crate::backend::{Backend, DType};
 use crate::kv::BlockHash;
@@ -223,7 +223,7 @@ impl<B: Backend> Engine<B> {
         if len == 0 || len > longest {
             return Err(invalid!("the prompt has {len} tokens, wanted 1 to {longest}"));
         }
-        if matches!(request.task, Task::Deposit { is_durable: true }) && !self.is_identified {
+        if matches!(request.task, Task::Deposit { is_durable: true, .. }) && !self.is_identified {
             return Err(Error::Exhausted("nothing can be kept: the vault is not open yet; try again".into()));
         }
         check_pieces(request, most)?;
@@ -241,9 +241,13 @@ impl<B: Backend> Engine<B> {
         let merged = self.merger.form_of(&request.adapters);
         let identity = identity_under(&self.hash_identity, &request.adapters, merged.is_some());
         let (root, own) = self.chain_of(&request, &identity);
+        let shared_tail = shared_tail(&request, limits.block_size);
         let composition = self.compose(request.pieces, &identity, num_prompt_tokens);
         let (work, room) = match request.task {
-            Task::Deposit { is_durable } => (Work::Deposit { is_durable }, 0),
+            Task::Deposit { is_durable, kept_in } => {
+                let kept_under = kept_in.map(|domain| BlockHash::root(&identity, domain.as_bytes()));
+                (Work::Deposit { is_durable, kept_under }, 0)
+            }
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
             Task::Generate(mut params) => {
                 params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);
@@ -267,6 +271,8 @@ impl<B: Backend> Engine<B> {
             reuse: Reuse::default(),
             may_fetch: true,
             blocks: Vec::with_capacity(max_blocks),
+            shared_tail,
+            attached_tail: None,
             chain: HashChain::new(root, own, max_blocks)
                 .provisional(!self.is_identified)
                 .cut_at(join / limits.block_size),
@@ -310,11 +316,12 @@ impl<B: Backend> Engine<B> {
             self.metrics.count_finished("abort");
         }
         self.scheduler.schedule();
-        if self.scheduler.scheduled().is_empty() {
+        if self.scheduler.scheduled().is_empty() && self.scheduler.probing().is_empty() {
             let is_waiting = !self.scheduler.has_queued() || self.scheduler.tiers().num_held() > 0;
             assert!(is_waiting, "sequences wait and nothing is under way");
             return Ok(false);
         }
+        self.probe()?;
         let started_at = Instant::now();
         self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
         let took = started_at.elapsed();
@@ -326,6 +333,20 @@ impl<B: Backend> Engine<B> {
             self.scheduler.check_integrity();
         }
         Ok(true)
+    }
+
+    /// Has composed prompts learn which of their tokens to compute.
+    fn probe(&mut self) -> Result<()> {
+        self.runner.probe(self.scheduler.running(), self.scheduler.probing())?;
+        let mut row = 0;
+        for at in 0..self.scheduler.probing().len() {
+            let ScheduledSequence { index, num_tokens } = self.scheduler.probing()[at];
+            self.scheduler.take_deviations(index, &self.runner.deviations()[row..row + num_tokens]);
+            if !planted::is(Bug::DeviationsOfAnother) {
+                row += num_tokens;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the results over: computed tokens, sampled tokens, ended sequences.
@@ -451,11 +472,13 @@ impl<B: Backend> Engine<B> {
     }
 
     fn record_step(&mut self, took: Duration) {
-        let num_tokens = self.scheduler.scheduled().iter().map(|entry| entry.num_tokens).sum();
+        let num_tokens_of = |entries: &[ScheduledSequence]| entries.iter().map(|entry| entry.num_tokens).sum::<usize>();
+        let num_tokens = num_tokens_of(self.scheduler.scheduled());
+        let num_probed_tokens = num_tokens_of(self.scheduler.probing());
         self.scheduler.tiers_mut().pager_mut().observe_step(num_tokens, took);
         self.record_usage();
         let metrics = &self.metrics;
-        metrics.count_step(num_tokens);
+        metrics.count_step(num_tokens + num_probed_tokens);
         metrics.num_requests_running.set(self.scheduler.num_running() as i64);
         metrics.num_requests_waiting.set(self.scheduler.num_waiting() as i64);
         let num_preemptions = self.scheduler.num_preemptions();
@@ -471,6 +494,15 @@ impl<B: Backend> Drop for Engine<B> {
         self.stopped.store(true, Ordering::SeqCst);
         self.submissions.try_iter().for_each(drop);
     }
+}
+
+/// What a shared beginning has behind its last full block.
+fn shared_tail(request: &GenerateRequest, block_size: usize) -> Option<SharedTail> {
+    let num_shared = request.shared_prefix.as_ref()?.num_tokens;
+    let (block, num_tokens) = (num_shared / block_size, num_shared % block_size);
+    // What is moved into a prompt may lie in the same block.
+    let is_plain = request.pieces.is_empty() && num_shared <= request.prompt.len();
+    (num_tokens > 0 && is_plain).then_some(SharedTail { block, num_tokens })
 }
 
 /// Refuses pieces that are not parts of the prompt, in order.

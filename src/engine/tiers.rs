@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::deposit::Deposit;
 use super::request::FetchDecision;
-use super::sequence::{Sequence, Work};
+use super::sequence::{AttachedTail, Sequence, WantedTail, Work};
 use crate::kv::{BlockHash, BlockId, CachedPool};
 use crate::paging::{Completion, Pager, Ticket, Tier, VaultOpener};
 use crate::planted::{self, Bug};
@@ -80,13 +80,23 @@ struct FetchedBlock {
     hash: BlockHash,
     tier: Tier,
     is_whole: bool,
+    /// Of a partial block, how many of its tokens are of use.
+    num_tail_tokens: Option<usize>,
 }
 
 /// What a lower tier could give a sequence, and whether to take it.
 pub(super) enum Plan {
     Compute,
-    /// Fetch so many blocks behind those it has.
-    Fetch(usize),
+    /// Fetch these behind those it has.
+    Fetch(Fetchable),
+}
+
+/// What a lower tier has of what follows a sequence's blocks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fetchable {
+    num_blocks: usize,
+    /// Whether the partial block behind them is there as well.
+    has_tail: bool,
 }
 
 /// What has come to pass.
@@ -167,7 +177,7 @@ impl Tiers {
 
     /// Whether lower tiers hold what follows a sequence's blocks, up to block `num_shareable`, and are worth asking.
     pub(super) fn plan(&mut self, sequence: &mut Sequence, num_shareable: usize) -> Plan {
-        if !sequence.may_fetch || !self.pager.is_enabled() {
+        if !sequence.may_fetch || !self.pager.is_enabled() || sequence.attached_tail.is_some() {
             return Plan::Compute;
         }
         let (mut num_host, mut num_disk) = (0, 0);
@@ -180,12 +190,17 @@ impl Tiers {
             }
         }
         let num_blocks = num_host + num_disk;
-        if num_blocks == 0 {
-            return Plan::Compute;
+        let tail = self.find_tail(sequence, sequence.blocks.len() + num_blocks);
+        match tail {
+            Some((Tier::Host, _)) => num_host += 1,
+            Some(_) => num_disk += 1,
+            None if num_blocks == 0 => return Plan::Compute,
+            None => {}
         }
+        let num_tokens = num_blocks * self.block_size + tail.map_or(0, |(_, num_tokens)| num_tokens);
         let rates = self.pager.rates();
         let fetch_ms = rates.fetch_ms(num_host, num_disk, self.pager.num_threads());
-        let recompute_ms = rates.recompute_ms(num_blocks * self.block_size);
+        let recompute_ms = rates.recompute_ms(num_tokens);
         let is_dear = matches!((fetch_ms, recompute_ms), (Some(fetch), Some(compute)) if fetch > compute);
         if is_dear && self.num_declined < DECLINED_BEFORE_RETRY {
             self.num_declined += 1;
@@ -193,11 +208,18 @@ impl Tiers {
             return Plan::Compute;
         }
         self.num_declined = 0;
-        Plan::Fetch(num_blocks)
+        Plan::Fetch(Fetchable { num_blocks, has_tail: tail.is_some() })
     }
 
-    /// Starts bringing up the next `num_blocks` blocks of a sequence, which waits here until then.
-    pub(super) fn start_fetch(&mut self, pool: &mut CachedPool, sequence: Box<Sequence>, num_blocks: usize) {
+    /// Where the partial block lies that follows `num_blocks` full ones, and how many of its tokens are of use.
+    fn find_tail(&self, sequence: &Sequence, num_blocks: usize) -> Option<(Tier, usize)> {
+        let WantedTail { hash, tokens, num_used } = sequence.wanted_tail(num_blocks, self.block_size)?;
+        Some((self.pager.find(&hash, tokens)?, num_used))
+    }
+
+    /// Starts bringing up what follows the blocks of a sequence, which waits here until then.
+    pub(super) fn start_fetch(&mut self, pool: &mut CachedPool, sequence: Box<Sequence>, found: Fetchable) {
+        let Fetchable { num_blocks, has_tail } = found;
         let ticket = self.pager.new_ticket();
         let first = sequence.blocks.len();
         let mut blocks = Vec::with_capacity(num_blocks);
@@ -213,9 +235,12 @@ impl Tiers {
             if planted::is(Bug::FetchPublishedEarly) {
                 pool.insert(hash, tokens, block);
             }
-            blocks.push(FetchedBlock { block, hash, tier, is_whole: false });
+            blocks.push(FetchedBlock { block, hash, tier, is_whole: false, num_tail_tokens: None });
         }
         let promised = blocks.iter().map(|fetched| fetched.hash).collect();
+        if has_tail && blocks.len() == num_blocks {
+            blocks.extend(self.load_tail(pool, &sequence, first + num_blocks, ticket));
+        }
         let started_at = Instant::now();
         let expected_ms = self.pager.rates().recompute_ms(blocks.len() * self.block_size);
         let wait = expected_ms.map_or(MAX_WAIT, |ms| Duration::from_secs_f64(ms * 2e-3).clamp(MIN_WAIT, MAX_WAIT));
@@ -225,6 +250,24 @@ impl Tiers {
         self.fetches.push(Fetch { ticket, sequence, blocks, promised, num_pending, started_at, deadline });
     }
 
+    /// Starts copying a partial block into one that is the sequence's own: it goes on there.
+    fn load_tail(
+        &mut self,
+        pool: &mut CachedPool,
+        sequence: &Sequence,
+        index: usize,
+        ticket: Ticket,
+    ) -> Option<FetchedBlock> {
+        let WantedTail { hash, tokens, num_used } = sequence.wanted_tail(index, self.block_size)?;
+        let tier = self.pager.find(&hash, tokens)?;
+        let block = pool.allocate()?;
+        if !self.pager.load(ticket, hash, tokens, block) {
+            pool.release(block);
+            return None;
+        }
+        Some(FetchedBlock { block, hash, tier, is_whole: false, num_tail_tokens: Some(num_used) })
+    }
+
     /// Blocks that the fetch which was started last will bring.
     pub(super) fn last_promised(&self) -> &[BlockHash] {
         self.fetches.last().map_or(&[], |fetch| &fetch.promised)
@@ -232,7 +275,7 @@ impl Tiers {
 
     /// Has the blocks of a computed sequence kept on disk.
     pub(super) fn start_deposit(&mut self, sequence: Box<Sequence>) {
-        let is_durable = matches!(sequence.work, Work::Deposit { is_durable: true });
+        let is_durable = matches!(sequence.work, Work::Deposit { is_durable: true, .. });
         self.deposits.push(Deposit::new(sequence, is_durable));
     }
 
@@ -294,7 +337,7 @@ impl Tiers {
                             pool.release(block);
                         }
                     } else {
-                        self.deposits.iter_mut().any(|deposit| deposit.absorb_saved(ticket, is_there));
+                        self.deposits.iter_mut().any(|deposit| deposit.absorb_saved(ticket, tier, is_there));
                     }
                     match tier {
                         Tier::Host => self.queue_save_to(block, Tier::Disk),
@@ -351,13 +394,16 @@ impl Tiers {
         };
         let num_whole = blocks.iter().take_while(|fetched| fetched.is_whole).count();
         for (number, fetched) in blocks.iter().enumerate() {
-            if number < num_whole {
+            if number >= num_whole {
+                pool.release(fetched.block);
+            } else if let Some(num_tokens) = fetched.num_tail_tokens {
+                sequence.blocks.push(fetched.block);
+                sequence.attached_tail = Some(AttachedTail { tier: fetched.tier, num_tokens });
+            } else {
                 let index = sequence.blocks.len();
                 pool.insert(fetched.hash, sequence.block_tokens(index, self.block_size), fetched.block);
                 sequence.blocks.push(fetched.block);
                 sequence.count_reuse(fetched.tier, index, self.block_size);
-            } else {
-                pool.release(fetched.block);
             }
         }
         let is_complete = num_whole == blocks.len() && num_whole > 0;
@@ -389,6 +435,11 @@ impl Tiers {
     /// All sequences that wait for blocks.
     pub(super) fn take_all(&mut self) -> Vec<Box<Sequence>> {
         self.take_if(|_| true)
+    }
+
+    /// All sequences whose blocks are on their way to disk; nobody waits for that any more.
+    pub(super) fn take_deposits(&mut self) -> impl Iterator<Item = Box<Sequence>> + '_ {
+        self.deposits.drain(..).map(Deposit::into_sequence)
     }
 
     fn take_if(&mut self, wanted: impl Fn(&Sequence) -> bool) -> Vec<Box<Sequence>> {

@@ -54,6 +54,21 @@ impl BlockHash {
         Self(hasher.finalize().into())
     }
 
+    /// The hashes of all `tokens` that follow, in blocks of `block_size`: of the full ones, and of the partial one behind
+    /// them.
+    pub fn blocks_of(&self, tokens: &[u32], block_size: usize) -> (Vec<Self>, Option<Self>) {
+        let blocks = tokens.chunks_exact(block_size);
+        let rest = blocks.remainder();
+        let full: Vec<Self> = blocks
+            .scan(*self, |last, block| {
+                *last = last.child(block);
+                Some(*last)
+            })
+            .collect();
+        let tail = (!rest.is_empty()).then(|| full.last().unwrap_or(self).tail(rest));
+        (full, tail)
+    }
+
     /// Where a chain goes on in another domain: nobody else's blocks follow from there.
     pub fn in_domain(&self, domain: &[u8]) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("mneme block chain domain v1");

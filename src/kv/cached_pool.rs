@@ -1,4 +1,4 @@
-//! The blocks of one tier together with what they hold: a pool that finds full blocks by content.
+//! The blocks of one tier together with what they hold: a pool that finds blocks by content.
 
 use super::{BlockHash, BlockId, BlockPool, PrefixCache};
 use crate::planted::{self, Bug};

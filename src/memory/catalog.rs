@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::acl::{Access, Principal};
-use super::cube::{Cube, CubeId};
+use super::cube::{Cube, CubeId, Priority};
 use super::event::{EventKind, EventLog, EventPage};
 use super::folder::{Contents, Damaged, ManifestFolder};
-use super::index::{CubeView, Index};
+use super::index::{CubeView, Entry, Index};
 use super::lifecycle::State;
 use super::manifest::{FileName, Tombstone};
 use super::name::{CubeAddress, CubeName, Version};
@@ -37,6 +37,8 @@ pub struct CatalogLimits {
     pub max_payload_bytes: usize,
     /// Tombstones; the oldest ones go first.
     pub max_tombstones: usize,
+    /// Snapshots, of all principals together.
+    pub max_snapshots: usize,
     /// Events kept in memory.
     pub max_events: usize,
     /// Cubes or events in one answer.
@@ -99,6 +101,7 @@ impl Default for CatalogLimits {
             max_tokens: 1 << 18,
             max_payload_bytes: 2 << 30,
             max_tombstones: 100_000,
+            max_snapshots: 1000,
             max_events: 4096,
             max_page: 1000,
         }
@@ -115,6 +118,8 @@ impl Catalog {
         let dead = bury_all(&mut index, &mut contents);
         clear_leftovers(&folder, &mut index, &contents.manifests, &dead)?;
         contents.manifests.retain(|cube| !dead.contains(&cube.id));
+        let snapshots = std::mem::take(&mut contents.snapshots);
+        index.snapshots = snapshots.into_iter().map(|snapshot| (snapshot.id, Arc::new(snapshot))).collect();
         let damaged = admit_all(&mut index, contents);
         for Damaged { path, error, .. } in &damaged {
             tracing::warn!(path = %path.display(), %error, "a file of the vault is damaged and left out");
@@ -182,6 +187,18 @@ impl Catalog {
     /// Whether a cube references this block.
     pub fn is_referenced(&self, hash: &BlockHash) -> bool {
         self.read().is_referenced(hash)
+    }
+
+    /// How hard a block is held on to, by the cube that does so hardest; `None` when no cube references it.
+    pub fn priority_of(&self, hash: &BlockHash) -> Option<Priority> {
+        self.read().priority_of(hash)
+    }
+
+    /// Every block of all versions of a cube.
+    pub fn blocks_of(&self, id: CubeId) -> Vec<BlockHash> {
+        let index = self.read();
+        let versions = index.cubes.get(&id).into_iter().flat_map(Entry::versions);
+        versions.flat_map(|cube| cube.payload.blocks()).copied().collect()
     }
 
     /// Cubes there are, of all principals.
@@ -288,7 +305,7 @@ fn admit_all(index: &mut Index, contents: Contents) -> Vec<Damaged> {
             if is_taken {
                 damaged.push(doubled(head));
             }
-            versions.values().for_each(|cube| index.reference(&cube.payload));
+            versions.values().for_each(|cube| index.reference(cube));
             continue;
         }
         versions.into_values().for_each(|cube| index.put(Arc::new(cube), false));

@@ -382,6 +382,43 @@ fn lineage_goes_both_ways_and_stops_at_what_is_hidden() {
     assert_eq!(ids(&lineage.ancestors), [top]);
 }
 
+/// A block that several cubes name is held on to as the one says that does so hardest, whatever happens to the others.
+#[test]
+fn blocks_have_the_priority_of_the_hardest_holder() {
+    let (catalog, _) = catalog();
+    let (ana, tokens) = (who("ana"), (0..16).collect::<Vec<u32>>());
+    let make = |cube: &str| {
+        let new = NewCube::new(name(cube), samples::activation_payload("text", &tokens));
+        catalog.create(&ana, new, Durability::Synced).unwrap().cube
+    };
+    let (first, _) = (make("ana/a"), make("ana/b"));
+    let [block] = catalog.blocks_of(first.id)[..] else { panic!("one block of sixteen tokens") };
+    let level = |level: u8| Some(Priority::level(level).unwrap());
+    let change = |cube: &str, priority: Option<Priority>| {
+        let changes = CubeChanges { priority, ..CubeChanges::default() };
+        catalog.change(&ana, &name(cube), changes).unwrap();
+        catalog.read().check_integrity();
+        catalog.priority_of(&block)
+    };
+    assert_eq!(catalog.priority_of(&block), level(5));
+    assert_eq!(change("ana/a", level(2)), level(5));
+    assert_eq!(change("ana/b", level(1)), level(2));
+    assert_eq!(change("ana/b", Some(Priority::Pinned)), Some(Priority::Pinned));
+    assert_eq!(change("ana/b", level(3)), level(3));
+    // All versions of a cube count, and a frozen one is pinned.
+    let more = samples::activation_payload("other", &[7]);
+    catalog.append(&ana, &name("ana/b"), Version::FIRST, more).unwrap();
+    assert_eq!(change("ana/b", level(9)), level(9));
+    catalog.freeze(&ana, &name("ana/a")).unwrap();
+    assert_eq!(catalog.priority_of(&block), Some(Priority::Pinned));
+    catalog.unfreeze(&ana, &name("ana/a")).unwrap();
+    catalog.delete(&ana, &name("ana/b")).unwrap();
+    assert_eq!(catalog.priority_of(&block), level(2));
+    catalog.delete(&ana, &name("ana/a")).unwrap();
+    assert_eq!(catalog.priority_of(&block), None);
+    catalog.read().check_integrity();
+}
+
 #[test]
 fn use_makes_a_cube_active_until_its_blocks_leave() {
     let (catalog, _) = catalog();

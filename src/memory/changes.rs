@@ -62,6 +62,8 @@ pub struct Ended {
     pub ids: Vec<CubeId>,
     /// Blocks that no cube references any more.
     pub unreferenced: Vec<BlockHash>,
+    /// Of these, what is to be erased.
+    pub to_erase: Vec<BlockHash>,
 }
 
 impl NewCube {
@@ -162,19 +164,12 @@ impl Catalog {
     pub fn append(&self, principal: &Principal, name: &CubeName, base: Version, payload: Payload) -> Result<CubeView> {
         self.check_payload(&payload)?;
         self.check_bytes(&payload)?;
-        let max_versions = self.limits.max_versions;
         let edit = |cube: &mut Cube, _| {
             if cube.version != base {
                 let message = "was changed meanwhile; look at its newest version and try again";
                 return Err(Error::Conflict(format!("Cube `{}` {message}.", cube.name)));
             }
-            let next = cube.version.next().filter(|next| next.get() as usize <= max_versions);
-            cube.version = next.ok_or_else(|| {
-                Error::Exhausted(format!(
-                    "Cube `{}` has {max_versions} versions, no more are kept; fork it.",
-                    cube.name
-                ))
-            })?;
+            self.advance(cube)?;
             cube.payload = Arc::new(payload);
             Ok(())
         };

@@ -12,6 +12,7 @@ use super::index::CubeView;
 use super::manifest::{Ending, Tombstone};
 use super::name::{CubeName, Version};
 use super::payload::Payload;
+use super::snapshot::{Snapshot, SnapshotId};
 use super::timestamp::Timestamp;
 use crate::{Error, Result, invalid};
 
@@ -128,7 +129,11 @@ impl Catalog {
         let versions: Vec<Version> = index.cubes[&cube.id].versions().map(|cube| cube.version).collect();
         index.events.push(kind, now, principal, Arc::clone(cube));
         ended.ids.push(cube.id);
-        ended.unreferenced.extend(index.bury(tombstone));
+        let freed = index.bury(tombstone);
+        if cube.governance.erase_on_free {
+            ended.to_erase.extend(&freed);
+        }
+        ended.unreferenced.extend(freed);
         drop(index);
         self.clean_up(cube.id, versions);
         Ok(())
@@ -142,6 +147,26 @@ impl Catalog {
             self.write().leftovers.insert(id);
         }
         self.prune();
+    }
+
+    pub(super) fn write_snapshot(&self, mut writer: MutexGuard<'_, Writer>, snapshot: &Snapshot) -> Result<()> {
+        let Some(folder) = &self.folder else { return Ok(()) };
+        folder.write_snapshot(snapshot).map_err(|fault| writer.note(fault))
+    }
+
+    /// A removal that is not durable may be undone by a crash, which loses nothing.
+    pub(super) fn remove_snapshot(&self, _writer: MutexGuard<'_, Writer>, id: SnapshotId) -> Result<()> {
+        self.folder.as_ref().map_or(Ok(()), |folder| folder.remove_snapshot(id))
+    }
+
+    /// Gives a cube the number of its next version.
+    pub(super) fn advance(&self, cube: &mut Cube) -> Result<()> {
+        let max_versions = self.limits.max_versions;
+        let next = cube.version.next().filter(|next| next.get() as usize <= max_versions);
+        cube.version = next.ok_or_else(|| {
+            Error::Exhausted(format!("Cube `{}` has {max_versions} versions, no more are kept; fork it.", cube.name))
+        })?;
+        Ok(())
     }
 
     /// Forgets the oldest tombstones above the limit: those whose manifests are surely gone.

@@ -9,12 +9,13 @@ use super::acl::{Acl, AclLists, Principal, Visibility};
 use super::catalog::{Catalog, CatalogLimits, CubeFilter};
 use super::changes::{CubeChanges, NewCube};
 use super::cube::{Cube, CubeId};
-use super::faulty_files::{Fault, FaultyFiles};
 use super::folder::Durability;
 use super::label::{Label, Labels};
 use super::name::{CubeAddress, CubeName, Version};
 use super::samples;
 use super::timestamp::{Clock, Timestamp};
+use crate::paging::Files;
+use crate::paging::faulty::FaultyFiles;
 use crate::{Error, Result};
 
 /// How an image is torn: everything kept, nothing kept, and fourteen mixtures.
@@ -52,6 +53,19 @@ fn name(text: &str) -> CubeName {
 fn limits() -> CatalogLimits {
     // Fewer than the steps make, so that forgetting one is crashed too.
     CatalogLimits { max_tombstones: 1, ..CatalogLimits::default() }
+}
+
+/// Files with a folder for cubes that is surely there.
+pub(super) fn files() -> FaultyFiles {
+    let files = FaultyFiles::new(2);
+    files.create_folder(Path::new("/vault/cubes")).unwrap();
+    ["/", "/vault"].into_iter().for_each(|folder| files.sync_folder(Path::new(folder)).unwrap());
+    files
+}
+
+/// Operations since then.
+fn num_operations(changed: &FaultyFiles) -> u64 {
+    changed.num_operations() - files().num_operations()
 }
 
 fn open(files: &FaultyFiles) -> Result<Catalog> {
@@ -133,7 +147,7 @@ fn dump(catalog: &Catalog) -> Vec<Cube> {
 
 /// The state after each number of steps.
 fn expected() -> Vec<Vec<Cube>> {
-    let catalog = open(&FaultyFiles::default()).unwrap();
+    let catalog = open(&files()).unwrap();
     let mut states = vec![dump(&catalog)];
     for step in STEPS {
         step(&catalog).unwrap();
@@ -152,7 +166,7 @@ fn assert_is_one_of(files: &FaultyFiles, before: &[Cube], after: &[Cube], case: 
     let catalog = open(files).unwrap();
     let found = dump(&catalog);
     assert!(found == before || found == after, "{case}: found {:?}", found.iter().map(|c| &c.name).collect::<Vec<_>>());
-    let leftover = files.names().into_iter().find(|path| path.extension().is_some_and(|ending| ending == "tmp"));
+    let leftover = files.paths().into_iter().find(|path| path.extension().is_some_and(|ending| ending == "tmp"));
     assert_eq!(leftover, None, "{case}: nothing half written stays");
     assert!(catalog.damaged().is_empty(), "{case}: {:?}", catalog.damaged());
 }
@@ -160,15 +174,15 @@ fn assert_is_one_of(files: &FaultyFiles, before: &[Cube], after: &[Cube], case: 
 #[test]
 fn a_crash_at_any_operation_leaves_every_step_done_or_not_begun() {
     let states = expected();
-    let all = FaultyFiles::default();
+    let all = files();
     assert_eq!(run(&all), STEPS.len());
-    let num_operations = all.num_operations();
+    let num_operations = num_operations(&all);
     assert!(num_operations > 60, "{num_operations} operations are hardly all of them");
     for operation in 0..num_operations {
-        let files = FaultyFiles::default();
-        files.fail_at(operation, Fault::Crash);
+        let files = files();
+        files.stop_at(operation + 1);
         let num_done = run(&files);
-        assert!(files.has_crashed(), "operation {operation} was reached");
+        assert!(files.is_stopped(), "operation {operation} was reached");
         let (before, after) = (&states[num_done], &states[(num_done + 1).min(STEPS.len())]);
         for seed in 0..NUM_SEEDS {
             let case = format!("crash at operation {operation}, seed {seed}");
@@ -179,11 +193,11 @@ fn a_crash_at_any_operation_leaves_every_step_done_or_not_begun() {
 
 #[test]
 fn what_was_seen_after_a_kill_stays_when_the_power_goes() {
-    let all = FaultyFiles::default();
+    let all = files();
     run(&all);
-    for operation in 0..all.num_operations() {
-        let files = FaultyFiles::default();
-        files.fail_at(operation, Fault::Crash);
+    for operation in 0..num_operations(&all) {
+        let files = files();
+        files.stop_at(operation + 1);
         run(&files);
         let image = files.after_kill();
         let seen = dump(&open(&image).unwrap());
@@ -197,17 +211,17 @@ fn what_was_seen_after_a_kill_stays_when_the_power_goes() {
 #[test]
 fn a_crash_while_recovering_loses_nothing_either() {
     let states = expected();
-    let all = FaultyFiles::default();
+    let all = files();
     run(&all);
-    for operation in (0..all.num_operations()).step_by(3) {
-        let files = FaultyFiles::default();
-        files.fail_at(operation, Fault::Crash);
+    for operation in (0..num_operations(&all)).step_by(3) {
+        let files = files();
+        files.stop_at(operation + 1);
         let num_done = run(&files);
         let (before, after) = (&states[num_done], &states[(num_done + 1).min(STEPS.len())]);
         for seed in 0..4 {
             for second in 0..4 {
                 let image = files.after_crash(seed);
-                image.fail_at(second, Fault::Crash);
+                image.stop_at(second + 1);
                 let first_look = open(&image).ok().map(|catalog| dump(&catalog));
                 let case = format!("crash at operation {operation}, seed {seed}, again at {second}");
                 for later_seed in 0..4 {
@@ -225,7 +239,7 @@ fn a_crash_while_recovering_loses_nothing_either() {
 
 #[test]
 fn the_deleted_stay_deleted_and_are_remembered() {
-    let files = FaultyFiles::default();
+    let files = files();
     let catalog = open(&files).unwrap();
     create(&catalog, "ana/a", "parent").unwrap();
     catalog.fork(&ana(), &"ana/a".parse().unwrap(), name("ana/child")).unwrap();
@@ -242,7 +256,7 @@ fn the_deleted_stay_deleted_and_are_remembered() {
 
 #[test]
 fn a_cube_that_need_not_be_durable_is_whole_or_gone() {
-    let files = FaultyFiles::default();
+    let files = files();
     let catalog = open(&files).unwrap();
     catalog.create(&ana(), new_cube("ana/a", "text"), Durability::Unsynced).unwrap();
     let wanted = dump(&catalog);
@@ -258,12 +272,12 @@ fn a_cube_that_need_not_be_durable_is_whole_or_gone() {
 #[test]
 fn a_full_disk_refuses_and_changes_nothing() {
     let states = expected();
-    let all = FaultyFiles::default();
+    let all = files();
     run(&all);
     let mut num_refused = 0;
-    for operation in 0..all.num_operations() {
-        let files = FaultyFiles::default();
-        files.fail_at(operation, Fault::Error(ErrorKind::StorageFull));
+    for operation in 0..num_operations(&all) {
+        let files = files();
+        files.fail_at(operation + 1, ErrorKind::StorageFull);
         let Ok(catalog) = open(&files) else { continue };
         let failed = STEPS.iter().position(|step| step(&catalog).is_err());
         let Some(failed) = failed else { continue };
@@ -285,13 +299,13 @@ fn a_full_disk_refuses_and_changes_nothing() {
 
 fn path_of(files: &FaultyFiles, id: CubeId, ending: &str) -> PathBuf {
     let path = Path::new("/vault/cubes").join(format!("{id}.{ending}.json"));
-    assert!(files.names().contains(&path), "{}", path.display());
+    assert!(files.paths().contains(&path), "{}", path.display());
     path
 }
 
 #[test]
 fn damage_hides_a_cube_rather_than_showing_an_older_access_list() {
-    let files = FaultyFiles::default();
+    let files = files();
     let catalog = open(&files).unwrap();
     let mut new = new_cube("ana/a", "public once");
     let lists = AclLists { visibility: Visibility::Public, ..AclLists::default() };
@@ -300,20 +314,20 @@ fn damage_hides_a_cube_rather_than_showing_an_older_access_list() {
     let changes = CubeChanges { acl: Some(Acl::Private), ..CubeChanges::default() };
     append(&catalog, "ana/a", "secret now").unwrap();
     catalog.change(&ana(), &name("ana/a"), changes).unwrap();
-    files.damage(&path_of(&files, id, "2"), |bytes| bytes[200] ^= 1);
+    files.change(&path_of(&files, id, "2"), |bytes| bytes[200] ^= 1);
     let catalog = open(&files).unwrap();
     assert_eq!((catalog.num_cubes(), catalog.damaged().len()), (0, 1));
     assert!(!catalog.block_references().is_empty(), "what may be repaired keeps its blocks");
-    assert!(files.names().contains(&path_of(&files, id, "2")), "the file stays for whoever repairs it");
+    assert!(files.paths().contains(&path_of(&files, id, "2")), "the file stays for whoever repairs it");
 }
 
 #[test]
 fn damage_to_an_old_version_costs_that_version() {
-    let files = FaultyFiles::default();
+    let files = files();
     let catalog = open(&files).unwrap();
     let id = catalog.create(&ana(), new_cube("ana/a", "one"), Durability::Synced).unwrap().cube.id;
     append(&catalog, "ana/a", "one two").unwrap();
-    files.damage(&path_of(&files, id, "1"), |bytes| bytes.truncate(100));
+    files.change(&path_of(&files, id, "1"), |bytes| bytes.truncate(100));
     let catalog = open(&files).unwrap();
     assert_eq!(catalog.damaged().len(), 1);
     assert!(catalog.get(&ana(), &"ana/a".parse().unwrap()).is_ok());
@@ -322,22 +336,22 @@ fn damage_to_an_old_version_costs_that_version() {
 
 #[test]
 fn a_damaged_tombstone_still_stands_for_its_cube() {
-    let files = FaultyFiles::default();
+    let files = files();
     let catalog = open(&files).unwrap();
     let id = catalog.create(&ana(), new_cube("ana/a", "one"), Durability::Synced).unwrap().cube.id;
     let manifest = path_of(&files, id, "1");
     // The tombstone is durable, the manifest's removal is not.
     catalog.delete(&ana(), &name("ana/a")).unwrap();
     let image = files.after_crash(1);
-    assert!(image.names().contains(&manifest));
-    image.damage(&path_of(&image, id, "tombstone"), |bytes| bytes.clear());
+    assert!(image.paths().contains(&manifest));
+    image.change(&path_of(&image, id, "tombstone"), |bytes| bytes.clear());
     let catalog = open(&image).unwrap();
     assert_eq!((catalog.num_cubes(), catalog.damaged().len()), (0, 1));
 }
 
 #[test]
 fn files_that_changed_places_or_do_not_belong_are_left_out() {
-    let files = FaultyFiles::default();
+    let files = files();
     let catalog = open(&files).unwrap();
     let id = |cube: &str| catalog.create(&ana(), new_cube(cube, "same"), Durability::Synced).unwrap().cube.id;
     let (one, other) = (id("ana/a"), id("ana/b"));

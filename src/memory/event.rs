@@ -20,6 +20,8 @@ pub enum EventKind {
     Forked,
     /// A version was added.
     Appended,
+    /// A version that holds what an older one did was added.
+    Restored,
     /// It has another name.
     Renamed,
     /// What governs or describes it was changed.

@@ -10,9 +10,11 @@ use std::sync::Arc;
 
 use super::cube::{Cube, CubeId};
 use super::manifest::{
-    FileName, MAX_FILE_BYTES, Tombstone, decode_manifest, decode_tombstone, encode_manifest, encode_tombstone,
+    FileName, MAX_FILE_BYTES, Tombstone, decode_manifest, decode_snapshot, decode_tombstone, encode_manifest,
+    encode_snapshot, encode_tombstone,
 };
 use super::name::Version;
+use super::snapshot::{Snapshot, SnapshotId};
 use crate::paging::Files;
 use crate::{Error, Result, malformed};
 
@@ -47,6 +49,7 @@ pub(super) struct WriteFault {
 pub(super) struct Contents {
     pub(super) manifests: Vec<Cube>,
     pub(super) tombstones: Vec<Tombstone>,
+    pub(super) snapshots: Vec<Snapshot>,
     pub(super) damaged: Vec<Damaged>,
 }
 
@@ -91,6 +94,7 @@ impl ManifestFolder {
             match name {
                 FileName::Manifest(..) => contents.manifests.push(decode_manifest(name, &bytes)?),
                 FileName::Tombstone(_) => contents.tombstones.push(decode_tombstone(name, &bytes)?),
+                FileName::Snapshot(_) => contents.snapshots.push(decode_snapshot(name, &bytes)?),
             }
             Ok(())
         });
@@ -108,6 +112,18 @@ impl ManifestFolder {
     /// Writes a tombstone.
     pub(super) fn write_tombstone(&self, tombstone: &Tombstone) -> std::result::Result<(), WriteFault> {
         self.replace(FileName::Tombstone(tombstone.id), &encode_tombstone(tombstone), Durability::Synced)
+    }
+
+    /// Writes a snapshot.
+    pub(super) fn write_snapshot(&self, snapshot: &Snapshot) -> std::result::Result<(), WriteFault> {
+        let bytes = encode_snapshot(snapshot).map_err(|error| WriteFault { error, is_undone: true })?;
+        self.replace(FileName::Snapshot(snapshot.id), &bytes, Durability::Synced)
+    }
+
+    /// Removes a snapshot, for good.
+    pub(super) fn remove_snapshot(&self, id: SnapshotId) -> Result<()> {
+        self.remove(FileName::Snapshot(id))?;
+        self.sync()
     }
 
     /// Removes manifests of a cube that has a tombstone.

@@ -6,12 +6,13 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use super::acl::{Access, Principal};
-use super::cube::{Cube, CubeId};
+use super::cube::{Cube, CubeId, Governance, Priority};
 use super::event::EventLog;
 use super::lifecycle::{State, Usage};
 use super::manifest::Tombstone;
 use super::name::{CubeAddress, CubeName, Version};
 use super::payload::Payload;
+use super::snapshot::{Snapshot, SnapshotId};
 use super::timestamp::Timestamp;
 use crate::kv::BlockHash;
 use crate::{Error, Result};
@@ -48,11 +49,32 @@ pub(super) struct Index {
     pub(super) cubes: HashMap<CubeId, Entry>,
     names: BTreeMap<CubeName, CubeId>,
     pub(super) tombstones: BTreeMap<CubeId, Tombstone>,
+    pub(super) snapshots: BTreeMap<SnapshotId, Arc<Snapshot>>,
     /// Deleted cubes some of whose manifests are still there.
     pub(super) leftovers: HashSet<CubeId>,
-    references: HashMap<BlockHash, u32>,
+    references: HashMap<BlockHash, Holders>,
     pub(super) num_payload_bytes: usize,
     pub(super) events: EventLog,
+}
+
+/// How many versions name a block, by how hard their cubes hold on to theirs: levels 0 to 9, then pinned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Holders([u32; 11]);
+
+impl Holders {
+    fn rank(governance: &Governance) -> usize {
+        match governance.priority {
+            _ if governance.frozen => 10,
+            Priority::Pinned => 10,
+            Priority::Level(level) => usize::from(level.get()),
+        }
+    }
+
+    /// As the one holds it that holds it hardest; `None` when nobody does.
+    fn priority(&self) -> Option<Priority> {
+        let rank = self.0.iter().rposition(|count| *count > 0)?;
+        Some(Priority::level(rank as u8).unwrap_or(Priority::Pinned))
+    }
 }
 
 impl Entry {
@@ -108,6 +130,7 @@ impl Index {
             cubes: HashMap::new(),
             names: BTreeMap::new(),
             tombstones: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             leftovers: HashSet::new(),
             references: HashMap::new(),
             num_payload_bytes: 0,
@@ -173,8 +196,11 @@ impl Index {
     /// Adds a cube, a version, or what governs a cube now.
     pub(super) fn put(&mut self, cube: Arc<Cube>, is_new: bool) {
         let previous = self.cubes.get(&cube.id).map(|entry| Arc::clone(&entry.head));
+        if let Some(previous) = previous.as_ref().map(|previous| Holders::rank(&previous.governance)) {
+            self.move_holders(cube.id, previous, Holders::rank(&cube.governance));
+        }
         if previous.as_ref().is_none_or(|previous| previous.version != cube.version) {
-            self.reference(&cube.payload);
+            self.reference(&cube);
         }
         if let Some(previous) = &previous {
             self.names.remove(&previous.name);
@@ -192,26 +218,37 @@ impl Index {
         let mut freed = Vec::new();
         if let Some(entry) = self.cubes.remove(&tombstone.id) {
             self.names.remove(&entry.head.name);
-            entry.versions().for_each(|cube| self.release(&cube.payload, &mut freed));
+            let rank = Holders::rank(&entry.head.governance);
+            entry.versions().for_each(|cube| self.release(&cube.payload, rank, &mut freed));
         }
         self.tombstones.insert(tombstone.id, tombstone);
         freed
     }
 
-    /// Counts a payload's blocks and bytes.
-    pub(super) fn reference(&mut self, payload: &Payload) {
-        self.num_payload_bytes += payload.num_index_bytes();
-        for hash in payload.blocks() {
-            *self.references.entry(*hash).or_default() += 1;
+    /// Counts the blocks and bytes of a version.
+    pub(super) fn reference(&mut self, cube: &Cube) {
+        self.num_payload_bytes += cube.payload.num_index_bytes();
+        for hash in cube.payload.blocks() {
+            self.references.entry(*hash).or_default().0[Holders::rank(&cube.governance)] += 1;
         }
     }
 
-    fn release(&mut self, payload: &Payload, freed: &mut Vec<BlockHash>) {
+    /// All versions of a cube are held on to as hard as its newest one says.
+    fn move_holders(&mut self, id: CubeId, before: usize, after: usize) {
+        let Some(entry) = self.cubes.get(&id).filter(|_| before != after) else { return };
+        for hash in entry.versions().flat_map(|cube| cube.payload.blocks()) {
+            let Holders(counts) = self.references.get_mut(hash).expect("a cube's blocks are counted");
+            counts[before] -= 1;
+            counts[after] += 1;
+        }
+    }
+
+    fn release(&mut self, payload: &Payload, rank: usize, freed: &mut Vec<BlockHash>) {
         self.num_payload_bytes -= payload.num_index_bytes();
         for hash in payload.blocks() {
-            let count = self.references.get_mut(hash).expect("a cube's blocks are counted");
-            *count -= 1;
-            if *count == 0 {
+            let holders = self.references.get_mut(hash).expect("a cube's blocks are counted");
+            holders.0[rank] -= 1;
+            if *holders == Holders::default() {
                 self.references.remove(hash);
                 freed.push(*hash);
             }
@@ -226,16 +263,23 @@ impl Index {
         self.references.keys().copied().collect()
     }
 
+    /// How hard a block is held on to, by the cube that does so hardest.
+    pub(super) fn priority_of(&self, hash: &BlockHash) -> Option<Priority> {
+        self.references.get(hash)?.priority()
+    }
+
     /// Panics where the parts disagree. For tests.
     #[cfg(test)]
     pub(super) fn check_integrity(&self) {
         assert_eq!(self.names.len(), self.cubes.len());
-        let mut counts: HashMap<BlockHash, u32> = HashMap::new();
+        let mut counts: HashMap<BlockHash, Holders> = HashMap::new();
         for (id, entry) in &self.cubes {
             assert_eq!(self.names.get(&entry.head.name), Some(id));
             assert!(!self.tombstones.contains_key(id), "{id} is alive and dead");
             assert!(entry.older.keys().all(|version| *version < entry.head.version));
-            entry.versions().flat_map(|cube| cube.payload.blocks()).for_each(|h| *counts.entry(*h).or_default() += 1);
+            let rank = Holders::rank(&entry.head.governance);
+            let blocks = entry.versions().flat_map(|cube| cube.payload.blocks());
+            blocks.for_each(|hash| counts.entry(*hash).or_default().0[rank] += 1);
         }
         assert_eq!(counts, self.references);
     }

@@ -1,4 +1,5 @@
-//! The form of the small files that are the truth about cubes: a manifest per version, a tombstone per deleted cube.
+//! The form of the small files that are the truth about cubes: a manifest per version, a tombstone per deleted cube, and
+//! a file per snapshot.
 //!
 //! ```text
 //! {"format":1,"digest":"<BLAKE3 of the body, 64 hex digits>","body":{...}}
@@ -19,6 +20,7 @@ use super::cube::{Cube, CubeId, MAX_PARENTS};
 use super::digest::Digest;
 use super::name::{CubeName, Version};
 use super::payload::Kind;
+use super::snapshot::{Snapshot, SnapshotId};
 use super::timestamp::Timestamp;
 use crate::{Error, Result, invalid, malformed, unsupported};
 
@@ -73,6 +75,7 @@ pub enum Ending {
 pub(super) enum FileName {
     Manifest(CubeId, Version),
     Tombstone(CubeId),
+    Snapshot(SnapshotId),
 }
 
 impl Tombstone {
@@ -124,6 +127,22 @@ pub(super) fn decode_tombstone(name: FileName, bytes: &[u8]) -> Result<Tombstone
     Ok(tombstone)
 }
 
+/// A snapshot's bytes. Refused when they would be too many.
+pub(super) fn encode_snapshot(snapshot: &Snapshot) -> Result<Vec<u8>> {
+    let bytes = seal(snapshot);
+    match bytes.len() {
+        0..=MAX_FILE_BYTES => Ok(bytes),
+        _ => Err(invalid!("the snapshot has {} cubes, too many for a file; take several", snapshot.cubes.len())),
+    }
+}
+
+/// Reads a snapshot that was found under `name`.
+pub(super) fn decode_snapshot(name: FileName, bytes: &[u8]) -> Result<Snapshot> {
+    let snapshot: Snapshot = open(bytes)?;
+    check_name(name, FileName::Snapshot(snapshot.id))?;
+    Ok(snapshot)
+}
+
 fn check_name(found: FileName, wanted: FileName) -> Result<()> {
     if found == wanted {
         Ok(())
@@ -172,6 +191,7 @@ impl fmt::Display for FileName {
         match self {
             Self::Manifest(id, version) => write!(f, "{id}.{version}.json"),
             Self::Tombstone(id) => write!(f, "{id}.tombstone.json"),
+            Self::Snapshot(id) => write!(f, "{id}.snapshot.json"),
         }
     }
 }
@@ -183,6 +203,7 @@ impl FromStr for FileName {
         let parts: Vec<&str> = text.split('.').collect();
         let name = match parts[..] {
             [id, "tombstone", "json"] => Some(Self::Tombstone(id.parse()?)),
+            [id, "snapshot", "json"] => Some(Self::Snapshot(id.parse()?)),
             [id, version, "json"] => {
                 let version = version.parse().ok().and_then(Version::new);
                 version.map(|version| id.parse().map(|id| Self::Manifest(id, version))).transpose()?

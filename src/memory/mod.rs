@@ -20,6 +20,8 @@ mod manifest;
 mod name;
 mod payload;
 mod plaintext;
+mod portable;
+mod snapshot;
 mod timestamp;
 mod vault;
 
@@ -27,8 +29,6 @@ mod vault;
 mod catalog_tests;
 #[cfg(test)]
 mod crash_tests;
-#[cfg(test)]
-mod faulty_files;
 #[cfg(test)]
 mod samples;
 
@@ -48,6 +48,10 @@ pub use self::name::{CubeAddress, CubeName, Version};
 pub use self::payload::{Activation, Binding, Blocks, Form, Kind, Payload, Twin};
 pub use self::plaintext::{
     ChatSetting, CubePrompt, chat_cube_tokens, completion_cube_tokens, completion_prompt, cube_prompt, cube_prompt_text,
+};
+pub use self::portable::{Incoming, Outgoing, PortableCube};
+pub use self::snapshot::{
+    Difference, DifferenceKind, Restoration, RestoreOutcome, Snapshot, SnapshotCube, SnapshotId, SnapshotScope,
 };
 pub use self::timestamp::{Clock, SystemClock, Timestamp};
 pub use self::vault::Vault;

@@ -102,7 +102,7 @@ fn check_format(files: &dyn Files, folder: &Path) -> Result<()> {
 mod tests {
     use super::super::acl::Principal;
     use super::super::changes::NewCube;
-    use super::super::faulty_files::{Fault, FaultyFiles};
+    use super::super::crash_tests::files;
     use super::super::payload::{Payload, Twin};
     use super::super::timestamp::SystemClock;
     use super::*;
@@ -130,8 +130,8 @@ mod tests {
     fn a_crash_while_a_vault_is_made_leaves_one_that_opens() {
         for operation in 0..5 {
             for seed in 0..8 {
-                let files = FaultyFiles::default();
-                files.fail_at(operation, Fault::Crash);
+                let files = files();
+                files.stop_at(operation + 1);
                 assert!(check_format(&files, Path::new("/vault")).is_err(), "operation {operation} was reached");
                 let image = files.after_crash(seed);
                 check_format(&image, Path::new("/vault")).unwrap();

@@ -18,6 +18,23 @@ pub struct ForwardBatch<B> {
     pub num_logits: usize,
 }
 
+/// Tokens that go through the lowest layers alone, to see how far the KV that is stored at their places is from theirs.
+#[derive(Debug, Clone)]
+pub struct ProbeBatch<B> {
+    /// `[1, T]`: token ids.
+    pub input_ids: Tensor<B>,
+    /// Where the tokens belong. What layers below `layer` compute is stored.
+    pub attention: AttentionMetadata<B>,
+    /// Where keys and values are compared; nothing of this layer and of those above it is stored.
+    pub layer: usize,
+    /// `[1, T]`: slot of the stored token that each is compared with; negative where there is none.
+    pub slots: Tensor<B>,
+    /// `[1, T]`: all negative, for the layer that stores nothing.
+    pub no_slots: Tensor<B>,
+    /// `[1, T]` f32, written: see [`Backend::kv_deviation`].
+    pub deviations: Tensor<B>,
+}
+
 /// The most a step can hold; buffers are allocated for it.
 #[derive(Debug, Clone, Copy)]
 pub struct StepLimits {

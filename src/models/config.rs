@@ -74,6 +74,14 @@ impl SlidingWindow {
 }
 
 impl ModelConfig {
+    /// The layer where keys and values first tell how a token's context changes them: the second one or, where layers
+    /// slide, the one behind the first that sees everything, since before it a token has met nothing from afar.
+    pub fn probe_layer(&self) -> usize {
+        let sees_all = |layer: &usize| self.sliding.as_ref().is_none_or(|sliding| !sliding.layers[*layer]);
+        let first = (0..self.num_layers).find(sees_all).unwrap_or(0);
+        (first + 1).min(self.num_layers - 1)
+    }
+
     /// Refuses shapes that cannot be a model, before anything is computed from them.
     pub fn validate(self) -> Result<Self> {
         const MAX_FEATURES: usize = 1 << 20;

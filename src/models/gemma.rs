@@ -50,8 +50,14 @@ impl<B: Backend> GemmaLayers<B> {
         if self.layers[layer].slides { &self.sliding_rope } else { &self.rope }
     }
 
-    /// From embeddings in `residual` to final hidden states in `normed`.
-    pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
+    /// Attention of one layer.
+    pub(super) fn attention(&self, layer: usize) -> &Attention<B> {
+        &self.layers[layer].attention
+    }
+
+    /// From embeddings in `residual` through the first `num_layers` layers, and through the norm behind them: to what the
+    /// next layer reads or, behind the last one, to final hidden states, in `normed`.
+    pub(super) fn forward(&self, pass: &Pass<'_, B>, num_layers: usize) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
         // The norm behind a half layer, then the sum, then the norm before the next half.
         let join = |post: &RmsNorm<B>, next: &RmsNorm<B>| {
@@ -60,7 +66,7 @@ impl<B: Backend> GemmaLayers<B> {
         };
         let Some(first) = self.layers.first() else { return Ok(()) };
         backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;
-        for (index, layer) in self.layers.iter().enumerate() {
+        for (index, layer) in self.layers[..num_layers].iter().enumerate() {
             layer.attention.forward(pass, self.rope(index))?;
             join(&layer.post_attention_norm, &layer.pre_feedforward_norm)?;
             layer.feed_forward.forward(pass)?;

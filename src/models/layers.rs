@@ -187,21 +187,46 @@ impl<B: Backend> Attention<B> {
 
     /// From `normed` to `delta`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
-        let Pass { backend, stream, buffers, kv, metadata, .. } = pass;
-        let kv = KvLayer { blocks: &kv.blocks, layout: &kv.layout, layer: self.layer };
+        let Pass { backend, stream, buffers, metadata, .. } = pass;
+        self.project_heads(pass, rope)?;
+        backend.attention(stream, &buffers.qkv, &self.shape, &self.kv(pass), metadata, &buffers.attended)?;
+        let output = Linear { weight: &self.o_proj, bias: None };
+        pass.project(self.site(Projection::Output), &buffers.attended, output, &buffers.delta)
+    }
+
+    /// How far the keys and values of `normed` are from those in `slots`, in a pass that stores nothing.
+    pub(super) fn deviate(
+        &self,
+        pass: &Pass<'_, B>,
+        rope: &B::RopeTable,
+        slots: &Tensor<B::Buffer>,
+        out: &Tensor<B::Buffer>,
+    ) -> Result<()> {
+        self.project_heads(pass, rope)?;
+        let Pass { backend, stream, buffers, .. } = pass;
+        backend.kv_deviation(stream, &buffers.qkv, &self.shape, &self.kv(pass), slots, out)
+    }
+
+    /// From `normed` to `qkv`; keys and values are stored.
+    fn project_heads(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
+        let Pass { backend, stream, buffers, metadata, .. } = pass;
         let heads = HeadTransform {
             shape: self.shape,
             q_norm: self.q_norm.as_ref().map(RmsNorm::get),
             k_norm: self.k_norm.as_ref().map(RmsNorm::get),
             rope,
         };
-        let site = |projection| LoraSite { layer: self.layer, projection };
         let qkv = Linear { weight: &self.qkv_proj, bias: self.qkv_bias.as_ref() };
-        pass.project(site(Projection::Qkv), &buffers.normed, qkv, &buffers.qkv)?;
-        backend.rope_and_store_kv(stream, &buffers.qkv, &heads, &kv, metadata)?;
-        backend.attention(stream, &buffers.qkv, &self.shape, &kv, metadata, &buffers.attended)?;
-        let output = Linear { weight: &self.o_proj, bias: None };
-        pass.project(site(Projection::Output), &buffers.attended, output, &buffers.delta)
+        pass.project(self.site(Projection::Qkv), &buffers.normed, qkv, &buffers.qkv)?;
+        backend.rope_and_store_kv(stream, &buffers.qkv, &heads, &self.kv(pass), metadata)
+    }
+
+    fn kv<'a>(&self, pass: &Pass<'a, B>) -> KvLayer<'a, B::Buffer> {
+        KvLayer { blocks: &pass.kv.blocks, layout: &pass.kv.layout, layer: self.layer }
+    }
+
+    fn site(&self, projection: Projection) -> LoraSite {
+        LoraSite { layer: self.layer, projection }
     }
 }
 

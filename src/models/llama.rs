@@ -44,22 +44,27 @@ impl<B: Backend> LlamaLayers<B> {
         &self.rope
     }
 
-    /// From embeddings in `residual` to final hidden states in `normed`.
-    pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
+    /// Attention of one layer.
+    pub(super) fn attention(&self, layer: usize) -> &Attention<B> {
+        &self.layers[layer].attention
+    }
+
+    /// From embeddings in `residual` through the first `num_layers` layers, and through the norm behind them: to what the
+    /// next layer reads or, behind the last one, to final hidden states, in `normed`.
+    pub(super) fn forward(&self, pass: &Pass<'_, B>, num_layers: usize) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
         let add_norm = |norm: &RmsNorm<B>| {
             backend.add_rms_norm(stream, &buffers.residual, &buffers.delta, &norm.get(), &buffers.normed)
         };
-        for (index, layer) in self.layers.iter().enumerate() {
-            match index {
-                0 => backend.rms_norm(stream, &buffers.residual, &layer.input_norm.get(), &buffers.normed)?,
-                _ => add_norm(&layer.input_norm)?,
-            }
+        let Some(first) = self.layers.first() else { return Ok(()) };
+        backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;
+        for (index, layer) in self.layers[..num_layers].iter().enumerate() {
             layer.attention.forward(pass, &self.rope)?;
             add_norm(&layer.post_attention_norm)?;
             layer.feed_forward.forward(pass)?;
+            add_norm(self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.input_norm))?;
         }
-        add_norm(&self.final_norm)
+        Ok(())
     }
 }
 

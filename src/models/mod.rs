@@ -14,7 +14,7 @@ mod merged;
 mod model;
 mod weights;
 
-pub use batch::{ForwardBatch, KvCache, StepLimits, Workspace};
+pub use batch::{ForwardBatch, KvCache, ProbeBatch, StepLimits, Workspace};
 pub use config::{Architecture, ModelConfig, SlidingWindow};
 pub use identity::{WeightsDigest, weights_digest};
 pub use merged::{Adapted, MergedCopy, MergedRows, ScaledAdapter};

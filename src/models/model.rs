@@ -1,14 +1,14 @@
 //! A loaded decoder: embedding, the family's layers, output projection.
 
-use super::batch::{ForwardBatch, KvCache, Workspace};
+use super::batch::{ForwardBatch, KvCache, ProbeBatch, Workspace};
 use super::config::{Architecture, ModelConfig};
 use super::gemma::GemmaLayers;
-use super::layers::{Loader, Pass};
+use super::layers::{Attention, Loader, Pass};
 use super::llama::LlamaLayers;
 use super::merged::Adapted;
 use super::weights::Checkpoint;
 use crate::Result;
-use crate::backend::{Backend, DType, KvLayer, KvLayout, LoraSite, RotatedCopies};
+use crate::backend::{AttentionMetadata, Backend, DType, KvLayer, KvLayout, LoraSite, RotatedCopies};
 
 /// A model on a device. Written once for every backend.
 pub struct Model<B: Backend> {
@@ -22,6 +22,29 @@ pub struct Model<B: Backend> {
 enum Layers<B: Backend> {
     Llama(LlamaLayers<B>),
     Gemma(GemmaLayers<B>),
+}
+
+impl<B: Backend> Layers<B> {
+    fn forward(&self, pass: &Pass<'_, B>, num_layers: usize) -> Result<()> {
+        match self {
+            Self::Llama(layers) => layers.forward(pass, num_layers),
+            Self::Gemma(layers) => layers.forward(pass, num_layers),
+        }
+    }
+
+    fn attention(&self, layer: usize) -> &Attention<B> {
+        match self {
+            Self::Llama(layers) => layers.attention(layer),
+            Self::Gemma(layers) => layers.attention(layer),
+        }
+    }
+
+    fn rope(&self, layer: usize) -> &B::RopeTable {
+        match self {
+            Self::Llama(layers) => layers.rope(),
+            Self::Gemma(layers) => layers.rope(layer),
+        }
+    }
 }
 
 impl<B: Backend> Model<B> {
@@ -65,12 +88,8 @@ impl<B: Backend> Model<B> {
         copies: &RotatedCopies<B::Buffer>,
     ) -> Result<()> {
         for layer in 0..self.config.num_layers {
-            let rope = match &self.layers {
-                Layers::Llama(layers) => layers.rope(),
-                Layers::Gemma(layers) => layers.rope(layer),
-            };
             let kv = KvLayer { blocks: &kv.blocks, layout: &kv.layout, layer };
-            backend.rotate_gather(stream, &kv, copies, rope)?;
+            backend.rotate_gather(stream, &kv, copies, self.layers.rope(layer))?;
         }
         Ok(())
     }
@@ -81,6 +100,27 @@ impl<B: Backend> Model<B> {
             Layers::Llama(layers) => layers.projection(site),
             Layers::Gemma(layers) => layers.projection(site),
         }
+    }
+
+    /// Queues the layers below that of `batch` for its tokens, and the comparison there. A token's deviation depends on the
+    /// tokens before it alone, not on how they were divided among passes.
+    pub fn probe(
+        &self,
+        backend: &B,
+        stream: &B::Stream,
+        batch: &ProbeBatch<B::Buffer>,
+        adapted: Option<&Adapted<'_, B>>,
+        kv: &KvCache<B::Buffer>,
+        workspace: &Workspace<B::Buffer>,
+    ) -> Result<()> {
+        let buffers = &workspace.for_tokens(batch.attention.num_tokens);
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
+        backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
+        self.layers.forward(&pass, batch.layer)?;
+        let metadata = &AttentionMetadata { slot_mapping: batch.no_slots.clone(), ..batch.attention.clone() };
+        let pass = Pass { metadata, ..pass };
+        let rope = self.layers.rope(batch.layer);
+        self.layers.attention(batch.layer).deviate(&pass, rope, &batch.slots, &batch.deviations)
     }
 
     /// Queues one step, some rows of which may be `adapted`. Afterwards `workspace` has the final hidden states of the
@@ -97,10 +137,7 @@ impl<B: Backend> Model<B> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
         let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
-        match &self.layers {
-            Layers::Llama(layers) => layers.forward(&pass)?,
-            Layers::Gemma(layers) => layers.forward(&pass)?,
-        }
+        self.layers.forward(&pass, self.config.num_layers)?;
         let num_outputs = batch.output_rows.columns();
         if num_outputs == 0 {
             return Ok(());

@@ -17,6 +17,9 @@ pub trait Files: Send + Sync + 'static {
     /// Opens a file for reading.
     fn open(&self, path: &Path) -> io::Result<Box<dyn FileHandle>>;
 
+    /// Opens a file for reading and writing.
+    fn open_to_change(&self, path: &Path) -> io::Result<Box<dyn FileHandle>>;
+
     /// Gives a file another name, replacing what had it.
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()>;
 
@@ -59,6 +62,10 @@ impl Files for SystemFiles {
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
         Ok(Box::new(File::open(path)?))
+    }
+
+    fn open_to_change(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
+        Ok(Box::new(OpenOptions::new().read(true).write(true).open(path)?))
     }
 
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {

@@ -9,7 +9,7 @@ use crossbeam::channel::Sender;
 use super::Tier;
 use super::host::HostArena;
 use super::store::{BlockStore, Found, Stored};
-use crate::backend::Transfer;
+use crate::backend::{KvLayout, Transfer};
 use crate::kv::{BlockHash, BlockId};
 use crate::planted::{self, Bug};
 use crate::{Error, Result};
@@ -89,11 +89,17 @@ pub(super) struct IoThread<T: Transfer> {
     pub(super) transfer: T,
     pub(super) blocks: T::Buffer,
     pub(super) block_bytes: usize,
+    pub(super) layout: Option<KvLayout>,
     pub(super) host: Arc<HostArena>,
     pub(super) store: SharedStore,
 }
 
 impl<T: Transfer> IoThread<T> {
+    /// Where a block begins in device memory, and its length.
+    fn place(&self, block: BlockId) -> (usize, usize) {
+        (block.index() * self.block_bytes, self.block_bytes)
+    }
+
     /// Does what it is asked, and tells what came of it.
     pub(super) fn run(&mut self, job: Job) -> Done {
         match job {
@@ -117,7 +123,8 @@ impl<T: Transfer> IoThread<T> {
 
     fn save_to_host(&mut self, copy: &BlockCopy, slot: BlockId) -> Result<bool> {
         let mut target = self.host.lock(slot);
-        self.transfer.show(&self.blocks, copy.block.index() * self.block_bytes, self.block_bytes, &mut |bytes| {
+        let (offset, num_bytes) = self.place(copy.block);
+        self.transfer.show(&self.blocks, offset, num_bytes, &mut |bytes| {
             target.clear();
             target.extend_from_slice(bytes);
             Ok(())
@@ -131,7 +138,17 @@ impl<T: Transfer> IoThread<T> {
             return Ok(true);
         }
         let mut is_there = false;
-        self.transfer.show(&self.blocks, copy.block.index() * self.block_bytes, self.block_bytes, &mut |bytes| {
+        let (offset, num_bytes) = self.place(copy.block);
+        let layout = self.layout.filter(|layout| copy.tokens.len() < layout.block_size());
+        self.transfer.show(&self.blocks, offset, num_bytes, &mut |bytes| {
+            let mut cleared = Vec::new();
+            let mut bytes = bytes;
+            // Behind the tokens of a partial block lies what somebody else left there, and files go places.
+            if let Some(layout) = &layout {
+                cleared.extend_from_slice(bytes);
+                T::clear_behind(layout, &mut cleared, copy.tokens.len());
+                bytes = &cleared;
+            }
             is_there = matches!(store.write(copy.hash, &copy.tokens, bytes)?, Stored::New | Stored::Present);
             Ok(())
         })?;
@@ -140,8 +157,8 @@ impl<T: Transfer> IoThread<T> {
 
     fn load(&mut self, copy: BlockCopy) -> Done {
         let started_at = Instant::now();
-        let offset = copy.block.index() * self.block_bytes;
-        let result = self.transfer.fill(&self.blocks, offset, self.block_bytes, &mut |target| match copy.place {
+        let (offset, num_bytes) = self.place(copy.block);
+        let result = self.transfer.fill(&self.blocks, offset, num_bytes, &mut |target| match copy.place {
             Place::Host(BlockId(slot)) if planted::is(Bug::WrongHostSlot) => {
                 copy_whole(&self.host.lock(BlockId(slot.saturating_sub(1))), target)
             }

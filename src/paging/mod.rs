@@ -1,5 +1,6 @@
 //! Moves KV blocks between tiers: device, host memory, disk. Knows blocks by content and bytes, and no requests.
 
+mod archive;
 pub mod faulty;
 mod files;
 mod host;
@@ -9,11 +10,14 @@ mod pager;
 mod rates;
 mod store;
 
+pub use archive::{Archive, ArchivedBlocks, MAX_HEADER_BYTES, read_exact};
 pub use files::{FileHandle, Files, SystemFiles};
 pub use io::Ticket;
 pub use pager::{Completion, OpenedVault, Pager, VaultOpener};
 pub use rates::Rates;
-pub use store::{BlockFormat, BlockStore, Found, OpenReport, StoreConfig, StoreStats, Stored};
+pub use store::{BlockFormat, BlockStore, Found, OpenReport, PinnedBlocks, StoreConfig, StoreStats, Stored};
+
+use crate::backend::KvLayout;
 
 /// Where a block can lie, fastest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +36,9 @@ pub struct PagingConfig {
     pub block_bytes: usize,
     /// Tokens of a block.
     pub block_size: usize,
+    /// Where the numbers of a block lie, so that of partial blocks nothing else goes to disk; where there are none, nobody
+    /// needs to know.
+    pub layout: Option<KvLayout>,
     /// Blocks of the host tier; 0 for none.
     pub num_host_blocks: usize,
     /// Threads that copy.

@@ -54,6 +54,19 @@ pub fn residency(file: &File) -> io::Result<Residency> {
     }
 }
 
+/// Maps a finished segment, all its pages at once, and shows its bytes from `start` on: what attaching blocks without
+/// copying them would take.
+///
+/// # Errors
+/// When the file cannot be mapped or is shorter than `start`.
+pub fn show_mapped(file: &File, start: u64, show: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    // SAFETY: segments are never changed after they got their names, and no reference outlives the mapping.
+    let map = unsafe { MmapOptions::new().populate().map(file)? };
+    let bytes = usize::try_from(start).ok().and_then(|start| map.get(start..));
+    show(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
+    Ok(())
+}
+
 fn page_bytes() -> io::Result<usize> {
     // SAFETY: asks for a constant.
     usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).map_err(|_| io::Error::last_os_error())

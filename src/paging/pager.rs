@@ -13,7 +13,7 @@ use crossbeam::channel::{Receiver, Sender, bounded, select};
 use super::host::HostArena;
 use super::io::{BlockCopy, Completions, Done, IoThread, Job, Place, SharedStore, Ticket};
 use super::rates::Rates;
-use super::store::BlockStore;
+use super::store::{BlockStore, PinnedBlocks};
 use super::{PagingConfig, Tier};
 use crate::backend::{Device, Transfer};
 use crate::kv::{BlockHash, BlockId, CachedPool};
@@ -129,7 +129,7 @@ impl Pager {
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
-        let PagingConfig { block_bytes, block_size, num_host_blocks, num_threads, open } = config;
+        let PagingConfig { block_bytes, block_size, layout, num_host_blocks, num_threads, open } = config;
         if num_host_blocks == 0 && open.is_none() {
             return Ok(Self::disabled());
         }
@@ -146,6 +146,7 @@ impl Pager {
                 transfer: device.create_transfer()?,
                 blocks: blocks.clone(),
                 block_bytes,
+                layout,
                 host: Arc::clone(&arena),
                 store: Arc::clone(&store),
             };
@@ -178,6 +179,16 @@ impl Pager {
     /// Whether the disk holds `hash`.
     pub fn is_on_disk(&self, hash: &BlockHash) -> bool {
         self.disk.contains(hash)
+    }
+
+    /// A hold on blocks of the disk tier, when that is open.
+    pub fn pins(&self) -> Option<PinnedBlocks> {
+        self.io.as_ref()?.store.get().map(|store| PinnedBlocks::new(Arc::clone(store)))
+    }
+
+    /// Takes note that a block is not on disk, whatever was believed.
+    pub fn forget_on_disk(&mut self, hash: &BlockHash) {
+        self.disk.remove(hash);
     }
 
     fn place_of(&self, hash: &BlockHash, tokens: &[u32]) -> Option<Place> {
@@ -280,6 +291,9 @@ impl Pager {
         let io = self.io.as_ref()?;
         if let Ok(opened) = io.opened.try_recv() {
             return Some(self.open(opened));
+        }
+        if let Some(store) = io.store.get() {
+            self.disk.extend(store.take_announced());
         }
         let done = io.done.try_recv().ok()?;
         Some(self.absorb(done))

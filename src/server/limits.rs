@@ -9,6 +9,8 @@ use super::error::ApiError;
 pub struct RequestLimits {
     /// Bytes of a body.
     pub max_body_bytes: usize,
+    /// Bytes of a cube's file.
+    pub max_import_bytes: u64,
     /// Bodies longer than this are parsed and tokenized on another thread, so that running streams do not wait for them.
     pub max_inline_bytes: usize,
     /// Completions per prompt.
@@ -35,6 +37,7 @@ impl Default for RequestLimits {
     fn default() -> Self {
         Self {
             max_body_bytes: 8 << 20,
+            max_import_bytes: 4 << 30,
             max_inline_bytes: 32 << 10,
             max_n: 128,
             max_prompts: 256,

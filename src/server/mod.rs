@@ -30,7 +30,10 @@ use tokio::sync::Notify;
 pub use self::adapters::{AdapterRegistry, DEFAULT_MAX_LORA_BYTES, MergeRules, NamedAdapter};
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
-pub use self::cubes::{BoxFuture, CubeEngine, CubeService, Materialized, OpenBlocks, VaultEngine, Verified};
+pub use self::cubes::{
+    BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, OpenBlocks, VaultEngine, Verified,
+    hold_all,
+};
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
 use self::hosts::Hosts;
 use self::json::JsonBody;

@@ -27,6 +27,7 @@ use super::{adapters, cubes, health, metrics, tokenize};
         cubes::change::change,
         cubes::change::delete,
         cubes::actions::act,
+        cubes::transfer::import,
         cubes::events::events,
         tokenize::tokenize,
         tokenize::detokenize,

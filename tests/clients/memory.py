@@ -4,7 +4,9 @@
     memory.py URL use ANSWER    the same chat must restore the cube's KV and give the same answer
 """
 
+import json
 import sys
+from urllib.request import Request, urlopen
 
 from openai import NotFoundError, OpenAI
 
@@ -31,12 +33,26 @@ def make():
     assert details.device_cached_tokens > 400 and memory["exact"], (details, memory)
     again = client.post("/memcubes", body={"name": "team/copy", "text": TEXT}, cast_to=object)
     assert again["restored_tokens"] > 400 and again["computed_tokens"] < 32, again
+    _, _, memory = ask(memory={"save": {"name": "team/session"}})
+    saved = memory["saved"]
+    assert saved["version"] == 1 and saved["computed_tokens"] < 32, saved
+    assert client.get("/memcubes/team/session", cast_to=object)["binding"]["num_tokens"] == saved["num_tokens"]
+    travel("team/session", "team/again")
     print(text)
+
+
+def travel(name, new_name):
+    """A cube as a file, out of the server and in again."""
+    file = urlopen(Request(f"{url}/memcubes/{name}/export", method="POST", data=b"")).read()
+    headers = {"Content-Type": "application/octet-stream"}
+    arrived = urlopen(Request(f"{url}/memcubes/import?name={new_name}", method="POST", data=file, headers=headers))
+    cube = json.load(arrived)
+    assert cube["restored_tokens"] > 0 and cube["computed_tokens"] == 0, cube
 
 
 def use(wanted):
     listed = client.get("/memcubes", cast_to=object)["data"]
-    assert [cube["name"] for cube in listed] == ["team/copy", NAME], listed
+    assert [cube["name"] for cube in listed] == ["team/again", "team/copy", NAME, "team/session"], listed
     text, details, memory = ask(memory={"cubes": [NAME]})
     assert text == wanted, (text, wanted)
     assert details.storage_cached_tokens > 400 and memory["decision"] == "fetched", (details, memory)

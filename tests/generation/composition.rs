@@ -1,8 +1,11 @@
 //! What composing cached texts takes of a model: recomputing tokens anywhere in a sequence, and moving stored ones.
 
+use std::ops::Range;
+
+use half::bf16;
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::backend::{AttentionMetadata, Backend, DType, Device, KvLayer, RotatedCopies, StreamKind, Tensor};
-use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, StepLimits, Workspace};
+use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, ProbeBatch, StepLimits, Workspace};
 
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
@@ -76,30 +79,117 @@ impl Runner {
     /// Logits of the tokens at these positions of a sequence that lies in the first blocks, bytes of a row each.
     pub(crate) fn forward(&self, tokens: &[u32], positions: &[usize]) -> Vec<Vec<u8>> {
         let num_tokens = positions.len();
-        let numbers = |values: &mut dyn Iterator<Item = usize>| {
-            self.indices(&values.map(|value| value as i32).collect::<Vec<_>>())
+        let batch = ForwardBatch {
+            input_ids: self.numbers(positions.iter().map(|position| tokens[*position] as usize)),
+            attention: self.attention(positions),
+            output_rows: self.numbers(0..num_tokens),
+            num_logits: num_tokens,
         };
+        self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace).unwrap();
+        let logits = self.download(&self.workspace.logits(num_tokens));
+        logits.chunks_exact(logits.len() / num_tokens).map(<[u8]>::to_vec).collect()
+    }
+}
+
+impl Runner {
+    fn numbers(&self, values: impl Iterator<Item = usize>) -> Tensor<Buffer> {
+        self.indices(&values.map(|value| value as i32).collect::<Vec<_>>())
+    }
+
+    fn attention(&self, positions: &[usize]) -> AttentionMetadata<Buffer> {
+        let num_tokens = positions.len();
         let context_len = positions.last().unwrap() + 1;
-        let attention = AttentionMetadata {
+        AttentionMetadata {
             num_seqs: 1,
             num_tokens,
             max_query_len: num_tokens,
             max_context_len: context_len,
             cu_seqlens_q: self.indices(&[0, num_tokens as i32]),
             context_lens: self.indices(&[context_len as i32]),
-            block_tables: numbers(&mut (0..NUM_BLOCKS)),
-            positions: numbers(&mut positions.iter().copied()),
-            slot_mapping: numbers(&mut positions.iter().copied()),
+            block_tables: self.numbers(0..NUM_BLOCKS),
+            positions: self.numbers(positions.iter().copied()),
+            slot_mapping: self.numbers(positions.iter().copied()),
+        }
+    }
+
+    /// How far the tokens at these places are from what lies there.
+    pub(crate) fn probe(&self, tokens: &[u32], places: Range<usize>) -> Vec<f32> {
+        let num_tokens = places.len();
+        let positions: Vec<usize> = places.collect();
+        let batch = ProbeBatch {
+            input_ids: self.numbers(positions.iter().map(|at| tokens[*at] as usize)),
+            attention: self.attention(&positions),
+            layer: self.probe_layer(),
+            slots: self.numbers(positions.iter().copied()),
+            no_slots: self.indices(&vec![-1; num_tokens]),
+            deviations: Tensor::new(self.backend.allocate(4 * num_tokens).unwrap(), 0, 1, num_tokens, DType::F32),
         };
-        let batch = ForwardBatch {
-            input_ids: numbers(&mut positions.iter().map(|position| tokens[*position] as usize)),
-            attention,
-            output_rows: numbers(&mut (0..num_tokens)),
-            num_logits: num_tokens,
+        self.model.probe(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace).unwrap();
+        let bytes = self.download(&batch.deviations);
+        bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+    }
+
+    pub(crate) fn probe_layer(&self) -> usize {
+        self.checkpoint.config().probe_layer()
+    }
+
+    /// Keys and values that one layer keeps of the token in a slot.
+    pub(crate) fn stored(&self, layer: usize, slot: usize) -> Vec<f64> {
+        self.stored_in(&self.cache(), layer, slot)
+    }
+
+    fn stored_in(&self, cache: &[u8], layer: usize, slot: usize) -> Vec<f64> {
+        let layout = &self.kv.layout;
+        let block = &cache[slot / BLOCK_SIZE * layout.block_bytes()..][..layout.block_bytes()];
+        let token = slot % BLOCK_SIZE;
+        let places = (0..layout.num_kv_heads()).flat_map(|head| {
+            (0..layout.head_dim()).flat_map(move |dim| {
+                let k = layout.k_tile_offset(layer, head) + layout.k_offset(token, dim);
+                [k, layout.v_tile_offset(layer, head) + layout.v_offset(token, dim)]
+            })
+        });
+        let number = |at: usize| match layout.dtype() {
+            DType::BF16 => bf16::from_le_bytes([block[at], block[at + 1]]).to_f64(),
+            _ => f64::from(f32::from_le_bytes(block[at..at + 4].try_into().unwrap())),
         };
-        self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace).unwrap();
-        let logits = self.download(&self.workspace.logits(num_tokens));
-        logits.chunks_exact(logits.len() / num_tokens).map(<[u8]>::to_vec).collect()
+        places.map(number).collect()
+    }
+}
+
+/// A probe tells how far what is stored in its layer is from what computing everything would store, however it is cut; the
+/// layers below have that afterwards, the others what they had.
+#[test]
+fn a_probe_compares_with_computing_everything() {
+    for family in Family::ALL {
+        for kv_dtype in [DType::BF16, DType::F32] {
+            let runner = Runner::new(family, Isa::best(), kv_dtype);
+            let layer = runner.probe_layer();
+            assert_eq!(layer, if family == Family::Gemma3 { 6 } else { 1 });
+            let all: Vec<usize> = (0..NUM_TOKENS).collect();
+            let [tokens, others] = [7, 8].map(|seed| Random::new(seed).tokens(NUM_TOKENS, VOCAB));
+            runner.forward(&tokens, &all);
+            let wanted = runner.cache();
+            let probe = |step: usize| -> (Vec<f32>, Vec<u8>) {
+                runner.forward(&others, &all);
+                let steps = (0..NUM_TOKENS).step_by(step);
+                let found = steps.flat_map(|first| runner.probe(&tokens, first..NUM_TOKENS.min(first + step)));
+                (found.collect(), runner.cache())
+            };
+            runner.forward(&others, &all);
+            let before = runner.cache();
+            let (deviations, after) = probe(NUM_TOKENS);
+            for (at, found) in deviations.iter().enumerate() {
+                for below in 0..runner.checkpoint.config().num_layers {
+                    let fresh = if below < layer { &wanted } else { &before };
+                    assert_eq!(runner.stored_in(&after, below, at), runner.stored_in(fresh, below, at), "{family:?}");
+                }
+                let [stored, fresh] = [&before, &wanted].map(|cache| runner.stored_in(cache, layer, at));
+                let sum: f64 = stored.iter().zip(fresh).map(|(stored, fresh)| (stored - fresh).powi(2)).sum();
+                assert!((f64::from(*found) - sum).abs() <= 1e-5 * sum, "{family:?} {at}: {found}, wanted {sum}");
+                assert!(sum > 0.0);
+            }
+            assert!(probe(7) == (deviations, after), "{family:?} {kv_dtype}: in steps");
+        }
     }
 }
 

@@ -154,7 +154,7 @@ fn cancelled_requests_leave_nothing_behind() {
 fn task_again(task: &Task) -> Task {
     match task {
         Task::Embed => Task::Embed,
-        Task::Deposit { is_durable } => Task::Deposit { is_durable: *is_durable },
+        Task::Deposit { is_durable, kept_in } => Task::Deposit { is_durable: *is_durable, kept_in: kept_in.clone() },
         Task::Generate(sampling) => Task::Generate(sampling.clone()),
     }
 }

@@ -2,54 +2,16 @@
 
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
-use mneme::engine::{
-    FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task, TokenLogprobs,
-};
+use mneme::engine::{FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task};
 
 use crate::composition::{BLOCK_SIZE, Runner};
 use crate::start;
-use crate::support::engine::{Output, Setup, TestEngine, collect, limits, metric, request};
+use crate::support::composed::{bits, blended, composed, run, sampling, submit};
+use crate::support::engine::{Output, Setup, collect, limits, metric, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, WINDOW};
 
 const SEED: u64 = 21;
-
-fn sampling(max_tokens: usize) -> SamplingParams {
-    SamplingParams { temperature: 0.0, max_tokens, logprobs: Some(3), ..Default::default() }
-}
-
-fn submit(engine: &TestEngine, prompt: &[u32], pieces: Vec<Piece>, max_tokens: usize) -> OutputStream {
-    let task = Task::Generate(Box::new(sampling(max_tokens)));
-    engine.handle.submit(GenerateRequest { pieces, ..request(prompt, task) }).unwrap()
-}
-
-fn run(engine: &TestEngine, prompt: &[u32], pieces: &[Piece], max_tokens: usize) -> Output {
-    collect(submit(engine, prompt, pieces.to_vec(), max_tokens))
-}
-
-/// Tokens and log-probabilities, by their bits.
-fn bits(output: &Output) -> (Vec<u32>, Vec<(u32, u32)>) {
-    let row = |row: &TokenLogprobs| -> Vec<(u32, u32)> {
-        row.top.iter().chain([&row.chosen]).map(|top| (top.id, top.logprob.to_bits())).collect()
-    };
-    (output.tokens.clone(), output.logprobs.iter().flat_map(row).collect())
-}
-
-/// A prompt: a head, texts of these lengths with a few tokens between, a tail. The texts' sources have a head of their
-/// own, one token long.
-fn composed(random: &mut Random, lens: &[usize], num_recomputed: usize) -> (Vec<u32>, Vec<Piece>) {
-    let mut prompt = random.tokens(5, VOCAB);
-    let mut pieces = vec![];
-    for &num_tokens in lens {
-        let source = random.tokens(1 + num_tokens, VOCAB);
-        let (start, domain) = (prompt.len(), String::new());
-        prompt.extend_from_slice(&source[1..]);
-        prompt.extend(random.tokens(2, VOCAB));
-        pieces.push(Piece { start, num_tokens, source, source_start: 1, domain, num_recomputed });
-    }
-    prompt.extend(random.tokens(4, VOCAB));
-    (prompt, pieces)
-}
 
 #[test]
 fn a_prompt_with_all_pieces_recomputed_is_an_ordinary_one() {
@@ -78,13 +40,18 @@ fn a_piece_that_is_not_moved_is_a_prefix() {
                 source_start: 1,
                 domain: String::new(),
                 num_recomputed: 0,
+                num_chosen: 0,
             };
-            let [linked, whole] = [vec![piece], vec![]].map(|pieces| {
+            let blend = blended(std::slice::from_ref(&piece), 5);
+            let [linked, blended, whole] = [vec![piece], blend, vec![]].map(|pieces| {
                 let engine = start(model.path(), Setup::default());
                 run(&engine, &prompt, &pieces, 12)
             });
-            assert_eq!(linked.reuse.linked_tokens, num_stored / 16 * 16 - 1, "{family:?} {num_stored}");
+            let num_moved = num_stored / 16 * 16 - 1;
+            assert_eq!(linked.reuse.linked_tokens, num_moved, "{family:?} {num_stored}");
             assert_eq!(bits(&linked), bits(&whole), "{family:?} {num_stored}");
+            assert_eq!((blended.reuse.linked_tokens, blended.reuse.chosen_tokens), (num_moved - 5, 5));
+            assert_eq!(bits(&blended), bits(&whole), "{family:?} {num_stored}");
         }
     }
 }
@@ -140,10 +107,13 @@ fn nothing_but_the_request_decides_the_answer() {
     for family in [Family::Llama, Family::Llama3, Family::Qwen3, Family::Gemma3] {
         let model = TinyModel::new(family, SEED).write();
         let random = &mut Random::new(4);
-        let requests: Vec<(Vec<u32>, Vec<Piece>)> = [(&[40, 38][..], 0), (&[47], 5), (&[20, 33], 16), (&[60], 0)]
-            .iter()
-            .map(|(lens, num_recomputed)| composed(random, lens, *num_recomputed))
-            .collect();
+        let kinds: [(&[usize], usize, usize); 6] =
+            [(&[40, 38], 0, 0), (&[47], 5, 0), (&[20, 33], 16, 0), (&[60], 0, 0), (&[40, 38], 0, 7), (&[50], 4, 20)];
+        let make = |(lens, num_recomputed, num_chosen): (&[usize], usize, usize)| {
+            let (prompt, pieces) = composed(random, lens, num_recomputed);
+            (prompt, blended(&pieces, num_chosen))
+        };
+        let requests: Vec<(Vec<u32>, Vec<Piece>)> = kinds.into_iter().map(make).collect();
         let alone: Vec<Output> = requests
             .iter()
             .map(|(prompt, pieces)| {
@@ -230,7 +200,7 @@ fn impossible_pieces_are_refused() {
     }
     for task in [
         Task::Embed,
-        Task::Deposit { is_durable: false },
+        Task::Deposit { is_durable: false, kept_in: None },
         Task::Generate(Box::new(SamplingParams { prompt_logprobs: Some(1), ..sampling(4) })),
     ] {
         let request = GenerateRequest { pieces: pieces.clone(), ..request(&prompt, task) };

@@ -3,6 +3,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod adapters;
+mod blend;
 mod composition;
 mod definitions;
 mod invariance;

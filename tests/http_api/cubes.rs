@@ -11,25 +11,29 @@ use crate::fake_cubes::{BYTES_PER_TOKEN, FakeCubes, Prefill};
 use crate::fake_engine::{BOS, MAX_MODEL_LEN, Script, VOCAB_SIZE};
 use crate::{TestServer, chat_body, completion_body};
 
-struct Setup {
-    server: TestServer,
-    cubes: Arc<FakeCubes>,
+pub(crate) struct Setup {
+    pub(crate) server: TestServer,
+    pub(crate) cubes: Arc<FakeCubes>,
 }
 
 impl Setup {
-    fn new() -> Self {
-        let cubes = Arc::new(FakeCubes::default());
-        Self { server: TestServer::with_cubes(ServerConfig::default(), cubes.service()), cubes }
+    pub(crate) fn new() -> Self {
+        Self::with_config(ServerConfig::default())
     }
 
-    fn with_keys() -> Self {
+    pub(crate) fn with_config(config: ServerConfig) -> Self {
+        let cubes = Arc::new(FakeCubes::default());
+        Self { server: TestServer::with_cubes(config, cubes.service()), cubes }
+    }
+
+    pub(crate) fn with_keys() -> Self {
         let cubes = Arc::new(FakeCubes::default());
         let api_keys = vec!["ana".to_owned(), "bert".to_owned()];
         let config = ServerConfig { api_keys, ..ServerConfig::default() };
         Self { server: TestServer::with_cubes(config, cubes.service()), cubes }
     }
 
-    fn send(&self, method: &str, path: &str, key: &str, body: Option<Value>) -> Reply {
+    pub(crate) fn send(&self, method: &str, path: &str, key: &str, body: Option<Value>) -> Reply {
         let body = body.map(|body| body.to_string());
         let content = body.as_ref().map_or_else(String::new, |body| {
             format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
@@ -40,34 +44,34 @@ impl Setup {
         self.server.send(head.as_bytes())
     }
 
-    fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
+    pub(crate) fn ok(&self, method: &str, path: &str, body: Option<Value>) -> Value {
         let reply = self.send(method, path, "", body);
         assert!([200, 201].contains(&reply.status), "{method} {path}: {}", reply.text());
         reply.json()
     }
 
-    fn create(&self, name: &str, text: &str) -> Value {
+    pub(crate) fn create(&self, name: &str, text: &str) -> Value {
         let reply = self.send("POST", "/v1/memcubes", "", Some(json!({ "name": name, "text": text })));
         assert_eq!(reply.status, 201, "{}", reply.text());
         reply.json()
     }
 
-    fn get(&self, name: &str) -> Value {
+    pub(crate) fn get(&self, name: &str) -> Value {
         self.ok("GET", &format!("/v1/memcubes/{name}"), None)
     }
 
-    fn refused(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+    pub(crate) fn refused(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         let reply = self.send(method, path, "", body);
         (reply.status, reply.json()["error"].clone())
     }
 }
 
-fn tokens(text: &str) -> Vec<u32> {
+pub(crate) fn tokens(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).collect()
 }
 
 /// The tokens of a text cube: the template's head and the text.
-fn chat_tokens(text: &str) -> Vec<u32> {
+pub(crate) fn chat_tokens(text: &str) -> Vec<u32> {
     [vec![BOS], tokens("system:"), tokens(text)].concat()
 }
 
@@ -77,7 +81,10 @@ fn a_text_becomes_a_cube_with_blocks() {
     let text = "Ana likes tea and cycling.";
     let made = setup.create("ana/notes", text);
     let wanted = chat_tokens(text);
-    assert_eq!(setup.cubes.prefills(), [Prefill { token_ids: wanted.clone(), domain: "public".into(), durable: true }]);
+    assert_eq!(
+        setup.cubes.prefills(),
+        [Prefill { token_ids: wanted.clone(), domain: "public".into(), durable: true, source: None }]
+    );
     for (field, value) in [
         ("object", json!("memcube")),
         ("name", json!("ana/notes")),
@@ -363,6 +370,33 @@ fn linked_cubes_are_pieces_of_the_prompt() {
     assert_eq!((request.pieces.len(), request.pieces[0].start), (1, request.prompt.len() - 10));
 }
 
+/// How much of each cube is computed is the cube's, else the call's, else what is usual.
+#[test]
+fn blended_cubes_are_pieces_with_chosen_tokens() {
+    let setup = Setup::new();
+    setup.create("ana/a", "Tea and rain.");
+    let cubes = json!([
+        "ana/a",
+        { "name": "ana/a", "recompute_share": 1 },
+        { "name": "ana/a", "mode": "link" },
+        { "name": "ana/a", "recompute_share": 0 }
+    ]);
+    let ask = |memory: Value| {
+        let answer = setup.ok("POST", "/v1/chat/completions", Some(chat_body(json!({ "memory": memory }))));
+        let pieces = setup.server.requests.recv().unwrap().pieces;
+        let amounts: Vec<_> = pieces.iter().map(|piece| (piece.num_recomputed, piece.num_chosen)).collect();
+        (amounts, answer["memory"].clone())
+    };
+    // A token a byte: 13.
+    let (amounts, used) = ask(json!({ "cubes": cubes, "compose": "blend", "recompute_share": 0.5 }));
+    assert_eq!(amounts, [(16, 7), (16, 13), (16, 0), (16, 0)]);
+    let modes: Vec<&Value> = used["cubes"].as_array().unwrap().iter().map(|cube| &cube["mode"]).collect();
+    assert_eq!(modes, ["blend", "blend", "link", "blend"]);
+    assert_eq!((&used["exact"], &used["chosen_tokens"]), (&json!(false), &json!(0)), "this engine moves nothing");
+    let (amounts, _) = ask(json!({ "cubes": ["ana/a"], "compose": "blend", "recompute_tokens": 0 }));
+    assert_eq!(amounts, [(0, 2)]);
+}
+
 #[test]
 fn what_cannot_be_linked_is_refused() {
     let setup = Setup::new();
@@ -370,7 +404,9 @@ fn what_cannot_be_linked_is_refused() {
     let messages = json!([{ "role": "user", "content": "Who?" }]);
     setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/talk", "messages": messages })));
     for (param, status, memory) in [
-        ("memory.compose", 400, json!({ "cubes": ["ana/a"], "compose": "blend" })),
+        ("memory.recompute_share", 400, json!({ "cubes": ["ana/a"], "compose": "blend", "recompute_share": 1.5 })),
+        ("memory.recompute_share", 400, json!({ "cubes": [{ "name": "ana/a", "recompute_share": -0.1 }] })),
+        ("memory", 400, json!({ "cubes": ["ana/talk"], "compose": "blend" })),
         ("memory", 400, json!({ "cubes": ["ana/a", "ana/talk"], "compose": "link" })),
         ("memory", 400, json!({ "cubes": ["ana/a", { "name": "ana/a", "mode": "prefix" }], "compose": "link" })),
         ("memory.recompute_tokens", 400, json!({ "cubes": ["ana/a"], "compose": "link", "recompute_tokens": 5000 })),

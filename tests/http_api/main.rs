@@ -12,8 +12,11 @@ mod cubes;
 mod embeddings;
 mod errors;
 mod hosts;
+mod saves;
+mod snapshots;
 #[path = "../support/mod.rs"]
 mod support;
+mod transfers;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,16 +1,20 @@
 //! Prompts whose KV is kept on demand: told apart, acknowledged, found again.
 
+use std::sync::Arc;
+
 use mneme::engine::{Deposited, FinishReason, GenerateRequest, SharedPrefix, Task};
 use mneme::paging::Found;
 use mneme::paging::faulty::Fault;
 
+use crate::gate::GatedFiles;
 use crate::support::engine::{Output, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
-use crate::vault::Tiers;
+use crate::vault::{Tiers, wait_until_open};
 
-fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
-    let request = GenerateRequest { domain: domain.into(), ..request(prompt, Task::Deposit { is_durable }) };
+pub fn deposit(engine: &TestEngine, prompt: &[u32], domain: &str, is_durable: bool) -> Output {
+    let request =
+        GenerateRequest { domain: domain.into(), ..request(prompt, Task::Deposit { is_durable, kept_in: None }) };
     collect(engine.handle.submit(request).unwrap())
 }
 
@@ -23,7 +27,7 @@ fn what_was_acknowledged_is_there_after_a_crash() {
         let engine = tiers.start(model.path());
         let output = deposit(&engine, &prompt, "team", true);
         assert_eq!(output.reason, Some(FinishReason::Stop { token: None }));
-        let Deposited { blocks, tail, restored_tokens, computed_tokens } = output.deposited.unwrap();
+        let Deposited { blocks, tail, restored_tokens, computed_tokens, .. } = output.deposited.unwrap();
         assert_eq!((blocks.len(), tail.is_some()), (num_tokens / 16, num_tokens % 16 > 0));
         assert_eq!((restored_tokens, computed_tokens), (0, num_tokens));
         // As if the power had gone: the engine never gets to close anything.
@@ -74,6 +78,31 @@ fn a_shared_beginning_is_found_and_the_rest_stays_private() {
     assert_eq!(ask("ana", Some("team")).tokens, ana.tokens);
 }
 
+/// What a request computed is kept for others, under a name of theirs, without being computed again.
+#[test]
+fn what_was_computed_in_one_domain_is_kept_in_another() {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let tiers = Tiers::new(Family::Llama);
+    let prompt = Random::new(5).tokens(100, VOCAB);
+    let ask = |engine: &TestEngine, domain: &str, task: Task| {
+        let request = GenerateRequest { domain: domain.into(), ..request(&prompt, task) };
+        collect(engine.handle.submit(request).unwrap())
+    };
+    let generate = || Task::Generate(Box::new(greedy(4)));
+    let engine = tiers.start(model.path());
+    let wanted = ask(&engine, "ana", generate());
+    let kept = ask(&engine, "ana", Task::Deposit { is_durable: true, kept_in: Some("team".into()) });
+    let kept = kept.deposited.unwrap();
+    assert_eq!((kept.restored_tokens, kept.computed_tokens), (96, 4));
+    assert_eq!(ask(&engine, "ben", generate()).cached_tokens, 0);
+    drop(engine);
+    let engine = tiers.start(model.path());
+    let found = ask(&engine, "team", generate());
+    assert_eq!((found.reuse.disk_tokens, &found.tokens), (96, &wanted.tokens));
+    let directly = deposit(&engine, &prompt, "team", true).deposited.unwrap();
+    assert_eq!((directly.blocks, directly.tail), (kept.blocks, kept.tail));
+}
+
 #[test]
 fn a_disk_that_fails_refuses_and_loses_nothing_else() {
     let model = TinyModel::new(Family::Llama, 3).write();
@@ -88,6 +117,24 @@ fn a_disk_that_fails_refuses_and_loses_nothing_else() {
         assert!(output.deposited.is_none());
         assert_eq!(engine.greedy(&prompt, 8), wanted, "{fault:?}: the engine serves on");
     }
+}
+
+/// An engine that ends while blocks are on their way to disk says so.
+#[test]
+fn who_waits_for_a_deposit_is_told_that_the_engine_ends() {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let tiers = Tiers::new(Family::Llama);
+    let (files, gate) = GatedFiles::new(&tiers.files);
+    let engine = tiers.start_over(model.path(), b"test", Arc::new(tiers.open_store_on(files)), || ());
+    wait_until_open(&engine);
+    gate.close();
+    let asked = request(&[1, 2, 3], Task::Deposit { is_durable: true, kept_in: None });
+    let stream = engine.handle.submit(asked).unwrap();
+    gate.wait_for_somebody();
+    let thread = engine.leave();
+    assert_eq!(collect(stream).reason, Some(FinishReason::Abort));
+    gate.open();
+    thread.join().unwrap();
 }
 
 /// Blocks go to disk by what they hold, also where requests share none on the device.

@@ -60,13 +60,14 @@ fn a_deposit_that_came_before_the_model_was_known_is_not_acknowledged() {
     let mut listen = |count: usize| (0..count).for_each(|_| first.absorb(busy.blocking_next().unwrap()));
     listen(2);
     let prompt = Random::new(5).tokens(100, VOCAB);
-    let early = engine.handle.submit(request(&prompt, Task::Deposit { is_durable: true })).unwrap();
+    let early = engine.handle.submit(request(&prompt, Task::Deposit { is_durable: true, kept_in: None })).unwrap();
     listen(3);
     open.send(()).unwrap();
     first.finish(busy);
     let early = collect(early);
     wait_until_open(&engine);
-    let again = collect(engine.handle.submit(request(&prompt, Task::Deposit { is_durable: true })).unwrap());
+    let again =
+        collect(engine.handle.submit(request(&prompt, Task::Deposit { is_durable: true, kept_in: None })).unwrap());
     // It may have been looked at when the vault was open already; what is acknowledged is found again.
     let num_computed = if early.deposited.is_some() { 4 } else { 100 };
     assert_eq!(again.deposited.unwrap().computed_tokens, num_computed, "{:?}", early.reason);

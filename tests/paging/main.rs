@@ -3,9 +3,12 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod deposits;
+mod gate;
 mod identity;
+mod portable;
 #[path = "../support/mod.rs"]
 mod support;
+mod tails;
 mod tiers;
 mod vault;
 

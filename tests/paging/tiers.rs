@@ -9,7 +9,7 @@ use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 use crate::vault::Tiers;
 
-const NUM_OUTPUT: usize = 24;
+pub const NUM_OUTPUT: usize = 24;
 
 /// A prompt whose first `num_shared` tokens another one has had.
 fn prompts(num_shared: usize) -> (Vec<u32>, Vec<u32>) {
@@ -26,7 +26,7 @@ fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
 }
 
 /// Tokens and the bits of all logits.
-fn bits(output: &Output) -> (Vec<u32>, Vec<Vec<(u32, u32)>>) {
+pub fn bits(output: &Output) -> (Vec<u32>, Vec<Vec<(u32, u32)>>) {
     let row = |row: &TokenLogprobs| row.top.iter().map(|top| (top.id, top.logprob.to_bits())).collect();
     (output.tokens.clone(), output.logprobs.iter().map(row).collect())
 }

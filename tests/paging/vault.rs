@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mneme::engine::{Task, TierConfig};
 use mneme::paging::faulty::FaultyFiles;
-use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig};
+use mneme::paging::{BlockFormat, BlockStore, Files, OpenedVault, StoreConfig};
 
 use crate::support::engine::{Setup, TestEngine, collect, request};
 use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
@@ -34,10 +34,15 @@ impl Tiers {
 
     /// The disk tier alone.
     pub fn open_store(&self) -> BlockStore {
+        self.open_store_on(self.files.clone())
+    }
+
+    /// The same over other files.
+    pub fn open_store_on(&self, files: impl Files) -> BlockStore {
         let block_size = self.setup.limits.block_size;
         let format = BlockFormat { block_bytes: self.block_bytes(), block_size, layout: "test".into() };
         let config = StoreConfig { format, max_bytes: 64 << 20, segment_bytes: 4 << 20 };
-        BlockStore::open(Arc::new(self.files.clone()), Path::new(FOLDER), config).unwrap().0
+        BlockStore::open(Arc::new(files), Path::new(FOLDER), config).unwrap().0
     }
 
     /// An engine with a host tier if there is one, and with the disk tier; the vault is open when this returns.
@@ -49,7 +54,17 @@ impl Tiers {
 
     /// The same, whose vault opens for this model once `wait` returns.
     pub fn start_closed(&self, model: &Path, identity: &[u8], wait: impl FnOnce() + Send + 'static) -> TestEngine {
-        let store = Arc::new(self.open_store());
+        self.start_over(model, identity, Arc::new(self.open_store()), wait)
+    }
+
+    /// The same over a store that others use as well.
+    pub fn start_over(
+        &self,
+        model: &Path,
+        identity: &[u8],
+        store: Arc<BlockStore>,
+        wait: impl FnOnce() + Send + 'static,
+    ) -> TestEngine {
         let identity = identity.to_vec();
         let open = move || {
             wait();
@@ -67,6 +82,6 @@ impl Tiers {
 
 /// The vault opens beside the first requests: one that asks for it is refused until then.
 pub fn wait_until_open(engine: &TestEngine) {
-    let ask = || engine.handle.submit(request(&[1], Task::Deposit { is_durable: true })).unwrap();
+    let ask = || engine.handle.submit(request(&[1], Task::Deposit { is_durable: true, kept_in: None })).unwrap();
     while collect(ask()).deposited.is_none() {}
 }

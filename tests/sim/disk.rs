@@ -1,12 +1,13 @@
 //! The disk of a simulated life: what is done to it, and what has to be on it whatever was.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use mneme::engine::Deposited;
+use mneme::kv::BlockHash;
 use mneme::paging::faulty::{Fault, FaultyFiles};
-use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, StoreConfig, VaultOpener};
+use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, PinnedBlocks, StoreConfig, Stored, VaultOpener};
 
 use crate::oracle::{NUM_LAYERS, Oracle};
 use crate::sharing::Asked;
@@ -38,6 +39,8 @@ pub struct Disk {
     may_have_lost: bool,
     max_blocks: usize,
     block_size: usize,
+    /// The store of this life, once it is open.
+    open: Arc<OnceLock<Arc<BlockStore>>>,
 }
 
 impl Disk {
@@ -52,6 +55,7 @@ impl Disk {
             may_have_lost: false,
             max_blocks,
             block_size,
+            open: Arc::default(),
         }
     }
 
@@ -79,11 +83,38 @@ impl Disk {
 
     /// Opens the vault after a while, so that requests come before it is there.
     pub fn opener(&self, delay: Duration) -> VaultOpener {
-        let (identity, open) = (self.identity.clone(), self.store());
+        let (identity, open, shared) = (self.identity.clone(), self.store(), Arc::clone(&self.open));
         Box::new(move || {
             std::thread::sleep(delay);
-            Ok(OpenedVault { identity, store: Some(Arc::new(open()?)) })
+            let store = Arc::new(open()?);
+            let _ = shared.set(Arc::clone(&store));
+            Ok(OpenedVault { identity, store: Some(store) })
         })
+    }
+
+    /// Stores the KV of `asked` beside the engine, as it comes in a cube's file; `false` when that is not possible now.
+    pub fn import(&self, asked: &Asked) -> bool {
+        let Some(store) = self.open.get() else { return false };
+        let root = BlockHash::root(&self.identity, asked.domain.as_bytes());
+        let (full, tail) = root.blocks_of(asked.prompt(), self.block_size);
+        let stored = Oracle::stored(asked.prompt());
+        let mut pins = PinnedBlocks::new(Arc::clone(store));
+        for (number, hash) in full.iter().chain(&tail).enumerate() {
+            let range = number * self.block_size..asked.num_prompt.min((number + 1) * self.block_size);
+            let mut bytes = vec![0; self.block_bytes()];
+            for (token, payloads) in stored[range.clone()].iter().enumerate() {
+                for (layer, payload) in payloads.iter().enumerate() {
+                    let start = 8 * (layer * self.block_size + token);
+                    bytes[start..start + 8].copy_from_slice(&payload.to_le_bytes());
+                }
+            }
+            pins.add(*hash);
+            if store.write(*hash, &asked.prompt()[range], &bytes).unwrap() == Stored::NoRoom {
+                return false;
+            }
+        }
+        store.announce(pins.hashes());
+        true
     }
 
     /// It breaks, or works again with some of it wrong, or the machine is about to go down.
@@ -115,6 +146,7 @@ impl Disk {
     /// When something that was acknowledged is not there.
     pub fn restart(&mut self) -> usize {
         self.files.restart();
+        self.open = Arc::default();
         self.has_failed = false;
         if !self.must_keep() {
             self.kept.clear();

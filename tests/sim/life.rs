@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use mneme::backend::sim::SimBackend;
 use mneme::engine::{
-    FetchDecision, FinishReason, GenerateRequest, MergeConfig, OutputStream, SchedulerLimits, SubmitError, Task,
-    TierConfig,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, MergeConfig, OutputStream, SchedulerLimits, SharedPrefix,
+    SubmitError, Task, TierConfig,
 };
 use mneme::telemetry::MergeRefusal;
 
@@ -17,12 +17,12 @@ use crate::reached::Reached;
 use crate::sharing::{Asked, Sharing};
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, metric, request};
 use crate::support::random::Random;
+use crate::support::tiny_model::VOCAB;
 
 /// What a request is to come to.
-#[derive(Clone, Copy)]
 enum Wanted {
     Tokens(usize),
-    Deposit { is_durable: bool, must_succeed: bool },
+    Deposit { is_durable: bool, must_succeed: bool, kept: Box<Asked> },
     Embedding,
 }
 
@@ -165,6 +165,7 @@ impl Simulation {
                 10..=12 => self.cancel(),
                 13..=14 => self.listen(),
                 15 if self.random.once_in(2) => self.harm_disk(),
+                15 => self.import(),
                 16 => {
                     let name = self.random.below(Names::COUNT);
                     self.load(&engine, name, checkpoints);
@@ -188,7 +189,8 @@ impl Simulation {
     fn wait_until_open(&mut self, engine: &TestEngine) {
         let asked = Asked { tokens: vec![1], num_prompt: 1, domain: "open".into(), ..Asked::default() };
         loop {
-            let stream = engine.handle.submit(request_for(&asked, Task::Deposit { is_durable: true })).unwrap();
+            let stream =
+                engine.handle.submit(request_for(&asked, Task::Deposit { is_durable: true, kept_in: None })).unwrap();
             match collect(stream).reason {
                 Some(FinishReason::Error(why)) if why.contains("not open") => {}
                 _ => break,
@@ -203,16 +205,29 @@ impl Simulation {
         if !disk.must_keep() || disk.kept.is_empty() || !self.limits.prefix_caching {
             return;
         }
-        let asked = disk.kept[self.random.below(disk.kept.len())].asked.clone();
+        let mut asked = disk.kept[self.random.below(disk.kept.len())].asked.clone();
+        asked.tokens.truncate(asked.num_prompt);
+        let mut num_wanted = asked.num_prompt.saturating_sub(1) / self.limits.block_size * self.limits.block_size;
+        if asked.shared.is_none() && asked.num_prompt + 1 < self.limits.max_model_len {
+            // Who names it finds all of it.
+            num_wanted = asked.num_prompt;
+            asked.shared = Some(SharedPrefix { num_tokens: asked.num_prompt, domain: asked.domain.clone() });
+            asked.tokens.extend(self.random.tokens(1, VOCAB));
+            asked.num_prompt += 1;
+            self.reached.num_kept_tails += usize::from(!num_wanted.is_multiple_of(self.limits.block_size));
+        }
         if asked.num_prompt >= self.limits.max_model_len {
             return;
         }
         let output = collect(engine.handle.submit(request_for(&asked, Task::Generate(Box::new(greedy(1))))).unwrap());
         assert_eq!(output.tokens, Oracle::continuation(asked.prompt(), 1));
-        let num_wanted = (asked.num_prompt - 1) / self.limits.block_size * self.limits.block_size;
         match output.reuse.decision {
             FetchDecision::Fetched => {
-                assert_eq!((output.cached_tokens, output.reuse.disk_tokens), (num_wanted, num_wanted));
+                let (num_cached, num_tail) = (output.cached_tokens, self.limits.block_size - 1);
+                assert_eq!(num_cached, output.reuse.disk_tokens);
+                // Who continues another deposit may find more than full blocks, too.
+                let most = if asked.shared.is_some() { num_wanted + num_tail } else { num_wanted };
+                assert!((num_wanted..=most).contains(&num_cached), "{num_cached} of {num_wanted} tokens were found");
                 self.reached.num_kept_tokens += num_wanted;
             }
             // What takes longer than computing is not waited for.
@@ -220,6 +235,17 @@ impl Simulation {
             FetchDecision::NothingBelow | FetchDecision::Lost => {
                 assert_eq!(num_wanted, 0, "a durable deposit is not found: {:?}", output.reuse);
             }
+        }
+    }
+
+    /// Blocks come in a file; requests continue them like those of a deposit.
+    fn import(&mut self) {
+        let asked = self.prompts.ask_imported(&mut self.random);
+        if self.disk.as_ref().is_some_and(|disk| disk.import(&asked)) {
+            self.sharing.note(&asked);
+            self.sharing.note_kept(&asked);
+            self.prompts.add_deposited(asked);
+            self.reached.num_imports += 1;
         }
     }
 
@@ -259,9 +285,15 @@ impl Simulation {
         let asked = self.prompts.ask(&mut self.random);
         let is_durable = !self.random.once_in(3);
         let must_succeed = self.is_open && self.disk.as_ref().is_some_and(Disk::must_accept);
-        self.prompts.add_deposited(asked.clone());
-        let request = request_for(&asked, Task::Deposit { is_durable });
-        self.send(engine, asked, None, request, Wanted::Deposit { is_durable, must_succeed });
+        let kept_in = self.random.once_in(3).then(|| self.prompts.domain(&mut self.random));
+        let kept = kept_as(&asked, kept_in.as_deref());
+        if kept_in.is_some() {
+            self.sharing.note(&kept);
+        }
+        self.sharing.note_kept(&kept);
+        self.prompts.add_deposited(kept.clone());
+        let request = request_for(&asked, Task::Deposit { is_durable, kept_in });
+        self.send(engine, asked, None, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });
     }
 
     fn send(
@@ -315,7 +347,9 @@ impl Simulation {
         check(&asked, &output, &self.sharing);
         match wanted {
             Wanted::Tokens(num_tokens) => self.take_tokens(asked, &output, num_tokens),
-            Wanted::Deposit { is_durable, must_succeed } => self.take_deposit(asked, output, is_durable, must_succeed),
+            Wanted::Deposit { is_durable, must_succeed, kept } => {
+                self.take_deposit(&asked, *kept, output, is_durable, must_succeed);
+            }
             Wanted::Embedding => assert_eq!(output.reason, Some(FinishReason::Stop { token: None })),
         }
     }
@@ -341,6 +375,7 @@ impl Simulation {
     fn count_made(&mut self, asked: &Asked, output: &Output) {
         let num_moved = self.sharing.num_moved(asked);
         assert_eq!(output.reuse.linked_tokens, num_moved);
+        assert_eq!(output.reuse.chosen_tokens, self.sharing.num_chosen(asked));
         let reached = &mut self.reached;
         if asked.is_merged {
             reached.num_merged += 1;
@@ -354,11 +389,12 @@ impl Simulation {
         if !asked.pieces.is_empty() {
             reached.num_composed += 1;
             reached.num_linked_tokens += num_moved;
+            reached.num_chosen_tokens += output.reuse.chosen_tokens;
             reached.num_relinked_tokens += output.cached_tokens;
         }
     }
 
-    fn take_deposit(&mut self, asked: Asked, output: Output, is_durable: bool, must_succeed: bool) {
+    fn take_deposit(&mut self, asked: &Asked, kept: Asked, output: Output, is_durable: bool, must_succeed: bool) {
         let Some(deposited) = output.deposited else {
             let must_succeed = must_succeed && self.disk.as_ref().is_some_and(Disk::must_accept);
             assert!(!must_succeed, "a deposit was refused without a reason: {:?}", output.reason);
@@ -371,14 +407,24 @@ impl Simulation {
         assert_eq!(deposited.blocks.len(), asked.num_prompt / block_size);
         assert_eq!(deposited.tail.is_some(), !asked.num_prompt.is_multiple_of(block_size));
         assert_eq!(deposited.restored_tokens + deposited.computed_tokens, asked.num_prompt);
-        assert!(deposited.restored_tokens <= self.sharing.most_cached(&asked));
+        assert!(deposited.restored_tokens <= self.sharing.most_cached(asked));
         self.reached.num_deposits += 1;
+        self.reached.num_rekept += usize::from(kept.domain != asked.domain);
         if is_durable {
             // Now that one was accepted the vault is open.
             self.is_open = true;
             let disk = self.disk.as_mut().expect("nothing is durable without a disk");
-            disk.kept.push(Kept { asked, deposited });
+            let deposited = Deposited { pins: None, ..deposited };
+            disk.kept.push(Kept { asked: kept, deposited });
         }
+    }
+}
+
+/// What a deposit is found as.
+fn kept_as(asked: &Asked, domain: Option<&str>) -> Asked {
+    match domain {
+        None => asked.clone(),
+        Some(domain) => Asked { domain: domain.to_owned(), shared: None, ..asked.clone() },
     }
 }
 

@@ -128,7 +128,7 @@ fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
         TestEngine::start_with_tiers(SimBackend::slow(1), model.path(), setup, tiers)
     };
     let deposit = |engine: &TestEngine, prompt: &[u32]| {
-        let ask = || engine.handle.submit(request(prompt, Task::Deposit { is_durable: true })).unwrap();
+        let ask = || engine.handle.submit(request(prompt, Task::Deposit { is_durable: true, kept_in: None })).unwrap();
         while collect(ask()).deposited.is_none() {}
     };
     deposit(&start(None), &prompt);

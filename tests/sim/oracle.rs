@@ -1,13 +1,17 @@
 //! What has to come out, predicted from token ids, adapters and pieces alone: no code of the engine, and of the double
-//! only the two functions that say what a payload is. Who may find which block is `sharing.rs`'s.
+//! only the functions that say what a payload is and how far one is from another. Who may find which block is
+//! `sharing.rs`'s.
 
-use mneme::backend::sim::{MERGED, mix, rotated};
+use mneme::backend::sim::{MERGED, deviation, mix, rotated};
 use mneme::engine::{Piece, SchedulerLimits};
 
 use crate::sharing::Asked;
 use crate::support::tiny_model::VOCAB;
 
 pub const NUM_LAYERS: usize = 2;
+
+/// Where moved tokens are compared with those of the whole prompt.
+const PROBE_LAYER: usize = 1;
 
 /// Products of a layer that adapters change.
 pub const NUM_PRODUCTS: usize = 4;
@@ -82,11 +86,19 @@ impl Oracle {
     /// computed alone, under the same adapters.
     pub fn answer(asked: &Asked, limits: &SchedulerLimits, num_tokens: usize) -> Vec<u32> {
         let mut moved = vec![None; asked.num_prompt];
-        for (piece, places) in asked.pieces.iter().zip(moves(asked, limits)) {
+        let mut whole = Self::under(asked);
+        whole.feed_all(asked.prompt());
+        for (piece, mut places) in asked.pieces.iter().zip(moves(asked, limits)) {
             let mut source = Self::under(asked);
             source.feed_all(&piece.source);
-            for Moved { here, there } in places {
-                moved[here] = Some((source.stored[there], here as i64 - there as i64));
+            let kept = |moved: &Moved| (source.stored[moved.there], moved.here as i64 - moved.there as i64);
+            let deviates = |moved: &Moved| {
+                let (stored, distance) = kept(moved);
+                deviation(whole.stored[moved.here][PROBE_LAYER], rotated(stored[PROBE_LAYER], distance))
+            };
+            places.sort_by(|a, b| deviates(b).total_cmp(&deviates(a)).then(a.here.cmp(&b.here)));
+            for found in places.iter().skip(piece.num_chosen) {
+                moved[found.here] = Some(kept(found));
             }
         }
         let mut oracle = Self::under(asked);
@@ -131,7 +143,8 @@ pub struct Moved {
 }
 
 /// What of each piece is moved: all that lies in full blocks, but for the first tokens of the piece, the prompt's last one,
-/// and pieces whose blocks have no room beside the prompt's.
+/// pieces of which all that would be moved is computed after all, and pieces whose blocks have no room beside the prompt's.
+/// Chosen tokens are moved first, and then computed.
 pub fn moves(asked: &Asked, limits: &SchedulerLimits) -> Vec<Vec<Moved>> {
     let mut num_blocks = asked.num_prompt.div_ceil(limits.block_size);
     let fitting = |piece: &Piece| {
@@ -148,10 +161,11 @@ pub fn moves(asked: &Asked, limits: &SchedulerLimits) -> Vec<Vec<Moved>> {
 
 fn wanted_moves(piece: &Piece, num_prompt: usize, block_size: usize) -> Vec<Moved> {
     let num_stored = piece.source.len() / block_size * block_size;
-    (piece.num_recomputed..piece.num_tokens)
+    let moves: Vec<Moved> = (piece.num_recomputed..piece.num_tokens)
         .map(|at| Moved { here: piece.start + at, there: piece.source_start + at })
         .filter(|moved| moved.here + 1 < num_prompt && moved.there < num_stored)
-        .collect()
+        .collect();
+    if piece.num_chosen < moves.len() { moves } else { vec![] }
 }
 
 /// Blocks of a source up to the last one that something is moved from.

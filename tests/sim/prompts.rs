@@ -33,6 +33,10 @@ impl Prompts {
         Self { most: max_model_len - 1, shared, past: vec![], deposited: vec![] }
     }
 
+    pub fn domain(&self, random: &mut Random) -> String {
+        DOMAINS[random.below(DOMAINS.len())].to_owned()
+    }
+
     pub fn add_past(&mut self, tokens: Vec<u32>) {
         self.past.push(tokens);
     }
@@ -91,6 +95,14 @@ impl Prompts {
         Asked { num_prompt: tokens.len(), tokens, domain, shared, ..Asked::default() }
     }
 
+    /// Something that came in a file, in a domain that nobody else has.
+    pub fn ask_imported(&self, random: &mut Random) -> Asked {
+        let num_tokens = random.within(1, self.most);
+        let tokens = random.tokens(num_tokens, VOCAB);
+        let domain = format!("import/{}", random.next());
+        Asked { num_prompt: num_tokens, tokens, domain, ..Asked::default() }
+    }
+
     /// A prompt of some texts that others have as well, each computed behind another head, and what is its own.
     pub fn ask_composed(&self, random: &mut Random) -> Asked {
         let domain = DOMAINS[random.below(DOMAINS.len())].to_owned();
@@ -130,7 +142,8 @@ impl Prompts {
             }
         };
         let num_recomputed = [0, 0, 4, random.below(40)][random.below(4)];
-        Piece { start, num_tokens, source, source_start, domain, num_recomputed }
+        let num_chosen = [0, 0, 1, random.below(40)][random.below(4)];
+        Piece { start, num_tokens, source, source_start, domain, num_recomputed, num_chosen }
     }
 }
 

@@ -18,10 +18,16 @@ pub struct Reached {
     pub num_lost: usize,
     pub num_deposits: usize,
     pub num_refused_deposits: usize,
+    /// Blocks that came in files.
+    pub num_imports: usize,
+    /// Deposits kept in another domain than they were computed in.
+    pub num_rekept: usize,
     /// Blocks of durable deposits that were there after a restart.
     pub num_kept_blocks: usize,
     /// Tokens of durable deposits that a request was given after a restart.
     pub num_kept_tokens: usize,
+    /// Such requests that named a deposit which ends with a partial block.
+    pub num_kept_tails: usize,
     /// Tokens found beyond a shared prefix and in it, by those who are of another domain.
     pub num_shared_tokens: usize,
     /// Finished under adapters.
@@ -42,6 +48,8 @@ pub struct Reached {
     pub num_composed: usize,
     /// Tokens that were moved into them.
     pub num_linked_tokens: usize,
+    /// Tokens that were moved into them and computed because they deviated most.
+    pub num_chosen_tokens: usize,
     /// Tokens that composed prompts found, in their pieces and in themselves.
     pub num_relinked_tokens: usize,
     /// Tokens that were moved under adapters.
@@ -64,8 +72,11 @@ impl std::ops::AddAssign for Reached {
         self.num_lost += other.num_lost;
         self.num_deposits += other.num_deposits;
         self.num_refused_deposits += other.num_refused_deposits;
+        self.num_rekept += other.num_rekept;
+        self.num_imports += other.num_imports;
         self.num_kept_blocks += other.num_kept_blocks;
         self.num_kept_tokens += other.num_kept_tokens;
+        self.num_kept_tails += other.num_kept_tails;
         self.num_shared_tokens += other.num_shared_tokens;
         self.num_adapted += other.num_adapted;
         self.num_adapted_tokens += other.num_adapted_tokens;
@@ -77,6 +88,7 @@ impl std::ops::AddAssign for Reached {
         self.num_unmergeable += other.num_unmergeable;
         self.num_composed += other.num_composed;
         self.num_linked_tokens += other.num_linked_tokens;
+        self.num_chosen_tokens += other.num_chosen_tokens;
         self.num_relinked_tokens += other.num_relinked_tokens;
         self.num_adapted_links += other.num_adapted_links;
     }
@@ -99,8 +111,11 @@ impl Reached {
             (self.num_lost, 5),
             (self.num_deposits, 500),
             (self.num_refused_deposits, 20),
+            (self.num_rekept, 100),
+            (self.num_imports, 100),
             (self.num_kept_blocks, 500),
             (self.num_kept_tokens, 500),
+            (self.num_kept_tails, 20),
             (self.num_shared_tokens, 1000),
             (self.num_adapted, 1000),
             (self.num_adapted_tokens, 1000),
@@ -112,6 +127,7 @@ impl Reached {
             (self.num_unmergeable, 20),
             (self.num_composed, 500),
             (self.num_linked_tokens, 10_000),
+            (self.num_chosen_tokens, 1000),
             (self.num_relinked_tokens, 1500),
             (self.num_adapted_links, 5000),
         ];

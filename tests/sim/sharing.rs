@@ -1,7 +1,7 @@
 //! Who may find which block, predicted from what was asked so far: requests share blocks within a domain and under the
 //! same adapters, and where a prompt is composed no longer than up to the first token that is moved there.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use mneme::engine::{Piece, SchedulerLimits, SharedPrefix};
 
@@ -49,11 +49,13 @@ type BlockKey = ((Vec<Update>, bool), String, Option<(usize, String)>, Vec<u32>)
 pub struct Sharing {
     limits: SchedulerLimits,
     num_asked: HashMap<BlockKey, usize>,
+    /// Deposits that do not end with a full block, by domain: who names one may copy its end.
+    tails: HashSet<(String, Vec<u32>)>,
 }
 
 impl Sharing {
     pub fn new(limits: SchedulerLimits) -> Self {
-        Self { limits, num_asked: HashMap::new() }
+        Self { limits, num_asked: HashMap::new(), tails: HashSet::new() }
     }
 
     fn key(&self, asked: &Asked, block: usize) -> BlockKey {
@@ -85,14 +87,41 @@ impl Sharing {
         self.note_blocks(asked, self.join(asked).min(asked.tokens.len()) / block_size);
     }
 
+    /// Takes note of what a deposit is kept as.
+    pub fn note_kept(&mut self, kept: &Asked) {
+        let is_of_one_domain = kept.shared.as_ref().is_none_or(|shared| shared.domain == kept.domain);
+        if is_of_one_domain && !kept.num_prompt.is_multiple_of(self.limits.block_size) {
+            self.tails.insert((kept.domain.clone(), kept.prompt().to_vec()));
+        }
+    }
+
+    /// Tokens of a shared beginning behind its last full block that a request may copy, when it has found so many blocks.
+    fn num_tail_tokens(&self, asked: &Asked, num_found: usize) -> usize {
+        let Some(SharedPrefix { num_tokens, domain }) = &asked.shared else { return 0 };
+        let is_alone = asked.adapters.is_empty() && asked.pieces.is_empty();
+        let is_kept = is_alone && self.tails.contains(&(domain.clone(), asked.tokens[..*num_tokens].to_vec()));
+        if !is_kept || num_tokens / self.limits.block_size != num_found {
+            return 0;
+        }
+        let start = num_found * self.limits.block_size;
+        (num_tokens - start).min(asked.num_prompt - 1 - start)
+    }
+
     /// Where the first moved token goes; behind it nothing is what others compute.
     fn join(&self, asked: &Asked) -> usize {
         moves(asked, &self.limits).iter().flatten().map(|moved| moved.here).next().unwrap_or(usize::MAX)
     }
 
-    /// Prompt tokens that a request has moved there.
+    /// Prompt tokens that a request has moved there, and that stay.
     pub fn num_moved(&self, asked: &Asked) -> usize {
-        moves(asked, &self.limits).iter().map(Vec::len).sum()
+        moves(asked, &self.limits).iter().map(Vec::len).sum::<usize>() - self.num_chosen(asked)
+    }
+
+    /// Prompt tokens that a request has moved there and computed all the same.
+    pub fn num_chosen(&self, asked: &Asked) -> usize {
+        let moves = moves(asked, &self.limits);
+        let blended = asked.pieces.iter().zip(&moves).filter(|(_, moves)| !moves.is_empty());
+        blended.map(|(piece, _)| piece.num_chosen).sum()
     }
 
     /// Prompt tokens that a request which has been noted may find at most: one is left to compute. What is moved may be
@@ -100,6 +129,8 @@ impl Sharing {
     pub fn most_cached(&self, asked: &Asked) -> usize {
         let num_shareable = (asked.num_prompt - 1).min(self.join(asked)) / self.limits.block_size;
         let is_found = |block: &usize| self.num_asked.get(&self.key(asked, *block)).is_some_and(|count| *count > 1);
-        (0..num_shareable).take_while(is_found).count() * self.limits.block_size + self.num_moved(asked)
+        let num_found = (0..num_shareable).take_while(is_found).count();
+        let num_behind = self.num_tail_tokens(asked, num_found);
+        num_found * self.limits.block_size + num_behind + self.num_moved(asked)
     }
 }

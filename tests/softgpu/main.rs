@@ -4,8 +4,11 @@
 #![cfg(feature = "cuda")]
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod blend;
 mod command;
 mod families;
+#[path = "../paging/gate.rs"]
+mod gate;
 mod golden;
 #[path = "../generation/invariance.rs"]
 mod invariance;

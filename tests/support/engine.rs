@@ -121,6 +121,18 @@ impl TestEngine {
         self.handle.clone()
     }
 
+    /// Lets go of the engine without waiting for what it does: its thread ends when nobody can ask it for anything.
+    pub fn leave(mut self) -> JoinHandle<()> {
+        let thread = self.thread.take().unwrap();
+        let (sender, _) = crossbeam::channel::bounded(1);
+        let (waker, _) = crossbeam::channel::bounded(1);
+        let (info, stopping) = (self.handle.info().clone(), Default::default());
+        let metrics = std::sync::Arc::new(mneme::telemetry::EngineMetrics::new("gone", 16, 1));
+        // Every clone of the handle keeps the engine waiting; the drop that follows has another one's.
+        self.handle = EngineHandle::new(sender, waker, info, metrics, stopping);
+        thread
+    }
+
     pub fn embed(&self, prompt: &[u32]) -> Vec<f32> {
         collect(self.handle.submit(request(prompt, Task::Embed)).unwrap()).embedding
     }

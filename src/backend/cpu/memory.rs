@@ -5,12 +5,22 @@
 use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
+use std::thread;
 
 use bytemuck::Pod;
 use memmap2::{Advice, MmapMut, MmapOptions};
 
 use crate::backend::{DType, Tensor};
 use crate::{Error, Result};
+
+/// Buffers from this size on are made ready ahead of their use.
+const MIN_READY_BYTES: usize = 64 << 20;
+
+/// How much of a buffer is made ready: ten thousand tokens and more of a small model. The rest is when it is used.
+const READY_BYTES: usize = 256 << 20;
+
+/// Made ready at a time: a huge page.
+const READY_STEP: usize = 2 << 20;
 
 /// "Device" memory: zeroed, in huge pages where the system gives them. A clone is the same memory.
 #[derive(Clone)]
@@ -23,7 +33,7 @@ struct Region {
     start: NonNull<u8>,
     len: usize,
     /// Owns what `start` points to; never dereferenced while the region lives.
-    _mapping: MmapMut,
+    mapping: MmapMut,
 }
 
 // SAFETY: the region is plain memory, reachable only through the unsafe accessors below, whose callers order access.
@@ -45,7 +55,34 @@ impl CpuBuffer {
     pub(super) fn allocate(bytes: usize) -> Result<Self> {
         let mut mapping = map_memory(bytes, "a buffer")?;
         let start = NonNull::new(mapping.as_mut_ptr()).expect("a mapping is never at address zero");
-        Ok(Self(Arc::new(Region { start, len: bytes, _mapping: mapping })))
+        let buffer = Self(Arc::new(Region { start, len: bytes, mapping }));
+        #[cfg(target_os = "linux")]
+        buffer.make_ready();
+        Ok(buffer)
+    }
+
+    /// Has the system find the first pages of a large buffer before they are used, without changing what they hold. On
+    /// virtual machines a page that is touched for the first time can cost as much as computing what goes there, or ten
+    /// times reading it from a file.
+    #[cfg(target_os = "linux")]
+    fn make_ready(&self) {
+        if self.len() < MIN_READY_BYTES {
+            return;
+        }
+        let region = Arc::clone(&self.0);
+        let run = move || {
+            // SAFETY: takes numbers alone, and on Linux means the calling thread. What it does not do costs only speed.
+            let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+            for offset in (0..region.len.min(READY_BYTES)).step_by(READY_STEP) {
+                let bytes = READY_STEP.min(region.len - offset);
+                // Nothing is lost where the kernel is too old for it or has no room.
+                if region.mapping.advise_range(Advice::PopulateWrite, offset, bytes).is_err() {
+                    break;
+                }
+            }
+        };
+        // Without the thread pages come when they are used.
+        let _ = thread::Builder::new().name("mneme-pages".into()).spawn(run);
     }
 
     /// Bytes `[offset, offset + len)`.

@@ -13,9 +13,15 @@ mod argmax;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod attention_amx;
+#[cfg(target_arch = "x86_64")]
+mod attention_bf16;
+#[cfg(target_arch = "x86_64")]
+mod attention_dot;
 mod attention_fold;
 mod attention_tile;
 mod backend;
+#[cfg(target_arch = "x86_64")]
+mod bf16_rounding;
 mod copy_stream;
 pub(super) mod dequantize;
 mod disjoint;

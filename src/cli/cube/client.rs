@@ -1,7 +1,11 @@
 //! The server's side of the conversation: JSON over HTTP, errors in its own words.
 
+use std::fs::File;
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context;
 use serde_json::Value;
 use ureq::Agent;
 use ureq::http::Response;
@@ -33,13 +37,42 @@ impl Client {
         self.answer(self.signed(request).call())
     }
 
-    pub(super) fn delete(&self, path: &str) -> anyhow::Result<Value> {
-        self.answer(self.signed(self.agent.delete(self.at(path))).call())
+    pub(super) fn delete(&self, path: &str, query: &[(&str, String)]) -> anyhow::Result<Value> {
+        let request = self.agent.delete(self.at(path));
+        let request = query.iter().fold(request, |request, (name, value)| request.query(name, value));
+        self.answer(self.signed(request).call())
     }
 
     pub(super) fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         let request = self.signed(self.agent.post(self.at(path))).header("Content-Type", "application/json");
         self.answer(request.send(body.to_string()))
+    }
+
+    /// Writes the answer to a file; its length.
+    pub(super) fn download(&self, path: &str, file: &Path) -> anyhow::Result<u64> {
+        let request = self.signed(self.agent.post(self.at(path))).header("Content-Type", "application/json");
+        let mut response =
+            request.send("{}").map_err(|error| anyhow::anyhow!("no answer from {}: {error}", self.url))?;
+        if !response.status().is_success() {
+            return self.answer(Ok(response)).map(|_| 0);
+        }
+        let wanted = response.headers().get("content-length").and_then(|len| len.to_str().ok()?.parse::<u64>().ok());
+        let mut out = File::create(file).with_context(|| format!("cannot write {}", file.display()))?;
+        let num_bytes = io::copy(&mut response.body_mut().as_reader(), &mut out)?;
+        anyhow::ensure!(
+            wanted.is_none_or(|wanted| wanted == num_bytes),
+            "the server broke off after {num_bytes} bytes"
+        );
+        out.sync_all()?;
+        Ok(num_bytes)
+    }
+
+    /// Sends a file.
+    pub(super) fn upload(&self, path: &str, query: &[(&str, String)], file: &Path) -> anyhow::Result<Value> {
+        let source = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let query = query.iter().filter(|(_, value)| !value.is_empty());
+        let request = query.fold(self.agent.post(self.at(path)), |request, (name, value)| request.query(name, value));
+        self.answer(self.signed(request).header("Content-Type", "application/octet-stream").send(source))
     }
 
     fn at(&self, path: &str) -> String {

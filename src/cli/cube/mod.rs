@@ -1,6 +1,8 @@
-//! `mneme cube`: memory cubes of a running server.
+//! `mneme cube`: memory cubes of a running server, and files of cubes without one.
 
 mod client;
+mod fuse;
+mod offline;
 mod print;
 
 use std::io::{Read, Write};
@@ -11,7 +13,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Map, Value, json};
 
 use self::client::Client;
+use self::fuse::FuseArgs;
 use self::print::Printer;
+use super::engine_args::parse_bytes;
 
 /// Make, find, change and check the memory cubes of a running server.
 #[derive(Debug, Args)]
@@ -51,6 +55,71 @@ enum CubeCommand {
     Append(AppendArgs),
     /// Read a cube's blocks and compare their digests
     Verify(NameArgs),
+    /// Make one adapter out of several; needs no server
+    Fuse(FuseArgs),
+    /// Write a cube, its KV included, to a file
+    Export(ExportArgs),
+    /// Make a cube of a file that export wrote
+    Import(ImportArgs),
+    /// Note which versions the cubes of a namespace have, or one cube
+    Snapshot(ScopeArgs),
+    /// List the snapshots of a namespace or a cube
+    Snapshots(ScopeArgs),
+    /// Compare with a snapshot
+    Diff(SnapshotArgs),
+    /// Go back to a snapshot: old content becomes new versions
+    Restore(SnapshotArgs),
+    /// Forget a snapshot
+    DropSnapshot(SnapshotArgs),
+}
+
+#[derive(Debug, Args)]
+struct ScopeArgs {
+    /// A namespace, or namespace/path
+    scope: String,
+}
+
+#[derive(Debug, Args)]
+struct SnapshotArgs {
+    #[command(flatten)]
+    scope: ScopeArgs,
+    /// The snapshot's id
+    snapshot: String,
+}
+
+/// The vault of a server that does not run.
+#[derive(Debug, Args)]
+struct OfflineArgs {
+    /// Folder of a vault that no server uses, instead of a server
+    #[arg(long, value_name = "DIR")]
+    vault: Option<PathBuf>,
+    /// Most bytes of KV blocks in that vault, with an optional suffix K, M or G; as the server has it
+    #[arg(long, value_parser = parse_bytes, default_value = "8G", requires = "vault")]
+    vault_size_bytes: usize,
+}
+
+#[derive(Debug, Args)]
+struct ExportArgs {
+    #[command(flatten)]
+    cube: NameArgs,
+    /// The file to write
+    file: PathBuf,
+    #[command(flatten)]
+    offline: OfflineArgs,
+}
+
+#[derive(Debug, Args)]
+struct ImportArgs {
+    /// The file to read
+    file: PathBuf,
+    /// What the cube will be called [default: what it was called]
+    #[arg(long)]
+    name: Option<String>,
+    /// Have the KV computed anew when it is another model's
+    #[arg(long, conflicts_with = "vault")]
+    rebuild: bool,
+    #[command(flatten)]
+    offline: OfflineArgs,
 }
 
 #[derive(Debug, Args)]
@@ -179,7 +248,7 @@ impl CubeCommand {
                 let include = if args.payload { "payload" } else { "" };
                 (client.get(&path(&args.cube.name, "")?, &[("include", include.to_owned())])?, print::cube)
             }
-            Self::Delete(args) => (client.delete(&path(&args.name, "")?)?, print::deleted),
+            Self::Delete(args) => (client.delete(&path(&args.name, "")?, &[])?, print::deleted),
             Self::Pin(args) => (client.post(&path(&args.name, "/pin")?, &json!({}))?, print::changed),
             Self::Unpin(args) => (client.post(&path(&args.name, "/unpin")?, &json!({}))?, print::changed),
             Self::Rename(args) => (args.post(client, "/rename")?, print::changed),
@@ -189,19 +258,74 @@ impl CubeCommand {
                 (client.post(&path(&args.cube.name, "/append")?, &body)?, print::made)
             }
             Self::Verify(args) => (client.post(&path(&args.name, "/verify")?, &json!({}))?, print::verified),
+            Self::Fuse(args) => (args.run()?, print::fused),
+            Self::Export(args) => (args.export(client)?, print::exported),
+            Self::Import(args) => (args.import(client)?, print::made),
+            Self::Snapshot(args) => (client.post(&args.path("/snapshot")?, &json!({}))?, print::snapshot),
+            Self::Snapshots(args) => (client.get(&args.path("/snapshot")?, &[])?, print::snapshots),
+            Self::Diff(args) => {
+                let query = [("snapshot", args.snapshot.clone())];
+                (client.get(&args.scope.path("/snapshot")?, &query)?, print::differences)
+            }
+            Self::Restore(args) => {
+                let body = json!({ "snapshot": args.snapshot });
+                (client.post(&args.scope.path("/restore")?, &body)?, print::restorations)
+            }
+            Self::DropSnapshot(args) => {
+                let query = [("snapshot", args.snapshot.clone())];
+                (client.delete(&args.scope.path("/snapshot")?, &query)?, print::dropped)
+            }
         })
     }
 }
 
 /// The path of a cube. The server checks the name; here only what would lead to another route is refused.
 fn path(name: &str, action: &str) -> anyhow::Result<String> {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./@".contains(c);
     anyhow::ensure!(
-        name.contains('/') && name.chars().all(is_plain) && !name.contains(".."),
+        name.contains('/') && is_plain(name),
         "'{}' is no cube name: expected namespace/path of letters, digits, '-', '_' and '.'",
         name.escape_debug()
     );
     Ok(format!("/v1/memcubes/{name}{action}"))
+}
+
+/// Whether nothing in it leads anywhere else.
+fn is_plain(name: &str) -> bool {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./@".contains(c);
+    name.chars().all(is_plain) && !name.contains("..")
+}
+
+impl ScopeArgs {
+    fn path(&self, action: &str) -> anyhow::Result<String> {
+        let is_name = !self.scope.is_empty() && is_plain(&self.scope);
+        anyhow::ensure!(is_name, "'{}' is neither a namespace nor a cube's name", self.scope.escape_debug());
+        Ok(format!("/v1/memcubes/{}{action}", self.scope))
+    }
+}
+
+impl ExportArgs {
+    /// Under another name first: a file of this name is whole.
+    fn export(&self, client: &Client) -> anyhow::Result<Value> {
+        let partial = self.file.with_added_extension("partial");
+        let num_bytes = match &self.offline.vault {
+            Some(vault) => offline::export(vault, self.offline.vault_size_bytes as u64, &self.cube.name, &partial),
+            None => client.download(&path(&self.cube.name, "/export")?, &partial),
+        };
+        let num_bytes = num_bytes.inspect_err(|_| drop(std::fs::remove_file(&partial)))?;
+        std::fs::rename(&partial, &self.file).with_context(|| format!("cannot write {}", self.file.display()))?;
+        Ok(json!({ "name": self.cube.name, "file": self.file.display().to_string(), "bytes": num_bytes }))
+    }
+}
+
+impl ImportArgs {
+    fn import(&self, client: &Client) -> anyhow::Result<Value> {
+        if let Some(vault) = &self.offline.vault {
+            return offline::import(vault, self.offline.vault_size_bytes as u64, &self.file, self.name.as_deref());
+        }
+        let rebuild = if self.rebuild { "true" } else { "" };
+        let query = [("name", self.name.clone().unwrap_or_default()), ("rebuild", rebuild.to_owned())];
+        client.upload("/v1/memcubes/import", &query, &self.file)
+    }
 }
 
 impl TwoNamesArgs {
@@ -328,8 +452,21 @@ mod tests {
     }
 
     #[test]
+    fn a_vault_is_read_instead_of_a_server() {
+        let CubeCommand::Export(args) = command("cube export ana/a file --vault /v --vault-size-bytes 1G") else {
+            panic!("another command")
+        };
+        assert_eq!((args.offline.vault, args.offline.vault_size_bytes), (Some("/v".into()), 1 << 30));
+        let refused = ["cube import file --rebuild --vault /v", "cube export ana/a file --vault-size-bytes 1G"];
+        assert!(refused.iter().all(|line| Command::try_parse_from(line.split(' ')).is_err()));
+    }
+
+    #[test]
     fn names_cannot_lead_to_another_route() {
         assert_eq!(path("ana/a@2", "/verify").unwrap(), "/v1/memcubes/ana/a@2/verify");
+        let scope = |scope: &str| ScopeArgs { scope: scope.to_owned() }.path("/snapshot");
+        assert_eq!(scope("ana").unwrap(), "/v1/memcubes/ana/snapshot");
+        assert!(scope("").is_err() && scope("ana?x").is_err());
         for name in ["a", "a/../../health", "a/b?x=1", "a/b#c", "a/b c", "a/%2e%2e"] {
             assert!(path(name, "").is_err(), "{name}");
         }

@@ -51,6 +51,17 @@ fn aligned(rows: &[[String; 6]], out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
+/// A fused adapter.
+pub(super) fn fused(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let lost = answer["largest_loss"].as_f64().unwrap_or(0.0) * 100.0;
+    writeln!(
+        out,
+        "{}: rank {}, at most {lost:.2} % of a module's update lost",
+        shown(&answer["folder"]),
+        answer["rank"]
+    )
+}
+
 /// One cube, a line for each field that has a value.
 pub(super) fn cube(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
     let separator = if io::stdout().is_terminal() { ": " } else { "\t" };
@@ -82,6 +93,47 @@ pub(super) fn deleted(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
 pub(super) fn verified(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
     let [whole, missing, damaged] = ["whole", "missing", "damaged"].map(|field| shown(&answer[field]));
     writeln!(out, "{}\t{whole} blocks whole, {missing} missing, {damaged} damaged", address(answer))
+}
+
+/// A cube in a file.
+pub(super) fn exported(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let [name, file, bytes] = ["name", "file", "bytes"].map(|field| shown(&answer[field]));
+    writeln!(out, "{name}\t{bytes} bytes in {file}")
+}
+
+/// A snapshot that was made.
+pub(super) fn snapshot(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    let num_cubes = answer["cubes"].as_array().map_or(0, Vec::len);
+    let [id, scope, created_at] = ["id", "scope", "created_at"].map(|field| shown(&answer[field]));
+    writeln!(out, "{id}\t{scope}\t{created_at}\t{num_cubes} cubes")
+}
+
+/// All snapshots.
+pub(super) fn snapshots(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    answer["data"].as_array().into_iter().flatten().try_for_each(|each| snapshot(each, out))
+}
+
+/// What changed since a snapshot.
+pub(super) fn differences(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    fields_of(answer, ["name", "then", "now", "change"], out)
+}
+
+/// What restoring a snapshot did.
+pub(super) fn restorations(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    fields_of(answer, ["name", "restored_version", "version", "outcome"], out)
+}
+
+/// A snapshot that is gone.
+pub(super) fn dropped(answer: &Value, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "{}\tdeleted", shown(&answer["id"]))
+}
+
+fn fields_of(answer: &Value, fields: [&str; 4], out: &mut dyn Write) -> io::Result<()> {
+    answer["data"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .try_for_each(|each| writeln!(out, "{}", fields.map(|field| shown(&each[field])).join("\t")))
 }
 
 fn address(answer: &Value) -> String {
@@ -140,6 +192,10 @@ mod tests {
         assert_eq!(printed(|out| made(&answer, out)), "ana/a@2\trestored 16, computed 4 tokens\n");
         assert_eq!(printed(|out| changed(&answer, out)), "ana/a@2\tpriority 5\n");
         assert_eq!(printed(|out| deleted(&answer, out)), "ana/a\tdeleted\n");
+        let changed = json!({ "data": [{ "name": "ana/a", "then": 1, "now": null, "change": "gone" }] });
+        assert_eq!(printed(|out| differences(&changed, out)), "ana/a\t1\t-\tgone\n");
+        let made = json!({ "id": "x", "scope": "ana", "created_at": "now", "cubes": [{}, {}] });
+        assert_eq!(printed(|out| snapshots(&json!({ "data": [made] }), out)), "x\tana\tnow\t2 cubes\n");
         assert_eq!(printed(|out| verified(&answer, out)), "ana/a@2\t2 blocks whole, 0 missing, 1 damaged\n");
     }
 }

@@ -9,19 +9,25 @@ use super::{Kept, Random};
 #[derive(Default)]
 pub(super) struct Content(Mutex<Versions>);
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Versions {
     now: Vec<u8>,
     durable: Vec<u8>,
     pending: Vec<Write>,
 }
 
+#[derive(Clone)]
 struct Write {
     offset: usize,
     bytes: Vec<u8>,
 }
 
 impl Content {
+    /// The same, for nobody who has this one open.
+    pub(super) fn copy(&self) -> Self {
+        Self(Mutex::new(self.lock().clone()))
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, Versions> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

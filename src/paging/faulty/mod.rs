@@ -48,6 +48,8 @@ struct Disk {
     life: u64,
     num_operations: u64,
     stop_at: Option<u64>,
+    /// An operation that fails, and how.
+    fail_at: Option<(u64, io::ErrorKind)>,
     is_stopped: bool,
     fault: Option<Fault>,
     limit_bytes: Option<u64>,
@@ -66,18 +68,45 @@ enum Kind {
 impl FaultyFiles {
     /// An empty file system.
     pub fn new(seed: u64) -> Self {
+        Self::with(Random::new(seed), Names::default())
+    }
+
+    fn with(random: Random, names: Names) -> Self {
         let disk = Disk {
-            random: Random(seed),
-            names: Names::default(),
+            random,
+            names,
             life: 0,
             num_operations: 0,
             stop_at: None,
+            fail_at: None,
             is_stopped: false,
             fault: None,
             limit_bytes: None,
             peak_bytes: 0,
         };
         Self { disk: Arc::new(Mutex::new(disk)) }
+    }
+
+    /// What is found when the machine goes down now, as a file system of its own: with seed 0 everything is left of what was
+    /// not synced, with seed 1 nothing, with others whatever they say.
+    pub fn after_crash(&self, seed: u64) -> Self {
+        let kept = [Kept::All, Kept::Nothing].get(usize::try_from(seed).unwrap_or(usize::MAX)).copied();
+        let mut names = self.lock().names.copy();
+        names.crash(&mut Random { state: seed, kept });
+        Self::with(Random::new(seed), names)
+    }
+
+    /// What the next process finds when this one alone is killed now, as a file system of its own: everything, though what
+    /// was not synced may still be lost.
+    pub fn after_kill(&self) -> Self {
+        let disk = self.lock();
+        Self::with(Random::new(disk.random.state), disk.names.copy())
+    }
+
+    /// Fails the `number`th operation from now on, counted from 1, without effect; those after it work.
+    pub fn fail_at(&self, number: u64, kind: io::ErrorKind) {
+        let mut disk = self.lock();
+        disk.fail_at = Some((disk.num_operations + number, kind));
     }
 
     /// Operations that change something, so far: creations, writes, syncs, renames, removals.
@@ -149,19 +178,27 @@ impl FaultyFiles {
         disk.names.plant(path, bytes);
     }
 
+    /// Changes the bytes of a file, durably.
+    ///
+    /// # Panics
+    /// When there is no such file.
+    pub fn change(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = self.contents(path).expect("a file to change");
+        change(&mut bytes);
+        self.plant(path, &bytes);
+    }
+
     /// Changes one bit of a file, durably.
     ///
     /// # Panics
     /// When there is no such bit.
     pub fn flip_bit(&self, path: &Path, bit: u64) {
-        let mut bytes = self.contents(path).expect("a file to damage");
-        bytes[(bit / 8) as usize] ^= 1 << (bit % 8);
-        self.plant(path, &bytes);
+        self.change(path, |bytes| bytes[(bit / 8) as usize] ^= 1 << (bit % 8));
     }
 
     /// Changes `num_bits` bits of one file, durably, wherever `seed` says; `false` when no file has any.
     pub fn damage(&self, seed: u64, num_bits: usize) -> bool {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let disk = self.lock();
         let files: Vec<_> = disk.names.files().filter(|(_, content)| !content.lock().bytes().is_empty()).collect();
         let Some((_, content)) = files.get(random.below(files.len())) else { return false };
@@ -179,9 +216,7 @@ impl FaultyFiles {
     /// # Panics
     /// When there is no such file.
     pub fn truncate(&self, path: &Path, num_bytes: usize) {
-        let mut bytes = self.contents(path).expect("a file to cut off");
-        bytes.truncate(num_bytes);
-        self.plant(path, &bytes);
+        self.change(path, |bytes| bytes.truncate(num_bytes));
     }
 
     /// Gives two files each other's names, durably.
@@ -213,14 +248,19 @@ impl Disk {
         self.check_running()?;
         self.num_operations += 1;
         let is_last = self.stop_at == Some(self.num_operations);
+        let failure = self.fail_at.filter(|(number, _)| *number == self.num_operations);
         let code = match (self.fault, kind) {
             (Some(Fault::ReadOnly), _) => Some(libc::EROFS),
             (Some(Fault::NoSpace), Kind::TakeRoom | Kind::Write) => Some(libc::ENOSPC),
             (Some(Fault::WriteError), Kind::Write) | (Some(Fault::SyncError), Kind::Sync) => Some(libc::EIO),
             _ => None,
         };
-        let done = match code {
-            Some(code) => Err(io::Error::from_raw_os_error(code)),
+        let error = match failure {
+            Some((_, kind)) => Some(kind.into()),
+            None => code.map(io::Error::from_raw_os_error),
+        };
+        let done = match error {
+            Some(error) => Err(error),
             None if is_last && self.random.below(2) == 0 => Err(io::Error::other("the process died")),
             None => operation(self),
         };
@@ -252,6 +292,10 @@ impl Files for FaultyFiles {
         disk.check_read()?;
         let content = disk.names.file(path).ok_or(io::ErrorKind::NotFound)?;
         Ok(self.handle(&disk, content))
+    }
+
+    fn open_to_change(&self, path: &Path) -> io::Result<Box<dyn FileHandle>> {
+        self.open(path)
     }
 
     fn rename(&self, source: &Path, target: &Path) -> io::Result<()> {
@@ -334,7 +378,11 @@ impl FileHandle for FaultyHandle {
 }
 
 /// Reproducible numbers: SplitMix64.
-struct Random(u64);
+struct Random {
+    state: u64,
+    /// What a crash leaves, when that is not left to chance.
+    kept: Option<Kept>,
+}
 
 /// How much of what was not synced a crash leaves.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -346,9 +394,13 @@ enum Kept {
 }
 
 impl Random {
+    fn new(seed: u64) -> Self {
+        Self { state: seed, kept: None }
+    }
+
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.state ^ (self.state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
@@ -359,7 +411,8 @@ impl Random {
     }
 
     fn kept(&mut self) -> Kept {
-        [Kept::Nothing, Kept::All, Kept::Beginning, Kept::AnyPart][self.below(4)]
+        let chosen = [Kept::Nothing, Kept::All, Kept::Beginning, Kept::AnyPart][self.below(4)];
+        self.kept.unwrap_or(chosen)
     }
 
     /// What is left of a list of things that may be lost, in order.

@@ -1,6 +1,6 @@
 //! The names in all folders: as they are, as a crash would leave them at least, and the changes in between.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,11 +45,44 @@ impl Change {
     }
 }
 
+/// Copies contents, each once, so that names of one file stay names of one file.
+#[derive(Default)]
+struct Copies(HashMap<*const Content, Arc<Content>>);
+
+impl Copies {
+    fn entry(&mut self, entry: &Entry) -> Entry {
+        match entry {
+            Entry::Folder => Entry::Folder,
+            Entry::File(content) => {
+                let copy = self.0.entry(Arc::as_ptr(content)).or_insert_with(|| Arc::new(content.copy()));
+                Entry::File(Arc::clone(copy))
+            }
+        }
+    }
+
+    fn names(&mut self, names: &BTreeMap<PathBuf, Entry>) -> BTreeMap<PathBuf, Entry> {
+        names.iter().map(|(path, entry)| (path.clone(), self.entry(entry))).collect()
+    }
+
+    fn change(&mut self, change: &Change) -> Change {
+        let added = change.added.as_ref().map(|(path, entry)| (path.clone(), self.entry(entry)));
+        Change { removed: change.removed.clone(), added }
+    }
+}
+
 fn is_root(path: &Path) -> bool {
     path.parent().is_none()
 }
 
 impl Names {
+    /// The same with contents of its own.
+    pub(super) fn copy(&self) -> Self {
+        let mut copies = Copies::default();
+        let (now, durable) = (copies.names(&self.now), copies.names(&self.durable));
+        let pending = self.pending.iter().map(|change| copies.change(change)).collect();
+        Self { now, durable, pending }
+    }
+
     pub(super) fn file(&self, path: &Path) -> Option<Arc<Content>> {
         match self.now.get(path)? {
             Entry::File(content) => Some(Arc::clone(content)),

@@ -77,7 +77,7 @@ pub(super) struct Header {
 impl BlockFormat {
     /// # Errors
     /// `Invalid` for a format that no file can have.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(in crate::paging) fn check(&self) -> Result<()> {
         if self.block_bytes == 0 || self.block_bytes > MAX_BLOCK_BYTES {
             return Err(invalid!("a block has 1 to {MAX_BLOCK_BYTES} bytes, not {}", self.block_bytes));
         }
@@ -120,7 +120,7 @@ impl BlockFormat {
 }
 
 /// What must be found again for a block to be believed. Bytes of another block, file or format never have it.
-pub(super) fn digest_of(hash: &BlockHash, tokens: &[u32], bytes: &[u8]) -> Digest {
+pub(in crate::paging) fn digest_of(hash: &BlockHash, tokens: &[u32], bytes: &[u8]) -> Digest {
     let mut hasher = blake3::Hasher::new_derive_key("mneme segment block v1");
     hasher.update(hash.as_bytes());
     hasher.update(&(tokens.len() as u64).to_le_bytes());

@@ -1,6 +1,6 @@
 //! Which block lies where, what it is worth, and how many bytes all files take. Touches no file.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,6 +12,14 @@ use crate::paging::FileHandle;
 
 /// Hashes that wait to be told of at most; the oldest are forgotten, and whoever asks for such a block finds it missing.
 const MAX_DROPPED: usize = 1 << 16;
+
+/// Sealed files that are kept open for reading; the one opened first is closed first.
+const MAX_READERS: usize = 64;
+/// What one more step of a level adds to a block's worth: more than any block without a level is worth.
+const LEVEL_VALUE: f64 = 17.0;
+
+/// The level of a newcomer that is pinned and has none: somebody is about to name it in a cube like most.
+pub(super) const PINNED_LEVEL: u8 = 5;
 
 /// A floor holds for an eighth of as many requests as there are blocks.
 const REQUESTS_PER_FLOOR: u64 = 8;
@@ -34,8 +42,10 @@ pub(super) struct Located {
     pub(super) place: Place,
     /// Where the row begins in its file.
     pub(super) offset: u64,
-    /// The file's handle, if that is not sealed.
+    /// The file's handle, if it is open.
     pub(super) handle: Option<Arc<dyn FileHandle>>,
+    /// Whether the file is still being written.
+    pub(super) is_growing: bool,
 }
 
 /// A segment of the store's own format.
@@ -51,6 +61,8 @@ pub(super) struct Segment {
     pub(super) last_use: u64,
     /// Until it is sealed: its file has another name then.
     pub(super) handle: Option<Arc<dyn FileHandle>>,
+    /// Of a sealed file that was read lately.
+    reader: Option<Arc<dyn FileHandle>>,
 }
 
 /// Sizes of a segment's file.
@@ -76,6 +88,8 @@ pub(super) struct LiveBlock {
     pub(super) hash: BlockHash,
     pub(super) value: f64,
     pub(super) is_pinned: bool,
+    /// How hard it is held on to, when it is at all.
+    pub(super) level: Option<u8>,
 }
 
 /// What happened so far.
@@ -93,6 +107,8 @@ pub(super) struct Index {
     segments: BTreeMap<SegmentId, Segment>,
     foreign: Vec<ForeignSegment>,
     pins: HashMap<BlockHash, u32>,
+    /// Blocks that cubes hold on to, and how hard; here or not.
+    levels: HashMap<BlockHash, u8>,
     sketch: FrequencySketch,
     /// Bytes from one row of a segment to the next.
     stride: u64,
@@ -103,6 +119,8 @@ pub(super) struct Index {
     foreign_bytes: u64,
     leftover_bytes: u64,
     dropped: VecDeque<BlockHash>,
+    /// Segments with a reader, in order of opening.
+    readers: VecDeque<SegmentId>,
     /// What the last newcomer that was turned away would have had to be worth more than, and when that was.
     floor: Option<(f64, u64)>,
     pub(super) counters: Counters,
@@ -118,6 +136,7 @@ impl Index {
             segments: BTreeMap::new(),
             foreign: Vec::new(),
             pins: HashMap::new(),
+            levels: HashMap::new(),
             sketch: FrequencySketch::new(num_blocks),
             stride,
             clock: 0,
@@ -125,6 +144,7 @@ impl Index {
             foreign_bytes: 0,
             leftover_bytes: 0,
             dropped: VecDeque::new(),
+            readers: VecDeque::with_capacity(MAX_READERS),
             floor: None,
             counters: Counters::default(),
             degraded: None,
@@ -140,7 +160,21 @@ impl Index {
         let place = self.find(hash)?;
         let segment = &self.segments[&place.segment];
         let offset = segment.region_bytes + u64::from(place.slot) * self.stride;
-        Some(Located { place, offset, handle: segment.handle.clone() })
+        let handle = segment.handle.as_ref().or(segment.reader.as_ref()).cloned();
+        Some(Located { place, offset, handle, is_growing: segment.handle.is_some() })
+    }
+
+    /// Keeps a sealed segment's file open, in place of the one that has been open longest.
+    pub(super) fn keep_reader(&mut self, id: SegmentId, reader: Arc<dyn FileHandle>) {
+        let Some(segment) = self.segments.get_mut(&id).filter(|segment| segment.reader.is_none()) else { return };
+        segment.reader = Some(reader);
+        if self.readers.len() == MAX_READERS
+            && let Some(oldest) = self.readers.pop_front()
+            && let Some(segment) = self.segments.get_mut(&oldest)
+        {
+            segment.reader = None;
+        }
+        self.readers.push_back(id);
     }
 
     /// Notes that somebody wants a block, whether it is here or not.
@@ -180,9 +214,30 @@ impl Index {
         self.own_bytes + self.foreign_bytes + self.leftover_bytes
     }
 
-    /// What a block never stored would be worth, were it stored now: one more than how often it was asked for.
+    /// What a block never stored would be worth, were it stored now: one more than how often it was asked for, and more
+    /// when a cube holds on to it or is about to.
     pub(super) fn candidate_value(&self, hash: &BlockHash) -> f64 {
+        self.frequency(hash) + self.candidate_level(hash).map_or(0.0, level_value)
+    }
+
+    fn frequency(&self, hash: &BlockHash) -> f64 {
         1.0 + f64::from(self.sketch.estimate(hash))
+    }
+
+    /// How hard a block that is not stored yet will be held on to.
+    pub(super) fn candidate_level(&self, hash: &BlockHash) -> Option<u8> {
+        self.levels.get(hash).copied().or_else(|| self.is_pinned(hash).then_some(PINNED_LEVEL))
+    }
+
+    /// Holds on to a block this hard, or no longer.
+    pub(super) fn set_level(&mut self, hash: &BlockHash, level: Option<u8>) {
+        let before = match level {
+            Some(level) => self.levels.insert(*hash, level),
+            None => self.levels.remove(hash),
+        };
+        if before > level {
+            self.floor = None;
+        }
     }
 
     /// Whether a newcomer of this value need not be weighed: one like it was turned away, and too little has happened
@@ -200,7 +255,7 @@ impl Index {
     /// Frequency over age, where a block is one older when as many requests came since as there are blocks.
     fn value(&self, hash: &BlockHash, entry: &Entry) -> f64 {
         let age = (self.clock - entry.last_use) as f64 / self.blocks.len().max(1) as f64;
-        self.candidate_value(hash) / (1.0 + age)
+        self.frequency(hash) / (1.0 + age) + self.levels.get(hash).copied().map_or(0.0, level_value)
     }
 
     /// The live blocks of a segment, by row.
@@ -209,8 +264,8 @@ impl Index {
         let live = segment.hashes.iter().enumerate().filter_map(|(slot, hash)| {
             let entry = self.blocks.get(hash)?;
             let is_here = entry.place.segment == id && entry.place.slot as usize == slot;
-            let is_pinned = self.is_pinned(hash);
-            is_here.then(|| LiveBlock { hash: *hash, value: self.value(hash, entry), is_pinned })
+            let (is_pinned, level) = (self.is_pinned(hash), self.levels.get(hash).copied());
+            is_here.then(|| LiveBlock { hash: *hash, value: self.value(hash, entry), is_pinned, level })
         });
         live.collect()
     }
@@ -262,7 +317,8 @@ impl Index {
         let Extent { bytes, region_bytes } = extent;
         self.own_bytes += bytes;
         let (hashes, last_use) = (Vec::new(), self.clock);
-        let segment = Segment { bytes, region_bytes, hashes, num_live: 0, num_pinned: 0, last_use, handle };
+        let segment =
+            Segment { bytes, region_bytes, hashes, num_live: 0, num_pinned: 0, last_use, handle, reader: None };
         let replaced = self.segments.insert(id, segment);
         assert!(replaced.is_none(), "segment numbers are given once");
     }
@@ -293,6 +349,29 @@ impl Index {
         segment.num_live -= 1;
         segment.num_pinned -= u32::from(is_pinned);
         Some(entry)
+    }
+
+    /// Forgets blocks, pinned or not; how many there were.
+    pub(super) fn forget(&mut self, hashes: &HashSet<BlockHash>) -> usize {
+        let found: Vec<BlockHash> = hashes.iter().filter(|hash| self.blocks.contains_key(*hash)).copied().collect();
+        for hash in &found {
+            self.remove_block(hash);
+            self.tell_dropped(*hash);
+        }
+        found.len()
+    }
+
+    /// Segments that have rows of these blocks, live or dead.
+    pub(super) fn segments_with(&self, hashes: &HashSet<BlockHash>) -> Vec<SegmentId> {
+        let has = |segment: &Segment| segment.hashes.iter().any(|hash| hashes.contains(hash));
+        self.segments.iter().filter(|(_, segment)| has(segment)).map(|(id, _)| *id).collect()
+    }
+
+    /// Where the rows of these blocks begin in a segment's file.
+    pub(super) fn rows_of(&self, id: SegmentId, hashes: &HashSet<BlockHash>) -> Vec<u64> {
+        let Some(segment) = self.segments.get(&id) else { return Vec::new() };
+        let rows = segment.hashes.iter().zip(0..).filter(|(hash, _)| hashes.contains(*hash));
+        rows.map(|(_, slot): (_, u64)| segment.region_bytes + slot * self.stride).collect()
     }
 
     /// The file has its last name; readers open it by that.
@@ -361,6 +440,7 @@ impl Index {
 
     fn remove_segment(&mut self, id: SegmentId) -> Option<u64> {
         let bytes = self.segments.remove(&id)?.bytes;
+        self.readers.retain(|reader| *reader != id);
         self.own_bytes -= bytes;
         self.leftover_bytes += bytes;
         Some(bytes)
@@ -372,11 +452,12 @@ impl Index {
         self.foreign.insert(at, segment);
     }
 
-    /// Takes the oldest foreign segment that may go: none that holds a pinned block. Its bytes count until
+    /// Takes the oldest foreign segment that may go: none that holds a pinned block or a cube's. Its bytes count until
     /// [`Index::forget_leftover`].
     pub(super) fn take_foreign(&mut self) -> Option<ForeignSegment> {
         let may_go = |segment: &ForeignSegment| {
-            segment.is_evictable && !segment.hashes.iter().any(|hash| self.pins.contains_key(hash))
+            segment.is_evictable
+                && !segment.hashes.iter().any(|hash| self.pins.contains_key(hash) || self.levels.contains_key(hash))
         };
         let at = self.foreign.iter().position(may_go)?;
         let segment = self.foreign.remove(at);
@@ -414,4 +495,8 @@ impl Index {
         assert_eq!(self.foreign_bytes, self.foreign.iter().map(|segment| segment.bytes).sum::<u64>());
         assert!(self.pins.values().all(|&count| count > 0));
     }
+}
+
+fn level_value(level: u8) -> f64 {
+    LEVEL_VALUE * (1.0 + f64::from(level))
 }

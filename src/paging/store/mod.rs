@@ -8,9 +8,10 @@
 //!
 //! **Bound.** All segments of all formats, the one being written and the copy that compaction makes take at most
 //! `max_bytes`, at any moment and after any crash. To make room, in this order: segments nothing is live in; segments of
-//! other formats, oldest first, whole, and none that holds a pinned block; then the segment whose blocks are worth least
-//! per byte freed. Of the last, pinned blocks and, up to half of it, those worth more than the newcomer are copied and
-//! the others evicted. A newcomer that is worth no more than the least of them is turned away (TinyLFU).
+//! other formats, oldest first, whole, and none that holds a pinned block or a cube's; then the segment whose blocks are
+//! worth least per byte freed. Of the last, pinned blocks and, up to half of it, those worth more than the newcomer are
+//! copied and the others evicted. A newcomer that is worth no more than the least of them is turned away (TinyLFU).
+//! Blocks with a level, a cube's, go to newcomers of a higher one alone.
 //!
 //! **Failure.** An error of the disk on the way down makes the store read-only until it is opened again, with one
 //! warning; a block that cannot be read, or whose digest is wrong, is forgotten and counted. Neither is an error to
@@ -19,11 +20,13 @@
 //! **Locks.** `writer` is held for a whole write, seal or compaction; `index` for moments, and never over I/O. Who needs
 //! both takes `writer` first. Readers take `index` alone, so compaction does not hold them up.
 
+mod erase;
 mod format;
 mod frequency;
 mod geometry;
 mod index;
 mod outcome;
+mod pins;
 mod reclaim;
 mod scan;
 mod segment;
@@ -32,10 +35,13 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use format::BlockFormat;
+pub(super) use format::digest_of as block_digest;
 pub use outcome::{Found, OpenReport, StoreStats, Stored};
+pub use pins::PinnedBlocks;
 
 use self::format::{BlockRecord, digest_of, read_header};
 use self::geometry::Geometry;
@@ -69,6 +75,9 @@ pub struct BlockStore {
     geometry: Geometry,
     index: Mutex<Index>,
     writer: Mutex<Writer>,
+    /// Blocks that came another way than through the pager, for it to take note of.
+    announced: Mutex<Vec<BlockHash>>,
+    has_announced: AtomicBool,
 }
 
 /// What one thread at a time writes to.
@@ -102,7 +111,9 @@ impl BlockStore {
         report.num_blocks = index.num_blocks();
         report.bytes = index.total_bytes();
         let writer = Writer { open: None, next_id: scanned.next_id };
-        let store = Self { files, folder: own, geometry, index: Mutex::new(index), writer: Mutex::new(writer) };
+        let (index, writer) = (Mutex::new(index), Mutex::new(writer));
+        let (announced, has_announced) = (Mutex::default(), AtomicBool::new(false));
+        let store = Self { files, folder: own, geometry, index, writer, announced, has_announced };
         if let Err(e) = made {
             if !is_refusal(&e) {
                 return Err(Error::io("create", &store.folder, e));
@@ -123,6 +134,38 @@ impl BlockStore {
     /// The blocks that can be read now, in no order.
     pub fn hashes(&self) -> Vec<BlockHash> {
         self.index().hashes().copied().collect()
+    }
+
+    /// What blocks there are below a store's folder, of this model and of others.
+    ///
+    /// # Errors
+    /// `Io` when the folder cannot be listed.
+    pub fn formats(files: &dyn Files, folder: &Path) -> Result<Vec<BlockFormat>> {
+        scan::formats(files, folder)
+    }
+
+    /// What its blocks are.
+    pub fn format(&self) -> &BlockFormat {
+        &self.geometry.format
+    }
+
+    /// The digest of a block that can be read now, over hash, tokens and bytes.
+    pub fn digest(&self, hash: &BlockHash) -> Option<[u8; 32]> {
+        self.index().find(hash).map(|place| place.digest)
+    }
+
+    /// Has whoever keeps track of the store's blocks take note of some that were written beside it.
+    pub fn announce(&self, hashes: &[BlockHash]) {
+        self.announced.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).extend_from_slice(hashes);
+        self.has_announced.store(true, Ordering::Release);
+    }
+
+    /// What was announced since the last call. Looks at one word when that is nothing.
+    pub fn take_announced(&self) -> Vec<BlockHash> {
+        if !self.has_announced.swap(false, Ordering::AcqRel) {
+            return Vec::new();
+        }
+        std::mem::take(&mut *self.announced.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     /// Reads a block into `bytes`, which is one block long, and checks that digest, hash and `tokens` belong together.
@@ -150,24 +193,31 @@ impl BlockStore {
     }
 
     fn read_located(&self, hash: &BlockHash, tokens: &[u32], located: &Located, bytes: &mut [u8]) -> io::Result<Found> {
-        let Located { place, offset, handle } = located;
+        let Located { place, offset, handle, is_growing } = located;
         let file = match handle {
             Some(handle) => Arc::clone(handle),
-            None => Arc::from(self.files.open(&self.folder.join(place.segment.file_name()))?),
+            None => self.open_reader(place.segment)?,
         };
         file.read_at(bytes, *offset)?;
         if digest_of(hash, tokens, bytes) == place.digest || planted::is(Bug::DigestIgnored) {
             return Ok(Found::Whole);
         }
         // Either the bytes are wrong or the question is: the tokens that were written tell.
-        let stored = self.stored_tokens(place, handle.is_some(), &*file).filter(|stored| stored != tokens);
+        let stored = self.stored_tokens(place, *is_growing, &*file).filter(|stored| stored != tokens);
         let is_whole = stored.is_some_and(|stored| digest_of(hash, &stored, bytes) == place.digest);
         Ok(if is_whole { Found::Missing } else { Found::Damaged("its digest is wrong".into()) })
     }
 
-    fn stored_tokens(&self, place: &Place, is_open: bool, file: &dyn FileHandle) -> Option<Vec<u32>> {
+    fn open_reader(&self, segment: SegmentId) -> io::Result<Arc<dyn FileHandle>> {
+        let file: Arc<dyn FileHandle> = Arc::from(self.files.open(&self.folder.join(segment.file_name()))?);
+        self.index().keep_reader(segment, Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn stored_tokens(&self, place: &Place, is_growing: bool, file: &dyn FileHandle) -> Option<Vec<u32>> {
         let slot = place.slot as usize;
-        if is_open && let Some(open) = self.writer().open.as_ref().filter(|open| open.segment.id() == place.segment) {
+        if is_growing && let Some(open) = self.writer().open.as_ref().filter(|open| open.segment.id() == place.segment)
+        {
             return open.segment.records().get(slot).map(|record| record.tokens.clone());
         }
         read_header(file).ok()?.records.into_iter().nth(slot).map(|record| record.tokens)
@@ -306,6 +356,13 @@ impl BlockStore {
     pub fn unpin(&self, hashes: &[BlockHash]) {
         let mut index = self.index();
         hashes.iter().for_each(|hash| index.unpin(hash));
+    }
+
+    /// Holds on to blocks, whether they are here yet or not, as hard as `level` says, or no longer: they are evicted for blocks
+    /// of a higher level alone, and never for those without one. A pinned newcomer counts as one of level 5.
+    pub fn set_level(&self, hashes: &[BlockHash], level: Option<u8>) {
+        let mut index = self.index();
+        hashes.iter().for_each(|hash| index.set_level(hash, level));
     }
 
     /// Evicts until the bound holds, as when it is lower than at the last run: call it once pins are known. Whether it

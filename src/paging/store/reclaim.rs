@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::format::{BlockRecord, digest_of, read_header};
 use super::geometry::Geometry;
-use super::index::{ForeignSegment, Index};
+use super::index::{ForeignSegment, Index, LiveBlock, PINNED_LEVEL};
 use super::segment::{SegmentId, SegmentWriter};
 use super::{BlockStore, Writer, is_passing};
 use crate::kv::BlockHash;
@@ -18,9 +18,9 @@ const NUM_WEIGHED: usize = 16;
 const NUM_SMALL: usize = 8;
 
 /// A segment to be rewritten: what is kept of it.
-struct Rewrite {
-    id: SegmentId,
-    retained: Vec<BlockHash>,
+pub(super) struct Rewrite {
+    pub(super) id: SegmentId,
+    pub(super) retained: Vec<BlockHash>,
 }
 
 /// The segment whose loss costs least.
@@ -30,6 +30,28 @@ struct Victim {
     least_value: f64,
     /// What they are worth per byte freed.
     cost: f64,
+}
+
+/// On whose behalf room is made.
+#[derive(Clone, Copy)]
+struct Newcomer {
+    value: f64,
+    /// Blocks that are held on to less hard than this may go.
+    level: u8,
+}
+
+impl Newcomer {
+    /// Nobody is the reason when the bound was lowered.
+    fn new(index: &Index, candidate: Option<&BlockHash>) -> Self {
+        match candidate {
+            Some(hash) => Self { value: index.candidate_value(hash), level: index.candidate_level(hash).unwrap_or(0) },
+            None => Self { value: 1.0, level: PINNED_LEVEL },
+        }
+    }
+
+    fn may_displace(self, block: &LiveBlock) -> bool {
+        !block.is_pinned && block.level.is_none_or(|level| level < self.level)
+    }
 }
 
 enum Step {
@@ -80,7 +102,7 @@ impl BlockStore {
     }
 
     /// Copies what is to be kept into a sealed segment; `None` if that is nothing. After an error nothing has changed.
-    fn copy_retained(&self, writer: &mut Writer, rewrites: &[Rewrite]) -> io::Result<Option<SegmentWriter>> {
+    pub(super) fn copy_retained(&self, writer: &mut Writer, rewrites: &[Rewrite]) -> io::Result<Option<SegmentWriter>> {
         let num_slots: usize = rewrites.iter().map(|rewrite| rewrite.retained.len()).sum();
         if num_slots == 0 {
             return Ok(None);
@@ -136,7 +158,7 @@ impl BlockStore {
     }
 
     /// The room counts as free only when the removal is durable: a file that a crash brought back would break the bound.
-    fn remove_segments(&self, doomed: &[(SegmentId, u64)]) {
+    pub(super) fn remove_segments(&self, doomed: &[(SegmentId, u64)]) {
         if doomed.is_empty() {
             return;
         }
@@ -175,9 +197,10 @@ fn next_step(index: &mut Index, geometry: &Geometry, needed_bytes: u64, candidat
     if is_degraded {
         return Step::Refuse;
     }
-    let value = candidate.map_or(1.0, |hash| index.candidate_value(hash));
+    let newcomer = Newcomer::new(index, candidate);
+    let value = newcomer.value;
     let is_hopeless = candidate.is_some() && index.is_below_floor(value);
-    let victim = if is_hopeless { None } else { cheapest(index, geometry, value) };
+    let victim = if is_hopeless { None } else { cheapest(index, geometry, newcomer) };
     if let Some(Victim { rewrite, .. }) = victim.as_ref().filter(|victim| victim.cost == 0.0) {
         return Step::Rewrite(Rewrite { id: rewrite.id, retained: rewrite.retained.clone() });
     }
@@ -196,10 +219,10 @@ fn next_step(index: &mut Index, geometry: &Geometry, needed_bytes: u64, candidat
     }
 }
 
-/// Of the segments worth a look, the one that costs least per byte. `newcomer_value` is what a block must be worth more
-/// than to be copied instead of evicted.
-fn cheapest(index: &Index, geometry: &Geometry, newcomer_value: f64) -> Option<Victim> {
-    let victims = worth_a_look(index).into_iter().filter_map(|id| weigh(index, geometry, id, newcomer_value));
+/// Of the segments worth a look, the one that costs least per byte. A block must be worth more than the newcomer to be
+/// copied instead of evicted.
+fn cheapest(index: &Index, geometry: &Geometry, newcomer: Newcomer) -> Option<Victim> {
+    let victims = worth_a_look(index).into_iter().filter_map(|id| weigh(index, geometry, id, newcomer));
     victims.min_by(|a, b| a.cost.total_cmp(&b.cost))
 }
 
@@ -217,18 +240,19 @@ fn worth_a_look(index: &Index) -> Vec<SegmentId> {
     chosen
 }
 
-fn weigh(index: &Index, geometry: &Geometry, id: SegmentId, newcomer_value: f64) -> Option<Victim> {
+fn weigh(index: &Index, geometry: &Geometry, id: SegmentId, newcomer: Newcomer) -> Option<Victim> {
     let segment = index.segment(id)?;
     let limit = slots_of_copy(index, geometry);
-    let (pinned, mut loose): (Vec<_>, Vec<_>) = index.live_blocks(id).into_iter().partition(|block| block.is_pinned);
-    if pinned.len() > limit {
+    let (held, mut loose): (Vec<_>, Vec<_>) =
+        index.live_blocks(id).into_iter().partition(|block| !newcomer.may_displace(block));
+    if held.len() > limit {
         return None;
     }
     loose.sort_by(|a, b| b.value.total_cmp(&a.value));
-    let room = (segment.hashes.len() / 2).min(limit).saturating_sub(pinned.len());
-    let num_kept = loose.iter().take(room).take_while(|block| block.value > newcomer_value).count();
+    let room = (segment.hashes.len() / 2).min(limit).saturating_sub(held.len());
+    let num_kept = loose.iter().take(room).take_while(|block| block.value > newcomer.value).count();
     let evicted = loose.split_off(num_kept);
-    let retained: Vec<BlockHash> = pinned.iter().chain(&loose).map(|block| block.hash).collect();
+    let retained: Vec<BlockHash> = held.iter().chain(&loose).map(|block| block.hash).collect();
     let after_bytes = if retained.is_empty() { 0 } else { geometry.format.file_bytes(retained.len() as u32) };
     let freed_bytes = segment.bytes.checked_sub(after_bytes).filter(|&bytes| bytes > 0)?;
     let cost = evicted.iter().map(|block| block.value).sum::<f64>() / freed_bytes as f64;

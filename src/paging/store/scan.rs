@@ -23,6 +23,22 @@ pub(super) struct Scanned {
     pub(super) failed_removal: Option<(PathBuf, io::Error)>,
 }
 
+/// The formats of the blocks below `folder`, as the first segment of each that can be read says.
+///
+/// # Errors
+/// `Io` when the folder cannot be listed.
+pub(super) fn formats(files: &dyn Files, folder: &Path) -> Result<Vec<BlockFormat>> {
+    let folders = files.list(folder).map_err(|e| Error::io("list", folder, e))?;
+    let mut formats = Vec::new();
+    for path in folders.iter().filter(|path| is_format_folder(path)) {
+        let segments = files.list(path).map_err(|e| Error::io("list", path, e))?;
+        let sealed = segments.iter().filter(|path| matches!(SegmentId::parse(path), Some(SegmentName::Sealed(_))));
+        let mut headers = sealed.filter_map(|path| read_header(&*files.open(path).ok()?).ok());
+        formats.extend(headers.next().map(|header| header.format));
+    }
+    Ok(formats)
+}
+
 /// Walks over the folders of all formats below `folder` and fills an empty index.
 ///
 /// # Errors

@@ -258,6 +258,62 @@ fn a_store_full_of_pinned_blocks_takes_no_more() {
     assert!(files.peak_bytes() <= config(5).max_bytes);
 }
 
+/// A cube's blocks go to those of a cube that is held on to harder, and to nothing else.
+#[test]
+fn blocks_with_a_level_go_to_higher_ones_alone() {
+    let files = FaultyFiles::new(1);
+    let store = open(&files, 5);
+    let hashes = |numbers: std::ops::Range<u32>| numbers.map(hash).collect::<Vec<_>>();
+    store.set_level(&hashes(0..100), Some(2));
+    let low: Vec<u32> = (0..100).filter(|number| write(&store, *number) == Stored::New).collect();
+    assert!(low.len() >= 12 && low.len() < 20, "{low:?}");
+    (0..20).for_each(|_| assert_eq!(read(&store, 200), Found::Missing));
+    assert_eq!(write(&store, 200), Stored::NoRoom, "however often it is asked for");
+    assert_eq!(low, present(&store, 0..100));
+    // Somebody is about to name it in a cube.
+    store.pin(&[hash(300)]);
+    assert_eq!(write(&store, 300), Stored::New);
+    assert!(present(&store, 0..100).len() < low.len());
+    store.set_level(&hashes(400..500), Some(9));
+    let high: Vec<u32> = (400..500).filter(|number| write(&store, *number) == Stored::New).collect();
+    assert!(high.len() >= 11, "{high:?}");
+    store.set_level(&hashes(600..700), Some(8));
+    assert!(
+        present(&store, 0..100).is_empty() && store.contains(&hash(300)),
+        "the lower ones went, the pinned one stays"
+    );
+    assert_eq!(write(&store, 600), Stored::NoRoom);
+    assert_eq!(high, present(&store, 400..500));
+    store.set_level(&hashes(400..500), None);
+    assert_eq!(write(&store, 600), Stored::New, "a level can be taken away");
+    assert!(files.peak_bytes() <= config(5).max_bytes);
+}
+
+/// What is erased lies nowhere any more, not where it was moved away from either, and what lay beside it stays.
+#[test]
+fn erased_blocks_are_overwritten_and_their_neighbours_stay() {
+    let files = FaultyFiles::new(1);
+    let store = open(&files, 16);
+    write_sealed(&store, 0..8);
+    write(&store, 8);
+    store.pin(&[hash(5)]);
+    store.erase(&[hash(2), hash(5), hash(8), hash(77)]).unwrap();
+    store.check_integrity();
+    assert_eq!(present(&store, 0..9), [0, 1, 3, 4, 6, 7]);
+    assert!((0..9).all(|number| (read(&store, number) == Found::Whole) == store.contains(&hash(number))));
+    drop(store);
+    files.restart();
+    let store = open(&files, 16);
+    assert_eq!(present(&store, 0..9), [0, 1, 3, 4, 6, 7], "and after a crash");
+    let lies_somewhere = |number: u32| {
+        let wanted = block(number).bytes;
+        let has = |path: &PathBuf| files.contents(path).unwrap().windows(64).any(|bytes| bytes == &wanted[..64]);
+        files.paths().iter().any(has)
+    };
+    assert!(lies_somewhere(3) && ![2, 5, 8].into_iter().any(lies_somewhere));
+    assert_eq!(write(&store, 2), Stored::New, "it can be stored again");
+}
+
 #[test]
 fn small_segments_are_merged() {
     let files = FaultyFiles::new(1);

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 use super::content::{Content, ContentRequest, TokenizedContent};
 use super::object::{CubeAnswer, Work};
 use super::service::{CubeService, Verified};
-use super::{blocking, service};
+use super::{blocking, service, snapshot};
 use crate::kv::BlockHash;
 use crate::memory::{Catalog, CubeAddress, CubeName, CubeView, Payload, Principal};
 use crate::server::error::{ApiError, ErrorBody};
@@ -18,8 +18,7 @@ use crate::server::json::JsonBody;
 use crate::server::{App, AppRef};
 
 /// Actions that have a name and no code yet.
-const FUTURE_ACTIONS: [&str; 10] =
-    ["promote", "demote", "snapshot", "restore", "export", "distill", "describe", "merge", "fuse", "import"];
+const FUTURE_ACTIONS: [&str; 6] = ["promote", "demote", "distill", "describe", "merge", "fuse"];
 
 /// A change of a cube's header that needs nothing but its name.
 type Toggle = fn(&Catalog, &Principal, &CubeName) -> crate::Result<CubeView>;
@@ -30,12 +29,15 @@ struct NameRequest {
     name: String,
 }
 
-/// Body of `.../rename` and `.../fork` (`name`), and of `.../append` (one content); the others have none.
+/// Body of `.../rename` and `.../fork` (`name`), of `.../restore` (`snapshot`) and of `.../append` (one content); the
+/// others have none.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "documents the body, which is read part by part")]
 pub(in crate::server) struct ActionRequest {
     /// The new name.
     name: Option<String>,
+    /// The id of a snapshot.
+    snapshot: Option<String>,
     #[serde(flatten)]
     content: ContentRequest,
 }
@@ -56,13 +58,14 @@ pub(in crate::server) struct VerifiedCube {
     reason: &'static str,
 }
 
-/// Does something with a cube: `append`, `fork`, `rename`, `freeze`, `unfreeze`, `pin`, `unpin` or `verify`.
+/// Does something with a cube: `append`, `fork`, `rename`, `freeze`, `unfreeze`, `pin`, `unpin`, `verify` or `export`,
+/// which answers the bytes of a file. `snapshot` and `restore` also take a namespace.
 #[utoipa::path(
     post,
     path = "/v1/memcubes/{name}/{action}",
     params(
-        ("name" = String, Path, description = "namespace/path; for fork and verify also namespace/path@version"),
-        ("action" = String, Path, description = "append, fork, rename, freeze, unfreeze, pin, unpin or verify")
+        ("name" = String, Path, description = "namespace/path; for fork, verify and export also namespace/path@version"),
+        ("action" = String, Path, description = "append, fork, rename, freeze, unfreeze, pin, unpin, verify, export, snapshot or restore")
     ),
     request_body = ActionRequest,
     responses(
@@ -87,6 +90,12 @@ pub(in crate::server) async fn act(
         "unfreeze" => toggle(&app, principal, name.parse()?, Catalog::unfreeze).await,
         "pin" => toggle(&app, principal, name.parse()?, Catalog::pin).await,
         "unpin" => toggle(&app, principal, name.parse()?, Catalog::unpin).await,
+        "export" => super::transfer::export(&app, &principal, name.parse()?).await,
+        "snapshot" => snapshot::create(&app, principal, name.parse()?).await,
+        "restore" => {
+            let request = JsonBody::from_request(request, &app).await?.parse()?;
+            snapshot::restore(&app, principal, name.parse()?, request).await
+        }
         "verify" => verify(&app, &principal, name.parse()?).await,
         future if FUTURE_ACTIONS.contains(&future) => {
             Err(ApiError::not_implemented(format!("Cubes cannot do '{future}' yet.")))
@@ -107,6 +116,7 @@ fn answer(status: StatusCode, view: &CubeView, principal: &Principal, work: Work
 async fn toggle(app: &App, principal: Principal, name: CubeName, change: Toggle) -> Result<Response, ApiError> {
     let (catalog, asking) = (service(app)?.catalog.clone(), principal.clone());
     let view = blocking(move || change(&catalog, &asking, &name)).await?;
+    service(app)?.settle(&view);
     Ok(answer(StatusCode::OK, &view, &principal, Work::none("Only the header was changed.")))
 }
 
@@ -119,6 +129,7 @@ async fn rename(app: &App, principal: Principal, name: CubeName, target: CubeNam
 async fn fork(app: &App, principal: Principal, source: CubeAddress, name: CubeName) -> Result<Response, ApiError> {
     let (catalog, asking) = (service(app)?.catalog.clone(), principal.clone());
     let view = blocking(move || catalog.fork(&asking, &source, name)).await?;
+    service(app)?.settle(&view);
     Ok(answer(StatusCode::CREATED, &view, &principal, Work::none("The fork shares the blocks of its source.")))
 }
 
@@ -143,6 +154,7 @@ async fn append(app: &AppRef, principal: Principal, name: CubeName, body: JsonBo
     };
     let (catalog, asking, based_on) = (service.catalog.clone(), principal.clone(), head.version);
     let view = blocking(move || catalog.append(&asking, &name, based_on, payload)).await?;
+    service.settle(&view);
     Ok(answer(StatusCode::OK, &view, &principal, work))
 }
 

@@ -1,13 +1,16 @@
 //! `PATCH` and `DELETE /v1/memcubes/{name}`.
 
 use axum::Json;
-use axum::extract::{Extension, Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Extension, Path, Query, State};
+use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::object::{CubeAnswer, Work};
-use super::{blocking, service};
+use super::read::parsed;
+use super::{blocking, service, snapshot};
 use crate::memory::{Acl, CubeChanges, CubeId, CubeName, Labels, Principal, Priority, SemanticType};
 use crate::server::AppRef;
 use crate::server::error::{ApiError, ErrorBody};
@@ -95,10 +98,12 @@ pub(in crate::server) async fn change(
     Path(name): Path<String>,
     body: JsonBody,
 ) -> Result<Json<CubeAnswer>, ApiError> {
-    let (catalog, name) = (service(&app)?.catalog.clone(), name.parse::<CubeName>()?);
+    let service = service(&app)?;
+    let (catalog, name) = (service.catalog.clone(), name.parse::<CubeName>()?);
     refuse_fixed(&body.parse::<FixedFields>()?)?;
     let (changes, asking) = (body.parse::<ChangeRequest>()?.check()?, principal.clone());
     let view = blocking(move || catalog.change(&asking, &name, changes)).await?;
+    service.settle(&view);
     Ok(Json(CubeAnswer::new(&view, &principal, false, Work::none("Only the header was changed."))))
 }
 
@@ -114,23 +119,41 @@ fn refuse_fixed(fields: &FixedFields) -> Result<(), ApiError> {
     }
 }
 
-/// Deletes a cube with all its versions. Once answered, it stays deleted.
+/// What else can be deleted.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(in crate::server) struct DeleteQuery {
+    /// Behind `/snapshot`, the id of the one to delete.
+    snapshot: Option<String>,
+}
+
+/// Deletes a cube with all its versions. Once answered, it stays deleted. With `/snapshot` behind a name or a namespace one
+/// of its snapshots.
 #[utoipa::path(
     delete,
     path = "/v1/memcubes/{name}",
-    params(("name" = String, Path, description = "namespace/path")),
+    params(("name" = String, Path, description = "namespace/path"), DeleteQuery),
     responses((status = 200, body = DeletedCube), (status = "4XX", body = ErrorBody))
 )]
 pub(in crate::server) async fn delete(
     State(app): State<AppRef>,
     Extension(principal): Extension<Principal>,
     Path(name): Path<String>,
-) -> Result<Json<DeletedCube>, ApiError> {
+    query: Result<Query<DeleteQuery>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    if let Some(scope) = name.strip_suffix("/snapshot") {
+        let query = parsed(query)?;
+        return snapshot::delete(&app, principal, scope.parse()?, query.snapshot.as_deref()).await;
+    }
     let service = service(&app)?;
     let (catalog, name) = (service.catalog.clone(), name.parse::<CubeName>()?);
     let target = name.clone();
     let ended = blocking(move || catalog.delete(&principal, &target)).await?;
     let id = *ended.ids.first().expect("a deletion ends one cube");
-    service.engine.release(ended.unreferenced);
-    Ok(Json(DeletedCube { id, name, deleted: true, restored_tokens: 0, reason: "The cube was deleted." }))
+    let is_erased = !ended.to_erase.is_empty();
+    service.end(ended).await?;
+    let reason =
+        if is_erased { "The cube was deleted, and its KV overwritten on disk." } else { "The cube was deleted." };
+    let deleted = DeletedCube { id, name, deleted: true, restored_tokens: 0, reason };
+    Ok(Json(deleted).into_response())
 }

@@ -6,7 +6,8 @@ use utoipa::ToSchema;
 
 use super::object::Work;
 use super::service;
-use super::service::CubeService;
+use super::service::{BlockRequest, BlockSource, CubeService};
+use crate::engine::request::SharedPrefix;
 use crate::memory::{
     Activation, Binding, Blocks, ChatSetting, Digest, Payload, Twin, chat_cube_tokens, completion_cube_tokens,
     cube_prompt,
@@ -55,6 +56,8 @@ pub(super) struct TokenizedContent {
     token_ids: Vec<u32>,
     /// Digest of the chat template, if it took part.
     template: Option<Digest>,
+    /// How many of the tokens a cube has already.
+    num_stored: usize,
 }
 
 impl ContentRequest {
@@ -131,11 +134,11 @@ impl Content {
     pub(super) fn tokenize(self, app: &App) -> Result<TokenizedContent, ApiError> {
         let (field, model) = (self.field(), &app.model);
         let tokenized = match self {
-            Self::Tokens(token_ids) => TokenizedContent { twin: None, token_ids, template: None },
+            Self::Tokens(token_ids) => TokenizedContent { twin: None, token_ids, template: None, num_stored: 0 },
             Self::Written(twin, target) => {
                 let token_ids = tokens_of(model, &twin, target).map_err(|error| error.with_param(field))?;
                 let template = service(app)?.engine.binding()?.template.filter(|_| target == Target::Chat);
-                TokenizedContent { twin: Some(twin), token_ids, template }
+                TokenizedContent { twin: Some(twin), token_ids, template, num_stored: 0 }
             }
         };
         check_context(field, tokenized, app)
@@ -158,7 +161,8 @@ impl Content {
             (twin, _) => return Err(mixed(field, twin)),
         };
         let token_ids = [cube.token_ids(), &suffix].concat();
-        check_context(field, TokenizedContent { twin, token_ids, template }, app)
+        let num_stored = cube.token_ids().len();
+        check_context(field, TokenizedContent { twin, token_ids, template, num_stored }, app)
     }
 
     /// The text of `cube` with this behind it.
@@ -220,6 +224,17 @@ fn check_context(field: &str, tokenized: TokenizedContent, app: &App) -> Result<
 }
 
 impl TokenizedContent {
+    /// Tokens that were made elsewhere, by the same vocabulary and under the same template.
+    pub(super) fn of_tokens(
+        twin: Option<Twin>,
+        token_ids: Vec<u32>,
+        template: Option<Digest>,
+        app: &App,
+    ) -> Result<Self, ApiError> {
+        check_token_ids("token_ids", &token_ids, vocab_size(app))?;
+        check_context("token_ids", Self { twin, token_ids, template, num_stored: 0 }, app)
+    }
+
     /// Runs the model as far as blocks are missing.
     pub(super) async fn materialize(
         self,
@@ -229,7 +244,11 @@ impl TokenizedContent {
     ) -> Result<(Payload, Work), ApiError> {
         let known = service.engine.binding()?;
         let binding = Binding { template: self.template, domain: domain.parse()?, ..known };
-        let found = service.engine.materialize(self.token_ids.clone(), domain, durable).await?;
+        let shared_prefix =
+            (self.num_stored > 0).then(|| SharedPrefix { num_tokens: self.num_stored, domain: domain.clone() });
+        let source = shared_prefix.map(|prefix| BlockSource { domain: domain.clone(), shared_prefix: Some(prefix) });
+        let wanted = BlockRequest { token_ids: self.token_ids.clone(), domain, durable, source };
+        let found = service.engine.materialize(wanted).await?;
         let work = Work::of(&found);
         let blocks = Blocks { full: found.blocks, tail: found.tail, num_bytes: found.bytes };
         let activation = Activation::new(self.twin, binding, self.token_ids, blocks)?;

@@ -89,6 +89,7 @@ pub(in crate::server) async fn create(
     let new = NewCube { name, payload, parents, origin, changes };
     let (catalog, owner) = (service.catalog.clone(), principal.clone());
     let view = blocking(move || catalog.create(&owner, new, durability)).await?;
+    service.settle(&view);
     Ok((StatusCode::CREATED, Json(CubeAnswer::new(&view, &principal, false, work))).into_response())
 }
 

@@ -1,19 +1,15 @@
 //! MemCubes over the real engine and the vault's block store.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::{Duration, Instant};
 
-use super::service::{BoxFuture, CubeEngine, Materialized, Verified};
+use super::holds::Holds;
+use super::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, Materialized, Verified};
 use crate::engine::handle::EngineHandle;
 use crate::engine::request::{FinishReason, GenerateRequest, OutputEvent, Task};
 use crate::kv::BlockHash;
 use crate::memory::{Binding, Catalog};
 use crate::paging::{BlockStore, Found};
 use crate::server::error::ApiError;
-
-/// Blocks that no cube names are kept for so long after they were asked for: somebody is writing the cube down.
-const GRACE: Duration = Duration::from_secs(60);
 
 /// What is known once the vault is open.
 pub struct OpenBlocks {
@@ -30,17 +26,16 @@ pub struct VaultEngine {
     engine: EngineHandle,
     catalog: Arc<Catalog>,
     open: Arc<OnceLock<OpenBlocks>>,
-    /// What the store has been told to keep, and when.
-    pinned: Mutex<HashMap<BlockHash, Instant>>,
+    /// What the store has been told to keep.
+    holds: Mutex<Holds>,
 }
 
 impl VaultEngine {
     /// Cubes of `catalog`, computed by `engine`; `open` is filled when the vault has been opened, and its store then has
     /// been told to keep what the catalog names.
     pub fn new(engine: EngineHandle, catalog: Arc<Catalog>, open: Arc<OnceLock<OpenBlocks>>) -> Self {
-        let now = Instant::now();
-        let pinned = catalog.block_references().into_iter().map(|hash| (hash, now)).collect();
-        Self { engine, catalog, open, pinned: Mutex::new(pinned) }
+        let holds = Mutex::new(Holds::of(&catalog));
+        Self { engine, catalog, open, holds }
     }
 
     fn open(&self) -> Result<&OpenBlocks, ApiError> {
@@ -48,30 +43,24 @@ impl VaultEngine {
         self.open.get().ok_or_else(|| ApiError::unavailable(message))
     }
 
-    fn pinned(&self) -> MutexGuard<'_, HashMap<BlockHash, Instant>> {
-        self.pinned.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn holds(&self) -> MutexGuard<'_, Holds> {
+        self.holds.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Keeps blocks until the catalog names them, and lets go of those that it never came to name.
-    fn hold(&self, store: &BlockStore, blocks: impl Iterator<Item = BlockHash>) {
-        let now = Instant::now();
-        let mut pinned = self.pinned();
-        let added: Vec<BlockHash> = blocks.filter(|hash| pinned.insert(*hash, now).is_none()).collect();
-        store.pin(&added);
-        let is_stray = |hash: &BlockHash, since: &Instant| now - *since > GRACE && !self.catalog.is_referenced(hash);
-        let stray = pinned.extract_if(|hash, since| is_stray(hash, since));
-        store.unpin(&stray.map(|(hash, _)| hash).collect::<Vec<_>>());
-    }
-
-    async fn deposit(&self, token_ids: Vec<u32>, domain: String, durable: bool) -> Result<Materialized, ApiError> {
+    async fn deposit(&self, wanted: BlockRequest) -> Result<Materialized, ApiError> {
         let open = self.open()?;
+        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source } = wanted;
+        let (domain, shared_prefix, kept_in) = match source {
+            Some(BlockSource { domain, shared_prefix }) => (domain, shared_prefix, Some(kept_in)),
+            None => (kept_in, None, None),
+        };
         let mut stream = self.engine.submit(GenerateRequest {
             id: "memcube".into(),
             prompt: token_ids,
-            task: Task::Deposit { is_durable: durable },
+            task: Task::Deposit { is_durable, kept_in },
             priority: 0,
             domain,
-            shared_prefix: None,
+            shared_prefix,
             adapters: Vec::new(),
             pieces: vec![],
         })?;
@@ -84,7 +73,7 @@ impl VaultEngine {
             }
         }
         let found = deposited.ok_or_else(|| ApiError::unavailable("The server is shutting down."))?;
-        self.hold(&open.store, found.blocks.iter().chain(&found.tail).copied());
+        self.hold(&[&found.blocks[..], found.tail.as_slice()].concat());
         let num_blocks = found.blocks.len() + usize::from(found.tail.is_some());
         Ok(Materialized {
             blocks: found.blocks,
@@ -116,25 +105,40 @@ impl VaultEngine {
 }
 
 impl CubeEngine for VaultEngine {
-    fn materialize(
-        &self,
-        token_ids: Vec<u32>,
-        domain: String,
-        durable: bool,
-    ) -> BoxFuture<'_, Result<Materialized, ApiError>> {
-        Box::pin(self.deposit(token_ids, domain, durable))
+    fn materialize(&self, wanted: BlockRequest) -> BoxFuture<'_, Result<Materialized, ApiError>> {
+        Box::pin(self.deposit(wanted))
     }
 
     fn verify<'a>(&'a self, token_ids: &'a [u32], blocks: &'a [BlockHash]) -> BoxFuture<'a, Verified> {
         Box::pin(async move { self.check_blocks(token_ids, blocks) })
     }
 
-    fn release(&self, blocks: Vec<BlockHash>) {
-        let mut pinned = self.pinned();
-        let released: Vec<BlockHash> = blocks.into_iter().filter(|hash| pinned.remove(hash).is_some()).collect();
+    fn store(&self) -> Result<Arc<BlockStore>, ApiError> {
+        Ok(Arc::clone(&self.open()?.store))
+    }
+
+    fn hold(&self, blocks: &[BlockHash]) {
         if let Some(OpenBlocks { store, .. }) = self.open.get() {
-            store.unpin(&released);
+            self.holds().keep(store, &self.catalog, blocks.iter().copied());
         }
+    }
+
+    fn settle(&self, blocks: Vec<BlockHash>) {
+        let store = self.open.get().map(|open| &*open.store);
+        self.holds().settle(store, &self.catalog, blocks.into_iter());
+    }
+
+    fn release(&self, blocks: Vec<BlockHash>) {
+        // Unless one has got a cube again meanwhile: the catalog says so.
+        self.settle(blocks);
+    }
+
+    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()> {
+        let Some(OpenBlocks { store, .. }) = self.open.get() else { return Ok(()) };
+        let holds = self.holds();
+        let free: Vec<BlockHash> = blocks.iter().filter(|hash| !holds.has(hash)).copied().collect();
+        drop(holds);
+        store.erase(&free)
     }
 
     fn binding(&self) -> Result<Binding, ApiError> {

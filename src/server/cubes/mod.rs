@@ -9,11 +9,15 @@ pub(super) mod change;
 pub(super) mod create;
 pub(super) mod events;
 pub(super) mod read;
+pub(super) mod transfer;
 
 mod content;
 mod engine;
+mod holds;
 mod object;
+mod save;
 mod service;
+mod snapshot;
 mod sweep;
 
 use axum::Router;
@@ -24,7 +28,9 @@ use super::{App, AppRef};
 use crate::memory::{CubeName, Principal};
 
 pub use self::engine::{OpenBlocks, VaultEngine};
-pub use self::service::{BoxFuture, CubeEngine, CubeService, Materialized, Verified};
+pub use self::holds::hold_all;
+pub(super) use self::save::{CubeToSave, check_save, save};
+pub use self::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 pub(super) use self::sweep::sweep;
 
 /// The domain of a server without keys.
@@ -35,6 +41,7 @@ pub(super) fn routes() -> Router<AppRef> {
     Router::new()
         .route("/v1/memcubes", post(create::create).get(read::list))
         .route("/v1/memcubes/events", get(events::events))
+        .route("/v1/memcubes/import", post(transfer::import))
         .route("/v1/memcubes/{*rest}", get(read::get).patch(change::change).delete(change::delete).post(actions::act))
 }
 

@@ -240,6 +240,17 @@ impl Work {
         Self { restored_tokens: 0, computed_tokens: 0, reason: reason.to_owned() }
     }
 
+    /// All blocks came from elsewhere.
+    pub(super) fn restored(restored_tokens: usize) -> Self {
+        let reason = if restored_tokens > 0 { "The blocks came with the file." } else { "A plaintext cube has no KV." };
+        Self { restored_tokens, computed_tokens: 0, reason: reason.to_owned() }
+    }
+
+    /// Tokens found, tokens computed, and why.
+    pub(in crate::server) fn into_parts(self) -> (usize, usize, String) {
+        (self.restored_tokens, self.computed_tokens, self.reason)
+    }
+
     pub(super) fn of(materialized: &Materialized) -> Self {
         let Materialized { restored_tokens, computed_tokens, .. } = *materialized;
         let reason = match (restored_tokens, computed_tokens) {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::object::{CubeAnswer, CubeObject, Work};
-use super::service;
+use super::{service, snapshot};
 use crate::memory::{
     Catalog, CubeAddress, CubeFilter, CubeId, CubeName, Ending, Kind, Lineage, Principal, Relative, State as CubeState,
     Timestamp, Version,
@@ -49,6 +49,8 @@ pub(in crate::server) struct ListQuery {
 pub(in crate::server) struct ShowQuery {
     /// `payload` shows what the cube holds.
     include: Option<String>,
+    /// Behind `/snapshot`, the id of the one to compare with.
+    snapshot: Option<String>,
 }
 
 /// Answer of `GET /v1/memcubes`.
@@ -159,7 +161,8 @@ fn shows_payload(include: Option<&str>) -> Result<bool, ApiError> {
     }
 }
 
-/// One cube, or one version of it as `name@version`; with `/lineage` behind the name, its relatives.
+/// One cube, or one version of it as `name@version`; with `/lineage` behind the name, its relatives; with `/snapshot` behind
+/// a name or a namespace, its snapshots or what changed since one.
 #[utoipa::path(
     get,
     path = "/v1/memcubes/{name}",
@@ -176,7 +179,11 @@ pub(in crate::server) async fn get(
     if let Some(name) = rest.strip_suffix("/lineage") {
         return Ok(Json(lineage(catalog, &principal, name)?).into_response());
     }
-    let with_payload = shows_payload(parsed(query)?.include.as_deref())?;
+    let query = parsed(query)?;
+    if let Some(scope) = rest.strip_suffix("/snapshot") {
+        return snapshot::show(&app, &principal, &scope.parse()?, query.snapshot.as_deref());
+    }
+    let with_payload = shows_payload(query.include.as_deref())?;
     let view = catalog.get(&principal, &rest.parse::<CubeAddress>()?)?;
     let answer = CubeAnswer::new(&view, &principal, with_payload, Work::none(NOTHING_COMPUTED));
     Ok(Json(answer).into_response())

@@ -14,9 +14,12 @@ pub(in crate::server) async fn sweep(app: AppRef) {
     loop {
         tokio::time::sleep(SWEEP_INTERVAL).await;
         let catalog = service.catalog.clone();
-        match blocking(move || catalog.expire()).await {
-            Ok(ended) => service.engine.release(ended.unreferenced),
-            Err(error) => tracing::warn!(message = %error.object().message, "cubes past their lifetime stay for now"),
+        let ended = match blocking(move || catalog.expire()).await {
+            Ok(ended) => service.end(ended).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::warn!(message = %error.object().message, "cubes past their lifetime, or their blocks, stay for now");
         }
     }
 }

@@ -6,9 +6,11 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::adapters::{LoraScale, adapters_of};
-use super::memory::{CallMemory, MemoryRequest, split_model};
+use super::memory::{CallMemory, MemoryAnswer, MemoryRequest, split_model};
 use super::prompt::Truncation;
+use super::save::{SavePlan, SavedCube};
 use super::unix_time;
+use super::usage::UsageCounter;
 use crate::engine::AppliedAdapter;
 use crate::engine::request::SharedPrefix;
 use crate::memory::Principal;
@@ -70,6 +72,8 @@ pub(super) struct Call {
     /// The cache domain of what is its own.
     pub(super) domain: String,
     pub(super) memory: Option<CallMemory>,
+    /// What is kept of prompt and answer.
+    pub(super) save: Option<SavePlan>,
     pub(super) adapters: Vec<AppliedAdapter>,
     pub(super) return_token_ids: bool,
     pub(super) truncation: Option<Truncation>,
@@ -100,6 +104,12 @@ impl Call {
     pub(super) fn shared_prefix(&self, num_cube_tokens: usize) -> Option<SharedPrefix> {
         self.memory.as_ref().and_then(|memory| memory.shared_prefix(num_cube_tokens))
     }
+
+    /// `memory` of the answer, when the call said anything about it.
+    pub(super) fn memory_answer(&self, usage: &UsageCounter, saved: Option<SavedCube>) -> Option<MemoryAnswer> {
+        let is_wanted = self.memory.is_some() || saved.is_some();
+        is_wanted.then(|| MemoryAnswer::new(self.memory.as_ref(), usage, saved))
+    }
 }
 
 /// Where a stream carries token counts.
@@ -118,7 +128,7 @@ pub(super) struct AnswerHead {
 
 impl CallRequest {
     /// Checks the fields; `id_prefix` and the request's id make the answer's id.
-    pub(super) fn check(self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
+    pub(super) fn check(mut self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
         let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
         let mut adapters = adapters_of(app, name, self.lora, self.lora_path)?;
         if self.memory.as_ref().is_some_and(MemoryRequest::forbids_merge) {
@@ -126,7 +136,10 @@ impl CallRequest {
         }
         let salt = check_salt(self.cache_salt)?;
         let domain = request_domain(app, &caller.principal, salt.as_deref());
+        let save = self.memory.as_mut().and_then(MemoryRequest::take_save);
         let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal, &domain)?;
+        let sources = memory.iter().flat_map(CallMemory::cubes);
+        let save = save.map(|save| save.check(app, &caller.principal, sources)).transpose()?;
         let stream = self.stream.unwrap_or(false);
         if self.stream_options.is_some() && !stream {
             let message = "stream_options can only be given together with stream=true.";
@@ -155,6 +168,7 @@ impl CallRequest {
             priority: self.priority.unwrap_or(0),
             domain,
             memory,
+            save,
             adapters,
             return_token_ids: self.return_token_ids.unwrap_or(false),
             truncation,

@@ -198,7 +198,8 @@ impl ChatOutputRequest {
 }
 
 impl ChatPlan {
-    fn respond(&self, model: &ServedModel, choices: Vec<FinishedChoice>) -> Response {
+    fn respond(&self, model: &ServedModel, mut choices: Vec<FinishedChoice>) -> Response {
+        let saved = choices.first_mut().and_then(|choice| choice.saved.take()).map(|saved| *saved);
         let mut usage = UsageCounter::new(&self.generation);
         for (index, choice) in choices.iter().enumerate() {
             usage.add_started(index, choice.cached_tokens, &choice.reuse);
@@ -217,7 +218,7 @@ impl ChatPlan {
             system_fingerprint: SYSTEM_FINGERPRINT,
             choices: choices.into_iter().enumerate().map(|(index, choice)| self.choice(model, index, choice)).collect(),
             usage: usage.usage(),
-            memory: self.call.memory.as_ref().map(|memory| memory.answer(&usage)),
+            memory: self.call.memory_answer(&usage, saved),
             prompt_logprobs,
             prompt_token_ids: self.call.return_token_ids.then(|| self.generation.prompt_of(0)),
         };

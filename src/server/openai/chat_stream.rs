@@ -9,6 +9,8 @@ use super::SYSTEM_FINGERPRINT;
 use super::chat::ChatPlan;
 use super::choice::{ChoiceEvent, Finish, FinishKind, StopReason};
 use super::logprobs::ChatLogprobs;
+use super::memory::MemoryAnswer;
+use super::save::SavedCube;
 use super::tool_reader::{MessageDelta, ToolReader};
 use super::tools::ToolCall;
 use super::usage::{Usage, UsageCounter};
@@ -27,6 +29,9 @@ pub(in crate::server) struct ChatChunk<'a> {
     choices: &'a [ChatChunkChoice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
+    /// In the last chunk, when there are token counts or something was to be saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<MemoryAnswer>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [u32]>,
 }
@@ -69,6 +74,7 @@ pub(super) struct ChatStream {
     plan: ChatPlan,
     usage: UsageCounter,
     choices: Vec<OpenChoice>,
+    saved: Option<SavedCube>,
 }
 
 /// A choice on its way out.
@@ -88,7 +94,7 @@ impl ChatStream {
     pub(super) fn new(app: &AppRef, plan: ChatPlan) -> Self {
         let open = |_| OpenChoice { reader: ToolReader::new(plan.tool_format), unsent: UnsentTokens::default() };
         let choices = (0..plan.generation.num_choices()).map(open).collect();
-        Self { app: app.clone(), usage: UsageCounter::new(&plan.generation), plan, choices }
+        Self { app: app.clone(), usage: UsageCounter::new(&plan.generation), plan, choices, saved: None }
     }
 
     fn chunk<'a>(&'a self, choices: &'a [ChatChunkChoice], usage: Option<Usage>) -> ChatChunk<'a> {
@@ -101,6 +107,7 @@ impl ChatStream {
             system_fingerprint: SYSTEM_FINGERPRINT,
             choices,
             usage,
+            memory: None,
             prompt_token_ids: None,
         }
     }
@@ -186,13 +193,17 @@ impl ChunkWriter for ChatStream {
                 chunks.push_error(&error);
                 return ControlFlow::Break(());
             }
+            ChoiceEvent::Saved(saved) => self.saved = Some(*saved),
         }
         ControlFlow::Continue(())
     }
 
     fn end(&mut self, chunks: &mut Chunks) {
-        if self.plan.call.usage.at_end {
-            chunks.push(&self.chunk(&[], Some(self.usage.usage())));
+        let saved = self.saved.take();
+        let usage = self.plan.call.usage.at_end.then(|| self.usage.usage());
+        if usage.is_some() || saved.is_some() {
+            let memory = self.plan.call.memory_answer(&self.usage, saved);
+            chunks.push(&ChatChunk { memory, ..self.chunk(&[], usage) });
         }
     }
 }

@@ -8,13 +8,15 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::generation::{Generation, Outputs};
+use super::save::SavedCube;
 use crate::engine::handle::OutputStream;
 use crate::engine::request::{FinishReason, OutputEvent, Reuse, TokenLogprobs};
 use crate::server::AppRef;
 use crate::server::error::ApiError;
 use crate::text::Detokenizer;
 
-/// What happens to a choice, in order: `Started`, `Token`s, then `Finished` or `Failed`.
+/// What happens to a choice, in order: `Started`, `Token`s, then `Finished` or `Failed`. The only choice of a call that
+/// wants it saved has `Saved` behind `Finished`.
 pub(super) enum ChoiceEvent {
     /// The prompt has been computed.
     Started { cached_tokens: usize, reuse: Reuse, prompt_logprobs: Vec<Option<TokenLogprobs>> },
@@ -25,6 +27,8 @@ pub(super) enum ChoiceEvent {
     Finished { text: String, finish: Finish },
     /// The engine could not go on.
     Failed(ApiError),
+    /// What became of `memory.save`.
+    Saved(Box<SavedCube>),
 }
 
 /// How a choice ended.
@@ -186,6 +190,7 @@ pub(super) struct FinishedChoice {
     pub(super) reuse: Reuse,
     pub(super) prompt_logprobs: Vec<Option<TokenLogprobs>>,
     pub(super) finish: Finish,
+    pub(super) saved: Option<Box<SavedCube>>,
 }
 
 #[derive(Default)]
@@ -197,6 +202,7 @@ struct GrowingChoice {
     reuse: Reuse,
     prompt_logprobs: Vec<Option<TokenLogprobs>>,
     finish: Option<Finish>,
+    saved: Option<Box<SavedCube>>,
 }
 
 impl GrowingChoice {
@@ -217,14 +223,15 @@ impl GrowingChoice {
                 self.finish = Some(finish);
             }
             ChoiceEvent::Failed(error) => return Err(error),
+            ChoiceEvent::Saved(saved) => self.saved = Some(saved),
         }
         Ok(())
     }
 
     fn end(self) -> Result<FinishedChoice, ApiError> {
-        let Self { text, token_ids, logprobs, cached_tokens, reuse, prompt_logprobs, finish } = self;
+        let Self { text, token_ids, logprobs, cached_tokens, reuse, prompt_logprobs, finish, saved } = self;
         let finish = finish.ok_or_else(engine_failure)?;
-        Ok(FinishedChoice { text, token_ids, logprobs, cached_tokens, reuse, prompt_logprobs, finish })
+        Ok(FinishedChoice { text, token_ids, logprobs, cached_tokens, reuse, prompt_logprobs, finish, saved })
     }
 }
 

@@ -8,6 +8,8 @@ use utoipa::ToSchema;
 use super::choice::{ChoiceEvent, Finish, FinishKind, StopReason};
 use super::completion_logprobs::CompletionLogprobs;
 use super::completions::CompletionPlan;
+use super::memory::MemoryAnswer;
+use super::save::SavedCube;
 use super::usage::{Usage, UsageCounter};
 use crate::engine::request::TokenLogprobs;
 use crate::server::AppRef;
@@ -24,6 +26,9 @@ pub(in crate::server) struct CompletionChunk<'a> {
     choices: &'a [CompletionChunkChoice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
+    /// In the last chunk, when there are token counts or something was to be saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<MemoryAnswer>,
 }
 
 /// What a chunk adds to a choice.
@@ -47,30 +52,32 @@ pub(super) struct CompletionStream {
     usage: UsageCounter,
     /// Per choice, where its next token begins in its text.
     offsets: Vec<usize>,
+    saved: Option<SavedCube>,
 }
 
 impl CompletionStream {
     pub(super) fn new(app: &AppRef, plan: CompletionPlan) -> Self {
         let usage = UsageCounter::new(&plan.generation);
         let offsets = vec![0; plan.generation.num_choices()];
-        Self { app: app.clone(), plan, usage, offsets }
+        Self { app: app.clone(), plan, usage, offsets, saved: None }
     }
 
-    fn push(&self, chunks: &mut Chunks, choices: &[CompletionChunkChoice], usage: Option<Usage>) {
+    fn chunk<'a>(&'a self, choices: &'a [CompletionChunkChoice], usage: Option<Usage>) -> CompletionChunk<'a> {
         let head = &self.plan.call.head;
-        chunks.push(&CompletionChunk {
+        CompletionChunk {
             id: &head.id,
             object: "text_completion",
             created: head.created,
             model: &head.model,
             choices,
             usage,
-        });
+            memory: None,
+        }
     }
 
     fn push_choice(&self, chunks: &mut Chunks, choice: CompletionChunkChoice) {
         let usage = self.plan.call.usage.in_every_chunk.then(|| self.usage.usage());
-        self.push(chunks, &[choice], usage);
+        chunks.push(&self.chunk(&[choice], usage));
     }
 
     /// The prompt, when it is to be shown.
@@ -146,13 +153,17 @@ impl ChunkWriter for CompletionStream {
                 chunks.push_error(&error);
                 return ControlFlow::Break(());
             }
+            ChoiceEvent::Saved(saved) => self.saved = Some(*saved),
         }
         ControlFlow::Continue(())
     }
 
     fn end(&mut self, chunks: &mut Chunks) {
-        if self.plan.call.usage.at_end {
-            self.push(chunks, &[], Some(self.usage.usage()));
+        let saved = self.saved.take();
+        let usage = self.plan.call.usage.at_end.then(|| self.usage.usage());
+        if usage.is_some() || saved.is_some() {
+            let memory = self.plan.call.memory_answer(&self.usage, saved);
+            chunks.push(&CompletionChunk { memory, ..self.chunk(&[], usage) });
         }
     }
 }

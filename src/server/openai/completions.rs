@@ -178,7 +178,8 @@ fn plan(app: &App, body: &JsonBody, caller: &Caller) -> Result<CompletionPlan, A
 }
 
 impl CompletionPlan {
-    fn respond(&self, model: &ServedModel, choices: Vec<FinishedChoice>) -> Result<Response, ApiError> {
+    fn respond(&self, model: &ServedModel, mut choices: Vec<FinishedChoice>) -> Result<Response, ApiError> {
+        let saved = choices.first_mut().and_then(|choice| choice.saved.take()).map(|saved| *saved);
         let mut usage = UsageCounter::new(&self.generation);
         for (index, choice) in choices.iter().enumerate() {
             usage.add_started(index, choice.cached_tokens, &choice.reuse);
@@ -195,7 +196,7 @@ impl CompletionPlan {
             system_fingerprint: SYSTEM_FINGERPRINT,
             choices,
             usage: usage.usage(),
-            memory: self.call.memory.as_ref().map(|memory| memory.answer(&usage)),
+            memory: self.call.memory_answer(&usage, saved),
         };
         Ok(Json(response).into_response())
     }

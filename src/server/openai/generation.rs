@@ -1,7 +1,7 @@
 //! A call as the engine sees it: one request per choice, and the merged events of all of them.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
 use futures_util::stream::SelectAll;
@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 use super::call::Call;
 use super::choice::{Choice, ChoiceEvent, ChoiceStream};
 use super::prompt::{Prompts, check_prompt_len};
+use super::save::{Save, SavePlan};
 use crate::engine::request::{GenerateRequest, Piece, SamplingParams, Task};
 use crate::server::error::ApiError;
 use crate::server::{App, AppRef, CallGuard};
@@ -62,7 +63,18 @@ impl Generation {
             }
             check_prompt_len(field, prompt, max_model_len)?;
         }
-        Ok(Self { prompts, num_cube_tokens, pieces, n: call.n, sampling, text })
+        let generation = Self { prompts, num_cube_tokens, pieces, n: call.n, sampling, text };
+        SavePlan::check(&generation, call)?;
+        Ok(generation)
+    }
+
+    /// Whether the KV of its prompts is not that of computing them.
+    pub(super) fn is_composed(&self) -> bool {
+        !self.pieces.is_empty()
+    }
+
+    pub(super) fn num_cube_tokens(&self) -> usize {
+        self.num_cube_tokens
     }
 
     pub(super) fn num_choices(&self) -> usize {
@@ -86,7 +98,7 @@ impl Generation {
             let stream = app.model.engine.submit(self.request(index, call))?;
             streams.push(Choice::new(index, app, self, stream).into_stream());
         }
-        Ok(Outputs { streams, _guard: guard })
+        Ok(Outputs { streams, save: Save::of(app, self, call), guard: Some(guard) })
     }
 
     /// The prompts in the form of the render endpoints.
@@ -129,16 +141,26 @@ pub(in crate::server) struct RenderedPrompt {
     token_ids: Vec<u32>,
 }
 
-/// The events of all choices as they come. Dropping it cancels what still runs.
+/// The events of all choices as they come, and behind them what became of `memory.save`. Dropping it cancels what still
+/// runs.
 pub(super) struct Outputs {
     streams: SelectAll<ChoiceStream>,
-    _guard: CallGuard,
+    save: Option<Save>,
+    guard: Option<CallGuard>,
 }
 
 impl Stream for Outputs {
     type Item = (usize, ChoiceEvent);
 
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Pin::new(&mut self.streams).poll_next(context)
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Self { streams, save, guard } = self.get_mut();
+        if let Some((index, event)) = ready!(Pin::new(streams).poll_next(context)) {
+            save.take_if(|save| !save.absorb(&event));
+            return Poll::Ready(Some((index, event)));
+        }
+        let Some(running) = save else { return Poll::Ready(None) };
+        let saved = ready!(running.poll(guard, context));
+        *save = None;
+        Poll::Ready(Some((0, ChoiceEvent::Saved(Box::new(saved)))))
     }
 }

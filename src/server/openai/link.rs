@@ -9,11 +9,14 @@ use crate::text::Tokenizer;
 /// What separates texts in one prompt.
 const SEPARATOR: &str = "\n\n";
 
-/// Tokens that are computed in the prompt at the beginning of every piece, unless a call says otherwise.
-pub(super) const DEFAULT_RECOMPUTED: usize = 16;
-
-/// The most a call can ask for.
-pub(super) const MAX_RECOMPUTED: usize = 4096;
+/// How much of a piece is computed in the prompt although its KV is there.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Recomputed {
+    /// So many tokens at its beginning.
+    pub(super) num_first: usize,
+    /// And this share of its tokens, 0 to 1: those that deviate most.
+    pub(super) share: f64,
+}
 
 /// The text of a cube on its way into a prompt.
 pub(super) struct LinkedText<'a> {
@@ -22,8 +25,8 @@ pub(super) struct LinkedText<'a> {
     pub(super) stored: &'a [u32],
     /// The cache domain of the cube's blocks or, where it has none, of the caller.
     pub(super) domain: &'a str,
-    /// Whether its KV is moved, and not computed again.
-    pub(super) is_linked: bool,
+    /// What of it is computed again, when its KV is moved; otherwise all is.
+    pub(super) recomputed: Option<Recomputed>,
 }
 
 /// Appends the texts to `prompt`, which is what stands before them, and says which parts are moved there. A cube's own
@@ -32,23 +35,23 @@ pub(super) fn append_texts(
     tokenizer: &Tokenizer,
     prompt: &mut Vec<u32>,
     texts: &[LinkedText<'_>],
-    num_recomputed: usize,
 ) -> Result<Vec<Piece>> {
     let mut pieces = Vec::with_capacity(texts.len());
-    for (number, LinkedText { text, stored, domain, is_linked }) in texts.iter().enumerate() {
+    for (number, LinkedText { text, stored, domain, recomputed }) in texts.iter().enumerate() {
         if number > 0 {
             prompt.extend(tokenizer.encode(SEPARATOR, false)?);
         }
         let tokens = tokenizer.encode(text, false)?;
         let source = if stored.ends_with(&tokens) { stored.to_vec() } else { completion_cube_tokens(tokenizer, text)? };
-        if *is_linked {
+        if let Some(Recomputed { num_first, share }) = *recomputed {
             pieces.push(Piece {
                 start: prompt.len(),
                 num_tokens: tokens.len(),
                 source_start: source.len() - tokens.len(),
                 source,
                 domain: (*domain).to_owned(),
-                num_recomputed,
+                num_recomputed: num_first,
+                num_chosen: (share * tokens.len() as f64).round() as usize,
             });
         }
         prompt.extend(tokens);
@@ -65,10 +68,11 @@ mod tests {
     fn every_piece_has_the_tokens_of_its_source() {
         for tokenizer in [byte_level(), sentence_piece(true), sentence_piece(false)] {
             let stored = [vec![1, 2, 3], tokenizer.encode("ab", false).unwrap()].concat();
-            let text = |stored, is_linked| LinkedText { text: "ab", stored, domain: "team", is_linked };
-            let texts = [text(&stored[..], true), text(&[], false), text(&[], true)];
+            let recomputed = Some(Recomputed { num_first: 3, share: 0.5 });
+            let text = |stored, recomputed| LinkedText { text: "ab", stored, domain: "team", recomputed };
+            let texts = [text(&stored[..], recomputed), text(&[], None), text(&[], recomputed)];
             let mut prompt = vec![5, 6];
-            let pieces = append_texts(&tokenizer, &mut prompt, &texts, 3).unwrap();
+            let pieces = append_texts(&tokenizer, &mut prompt, &texts).unwrap();
             let [first, second] = &pieces[..] else { panic!("{pieces:?}") };
             assert_eq!((first.start, first.source_start, &first.source), (2, 3, &stored));
             let alone = completion_cube_tokens(&tokenizer, "ab").unwrap();
@@ -77,6 +81,7 @@ mod tests {
                 let here = &prompt[piece.start..][..piece.num_tokens];
                 assert_eq!(here, &piece.source[piece.source_start..][..piece.num_tokens]);
                 assert_eq!((piece.domain.as_str(), piece.num_recomputed), ("team", 3));
+                assert_eq!(piece.num_chosen, piece.num_tokens.div_ceil(2));
             }
             let separator = tokenizer.encode(SEPARATOR, false).unwrap();
             assert_eq!(prompt.len(), 2 + 3 * first.num_tokens + 2 * separator.len());

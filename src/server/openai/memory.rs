@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::link::{DEFAULT_RECOMPUTED, LinkedText, MAX_RECOMPUTED, append_texts};
+use super::link::{LinkedText, Recomputed, append_texts};
 use super::prompt::Prompts;
+use super::save::{SaveRequest, SavedCube};
 use super::usage::UsageCounter;
 use crate::engine::request::{FetchDecision, SharedPrefix};
 use crate::memory::{Cube, CubeAddress, Principal, Twin};
@@ -20,6 +21,15 @@ use crate::text::Tokenizer;
 /// Cubes in one call.
 const MAX_CUBES: usize = 16;
 
+/// Tokens that are computed in the prompt at the beginning of every moved cube, unless a call says otherwise.
+const DEFAULT_RECOMPUTE_TOKENS: usize = 16;
+
+/// The most a call can ask for.
+const MAX_RECOMPUTE_TOKENS: usize = 4096;
+
+/// The share of deviating tokens that is computed, unless a call says otherwise: what CacheBlend (arXiv 2405.16444) takes.
+const DEFAULT_SHARE: f64 = 0.15;
+
 /// What a call wants of memory.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct MemoryRequest {
@@ -27,12 +37,20 @@ pub(super) struct MemoryRequest {
     #[serde(default)]
     cubes: Vec<CubeReference>,
     /// `prefix` (the KV of one leading cube as it is; the default for one), `text` (all tokens computed; the default for
-    /// several) or `link` (the KV that each text has alone, moved to its place; an approximation). A cube of its own mode
-    /// can be computed among linked ones.
+    /// several), `link` (the KV that each text has alone, moved to its place; an approximation) or `blend` (the same, and
+    /// the tokens that deviate most from what they would be there are computed again). A cube can have a mode of its own
+    /// among linked ones.
     compose: Option<Compose>,
-    /// With `link`: so many of the first tokens of every cube are computed in the prompt.
+    /// With `link` and `blend`: so many of the first tokens of every cube are computed in the prompt; 16 when left
+    /// out.
     #[schema(minimum = 0, maximum = 4096)]
     recompute_tokens: Option<usize>,
+    /// Keep the prompt and its answer as a cube.
+    #[schema(inline)]
+    save: Option<SaveRequest>,
+    /// With `blend`: the share of every cube's tokens that is computed besides; 0.15 when left out.
+    #[schema(minimum = 0, maximum = 1)]
+    recompute_share: Option<f64>,
     /// Whether adapters of the call may be merged into a copy of the weights where the server does so (`auto`, the
     /// default), which rounds differently, or are added to what is computed (`never`).
     merge: Option<MergeChoice>,
@@ -58,7 +76,13 @@ impl MemoryRequest {
 #[serde(untagged, expecting = "invalid type, expected a cube's name or an object with `name`")]
 enum CubeReference {
     Name(String),
-    Object { name: String, mode: Option<Compose> },
+    Object {
+        name: String,
+        mode: Option<Compose>,
+        /// With `blend`: the share for this cube.
+        #[schema(minimum = 0, maximum = 1)]
+        recompute_share: Option<f64>,
+    },
 }
 
 /// How the KV of a cube meets the rest.
@@ -76,8 +100,9 @@ pub(super) struct CallMemory {
     cubes: Vec<Arc<Cube>>,
     /// One for each cube.
     modes: Vec<Compose>,
+    /// One for each cube; `None` where the KV is not moved.
+    recomputed: Vec<Option<Recomputed>>,
     content: Content,
-    num_recomputed: usize,
     /// The caller's own cache domain.
     domain: String,
 }
@@ -99,6 +124,8 @@ pub(super) struct MemoryAnswer {
     exact: bool,
     /// Prompt tokens whose KV was computed with nothing but its own cube before it, and moved to its place.
     linked_tokens: usize,
+    /// Prompt tokens whose KV was moved as well, and computed again because it deviated most.
+    chosen_tokens: usize,
     /// Prompt tokens whose KV was on the device.
     device_tokens: usize,
     /// Prompt tokens whose KV came from the host's memory.
@@ -111,6 +138,9 @@ pub(super) struct MemoryAnswer {
     fetch_ms: f64,
     /// What was decided about KV below the device, and why.
     decision: &'static str,
+    /// What became of `save`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    saved: Option<SavedCube>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -133,6 +163,13 @@ impl CubeReference {
             Self::Object { mode, .. } => *mode,
         }
     }
+
+    fn share(&self) -> Option<f64> {
+        match self {
+            Self::Name(_) => None,
+            Self::Object { recompute_share, .. } => *recompute_share,
+        }
+    }
 }
 
 /// Divides `model` at its first `@`: before it the model's name, behind it cubes, themselves separated by `@@`.
@@ -141,7 +178,19 @@ pub(super) fn split_model(model: &str) -> (&str, impl Iterator<Item = &str>) {
     (name, cubes.split("@@").filter(|cube| !cube.is_empty()))
 }
 
+impl MemoryRequest {
+    /// Takes out what is to be kept of the call.
+    pub(super) fn take_save(&mut self) -> Option<SaveRequest> {
+        self.save.take()
+    }
+}
+
 impl CallMemory {
+    /// Its cubes.
+    pub(super) fn cubes(&self) -> impl Iterator<Item = &Cube> + Clone {
+        self.cubes.iter().map(Arc::as_ref)
+    }
+
     /// Finds the cubes named in `model` and in the `memory` object; `None` when there are none.
     pub(super) fn resolve<'a>(
         request: Option<MemoryRequest>,
@@ -150,9 +199,9 @@ impl CallMemory {
         principal: &Principal,
         domain: &str,
     ) -> Result<Option<Self>, ApiError> {
-        let request = request.unwrap_or_default();
+        let mut request = request.unwrap_or_default();
         let named = in_model.map(|name| CubeReference::Name(name.to_owned()));
-        let references: Vec<CubeReference> = named.chain(request.cubes).collect();
+        let references: Vec<CubeReference> = named.chain(std::mem::take(&mut request.cubes)).collect();
         if references.is_empty() {
             return Ok(None);
         }
@@ -160,11 +209,7 @@ impl CallMemory {
             return Err(invalid(format!("A call may name {MAX_CUBES} cubes, this one names {}.", references.len())));
         }
         let modes = modes_of(&references, request.compose)?;
-        let num_recomputed = request.recompute_tokens.unwrap_or(DEFAULT_RECOMPUTED);
-        if num_recomputed > MAX_RECOMPUTED {
-            let message = format!("recompute_tokens must be at most {MAX_RECOMPUTED}, got {num_recomputed}.");
-            return Err(ApiError::invalid_field("memory.recompute_tokens", message));
-        }
+        let recomputed = recomputed_of(&references, &modes, &request)?;
         let catalog = &service(app)?.catalog;
         let mut cubes = Vec::with_capacity(references.len());
         for reference in &references {
@@ -175,8 +220,9 @@ impl CallMemory {
             catalog.note_use(view.cube.id);
             cubes.push(view.cube);
         }
-        let content = if modes.contains(&Compose::Link) { linked_texts(&cubes)? } else { content_of(&cubes)? };
-        Ok(Some(Self { cubes, modes, content, num_recomputed, domain: domain.to_owned() }))
+        let is_moved = recomputed.iter().any(Option::is_some);
+        let content = if is_moved { linked_texts(&cubes)? } else { content_of(&cubes)? };
+        Ok(Some(Self { cubes, modes, recomputed, content, domain: domain.to_owned() }))
     }
 
     fn is_linked(&self) -> bool {
@@ -199,18 +245,18 @@ impl CallMemory {
         rests: Vec<Vec<u32>>,
     ) -> Result<Prompts, ApiError> {
         let Content::Linked(texts) = &self.content else { return Ok(Prompts::behind(&head, rests)) };
-        let linked = texts.iter().zip(&self.cubes).zip(&self.modes).map(|((text, cube), mode)| {
+        let linked = texts.iter().zip(&self.cubes).zip(&self.recomputed).map(|((text, cube), recomputed)| {
             let activation = cube.payload.activation();
             LinkedText {
                 text,
                 stored: activation.map_or(&[], |activation| activation.token_ids()),
                 domain: activation.map_or(&self.domain, |activation| activation.binding().domain.as_str()),
-                is_linked: *mode == Compose::Link,
+                recomputed: *recomputed,
             }
         });
         let mut composed = head;
         let texts: Vec<LinkedText<'_>> = linked.collect();
-        let pieces = append_texts(tokenizer, &mut composed, &texts, self.num_recomputed)?;
+        let pieces = append_texts(tokenizer, &mut composed, &texts)?;
         Ok(Prompts { pieces, num_cube_tokens: 0, ..Prompts::behind(&composed, rests) })
     }
 
@@ -237,24 +283,32 @@ impl CallMemory {
         }
     }
 
-    /// What became of it.
-    pub(super) fn answer(&self, usage: &UsageCounter) -> MemoryAnswer {
-        let reuse = usage.reuse();
+    fn used(&self) -> Vec<UsedCube> {
         let used = |(cube, mode): (&Arc<Cube>, &Compose)| UsedCube {
             name: cube.name.to_string(),
             version: cube.version.get(),
             mode: *mode,
         };
-        MemoryAnswer {
-            cubes: self.cubes.iter().zip(&self.modes).map(used).collect(),
-            exact: !self.is_linked(),
+        self.cubes.iter().zip(&self.modes).map(used).collect()
+    }
+}
+
+impl MemoryAnswer {
+    /// What became of a call's cubes, and of what it wanted saved.
+    pub(super) fn new(memory: Option<&CallMemory>, usage: &UsageCounter, saved: Option<SavedCube>) -> Self {
+        let reuse = usage.reuse();
+        Self {
+            cubes: memory.map(CallMemory::used).unwrap_or_default(),
+            exact: !memory.is_some_and(CallMemory::is_linked),
             linked_tokens: reuse.linked_tokens,
+            chosen_tokens: reuse.chosen_tokens,
             device_tokens: reuse.device_tokens,
             host_tokens: reuse.host_tokens,
             disk_tokens: reuse.disk_tokens,
             recomputed_tokens: usage.num_recomputed_tokens(),
             fetch_ms: reuse.fetch_ms,
             decision: decision_text(reuse.decision),
+            saved,
         }
     }
 }
@@ -268,16 +322,41 @@ fn modes_of(references: &[CubeReference], compose: Option<Compose>) -> Result<Ve
     let default = if references.len() == 1 { Compose::Prefix } else { Compose::Text };
     let default = compose.unwrap_or(default);
     let modes: Vec<Compose> = references.iter().map(|reference| reference.mode().unwrap_or(default)).collect();
-    if modes.contains(&Compose::Blend) {
-        let message = "Composition by blend is not served yet; use prefix for one cube, link or text.";
-        return Err(ApiError::invalid_field("memory.compose", message));
-    }
     if modes.contains(&Compose::Prefix) && modes.len() > 1 {
         return Err(invalid(
-            "Only one cube can stand at the beginning of a prompt; compose several with text or link.",
+            "Only one cube can stand at the beginning of a prompt; compose several with text, link or blend.",
         ));
     }
     Ok(modes)
+}
+
+/// What of every cube is computed although its KV is moved, for those whose KV is.
+fn recomputed_of(
+    references: &[CubeReference],
+    modes: &[Compose],
+    request: &MemoryRequest,
+) -> Result<Vec<Option<Recomputed>>, ApiError> {
+    let num_first = request.recompute_tokens.unwrap_or(DEFAULT_RECOMPUTE_TOKENS);
+    if num_first > MAX_RECOMPUTE_TOKENS {
+        let message = format!("recompute_tokens must be at most {MAX_RECOMPUTE_TOKENS}, got {num_first}.");
+        return Err(ApiError::invalid_field("memory.recompute_tokens", message));
+    }
+    let default_share = request.recompute_share.unwrap_or(DEFAULT_SHARE);
+    let share_of = |reference: &CubeReference| reference.share().unwrap_or(default_share);
+    let mut shares = references.iter().map(share_of).chain([default_share]);
+    if let Some(share) = shares.find(|share| !(0.0..=1.0).contains(share)) {
+        let message = format!("recompute_share must be 0 to 1, got {share}.");
+        return Err(ApiError::invalid_field("memory.recompute_share", message));
+    }
+    let recomputed = |(reference, mode): (&CubeReference, &Compose)| {
+        let share = match mode {
+            Compose::Prefix | Compose::Text => return None,
+            Compose::Link => 0.0,
+            Compose::Blend => share_of(reference),
+        };
+        Some(Recomputed { num_first, share })
+    };
+    Ok(references.iter().zip(modes).map(recomputed).collect())
 }
 
 /// The texts of cubes, each for itself.

@@ -18,6 +18,7 @@ mod memory;
 mod messages;
 mod prompt;
 mod sampling;
+mod save;
 mod stop;
 mod structured;
 mod tool_reader;

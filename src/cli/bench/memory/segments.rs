@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::hint;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use mneme::paging::page_cache::{Residency, forget_pages, residency};
+use mneme::paging::page_cache::{Residency, forget_pages, residency, show_mapped};
 
 /// Pages are asked to leave so often; what comes back in between was read ahead.
 const TRIES: usize = 3;
@@ -77,6 +78,33 @@ impl SegmentFiles {
                 let piece = pieces.next().ok_or_else(|| io::Error::other("the buffer is too small"))?;
                 file.file.read_exact_at(piece, offset)?;
             }
+        }
+        Ok(started_at.elapsed())
+    }
+
+    /// Reads all blocks, each into its place in `buffer` and then through the digest: what attaching them takes.
+    pub(super) fn read_and_hash(&self, buffer: &mut [u8]) -> io::Result<Duration> {
+        let started_at = Instant::now();
+        let mut pieces = buffer.chunks_exact_mut(self.block_bytes);
+        for file in &self.files {
+            for offset in (file.start..file.end).step_by(self.block_bytes) {
+                let piece = pieces.next().ok_or_else(|| io::Error::other("the buffer is too small"))?;
+                file.file.read_exact_at(piece, offset)?;
+                hint::black_box(blake3::hash(piece));
+            }
+        }
+        Ok(started_at.elapsed())
+    }
+
+    /// Maps all blocks where they lie and takes their digests: what attaching them without a copy would take.
+    pub(super) fn map_and_hash(&self) -> io::Result<Duration> {
+        let started_at = Instant::now();
+        for file in &self.files {
+            show_mapped(&file.file, file.start, &mut |bytes| {
+                bytes.chunks_exact(self.block_bytes).for_each(|block| {
+                    hint::black_box(blake3::hash(block));
+                });
+            })?;
         }
         Ok(started_at.elapsed())
     }
@@ -154,6 +182,10 @@ mod tests {
         assert_eq!(buffer, [1, 1, 2, 2, 3, 3]);
         assert_eq!(files.bring_in(&mut buffer).unwrap(), None);
         assert!(files.read(&mut [0; 4]).is_err(), "four bytes have no room for six");
+        buffer.fill(0);
+        files.read_and_hash(&mut buffer).unwrap();
+        assert_eq!(buffer, [1, 1, 2, 2, 3, 3]);
+        files.map_and_hash().unwrap();
     }
 
     #[test]

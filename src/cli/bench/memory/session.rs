@@ -82,7 +82,7 @@ impl Session {
     /// Has the KV of `tokens` kept on disk, durably.
     pub(super) fn deposit(&self, tokens: Vec<u32>, domain: &str) -> anyhow::Result<Deposited> {
         let prompt = Prompt { tokens, domain: domain.to_owned(), shared: None };
-        let mut stream = self.submit(prompt, Task::Deposit { is_durable: true })?;
+        let mut stream = self.submit(prompt, Task::Deposit { is_durable: true, kept_in: None })?;
         let deposited = self.runtime.block_on(async move {
             while let Some(event) = stream.next().await {
                 match event {

@@ -78,6 +78,8 @@ impl SwapPlan {
         files.bring_in(&mut buffer)?;
         round.push(("disk to device, cached", mover.load(self, 2)?));
         round.push(("read of the files, cached", files.read(&mut buffer)?));
+        round.push(("read and hashed, one thread, cached", files.read_and_hash(&mut buffer)?));
+        round.push(("mapped and hashed, one thread, cached", files.map_and_hash()?));
         for name in ["disk to device, dropped", "read of the files, dropped"] {
             if let Some(fault) = files.drop_pages()? {
                 tracing::warn!(%fault, "{name}: not measured");
@@ -111,6 +113,7 @@ impl SwapPlan {
         let config = PagingConfig {
             block_bytes: self.block_bytes,
             block_size: BLOCK_TOKENS,
+            layout: None,
             num_host_blocks: self.num_blocks,
             num_threads: NUM_IO_THREADS,
             open: Some(Box::new(move || open_store(&folder, store))),

@@ -1,17 +1,19 @@
 //! Turns scheduled sequences into one forward pass and brings back what the host needs of it.
 
+mod compose;
+
 use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
+use self::compose::CompositionBuffers;
 use super::adapters::{AppliedAdapter, LoadedAdapter, MAX_APPLIED};
-use super::composition::Move;
 use super::lora_groups::LoraGroups;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
-    AttentionMetadata, Backend, DType, Device, LoraBatch, LoraLoader, RotatedCopies, StepBounds, StreamKind, Tensor,
+    AttentionMetadata, Backend, DType, Device, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor,
 };
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{Pager, PagingConfig};
@@ -27,8 +29,7 @@ pub(super) struct ModelRunner<B: Backend> {
     lora: LoraGroups<LoraOf<B>>,
     /// The model's projections with adapters merged into them, while there are such.
     merged: Option<MergedCopy<B>>,
-    /// Slots and distances of what is copied into composed prompts.
-    moves: StepInputs<B>,
+    composition: CompositionBuffers<B>,
     argmax: Tensor<B::Buffer>,
     /// Argmax of each logits row, i32.
     host_argmax: B::HostBuffer,
@@ -63,9 +64,7 @@ pub(super) struct HostRows {
 type RowsAndScales<B> = (Tensor<<B as Device>::Buffer>, Tensor<<B as Device>::Buffer>);
 
 /// Arrays of a step.
-const NUM_INPUTS: usize = 9;
-/// Arrays of copies into a composed prompt.
-const NUM_MOVE_ARRAYS: usize = 3;
+const NUM_INPUTS: usize = 10;
 /// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 const ALIGNED_NUMBERS: usize = 4;
 
@@ -110,7 +109,8 @@ impl<B: Backend> ModelRunner<B> {
         })?;
         let stream = backend.create_stream(StreamKind::Compute)?;
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size);
-        let capacity = (4 + 2 * MAX_APPLIED) * limits.max_num_batched_tokens
+        // Five numbers of every token in a pass that compares, four and rows of results in an ordinary one.
+        let capacity = (5 + 2 * MAX_APPLIED) * limits.max_num_batched_tokens
             + 3 * limits.max_num_seqs
             + max_logits
             + 1
@@ -122,7 +122,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(Self {
             kv: KvCache::new(&backend, layout, limits.num_blocks)?,
             inputs: StepInputs::new(&backend, capacity)?,
-            moves: StepInputs::new(&backend, NUM_MOVE_ARRAYS * (limits.max_model_len + ALIGNED_NUMBERS))?,
+            composition: CompositionBuffers::new(&backend, limits)?,
             argmax: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
             host_argmax: backend.allocate_host(max_logits * 4)?,
             host_rows: backend.allocate_host(row_bytes)?,
@@ -143,6 +143,7 @@ impl<B: Backend> ModelRunner<B> {
         let config = PagingConfig {
             block_bytes,
             block_size: limits.block_size,
+            layout: Some(self.kv.layout),
             num_host_blocks: tiers.host_bytes / block_bytes,
             num_threads: tiers.num_io_threads,
             open: tiers.open_vault,
@@ -187,40 +188,11 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    /// Copies what composed prompts take from their pieces into the blocks of those that are about to be computed.
-    fn gather(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
-        let block_size = self.kv.layout.block_size();
-        for entry in scheduled {
-            if let Some(moves) = running[entry.index].pending_moves(block_size) {
-                self.gather_one(moves)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for the copies, because the next ones are written to the same arrays.
-    fn gather_one(&mut self, moves: impl Iterator<Item = Move>) -> Result<()> {
-        let inputs = &mut self.moves;
-        inputs.len = 0;
-        let moves: Vec<Move> = moves.collect();
-        let arrays = [(); NUM_MOVE_ARRAYS].map(|()| inputs.reserve(1, moves.len()));
-        for (at, found) in moves.iter().enumerate() {
-            let numbers = [found.source_slot as i32, found.target_slot as i32, found.position_delta as i32];
-            for ((_, range), number) in arrays.iter().zip(numbers) {
-                inputs.numbers()[range.start + at] = number;
-            }
-        }
-        let [source_slots, target_slots, position_deltas] = arrays.map(|(tensor, _)| tensor);
-        let uploaded = 0..inputs.len * size_of::<i32>();
-        self.backend.upload(&self.stream, &inputs.host, &inputs.device, uploaded)?;
-        let copies = RotatedCopies { source_slots, target_slots, position_deltas };
-        self.model.rotate_gather(&self.backend, &self.stream, &self.kv, &copies)?;
-        let done = self.backend.record(&self.stream)?;
-        self.backend.synchronize(&done)
-    }
-
-    /// Computes the scheduled tokens and waits for the results.
+    /// Computes the scheduled tokens, if there are any, and waits for the results.
     pub(super) fn run(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
+        if scheduled.is_empty() {
+            return Ok(());
+        }
         self.gather(running, scheduled)?;
         let batch = self.prepare(running, scheduled);
         let adapted = self.write_adapters(running, scheduled);
