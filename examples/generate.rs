@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use mneme::backend::DType;
 use mneme::backend::cpu::{CpuBackend, Isa};
-use mneme::engine::{Engine, EngineConfig, GenerateRequest, OutputEvent, SamplingParams, SchedulerLimits, Task};
+use mneme::engine::{
+    Engine, EngineConfig, GenerateRequest, MergeConfig, OutputEvent, SamplingParams, SchedulerLimits, Task,
+};
 use mneme::hub::{Cache, ModelRef, catalog, resolve, stderr_progress};
 use mneme::models::{Checkpoint, Model};
 use mneme::text::{Detokenizer, DetokenizerOptions, Tokenizer};
@@ -36,6 +38,7 @@ fn main() -> anyhow::Result<()> {
         kv_dtype: DType::BF16,
         eos_token_ids: tokenizer.end_ids().to_vec(),
         seed: 0,
+        merge: MergeConfig::default(),
     };
     let (engine, handle) = Engine::new(backend, model, config)?;
     let thread = std::thread::spawn(move || engine.run());

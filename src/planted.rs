@@ -58,11 +58,15 @@ pub enum Bug {
     IdentityNotTaken,
     /// Of several composed prompts that look for deviating tokens in one step, all take what the first one found.
     DeviationsOfAnother,
+    /// The form of a sequence's adapters is not part of what its blocks are known by.
+    FormIgnored,
+    /// Rows that do not ask for a merged adapter use its copy.
+    BystandersUseCopy,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 25] = [
+    pub const ALL: [Bug; 27] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -88,6 +92,8 @@ impl Bug {
         Bug::TailTakenForFull,
         Bug::IdentityNotTaken,
         Bug::DeviationsOfAnother,
+        Bug::FormIgnored,
+        Bug::BystandersUseCopy,
     ];
 }
 

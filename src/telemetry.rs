@@ -2,6 +2,8 @@
 //!
 //! Recording takes no allocation, so the step loop may do it. Encoding to text happens on the server's side.
 
+mod merges;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -12,6 +14,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+
+pub use merges::{MergeMetrics, MergeRefusal, MergeStage};
 
 type F64Gauge = Gauge<f64, AtomicU64>;
 
@@ -82,6 +86,8 @@ pub struct EngineMetrics {
     pub request_generation_tokens: Histogram,
     /// Tokens in one step.
     pub iteration_tokens: Histogram,
+    /// Merged adapters.
+    pub merges: MergeMetrics,
     /// Steps run; not exported.
     pub num_steps: AtomicU64,
 }
@@ -144,6 +150,7 @@ impl EngineMetrics {
                 &TOKEN_COUNT_BUCKETS,
             ),
             iteration_tokens: counts(registry, "iteration_tokens_total", "Tokens in one step", &ITERATION_BUCKETS),
+            merges: MergeMetrics::new(registry),
             num_steps: AtomicU64::new(0),
             registry: Registry::default(),
         };

@@ -15,9 +15,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
-use mneme::engine::{OutputEvent, OutputStream, SchedulerLimits};
-use support::engine::{Setup, TestEngine, collect, greedy, limits};
+use mneme::engine::{
+    AppliedAdapter, GenerateRequest, LoadedAdapter, MergeConfig, MergeRule, OutputEvent, OutputStream, SchedulerLimits,
+    Task,
+};
+use mneme::telemetry::MergeStage;
+use support::engine::{Setup, TestEngine, collect, greedy, limits, request};
 use support::random::Random;
+use support::tiny_adapter::{ALL, TinyAdapter};
 use support::tiny_gguf::Storage;
 use support::tiny_model::{Family, TinyModel, VOCAB};
 
@@ -126,6 +131,40 @@ fn check_decode_of(engine: &TestEngine, what: &str, tokens: Decode) {
     assert_eq!(num_allocations, 0, "{what}: decode steps allocate");
 }
 
+/// Allocations in the steps of a batch in which some use merged adapters, some add them, and some have none.
+fn check_merged(model: &TinyModel) {
+    let merge = MergeConfig { is_enabled: true, ..MergeConfig::default() };
+    let setup = Setup { limits: engine_limits(), merge, ..Setup::default() };
+    let engine = TestEngine::start_on_cpu(model.write().path(), setup);
+    let load = |seed: u64, rule: MergeRule| {
+        let adapter = engine.handle.load_adapter(TinyAdapter::of(model, &ALL, 8, seed).write().path()).unwrap();
+        adapter.with_merge_rule(rule)
+    };
+    let loaded = [load(1, MergeRule::Always), load(2, MergeRule::Auto)];
+    let random = &mut Random::new(4);
+    let mut submit = |adapter: Option<&LoadedAdapter>| {
+        let adapters = adapter.map(|adapter| AppliedAdapter { adapter: adapter.clone(), scale: 1.0 });
+        let task = Task::Generate(Box::new(greedy(2000)));
+        let request = request(&random.tokens(20, VOCAB), task);
+        engine.handle.submit(GenerateRequest { adapters: adapters.into_iter().collect(), ..request }).unwrap()
+    };
+    let metrics = &engine.handle.metrics().merges;
+    read_tokens(&mut submit(Some(&loaded[0])), 2);
+    while metrics.stage() != MergeStage::Merged {
+        std::thread::yield_now();
+    }
+    let mut batch = || -> Vec<OutputStream> {
+        [None, Some(&loaded[0]), Some(&loaded[1]), Some(&loaded[0])].map(&mut submit).into_iter().collect()
+    };
+    batch().iter_mut().for_each(|stream| read_tokens(stream, 400));
+    let mut streams = batch();
+    streams.iter_mut().for_each(|stream| read_tokens(stream, 20));
+    let before = metrics.num_tokens(true);
+    let num_allocations = allocations_during(|| streams.iter_mut().for_each(|stream| read_tokens(stream, 200)));
+    assert!(metrics.num_tokens(true) >= before + 200 && metrics.stage() == MergeStage::Merged);
+    assert_eq!(num_allocations, 0, "steps with merged adapters allocate");
+}
+
 /// Allocations in the steps of a long prompt, after another of its kind.
 fn check_prefill(engine: &TestEngine, what: &str) {
     let random = &mut Random::new(2);
@@ -215,6 +254,7 @@ fn steps_allocate_nothing() {
         check_decode(&engine, "quantised");
         check_prefill(&engine, "quantised");
     }
+    check_merged(&TinyModel::new(Family::Llama, 1));
     #[cfg(feature = "cuda")]
     check_gpu();
 }

@@ -8,16 +8,38 @@ use std::path::Path;
 
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
-use mneme::engine::{AppliedAdapter, GenerateRequest, OutputStream, SamplingParams, Task};
+use mneme::engine::{AppliedAdapter, GenerateRequest, MergeConfig, MergeRule, OutputStream, SamplingParams, Task};
+use mneme::telemetry::MergeStage;
 use support::engine::{Setup, TestEngine, collect, greedy, request};
 use support::golden;
 
 /// How far bf16 arithmetic may move a logit; a reference margin below it decides nothing.
 const NOISE: f32 = 0.25;
 
-fn load(engine: &TestEngine, adapter: Option<&Path>) -> Vec<AppliedAdapter> {
-    let load = |folder| AppliedAdapter { adapter: engine.handle.load_adapter(folder).unwrap(), scale: 1.0 };
-    adapter.map(load).into_iter().collect()
+/// An adapter and whether it is merged into the weights.
+#[derive(Clone, Copy)]
+struct Adapter<'a> {
+    folder: &'a Path,
+    is_merged: bool,
+}
+
+/// Loads an adapter, if there is one. Returns when it is merged, if it is to be.
+fn load(engine: &TestEngine, adapter: Option<Adapter<'_>>) -> Vec<AppliedAdapter> {
+    let Some(Adapter { folder, is_merged }) = adapter else { return vec![] };
+    let rule = if is_merged { MergeRule::Always } else { MergeRule::Never };
+    let adapter = engine.handle.load_adapter(folder).unwrap().with_merge_rule(rule);
+    let adapters = vec![AppliedAdapter { adapter, scale: 1.0 }];
+    if is_merged {
+        drop(collect(submit(engine, &[1, 2, 3], greedy(1), &adapters)));
+        while engine.handle.metrics().merges.stage() != MergeStage::Merged {
+            std::thread::yield_now();
+        }
+    }
+    adapters
+}
+
+fn merge_config() -> MergeConfig {
+    MergeConfig { is_enabled: true, ..MergeConfig::default() }
 }
 
 fn submit(engine: &TestEngine, prompt: &[u32], sampling: SamplingParams, adapters: &[AppliedAdapter]) -> OutputStream {
@@ -25,19 +47,22 @@ fn submit(engine: &TestEngine, prompt: &[u32], sampling: SamplingParams, adapter
     engine.handle.submit(GenerateRequest { adapters: adapters.to_vec(), ..request(prompt, task) }).unwrap()
 }
 
-/// bf16 weights (the output projection as embedding too) and f32 everything else, as the reference: every log-probability must agree. Where the device rounds
-/// activations to bf16 itself, that noise is allowed for.
-fn logits_agree(short_name: &str, golden_name: &str, adapter: Option<&Path>) {
+/// bf16 weights (the output projection as embedding too) and f32 everything else, as the reference: every log-probability
+/// must agree. Where the device rounds activations to bf16 itself, or merged weights are, that noise is allowed for.
+fn logits_agree(short_name: &str, golden_name: &str, adapter: Option<Adapter<'_>>) {
     let Some(path) = support::models::model_path(short_name) else { return };
     let golden = golden::load(golden_name);
-    let setup = Setup { dtype: Some(DType::BF16), kv_dtype: DType::F32, tied: true, ..Setup::default() };
-    let tolerance = if setup.isa >= Isa::Avx512Bf16 { NOISE } else { 5e-3 };
+    let merge = merge_config();
+    let setup = Setup { dtype: Some(DType::BF16), kv_dtype: DType::F32, tied: true, merge, ..Setup::default() };
+    let is_merged = adapter.is_some_and(|adapter| adapter.is_merged);
+    let tolerance = if setup.isa >= Isa::Avx512Bf16 || is_merged { NOISE } else { 5e-3 };
     let engine = TestEngine::start_on_cpu(&path, setup);
     let adapters = load(&engine, adapter);
     let mut worst = 0.0f32;
     for record in &golden.records {
         let sampling = SamplingParams { logprobs: Some(64), prompt_logprobs: Some(0), ..greedy(1) };
         let output = collect(submit(&engine, &record.prompt_ids, sampling, &adapters));
+        assert_eq!(output.reuse.is_merged, is_merged);
         for (id, logit) in &record.top {
             let found = output.logprobs[0].top.iter().find(|top| top.id == *id);
             let ours = found.unwrap_or_else(|| panic!("{}: token {id} is not among the best 64", record.prompt));
@@ -52,10 +77,10 @@ fn logits_agree(short_name: &str, golden_name: &str, adapter: Option<&Path>) {
 }
 
 /// As it is served: with the KV cache in bf16, the same greedy tokens up to a step that the noise may decide.
-fn greedy_tokens_agree(short_name: &str, golden_name: &str, adapter: Option<&Path>) {
+fn greedy_tokens_agree(short_name: &str, golden_name: &str, adapter: Option<Adapter<'_>>) {
     let Some(path) = support::models::model_path(short_name) else { return };
     let golden = golden::load(golden_name);
-    let setup = Setup { dtype: Some(DType::BF16), tied: true, ..Setup::default() };
+    let setup = Setup { dtype: Some(DType::BF16), tied: true, merge: merge_config(), ..Setup::default() };
     let engine = TestEngine::start_on_cpu(&path, setup);
     let adapters = load(&engine, adapter);
     let streams: Vec<_> = golden
@@ -97,13 +122,16 @@ fn qwen2_matches_transformers() {
     greedy_tokens_agree("qwen2.5-coder-0.5b", "qwen2.5-coder-0.5b", None);
 }
 
-/// PEFT's outputs for adapters trained on, or drawn for, SmolLM2.
+/// PEFT's outputs for adapters trained on, or drawn for, SmolLM2, added and merged.
 #[test]
 fn adapters_match_peft() {
     for name in ["pirate", "rand-r8", "rand-r16"] {
         let Some(folder) = support::models::adapter_path(name) else { continue };
         let golden_name = format!("smollm2-135m+{name}");
-        logits_agree("smollm2-135m-instruct", &golden_name, Some(&folder));
-        greedy_tokens_agree("smollm2-135m-instruct", &golden_name, Some(&folder));
+        for is_merged in [false, true] {
+            let adapter = Some(Adapter { folder: &folder, is_merged });
+            logits_agree("smollm2-135m-instruct", &golden_name, adapter);
+            greedy_tokens_agree("smollm2-135m-instruct", &golden_name, adapter);
+        }
     }
 }

@@ -116,6 +116,13 @@ impl<B: Clone> Tensor<B> {
         Self { rows, ..self.clone() }
     }
 
+    /// The rows behind the first `row` ones.
+    pub fn rows_from(&self, row: usize) -> Self {
+        assert!(row <= self.rows, "asked for the rows behind {row} of {}", self.rows);
+        let offset_bytes = self.offset_bytes + row * self.row_bytes();
+        Self { offset_bytes, rows: self.rows - row, ..self.clone() }
+    }
+
     /// Row `row` alone.
     pub fn row(&self, row: usize) -> Self {
         assert!(row < self.rows, "asked for row {row} of {}", self.rows);

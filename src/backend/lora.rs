@@ -37,7 +37,8 @@ pub struct LoraSite {
 }
 
 impl LoraSite {
-    fn index(self) -> usize {
+    /// Its number among the projections of a model.
+    pub(crate) fn index(self) -> usize {
         self.layer * Projection::ALL.len() + self.projection as usize
     }
 }
@@ -96,6 +97,14 @@ impl<L> LoraAdapter<L> {
     pub fn get(&self, site: LoraSite) -> Option<&L> {
         self.sites.get(site.index())?.as_ref()
     }
+}
+
+/// An update of one projection that is merged into a copy of its weights.
+pub struct ScaledUpdate<'a, L> {
+    /// What is added.
+    pub update: &'a L,
+    /// Multiplies it.
+    pub scale: f32,
 }
 
 /// An adapter and the rows of a step it is added to.

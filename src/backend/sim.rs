@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvLayout, KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies, StreamKind,
-    Tensor, Transfer,
+    KvLayer, KvLayout, KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies,
+    ScaledUpdate, StreamKind, Tensor, Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -38,6 +38,9 @@ pub fn mix(a: u64, b: u64) -> u64 {
 pub fn rotated(payload: u64, positions: i64) -> u64 {
     payload.wrapping_add((positions as u64).wrapping_mul(0xa076_1d64_78bd_642f))
 }
+
+/// What is mixed in last where updates are merged: rounding the sum is not adding to what was rounded.
+pub const MERGED: u64 = 0x6d65_7267_6564;
 
 /// What an adapter's update of one projection leaves of itself: a row with payload `p` to which it is added with `scale`
 /// has [`mix`]`(p, mix(tag, scale's bits))` afterwards.
@@ -170,6 +173,32 @@ impl Transfer for SimTransfer {
 pub struct SimMatrix {
     rows: usize,
     columns: usize,
+    /// What is merged into it, when it is a copy.
+    merged: Option<SimMerged>,
+}
+
+/// Updates, and the rows that have them.
+#[derive(Default)]
+struct SimMerged {
+    /// Tags, and the bits of their scales.
+    updates: Vec<(u64, u32)>,
+    num_rows: usize,
+}
+
+impl SimMatrix {
+    fn base(rows: usize, columns: usize) -> Self {
+        Self { rows, columns, merged: None }
+    }
+
+    /// What a row's payload is behind the product.
+    fn apply(&self, payload: u64) -> Result<u64> {
+        let Some(SimMerged { updates, num_rows }) = &self.merged else { return Ok(payload) };
+        if *num_rows != self.rows {
+            return Err(invalid!("{num_rows} of {} rows of a merged copy are written", self.rows));
+        }
+        let added = updates.iter().fold(payload, |row, (tag, scale)| mix(row, mix(*tag, u64::from(*scale))));
+        Ok(mix(added, MERGED))
+    }
 }
 
 #[derive(Default)]
@@ -347,7 +376,7 @@ impl Backend for SimBackend {
 
     fn load_matrix(&self, parts: &[HostTensor], _dtype: Option<DType>) -> Result<SimMatrix> {
         let columns = parts.first().map_or(0, HostTensor::columns);
-        Ok(SimMatrix { rows: parts.iter().map(HostTensor::rows).sum(), columns })
+        Ok(SimMatrix::base(parts.iter().map(HostTensor::rows).sum(), columns))
     }
 
     fn load_vector(&self, parts: &[HostTensor], _convert: &dyn Fn(f32) -> f32) -> Result<SimTensor> {
@@ -382,7 +411,36 @@ impl Backend for SimBackend {
     ) -> Result<()> {
         expect_shape("projection input", x, x.rows(), weight.columns)?;
         expect_shape("projection output", out, x.rows(), weight.rows)?;
-        set_payloads(out, payloads(x));
+        let rows: Vec<u64> = payloads(x).into_iter().map(|row| weight.apply(row)).collect::<Result<_>>()?;
+        set_payloads(out, rows);
+        Ok(())
+    }
+
+    fn merged_bytes(&self, weight: &SimMatrix) -> Result<usize> {
+        Ok(weight.rows * weight.columns * 2)
+    }
+
+    fn allocate_merged(&self, weight: &SimMatrix) -> Result<SimMatrix> {
+        Ok(SimMatrix { merged: Some(SimMerged::default()), ..SimMatrix::base(weight.rows, weight.columns) })
+    }
+
+    fn merge_rows(
+        &self,
+        _: &SimStream,
+        weight: &SimMatrix,
+        updates: &[ScaledUpdate<'_, u64>],
+        rows: Range<usize>,
+        target: &mut SimMatrix,
+    ) -> Result<()> {
+        let Some(merged) = target.merged.as_mut().filter(|_| weight.merged.is_none()) else {
+            return Err(invalid!("updates are merged into a copy of the base weights"));
+        };
+        let updates: Vec<_> = updates.iter().map(|scaled| (*scaled.update, scaled.scale.to_bits())).collect();
+        let is_next = merged.num_rows == rows.start && rows.end <= target.rows;
+        if !is_next || !(rows.start == 0 || merged.updates == updates) {
+            return Err(invalid!("rows {rows:?} do not follow the {} that are merged", merged.num_rows));
+        }
+        (merged.updates, merged.num_rows) = (updates, rows.end);
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use mneme::hub::catalog;
 use mneme::models::ModelConfig;
 
 use super::device::DeviceArg;
+use super::merge_args::MergeArgs;
 
 /// What to run, and within which bounds.
 #[derive(Debug, Clone, Args)]
@@ -60,6 +61,8 @@ pub(crate) struct EngineArgs {
     /// Seeds requests that bring no seed
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) merge: MergeArgs,
     /// KV blocks, where a command counts them itself.
     #[arg(skip)]
     num_kv_blocks: Option<usize>,

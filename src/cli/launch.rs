@@ -99,6 +99,7 @@ fn launch_on<B: Backend>(
         kv_dtype,
         eos_token_ids: assets.eos_token_ids.clone(),
         seed: args.seed,
+        merge: args.merge.config()?,
     };
     tracing::info!(
         model = %model.name, backend = %backend.name(), threads = args.num_threads(),

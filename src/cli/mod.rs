@@ -7,6 +7,7 @@ mod device;
 pub(crate) mod doctor;
 mod engine_args;
 mod launch;
+mod merge_args;
 pub(crate) mod models;
 pub(crate) mod pull;
 pub(crate) mod serve;

@@ -111,7 +111,8 @@ impl ServeArgs {
     }
 
     fn adapters(&self, launched: &Launched) -> anyhow::Result<AdapterRegistry> {
-        let registry = AdapterRegistry::new(launched.handle.clone(), &self.lora_root, self.max_lora_bytes as u64)?;
+        let registry = AdapterRegistry::new(launched.handle.clone(), &self.lora_root, self.max_lora_bytes as u64)?
+            .with_merge_rules(self.engine.merge.rules());
         for (name, folder) in &self.lora_modules {
             registry.load(name, folder, false).with_context(|| format!("cannot load the adapter {name}"))?;
         }

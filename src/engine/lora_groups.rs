@@ -33,7 +33,7 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
         self.clear();
         let mut num_entries = 0;
         for entry in scheduled {
-            for applied in &running[entry.index].adapters {
+            for applied in running[entry.index].added_adapters() {
                 num_entries += entry.num_tokens;
                 let digest = applied.adapter.digest();
                 if let Err(at) = self.active.binary_search_by_key(&digest, |(known, _)| *known) {
@@ -57,7 +57,7 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
             let start = at;
             let mut first_row = 0;
             for entry in scheduled {
-                let mut adapters = running[entry.index].adapters.iter();
+                let mut adapters = running[entry.index].added_adapters().iter();
                 if let Some(applied) = adapters.find(|applied| applied.adapter.digest() == *digest) {
                     for row in first_row..first_row + entry.num_tokens {
                         write(at, row as i32, applied.scale.to_bits());

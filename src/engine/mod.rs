@@ -2,10 +2,12 @@
 
 mod adapters;
 mod composition;
+mod credit;
 mod deposit;
 mod generation;
 pub mod handle;
 mod lora_groups;
+mod merge;
 mod output;
 mod probe;
 pub mod request;
@@ -18,6 +20,7 @@ mod tiers;
 
 pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED, base_shapes};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
+pub use merge::{MergeConfig, MergeRule};
 pub use request::{
     Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix,
     Task, TokenLogprob, TokenLogprobs,

@@ -209,6 +209,8 @@ pub struct Reuse {
     pub fetch_ms: f64,
     /// What became of the question.
     pub decision: FetchDecision,
+    /// Whether all of it, and what follows, is computed with the request's adapters merged into the weights.
+    pub is_merged: bool,
 }
 
 /// Whether blocks in lower tiers were taken.
@@ -236,6 +238,7 @@ impl Reuse {
         self.linked_tokens += other.linked_tokens;
         self.chosen_tokens += other.chosen_tokens;
         self.fetch_ms += other.fetch_ms;
+        self.is_merged |= other.is_merged;
         if other.decision != FetchDecision::NothingBelow {
             self.decision = other.decision;
         }

@@ -224,6 +224,17 @@ impl Scheduler {
         if !preempted {
             self.schedule_waiting(&mut budget);
         }
+        self.group_by_form();
+    }
+
+    /// Puts those whose adapters are merged behind the others: a step is divided at one row.
+    fn group_by_form(&mut self) {
+        if self.running.iter().any(|sequence| sequence.is_merged()) {
+            let Self { running, scheduled, probing, .. } = self;
+            for list in [scheduled, probing] {
+                list.sort_unstable_by_key(|entry| (running[entry.index].is_merged(), entry.index));
+            }
+        }
     }
 
     fn clear_scheduled(&mut self) {

@@ -1,12 +1,14 @@
 //! A request while it runs: its tokens, its blocks, how far it has come.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
-use super::adapters::AppliedAdapter;
+use super::adapters::{AppliedAdapter, CompositionKey};
 use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::OutputSink;
+use super::merge::MergedForm;
 use super::request::{FinishReason, OutputEvent, Reuse};
 use crate::kv::{BlockHash, BlockTable};
 use crate::paging::Tier;
@@ -61,6 +63,10 @@ pub(super) struct Sequence {
     pub(super) chain: HashChain,
     /// In order of digest.
     pub(super) adapters: Vec<AppliedAdapter>,
+    /// Which adapters these are, where there are any.
+    pub(super) composition_key: Option<CompositionKey>,
+    /// The copy they are merged into, for as long as it runs; without, they are added to what it computes.
+    pub(super) merged: Option<Arc<MergedForm>>,
     pub(super) work: Work,
     /// What of its prompt is copied instead of computed.
     pub(super) composition: Option<Box<Composition>>,
@@ -185,6 +191,16 @@ impl Sequence {
         let first = self.num_computed_tokens;
         let behind = self.gathered_from(first).iter().map(|range| range.end - range.start.max(first));
         self.tokens.len() - first - behind.sum::<usize>()
+    }
+
+    /// Whether its adapters are merged into the weights it is computed with.
+    pub(super) fn is_merged(&self) -> bool {
+        self.merged.is_some()
+    }
+
+    /// Adapters that are added to what is computed for it.
+    pub(super) fn added_adapters(&self) -> &[AppliedAdapter] {
+        if self.is_merged() { &[] } else { &self.adapters }
     }
 
     /// Tokens of its next step, at the most. While it holds blocks of its pieces beside its own, the step ends with its

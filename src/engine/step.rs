@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, at, bounded, never, select};
 use uuid::Uuid;
 
-use super::adapters::{AppliedAdapter, DeviceAdapterLoader, base_shapes, identity_under, in_order};
+use super::adapters::{CompositionKey, DeviceAdapterLoader, base_shapes, identity_under, in_order};
 use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
+use super::merge::{MergeConfig, Merger, StepWork};
 use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, Task};
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
@@ -37,6 +38,8 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<u32>,
     /// Seeds requests that bring none.
     pub seed: u64,
+    /// When adapters are merged.
+    pub merge: MergeConfig,
 }
 
 /// Submissions that are under way to the engine thread, beside those that wait in it: more than one call can make, so
@@ -48,6 +51,7 @@ pub struct Engine<B: Backend> {
     config: EngineConfig,
     scheduler: Scheduler,
     runner: ModelRunner<B>,
+    merger: Merger,
     sampler: Sampler,
     submissions: Receiver<Submission>,
     wake: Receiver<()>,
@@ -112,6 +116,7 @@ impl<B: Backend> Engine<B> {
             scheduler: Scheduler::new(*limits, pager, max_fetch_wait),
             sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
             runner,
+            merger: Merger::new(config.merge),
             submissions,
             wake,
             stopping,
@@ -149,8 +154,11 @@ impl<B: Backend> Engine<B> {
             self.scheduler.pump_saves();
             self.record_usage();
             let is_settled = self.scheduler.is_idle() && self.scheduler.tiers().is_settled();
-            let is_over = is_settled && self.stopping.load(Ordering::Acquire);
-            if is_over || !self.wait() {
+            let is_stopping = self.stopping.load(Ordering::Acquire);
+            if !is_stopping && self.merger.use_idle_time(&mut self.runner, &self.metrics)? {
+                continue;
+            }
+            if (is_settled && is_stopping) || !self.wait() {
                 return Ok(());
             }
         }
@@ -230,12 +238,13 @@ impl<B: Backend> Engine<B> {
     fn make_sequence(&self, request: GenerateRequest, sink: super::handle::OutputSink) -> Sequence {
         let limits = &self.config.limits;
         let num_prompt_tokens = request.prompt.len();
-        let (root, own) = self.chain_of(&request);
+        let merged = self.merger.form_of(&request.adapters);
+        let identity = identity_under(&self.hash_identity, &request.adapters, merged.is_some());
+        let (root, own) = self.chain_of(&request, &identity);
         let shared_tail = shared_tail(&request, limits.block_size);
-        let composition = self.compose(request.pieces, &request.adapters, num_prompt_tokens);
+        let composition = self.compose(request.pieces, &identity, num_prompt_tokens);
         let (work, room) = match request.task {
             Task::Deposit { is_durable, kept_in } => {
-                let identity = identity_under(&self.hash_identity, &request.adapters);
                 let kept_under = kept_in.map(|domain| BlockHash::root(&identity, domain.as_bytes()));
                 (Work::Deposit { is_durable, kept_under }, 0)
             }
@@ -267,6 +276,8 @@ impl<B: Backend> Engine<B> {
             chain: HashChain::new(root, own, max_blocks)
                 .provisional(!self.is_identified)
                 .cut_at(join / limits.block_size),
+            composition_key: (!request.adapters.is_empty()).then(|| CompositionKey::of(&request.adapters)),
+            merged,
             adapters: request.adapters,
             work,
             composition,
@@ -280,30 +291,23 @@ impl<B: Backend> Engine<B> {
     }
 
     /// What of a prompt is copied instead of computed.
-    fn compose(
-        &self,
-        pieces: Vec<Piece>,
-        adapters: &[AppliedAdapter],
-        num_prompt_tokens: usize,
-    ) -> Option<Box<Composition>> {
+    fn compose(&self, pieces: Vec<Piece>, identity: &[u8], num_prompt_tokens: usize) -> Option<Box<Composition>> {
         let SchedulerLimits { block_size, num_blocks, .. } = self.config.limits;
-        let identity = identity_under(&self.hash_identity, adapters);
         let chain_of = |domain: &str, max_blocks| {
-            let root = BlockHash::root(&identity, domain.as_bytes());
+            let root = BlockHash::root(identity, domain.as_bytes());
             HashChain::new(root, None, max_blocks).provisional(!self.is_identified)
         };
         Composition::new(pieces, num_prompt_tokens, block_size, num_blocks, chain_of)
     }
 
     /// Where the chain of a request's block hashes begins, and from which block on it leaves the domain of what it shares.
-    fn chain_of(&self, request: &GenerateRequest) -> (BlockHash, Option<(usize, String)>) {
+    fn chain_of(&self, request: &GenerateRequest, identity: &[u8]) -> (BlockHash, Option<(usize, String)>) {
         let shared = request.shared_prefix.as_ref().filter(|shared| shared.domain != request.domain);
         let first_domain = shared.map_or(&request.domain, |shared| &shared.domain);
         let round = if planted::is(Bug::SharedPrefixRoundedUp) { usize::div_ceil } else { usize::div_euclid };
         let num_shared = |num_tokens| round(num_tokens, self.config.limits.block_size);
         let own = shared.map(|shared| (num_shared(shared.num_tokens), request.domain.clone()));
-        let identity = identity_under(&self.hash_identity, &request.adapters);
-        (BlockHash::root(&identity, first_domain.as_bytes()), own)
+        (BlockHash::root(identity, first_domain.as_bytes()), own)
     }
 
     /// One step: schedule, run, commit. `false` when nothing can run before a copy has ended.
@@ -321,6 +325,8 @@ impl<B: Backend> Engine<B> {
         let started_at = Instant::now();
         self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
         let took = started_at.elapsed();
+        let work = StepWork { running: self.scheduler.running(), scheduled: self.scheduler.scheduled(), took };
+        self.merger.follow_step(&mut self.runner, &work, &self.metrics)?;
         self.commit()?;
         self.record_step(took);
         if cfg!(debug_assertions) {
@@ -528,7 +534,8 @@ fn start(sequence: &mut Sequence) {
     if !generation.started {
         generation.started = true;
         let prompt_logprobs = std::mem::take(&mut generation.prompt_logprobs);
-        sequence.sink.send(OutputEvent::Started { cached_tokens, reuse: sequence.reuse, prompt_logprobs });
+        let reuse = Reuse { is_merged: sequence.merged.is_some(), ..sequence.reuse };
+        sequence.sink.send(OutputEvent::Started { cached_tokens, reuse, prompt_logprobs });
     }
 }
 

@@ -1,7 +1,7 @@
 //! Gemma 3: a norm before and after each half layer, and two kinds of attention layers with their own angles.
 
 use super::layers::{Attention, FeedForward, Loader, Pass, RmsNorm};
-use crate::backend::Backend;
+use crate::backend::{Backend, LoraSite, Projection};
 use crate::{Result, malformed};
 
 /// One layer: `x += post(attention(pre(x))); x += post(feed_forward(pre(x)))`.
@@ -34,6 +34,15 @@ impl<B: Backend> GemmaLayers<B> {
             rope: loader.backend.load_rope(&config.rope, max_positions)?,
             sliding_rope: loader.backend.load_rope(&sliding.rope, max_positions)?,
         })
+    }
+
+    /// The weights of one projection.
+    pub(super) fn projection(&self, site: LoraSite) -> &B::Matrix {
+        let layer = &self.layers[site.layer];
+        match site.projection {
+            Projection::Qkv | Projection::Output => layer.attention.projection(site.projection),
+            Projection::GateUp | Projection::Down => layer.feed_forward.projection(site.projection),
+        }
     }
 
     /// Angles of one layer.

@@ -4,12 +4,14 @@ use half::{bf16, f16};
 
 use super::batch::{KvCache, Workspace};
 use super::config::{Architecture, ModelConfig};
+use super::merged::{Adapted, MergedRows};
 use super::weights::Checkpoint;
 use crate::Result;
 use crate::backend::{
-    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, LoraBatch,
-    LoraSite, Norm, Projection, Tensor,
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, LoraSite, Norm,
+    Projection, Tensor,
 };
+use crate::planted::{self, Bug};
 
 /// Where a pass runs and what it runs on.
 pub(super) struct Pass<'a, B: Backend> {
@@ -18,7 +20,7 @@ pub(super) struct Pass<'a, B: Backend> {
     pub(super) buffers: &'a Workspace<B::Buffer>,
     pub(super) kv: &'a KvCache<B::Buffer>,
     pub(super) metadata: &'a AttentionMetadata<B::Buffer>,
-    pub(super) lora: Option<&'a LoraBatch<'a, B>>,
+    pub(super) adapted: Option<&'a Adapted<'a, B>>,
 }
 
 impl<B: Backend> Pass<'_, B> {
@@ -30,11 +32,37 @@ impl<B: Backend> Pass<'_, B> {
         linear: Linear<'_, B>,
         out: &Tensor<B::Buffer>,
     ) -> Result<()> {
-        self.backend.linear(self.stream, x, linear.weight, linear.bias, out)?;
-        match self.lora {
+        let Some(Adapted { lora, merged }) = self.adapted else {
+            return self.backend.linear(self.stream, x, linear.weight, linear.bias, out);
+        };
+        self.multiply(site, x, &linear, merged.as_ref(), out)?;
+        match lora {
             Some(lora) => self.backend.add_lora(self.stream, x, lora, site, out),
             None => Ok(()),
         }
+    }
+
+    /// The product, of rows behind the others with the merged copy where there is one. A row's bits do not depend on the
+    /// other rows, so nobody notices where the step is divided.
+    fn multiply(
+        &self,
+        site: LoraSite,
+        x: &Tensor<B::Buffer>,
+        linear: &Linear<'_, B>,
+        merged: Option<&MergedRows<'_, B>>,
+        out: &Tensor<B::Buffer>,
+    ) -> Result<()> {
+        let Pass { backend, stream, .. } = self;
+        let copy = merged.and_then(|merged| Some((merged.copy.get(site)?, merged.first_row)));
+        let Some((copy, first_row)) = copy else {
+            return backend.linear(stream, x, linear.weight, linear.bias, out);
+        };
+        let first_row = if planted::is(Bug::BystandersUseCopy) { 0 } else { first_row };
+        if first_row > 0 {
+            let (x, out) = (x.first_rows(first_row), out.first_rows(first_row));
+            backend.linear(stream, &x, linear.weight, linear.bias, &out)?;
+        }
+        backend.linear(stream, &x.rows_from(first_row), copy, linear.bias, &out.rows_from(first_row))
     }
 }
 
@@ -152,6 +180,11 @@ impl<B: Backend> Attention<B> {
         loader.backend.load_vector(&parts, &|value| loader.round(value)).map(Some)
     }
 
+    /// Weights of the one that is asked for, of the two it has.
+    pub(super) fn projection(&self, projection: Projection) -> &B::Matrix {
+        if projection == Projection::Output { &self.o_proj } else { &self.qkv_proj }
+    }
+
     /// From `normed` to `delta`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
         let Pass { backend, stream, buffers, metadata, .. } = pass;
@@ -220,6 +253,11 @@ impl<B: Backend> FeedForward<B> {
             activation: config.activation,
             layer,
         })
+    }
+
+    /// Weights of the one that is asked for, of the two it has.
+    pub(super) fn projection(&self, projection: Projection) -> &B::Matrix {
+        if projection == Projection::Down { &self.down_proj } else { &self.gate_up_proj }
     }
 
     /// From `normed` to `delta`.

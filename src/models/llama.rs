@@ -2,7 +2,7 @@
 
 use super::layers::{Attention, FeedForward, Loader, Pass, RmsNorm};
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, LoraSite, Projection};
 
 /// One layer: `x += attention(norm(x)); x += feed_forward(norm(x))`.
 struct Layer<B: Backend> {
@@ -28,6 +28,15 @@ impl<B: Backend> LlamaLayers<B> {
             final_norm: loader.norm("model.norm.weight", config.hidden_size)?,
             rope: loader.backend.load_rope(&config.rope, max_positions)?,
         })
+    }
+
+    /// The weights of one projection.
+    pub(super) fn projection(&self, site: LoraSite) -> &B::Matrix {
+        let layer = &self.layers[site.layer];
+        match site.projection {
+            Projection::Qkv | Projection::Output => layer.attention.projection(site.projection),
+            Projection::GateUp | Projection::Down => layer.feed_forward.projection(site.projection),
+        }
     }
 
     /// Angles of every layer.

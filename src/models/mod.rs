@@ -10,11 +10,13 @@ mod hf_config;
 mod identity;
 mod layers;
 mod llama;
+mod merged;
 mod model;
 mod weights;
 
 pub use batch::{ForwardBatch, KvCache, ProbeBatch, StepLimits, Workspace};
 pub use config::{Architecture, ModelConfig, SlidingWindow};
 pub use identity::{WeightsDigest, weights_digest};
+pub use merged::{Adapted, MergedCopy, MergedRows, ScaledAdapter};
 pub use model::Model;
 pub use weights::Checkpoint;

@@ -5,9 +5,10 @@ use super::config::{Architecture, ModelConfig};
 use super::gemma::GemmaLayers;
 use super::layers::{Attention, Loader, Pass};
 use super::llama::LlamaLayers;
+use super::merged::Adapted;
 use super::weights::Checkpoint;
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, KvLayer, KvLayout, LoraBatch, RotatedCopies};
+use crate::backend::{AttentionMetadata, Backend, DType, KvLayer, KvLayout, LoraSite, RotatedCopies};
 
 /// A model on a device. Written once for every backend.
 pub struct Model<B: Backend> {
@@ -93,6 +94,14 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// The weights of one projection.
+    pub(super) fn projection(&self, site: LoraSite) -> &B::Matrix {
+        match &self.layers {
+            Layers::Llama(layers) => layers.projection(site),
+            Layers::Gemma(layers) => layers.projection(site),
+        }
+    }
+
     /// Queues the layers below that of `batch` for its tokens, and the comparison there. A token's deviation depends on the
     /// tokens before it alone, not on how they were divided among passes.
     pub fn probe(
@@ -100,12 +109,12 @@ impl<B: Backend> Model<B> {
         backend: &B,
         stream: &B::Stream,
         batch: &ProbeBatch<B::Buffer>,
-        lora: Option<&LoraBatch<'_, B>>,
+        adapted: Option<&Adapted<'_, B>>,
         kv: &KvCache<B::Buffer>,
         workspace: &Workspace<B::Buffer>,
     ) -> Result<()> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, lora };
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         self.layers.forward(&pass, batch.layer)?;
         let metadata = &AttentionMetadata { slot_mapping: batch.no_slots.clone(), ..batch.attention.clone() };
@@ -114,19 +123,19 @@ impl<B: Backend> Model<B> {
         self.layers.attention(batch.layer).deviate(&pass, rope, &batch.slots, &batch.deviations)
     }
 
-    /// Queues one step, in which `lora` is added to some rows of every projection. Afterwards `workspace` has the final hidden states of the output rows, and the logits of the
-    /// first `num_logits` of them.
+    /// Queues one step, some rows of which may be `adapted`. Afterwards `workspace` has the final hidden states of the
+    /// output rows, and the logits of the first `num_logits` of them.
     pub fn forward(
         &self,
         backend: &B,
         stream: &B::Stream,
         batch: &ForwardBatch<B::Buffer>,
-        lora: Option<&LoraBatch<'_, B>>,
+        adapted: Option<&Adapted<'_, B>>,
         kv: &KvCache<B::Buffer>,
         workspace: &Workspace<B::Buffer>,
     ) -> Result<()> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, lora };
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         self.layers.forward(&pass, self.config.num_layers)?;
         let num_outputs = batch.output_rows.columns();

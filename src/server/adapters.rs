@@ -2,6 +2,7 @@
 //!
 //! A name is replaced at once: calls that were resolved before keep the adapter they found.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, RwLock};
 
@@ -13,7 +14,7 @@ use super::error::{ApiError, ErrorBody};
 use super::{AppRef, JsonBody};
 use crate::Error;
 use crate::engine::handle::EngineHandle;
-use crate::engine::{AppliedAdapter, LoadedAdapter};
+use crate::engine::{AppliedAdapter, LoadedAdapter, MergeRule};
 
 /// Adapters under names, at most.
 const MAX_ADAPTERS: usize = 4096;
@@ -24,6 +25,28 @@ const MAX_NAME_BYTES: usize = 256;
 /// Bytes of all adapters under names unless told otherwise.
 pub const DEFAULT_MAX_LORA_BYTES: u64 = 4 << 30;
 
+/// Which adapters may be merged, by their names.
+#[derive(Debug, Default)]
+pub struct MergeRules {
+    /// Of those that are not named.
+    default: MergeRule,
+    named: HashMap<String, MergeRule>,
+}
+
+impl MergeRules {
+    /// Says what holds of an adapter, or of all that have no rule of their own.
+    pub fn set(&mut self, name: Option<&str>, rule: MergeRule) {
+        match name {
+            Some(name) => drop(self.named.insert(name.to_owned(), rule)),
+            None => self.default = rule,
+        }
+    }
+
+    fn of(&self, name: &str) -> MergeRule {
+        self.named.get(name).copied().unwrap_or(self.default)
+    }
+}
+
 /// The adapters of a server, in order of registration.
 pub struct AdapterRegistry {
     engine: EngineHandle,
@@ -31,6 +54,7 @@ pub struct AdapterRegistry {
     /// Folders, resolved, under which adapters may be loaded over HTTP; none means that nobody may.
     roots: Vec<PathBuf>,
     max_bytes: u64,
+    merge_rules: MergeRules,
     /// One adapter is read at a time.
     loading: Mutex<()>,
 }
@@ -56,7 +80,13 @@ impl AdapterRegistry {
     pub fn new(engine: EngineHandle, roots: &[PathBuf], max_bytes: u64) -> crate::Result<Self> {
         let resolve = |root: &PathBuf| root.canonicalize().map_err(|error| Error::io("find the folder", root, error));
         let roots = roots.iter().map(resolve).collect::<crate::Result<_>>()?;
-        Ok(Self { engine, named: RwLock::default(), roots, max_bytes, loading: Mutex::default() })
+        let (named, merge_rules) = (RwLock::default(), MergeRules::default());
+        Ok(Self { engine, named, roots, max_bytes, merge_rules, loading: Mutex::default() })
+    }
+
+    /// The same, where these rules hold of what is loaded.
+    pub fn with_merge_rules(self, merge_rules: MergeRules) -> Self {
+        Self { merge_rules, ..self }
     }
 
     /// All adapters.
@@ -81,7 +111,7 @@ impl AdapterRegistry {
         if !replaces && self.find(name).is_some() {
             return Err(Error::Conflict(taken(name)));
         }
-        let adapter = self.engine.load_adapter(folder)?;
+        let adapter = self.engine.load_adapter(folder)?.with_merge_rule(self.merge_rules.of(name));
         let created = std::time::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_secs());
         let new = NamedAdapter { name: name.to_owned(), path: folder.display().to_string(), created, adapter };
         let mut named = self.named.write().unwrap_or_else(|poisoned| poisoned.into_inner());

@@ -3,8 +3,8 @@
 use mneme::backend::DType;
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::engine::{
-    Engine, EngineConfig, FinishReason, GenerateRequest, OutputEvent, OutputStream, SamplingParams, SchedulerLimits,
-    SubmitError, Task,
+    Engine, EngineConfig, FinishReason, GenerateRequest, MergeConfig, OutputEvent, OutputStream, SamplingParams,
+    SchedulerLimits, SubmitError, Task,
 };
 use mneme::models::{Checkpoint, Model};
 
@@ -189,6 +189,7 @@ fn an_engine_that_is_gone_leaves_no_stream_open() {
         kv_dtype: DType::BF16,
         eos_token_ids: vec![],
         seed: 1,
+        merge: MergeConfig::default(),
     };
     let (engine, handle) = Engine::new(backend, model, config).unwrap();
     let stream = handle.submit(generate(&prompt(10), 5)).unwrap();

@@ -9,6 +9,7 @@ mod definitions;
 mod invariance;
 mod lifecycle;
 mod link;
+mod merging;
 mod parameters;
 #[path = "../support/mod.rs"]
 mod support;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use mneme::adapters::BaseShapes;
 use mneme::backend::sim::SimLoraLoader;
-use mneme::engine::DeviceAdapterLoader;
-use mneme::server::{AdapterRegistry, ServedModel, ServerConfig, ServerThread};
+use mneme::engine::{DeviceAdapterLoader, MergeRule};
+use mneme::server::{AdapterRegistry, MergeRules, ServedModel, ServerConfig, ServerThread};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -42,7 +42,9 @@ impl Setup {
         let loader = Arc::new(DeviceAdapterLoader::new(SimLoraLoader, SHAPES));
         let engine = fake.handle.with_adapters(loader);
         let roots: Vec<PathBuf> = is_open.then(|| root.path().to_owned()).into_iter().collect();
-        let registry = AdapterRegistry::new(engine.clone(), &roots, MAX_BYTES).unwrap();
+        let mut rules = MergeRules::default();
+        rules.set(Some("b"), MergeRule::Always);
+        let registry = AdapterRegistry::new(engine.clone(), &roots, MAX_BYTES).unwrap().with_merge_rules(rules);
         for name in ["a", "b"] {
             registry.load(name, &root.path().join(name), false).unwrap();
         }
@@ -123,6 +125,28 @@ fn the_fields_of_other_servers_name_adapters() {
         let reply = setup.server.complete(fields);
         assert_eq!((reply.status, &reply.json()["error"]["param"]), (status, &json!(param)), "{}", reply.text());
     }
+}
+
+#[test]
+fn names_and_calls_have_rules_of_merging() {
+    let setup = Setup::new(false);
+    let rules = |fields: Value| {
+        let reply = setup.server.complete(fields);
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let request = setup.server.requests.recv().unwrap();
+        request.adapters.iter().map(|applied| applied.adapter.merge_rule()).collect::<Vec<_>>()
+    };
+    assert_eq!(rules(json!({ "model": "a" })), [MergeRule::Auto]);
+    assert_eq!(rules(json!({ "model": "tiny+a+b" })), [MergeRule::Auto, MergeRule::Always]);
+    assert_eq!(rules(json!({ "model": "b", "memory": {"merge": "auto"} })), [MergeRule::Always]);
+    assert_eq!(rules(json!({ "model": "tiny+a+b", "memory": {"merge": "never"} })), [MergeRule::Never; 2]);
+    assert_eq!(rules(json!({ "lora_path": "b", "memory": {"merge": "never"} })), [MergeRule::Never]);
+    assert_eq!(rules(json!({ "memory": {"merge": "never"} })), []);
+    let refused = setup.server.complete(json!({ "model": "a", "memory": {"merge": "always"} }));
+    assert_eq!(refused.status, 400, "a call cannot demand what costs others memory: {}", refused.text());
+    let card = setup.server.get("/v1/models/a").json();
+    assert_eq!(card["merged"], json!(false));
+    assert!(setup.server.get("/v1/models/tiny").json().get("merged").is_none());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::bf16;
 use mneme::backend::sim::mix;
-use mneme::engine::{AppliedAdapter, EngineHandle, LoadedAdapter};
+use mneme::engine::{AppliedAdapter, EngineHandle, LoadedAdapter, MergeConfig, MergeRule};
 use tempfile::TempDir;
 
 use crate::oracle::{NUM_PRODUCTS, Tags, Update};
@@ -68,6 +68,18 @@ fn tags(model: &TinyModel, adapter: &TinyAdapter) -> Tags {
     std::array::from_fn(|layer| std::array::from_fn(|product| tag(layer, &products[product])))
 }
 
+/// When adapters are merged in a life: soon, or under no circumstances.
+pub fn merge_config(random: &mut Random) -> MergeConfig {
+    let merge_share = [0.2, 0.4, 0.8][random.below(3)];
+    MergeConfig {
+        is_enabled: !random.once_in(4),
+        max_bytes: if random.once_in(6) { 10_000 } else { 1 << 30 },
+        merge_share,
+        unmerge_share: merge_share * [0.0, 0.3, 1.0][random.below(3)],
+        window_tokens: random.within(10, 400),
+    }
+}
+
 /// Names that requests choose adapters by. What they stand for changes while requests run.
 #[derive(Default)]
 pub struct Names {
@@ -85,7 +97,10 @@ impl Names {
     /// Has a name stand for any of the adapters; an unknown name must be the next one.
     pub fn load(&mut self, name: usize, engine: &EngineHandle, checkpoints: &Checkpoints, random: &mut Random) {
         let Stored { folder, tags } = &checkpoints.adapters[random.below(checkpoints.adapters.len())];
-        let known = Known { tags: *tags, adapter: engine.load_adapter(folder.path()).unwrap() };
+        const RULES: [MergeRule; 5] =
+            [MergeRule::Auto, MergeRule::Auto, MergeRule::Auto, MergeRule::Always, MergeRule::Never];
+        let adapter = engine.load_adapter(folder.path()).unwrap();
+        let known = Known { tags: *tags, adapter: adapter.with_merge_rule(RULES[random.below(RULES.len())]) };
         match self.loaded.get_mut(name) {
             Some(before) => *before = known,
             None => self.loaded.push(known),
@@ -94,7 +109,7 @@ impl Names {
 
     /// No adapter, one, or a sum of both names, which may stand for the same; and what that is to the double.
     pub fn compose(&self, random: &mut Random) -> (Vec<AppliedAdapter>, Vec<Update>) {
-        const SCALES: [f32; 4] = [1.0, -0.5, 0.5, 0.25];
+        const SCALES: [f32; 6] = [1.0, 1.0, 1.0, -0.5, 0.5, 0.25];
         let mut chosen: Vec<(&Known, f32)> = vec![];
         for known in &self.loaded {
             if random.once_in(3) {
@@ -103,7 +118,10 @@ impl Names {
         }
         let applied =
             chosen.iter().map(|(known, scale)| AppliedAdapter { adapter: known.adapter.clone(), scale: *scale });
-        let applied = applied.collect();
+        let mut applied: Vec<_> = applied.collect();
+        if random.once_in(8) {
+            applied.iter_mut().for_each(AppliedAdapter::forbid_merge);
+        }
         chosen.sort_by_key(|(known, _)| known.adapter.digest());
         if let [(first, scale), (second, other)] = chosen[..]
             && first.tags == second.tags

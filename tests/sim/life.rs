@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use mneme::backend::sim::SimBackend;
 use mneme::engine::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputStream, SchedulerLimits, SharedPrefix, SubmitError,
-    Task, TierConfig,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, MergeConfig, OutputStream, SchedulerLimits, SharedPrefix,
+    SubmitError, Task, TierConfig,
 };
+use mneme::telemetry::MergeRefusal;
 
-use crate::adapters::{Checkpoints, Names};
+use crate::adapters::{Checkpoints, Names, merge_config};
 use crate::disk::{Disk, Kept, MAX_BLOCK_BYTES};
 use crate::oracle::Oracle;
 use crate::prompts::Prompts;
@@ -27,9 +28,21 @@ enum Wanted {
 
 struct Running {
     asked: Asked,
+    /// What it comes to with its adapters merged.
+    merged: Option<Asked>,
     wanted: Wanted,
     output: Output,
     stream: OutputStream,
+}
+
+impl Running {
+    /// What was asked for, in the form in which it runs. Only who has adapters can be merged.
+    fn asked(&self) -> &Asked {
+        match self.output.reuse.is_merged {
+            true => self.merged.as_ref().expect("a request without adapters is merged"),
+            false => &self.asked,
+        }
+    }
 }
 
 /// Whoever lives here, and all that was seen so far.
@@ -46,6 +59,7 @@ pub struct Simulation {
     is_open: bool,
     prompts: Prompts,
     names: Names,
+    merge: MergeConfig,
     sharing: Sharing,
     running: Vec<Running>,
     reached: Reached,
@@ -76,6 +90,7 @@ impl Simulation {
         let prompts = Prompts::new(&mut random, max_model_len);
         let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, limits.num_blocks));
         let max_fetch_wait = random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100));
+        let merge = merge_config(&mut random);
         Self {
             host_bytes: num_host_blocks * MAX_BLOCK_BYTES * block_size / 32,
             num_io_threads: random.within(1, 3),
@@ -87,6 +102,7 @@ impl Simulation {
             is_open: false,
             prompts,
             names: Names::default(),
+            merge,
             sharing: Sharing::new(limits),
             running: vec![],
             reached: Reached::default(),
@@ -120,7 +136,7 @@ impl Simulation {
     }
 
     fn start(&mut self, checkpoints: &Checkpoints) -> TestEngine {
-        let setup = Setup { limits: self.limits, ..Setup::default() };
+        let setup = Setup { limits: self.limits, merge: self.merge, ..Setup::default() };
         let delay = Duration::from_micros(self.random.below(2) as u64 * self.random.below(1000) as u64);
         let tiers = TierConfig {
             host_bytes: self.host_bytes,
@@ -163,6 +179,10 @@ impl Simulation {
         let handle = engine.stop();
         assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "blocks are left");
         self.reached.num_preemptions += metric(&handle, "num_preemptions_total") as usize;
+        let merges = &handle.metrics().merges;
+        self.reached.num_merges += merges.merges.get() as usize;
+        self.reached.num_unmerges += merges.unmerges.get() as usize;
+        self.reached.num_unmergeable += merges.num_refusals(MergeRefusal::NoRoom) as usize;
     }
 
     /// The vault opens beside the first requests: a deposit that has to be durable is refused until then.
@@ -246,15 +266,18 @@ impl Simulation {
         let mut asked = if is_composed { self.prompts.ask_composed(random) } else { self.prompts.ask(random) };
         let (adapters, updates) = self.names.compose(random);
         asked.adapters = updates;
+        let mut merged = (!adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
         let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
             (Task::Embed, Wanted::Embedding)
         } else {
             let max_tokens = random.within(1, (self.limits.max_model_len - asked.num_prompt).min(60));
-            asked.tokens.extend(Oracle::answer(&asked, &self.limits, max_tokens));
+            for asked in std::iter::once(&mut asked).chain(&mut merged) {
+                asked.tokens.extend(Oracle::answer(asked, &self.limits, max_tokens));
+            }
             (Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens))
         };
         let request = GenerateRequest { adapters, ..request_for(&asked, task) };
-        self.send(engine, asked, request, wanted);
+        self.send(engine, asked, merged, request, wanted);
     }
 
     /// Deposits are computed by the model alone.
@@ -270,14 +293,21 @@ impl Simulation {
         self.sharing.note_kept(&kept);
         self.prompts.add_deposited(kept.clone());
         let request = request_for(&asked, Task::Deposit { is_durable, kept_in });
-        self.send(engine, asked, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });
+        self.send(engine, asked, None, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });
     }
 
-    fn send(&mut self, engine: &TestEngine, asked: Asked, request: GenerateRequest, wanted: Wanted) {
-        self.sharing.note(&asked);
+    fn send(
+        &mut self,
+        engine: &TestEngine,
+        asked: Asked,
+        merged: Option<Asked>,
+        request: GenerateRequest,
+        wanted: Wanted,
+    ) {
+        std::iter::once(&asked).chain(&merged).for_each(|asked| self.sharing.note(asked));
         let priority = self.random.below(3) as i32;
         match engine.handle.submit(GenerateRequest { priority, ..request }) {
-            Ok(stream) => self.running.push(Running { asked, wanted, output: Output::default(), stream }),
+            Ok(stream) => self.running.push(Running { asked, merged, wanted, output: Output::default(), stream }),
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("{error}"),
         }
@@ -289,8 +319,8 @@ impl Simulation {
 
     fn cancel(&mut self) {
         if let Some(at) = self.pick() {
-            let Running { asked, output, .. } = self.running.swap_remove(at);
-            check(&asked, &output, &self.sharing);
+            let running = self.running.swap_remove(at);
+            check(running.asked(), &running.output, &self.sharing);
             self.reached.num_cancelled += 1;
         }
     }
@@ -305,14 +335,15 @@ impl Simulation {
                 None => break,
             }
         }
-        let Running { asked, output, .. } = &self.running[at];
-        check(asked, output, &self.sharing);
+        let running = &self.running[at];
+        check(running.asked(), &running.output, &self.sharing);
     }
 
     fn finish_one(&mut self) {
         let Some(at) = self.pick() else { return };
-        let Running { asked, wanted, output, stream } = self.running.swap_remove(at);
+        let Running { asked, merged, wanted, output, stream } = self.running.swap_remove(at);
         let output = output.finish(stream);
+        let asked = if output.reuse.is_merged { merged.expect("only adapters are merged") } else { asked };
         check(&asked, &output, &self.sharing);
         match wanted {
             Wanted::Tokens(num_tokens) => self.take_tokens(asked, &output, num_tokens),
@@ -346,7 +377,11 @@ impl Simulation {
         assert_eq!(output.reuse.linked_tokens, num_moved);
         assert_eq!(output.reuse.chosen_tokens, self.sharing.num_chosen(asked));
         let reached = &mut self.reached;
-        if !asked.adapters.is_empty() {
+        if asked.is_merged {
+            reached.num_merged += 1;
+            reached.num_merged_tokens += output.cached_tokens;
+            reached.num_merged_links += num_moved;
+        } else if !asked.adapters.is_empty() {
             reached.num_adapted += 1;
             reached.num_adapted_tokens += output.cached_tokens;
             reached.num_adapted_links += num_moved;

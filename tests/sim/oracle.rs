@@ -2,7 +2,7 @@
 //! only the functions that say what a payload is and how far one is from another. Who may find which block is
 //! `sharing.rs`'s.
 
-use mneme::backend::sim::{deviation, mix, rotated};
+use mneme::backend::sim::{MERGED, deviation, mix, rotated};
 use mneme::engine::{Piece, SchedulerLimits};
 
 use crate::sharing::Asked;
@@ -32,6 +32,8 @@ pub struct Update {
 pub struct Oracle {
     /// In order of application.
     adapters: Vec<Update>,
+    /// Whether they are merged into the weights.
+    is_merged: bool,
     folds: [u64; NUM_LAYERS],
     num_tokens: i64,
     /// What lies in the KV cache: per token one payload a layer.
@@ -39,13 +41,16 @@ pub struct Oracle {
 }
 
 impl Oracle {
-    fn under(adapters: &[Update]) -> Self {
-        Self { adapters: adapters.to_vec(), ..Self::default() }
+    fn under(asked: &Asked) -> Self {
+        Self { adapters: asked.adapters.clone(), is_merged: asked.is_merged, ..Self::default() }
     }
 
     fn adapted(&self, payload: u64, layer: usize, product: usize) -> u64 {
         let updates = self.adapters.iter().filter_map(|update| Some((update.tags[layer][product]?, update.scale)));
-        updates.fold(payload, |payload, (tag, scale)| mix(payload, mix(tag, u64::from(scale))))
+        let mut updates = updates.peekable();
+        let is_copied = self.is_merged && updates.peek().is_some();
+        let added = updates.fold(payload, |payload, (tag, scale)| mix(payload, mix(tag, u64::from(scale))));
+        if is_copied { mix(added, MERGED) } else { added }
     }
 
     /// Takes a token in and tells the one that follows.
@@ -81,10 +86,10 @@ impl Oracle {
     /// computed alone, under the same adapters.
     pub fn answer(asked: &Asked, limits: &SchedulerLimits, num_tokens: usize) -> Vec<u32> {
         let mut moved = vec![None; asked.num_prompt];
-        let mut whole = Self::under(&asked.adapters);
+        let mut whole = Self::under(asked);
         whole.feed_all(asked.prompt());
         for (piece, mut places) in asked.pieces.iter().zip(moves(asked, limits)) {
-            let mut source = Self::under(&asked.adapters);
+            let mut source = Self::under(asked);
             source.feed_all(&piece.source);
             let kept = |moved: &Moved| (source.stored[moved.there], moved.here as i64 - moved.there as i64);
             let deviates = |moved: &Moved| {
@@ -96,7 +101,7 @@ impl Oracle {
                 moved[found.here] = Some(kept(found));
             }
         }
-        let mut oracle = Self::under(&asked.adapters);
+        let mut oracle = Self::under(asked);
         let mut next = 0;
         for (token, moved) in asked.prompt().iter().zip(moved) {
             match moved {

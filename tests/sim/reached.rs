@@ -34,6 +34,16 @@ pub struct Reached {
     pub num_adapted: usize,
     /// Tokens found under adapters.
     pub num_adapted_tokens: usize,
+    /// Finished under merged adapters.
+    pub num_merged: usize,
+    /// Tokens found under them.
+    pub num_merged_tokens: usize,
+    /// Tokens that were moved under them.
+    pub num_merged_links: usize,
+    pub num_merges: usize,
+    pub num_unmerges: usize,
+    /// Compositions whose copy had no room.
+    pub num_unmergeable: usize,
     /// Finished composed prompts.
     pub num_composed: usize,
     /// Tokens that were moved into them.
@@ -70,6 +80,12 @@ impl std::ops::AddAssign for Reached {
         self.num_shared_tokens += other.num_shared_tokens;
         self.num_adapted += other.num_adapted;
         self.num_adapted_tokens += other.num_adapted_tokens;
+        self.num_merged += other.num_merged;
+        self.num_merged_tokens += other.num_merged_tokens;
+        self.num_merged_links += other.num_merged_links;
+        self.num_merges += other.num_merges;
+        self.num_unmerges += other.num_unmerges;
+        self.num_unmergeable += other.num_unmergeable;
         self.num_composed += other.num_composed;
         self.num_linked_tokens += other.num_linked_tokens;
         self.num_chosen_tokens += other.num_chosen_tokens;
@@ -103,6 +119,11 @@ impl Reached {
             (self.num_shared_tokens, 1000),
             (self.num_adapted, 1000),
             (self.num_adapted_tokens, 1000),
+            (self.num_merged, 50),
+            (self.num_merged_links, 100),
+            (self.num_merges, 100),
+            (self.num_unmerges, 50),
+            (self.num_unmergeable, 20),
             (self.num_composed, 500),
             (self.num_linked_tokens, 10_000),
             (self.num_chosen_tokens, 1000),

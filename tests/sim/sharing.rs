@@ -17,6 +17,8 @@ pub struct Asked {
     pub shared: Option<SharedPrefix>,
     /// In order of application.
     pub adapters: Vec<Update>,
+    /// Whether the adapters are merged into the weights it is computed with.
+    pub is_merged: bool,
     pub pieces: Vec<Piece>,
 }
 
@@ -32,14 +34,15 @@ impl Asked {
             num_prompt: piece.source.len(),
             domain: piece.domain.clone(),
             adapters: self.adapters.clone(),
+            is_merged: self.is_merged,
             ..Self::default()
         }
     }
 }
 
-/// A block by who may find it and by what it holds: the adapters it is computed under, the domain that it begins in, where
+/// A block by who may find it and by what it holds: the adapters it is computed under and their form, the domain that it begins in, where
 /// it leaves that for which other one, and all tokens up to its end.
-type BlockKey = (Vec<Update>, String, Option<(usize, String)>, Vec<u32>);
+type BlockKey = ((Vec<Update>, bool), String, Option<(usize, String)>, Vec<u32>);
 
 /// The rule of cache domains and adapters: who has asked for which block so far. A request finds blocks that somebody in
 /// the same domains and under the same adapters asked for, and no others.
@@ -58,7 +61,7 @@ impl Sharing {
     fn key(&self, asked: &Asked, block: usize) -> BlockKey {
         let block_size = self.limits.block_size;
         let tokens = asked.tokens[..(block + 1) * block_size].to_vec();
-        let adapters = asked.adapters.clone();
+        let adapters = (asked.adapters.clone(), asked.is_merged);
         match asked.shared.as_ref().filter(|shared| shared.domain != asked.domain) {
             None => (adapters, asked.domain.clone(), None, tokens),
             Some(SharedPrefix { num_tokens, domain }) => {

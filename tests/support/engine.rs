@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::backend::{Backend, DType};
 use mneme::engine::{
-    Deposited, Engine, EngineConfig, EngineHandle, FinishReason, GenerateRequest, OutputEvent, OutputStream, Reuse,
-    SamplingParams, SchedulerLimits, Task, TierConfig, TokenLogprobs,
+    Deposited, Engine, EngineConfig, EngineHandle, FinishReason, GenerateRequest, MergeConfig, OutputEvent,
+    OutputStream, Reuse, SamplingParams, SchedulerLimits, Task, TierConfig, TokenLogprobs,
 };
 use mneme::models::{Checkpoint, Model};
 
@@ -25,6 +25,7 @@ pub struct Setup {
     pub num_threads: usize,
     /// Bytes of the host tier.
     pub host_bytes: usize,
+    pub merge: MergeConfig,
 }
 
 impl Default for Setup {
@@ -38,6 +39,7 @@ impl Default for Setup {
             isa: Isa::best(),
             num_threads: 2,
             host_bytes: 0,
+            merge: MergeConfig::default(),
         }
     }
 }
@@ -84,13 +86,13 @@ impl TestEngine {
 
     /// The same with tiers below the device.
     pub fn start_with_tiers<B: Backend>(backend: B, path: &Path, setup: Setup, tiers: TierConfig) -> Self {
-        let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, .. } = setup;
+        let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, merge, .. } = setup;
         let mut checkpoint = Checkpoint::open(path).unwrap();
         if tied {
             checkpoint.tie_embedding_to_output();
         }
         let model = Model::load(&backend, &checkpoint, dtype, limits.max_model_len).unwrap();
-        let config = EngineConfig { model_name: "test".into(), limits, kv_dtype, eos_token_ids, seed: 1 };
+        let config = EngineConfig { model_name: "test".into(), limits, kv_dtype, eos_token_ids, seed: 1, merge };
         let (engine, handle) = Engine::with_tiers(backend, model, config, tiers).unwrap();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run().unwrap()).unwrap();
         Self { handle, thread: Some(thread) }

@@ -12,14 +12,14 @@ use super::copy_stream::{CpuEvent, CpuStream};
 use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
 use super::transfer::CpuTransfer;
 use super::{
-    AttentionBatch, AttentionScratch, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
+    AttentionBatch, AttentionScratch, CpuLora, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
     KvStoreBatch, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut,
     ThreadPool,
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, StepBounds, StreamKind, Tensor,
-    dequantize_row,
+    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, ScaledUpdate, StepBounds, StreamKind,
+    Tensor, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -269,6 +269,27 @@ impl Backend for CpuBackend {
         let Workers { pool, lora, .. } = &mut *self.workers();
         super::add_lora(pool, self.isa, lora, &work, sums, out.columns());
         Ok(())
+    }
+
+    fn merged_bytes(&self, weight: &PackedMatrix) -> Result<usize> {
+        super::lora_merge::check(weight)?;
+        Ok(weight.num_bytes())
+    }
+
+    fn allocate_merged(&self, weight: &PackedMatrix) -> Result<PackedMatrix> {
+        super::lora_merge::check(weight)?;
+        weight.zeroed_like()
+    }
+
+    fn merge_rows(
+        &self,
+        _stream: &CpuStream,
+        weight: &PackedMatrix,
+        updates: &[ScaledUpdate<'_, CpuLora>],
+        rows: Range<usize>,
+        target: &mut PackedMatrix,
+    ) -> Result<()> {
+        super::lora_merge::merge_rows(&mut self.workers().pool, self.isa, weight, updates, rows, target)
     }
 
     fn rms_norm(&self, _stream: &CpuStream, x: &CpuTensor, norm: &Norm<'_, CpuBuffer>, out: &CpuTensor) -> Result<()> {

@@ -176,7 +176,7 @@ impl<'u, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Run<'_, '_, G> {
     }
 }
 
-fn in_tasks(pool: &mut ThreadPool, num_tasks: usize, is_small: bool, task: impl Fn(usize) + Sync) {
+pub(super) fn in_tasks(pool: &mut ThreadPool, num_tasks: usize, is_small: bool, task: impl Fn(usize) + Sync) {
     match is_small {
         true => (0..num_tasks).for_each(task),
         false => pool.run(num_tasks, |index, _| task(index)),

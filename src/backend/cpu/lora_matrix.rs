@@ -108,6 +108,17 @@ impl GroupedMatrix {
         self.is_bf16
     }
 
+    /// One number, anywhere in a row.
+    pub(super) fn number(&self, row: usize, column: usize) -> f32 {
+        let at = row * self.stride + column;
+        if !self.is_bf16 {
+            return f32::from_bits(self.words[at]);
+        }
+        let (group, within) = (at / GROUP * LANES, at % GROUP);
+        let word = self.words[group + within % LANES];
+        bf16::from_bits(if within < LANES { word } else { word >> 16 } as u16).to_f32()
+    }
+
     /// Numbers `[column, column + 32)` of a row; `column` is a multiple of 32 and `BF16` says how they are kept.
     ///
     /// # Safety

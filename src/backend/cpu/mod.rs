@@ -43,6 +43,7 @@ mod kv_store;
 mod line;
 mod lora;
 mod lora_matrix;
+mod lora_merge;
 mod memory;
 mod norm;
 mod packed;

@@ -118,6 +118,12 @@ impl PackedMatrix {
         Ok(Self { num_rows, num_columns, segments, storage })
     }
 
+    /// A matrix of the same shape and types, all zeros.
+    pub(super) fn zeroed_like(&self) -> Result<Self> {
+        let storage = map_memory(self.storage.len(), "merged weights")?;
+        Ok(Self { num_rows: self.num_rows, num_columns: self.num_columns, segments: self.segments.clone(), storage })
+    }
+
     /// Output features.
     pub fn num_rows(&self) -> usize {
         self.num_rows
@@ -140,6 +146,11 @@ impl PackedMatrix {
     /// The bytes of a segment's panels.
     pub(super) fn panels(&self, segment: &Segment) -> &[u8] {
         &self.storage[segment.offset..segment.offset + segment.num_panels() * segment.panel_bytes]
+    }
+
+    /// The same, to be written.
+    pub(super) fn panels_mut(&mut self, segment: &Segment) -> &mut [u8] {
+        &mut self.storage[segment.offset..segment.offset + segment.num_panels() * segment.panel_bytes]
     }
 
     /// Writes the numbers of row `row`, exactly as [`dequantize_row`] gives them, to `out[0..num_columns]`.
@@ -311,26 +322,52 @@ fn fill_by_column<const BYTES: usize>(values: impl Iterator<Item = [u8; BYTES]>,
 }
 
 /// Which element of an f16 or f32 panel is `(row, k)`: `[k / 2][half][k % 2][16]`.
+#[inline(always)]
 fn plain_index(k: usize, row: usize) -> usize {
     ((k / 2 * 2 + row / HALF_ROWS) * 2 + k % 2) * HALF_ROWS + row % HALF_ROWS
 }
 
 fn unpack_plain(dtype: DType, panel: &[u8], row: usize, out: &mut [f32]) {
     for (k, out) in out.iter_mut().enumerate() {
-        *out = match dtype {
-            DType::BF16 => {
-                let at = (k / 2 * PANEL_ROWS + row) * 4 + k % 2 * 2;
-                bf16::from_le_bytes([panel[at], panel[at + 1]]).to_f32()
-            }
-            DType::F16 => {
-                let at = plain_index(k, row) * 2;
-                f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32()
-            }
-            _ => {
-                let at = plain_index(k, row) * 4;
-                f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
-            }
-        };
+        *out = read_plain(dtype, panel, row, k);
+    }
+}
+
+/// Number `(row, k)` of a panel of a plain type, or of a part of one that begins at an even `k`.
+#[inline(always)]
+pub(super) fn read_plain(dtype: DType, panel: &[u8], row: usize, k: usize) -> f32 {
+    match dtype {
+        DType::BF16 => {
+            let at = (k / 2 * PANEL_ROWS + row) * 4 + k % 2 * 2;
+            bf16::from_le_bytes([panel[at], panel[at + 1]]).to_f32()
+        }
+        DType::F16 => {
+            let at = plain_index(k, row) * 2;
+            f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32()
+        }
+        _ => {
+            let at = plain_index(k, row) * 4;
+            f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]])
+        }
+    }
+}
+
+/// Rounds `value` to the panel's type, to the nearest and ties to even, and puts it at `(row, k)`.
+#[inline(always)]
+pub(super) fn write_plain(dtype: DType, panel: &mut [u8], row: usize, k: usize, value: f32) {
+    match dtype {
+        DType::BF16 => {
+            let at = (k / 2 * PANEL_ROWS + row) * 4 + k % 2 * 2;
+            panel[at..at + 2].copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+        }
+        DType::F16 => {
+            let at = plain_index(k, row) * 2;
+            panel[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+        }
+        _ => {
+            let at = plain_index(k, row) * 4;
+            panel[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
     }
 }
 

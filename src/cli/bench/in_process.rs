@@ -1,7 +1,9 @@
 //! Measured requests to an engine in this process.
 
 use anyhow::Context;
-use mneme::engine::{FinishReason, GenerateRequest, OutputEvent, OutputStream, SamplingParams, SubmitError, Task};
+use mneme::engine::{
+    AppliedAdapter, FinishReason, GenerateRequest, OutputEvent, OutputStream, SamplingParams, SubmitError, Task,
+};
 use tokio::runtime::Runtime;
 
 use super::prompts::PromptShape;
@@ -44,6 +46,11 @@ impl InProcess {
 
     /// Queues request number `index`; every number has its own prompt, so that none is found in the prefix cache.
     pub(super) fn submit(&self, index: usize) -> Result<InFlight, SubmitError> {
+        self.submit_with(index, Vec::new())
+    }
+
+    /// The same under adapters.
+    pub(super) fn submit_with(&self, index: usize, adapters: Vec<AppliedAdapter>) -> Result<InFlight, SubmitError> {
         let prompt = self.shape.token_ids(&self.ids, index);
         let sampling = SamplingParams {
             temperature: 0.0,
@@ -59,7 +66,7 @@ impl InProcess {
             priority: 0,
             domain: String::new(),
             shared_prefix: None,
-            adapters: Vec::new(),
+            adapters,
             pieces: vec![],
         };
         let watch = Stopwatch::start();

@@ -2,6 +2,7 @@
 
 mod in_process;
 mod latency;
+mod lora;
 mod memory;
 mod metrics;
 mod prompts;
@@ -28,6 +29,8 @@ enum BenchCommand {
     Latency(Box<latency::LatencyArgs>),
     /// Hand many requests to an engine in this process at once and count tokens per second
     Throughput(Box<throughput::ThroughputArgs>),
+    /// Compare batches under an adapter, added and merged, with batches of the model alone
+    Lora(Box<lora::LoraBenchArgs>),
     /// Time first tokens with and without the context's KV in each tier: the protocol of MemOS's Table 5
     Memory(Box<memory::MemoryBenchArgs>),
     /// Put a load on a running OpenAI-compatible server and measure its answers
@@ -39,6 +42,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Latency(args) => latency::run(&args),
         BenchCommand::Throughput(args) => throughput::run(&args),
+        BenchCommand::Lora(args) => lora::run(&args),
         BenchCommand::Memory(args) => memory::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
     }

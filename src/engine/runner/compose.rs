@@ -1,13 +1,13 @@
 //! What composed prompts take beside ordinary steps: copies of stored tokens into their blocks, and passes through the
 //! lowest layers that show which copies are far from what belongs there. Which tokens these are is the sequences' to say.
 
-use super::{ModelRunner, StepInputs};
+use super::{ModelRunner, StepInputs, merged_rows};
 use crate::Result;
 use crate::backend::{Backend, DType, LoraBatch, RotatedCopies, Tensor};
 use crate::engine::composition::Move;
 use crate::engine::scheduler::{ScheduledSequence, SchedulerLimits};
 use crate::engine::sequence::Sequence;
-use crate::models::ProbeBatch;
+use crate::models::{Adapted, ProbeBatch};
 
 /// Arrays of copies into a composed prompt.
 const NUM_MOVE_ARRAYS: usize = 3;
@@ -79,7 +79,10 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
         let groups = self.lora.groups();
         let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
-        self.model.probe(&self.backend, &self.stream, &batch, lora.as_ref(), &self.kv, &self.workspace)?;
+        let merged = merged_rows(self.merged.as_ref(), running, probing);
+        let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, merged });
+        self.model.probe(&self.backend, &self.stream, &batch, adapted.as_ref(), &self.kv, &self.workspace)?;
+        drop(adapted);
         self.lora.clear();
         let host = &mut self.composition.host_deviations;
         self.backend.download(&self.stream, &batch.deviations, host, 0)?;

@@ -6,7 +6,7 @@ use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
 use self::compose::CompositionBuffers;
-use super::adapters::{LoadedAdapter, MAX_APPLIED};
+use super::adapters::{AppliedAdapter, LoadedAdapter, MAX_APPLIED};
 use super::lora_groups::LoraGroups;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
@@ -15,7 +15,7 @@ use crate::Result;
 use crate::backend::{
     AttentionMetadata, Backend, DType, Device, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor,
 };
-use crate::models::{ForwardBatch, KvCache, Model, StepLimits, Workspace};
+use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{Pager, PagingConfig};
 
 /// Runs the model. Owns the KV blocks, the buffers of a step and the stream they are used on.
@@ -27,6 +27,8 @@ pub(super) struct ModelRunner<B: Backend> {
     stream: B::Stream,
     inputs: StepInputs<B>,
     lora: LoraGroups<LoraOf<B>>,
+    /// The model's projections with adapters merged into them, while there are such.
+    merged: Option<MergedCopy<B>>,
     composition: CompositionBuffers<B>,
     argmax: Tensor<B::Buffer>,
     /// Argmax of each logits row, i32.
@@ -125,6 +127,7 @@ impl<B: Backend> ModelRunner<B> {
             host_argmax: backend.allocate_host(max_logits * 4)?,
             host_rows: backend.allocate_host(row_bytes)?,
             lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
+            merged: None,
             num_row_bytes: 0,
             outputs: Vec::with_capacity(limits.max_num_seqs),
             backend,
@@ -197,11 +200,46 @@ impl<B: Backend> ModelRunner<B> {
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
         let groups = self.lora.groups();
         let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
-        self.model.forward(&self.backend, &self.stream, &batch, lora.as_ref(), &self.kv, &self.workspace)?;
+        let merged = merged_rows(self.merged.as_ref(), running, scheduled);
+        let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, merged });
+        self.model.forward(&self.backend, &self.stream, &batch, adapted.as_ref(), &self.kv, &self.workspace)?;
+        drop(adapted);
         self.lora.clear();
         self.fetch(running, scheduled, &batch)?;
         let done = self.backend.record(&self.stream)?;
         self.backend.synchronize(&done)
+    }
+
+    /// Plans a copy of the projections with these adapters merged into them, and says how many bytes it takes.
+    ///
+    /// # Errors
+    /// `Unsupported` where there can be none.
+    pub(super) fn plan_merge(&mut self, adapters: &[AppliedAdapter]) -> Result<usize> {
+        assert!(self.merged.is_none(), "there is one copy at a time");
+        let on_device = |applied: &AppliedAdapter| {
+            let adapter = applied.adapter.on_device().expect("adapters were checked when their request came");
+            (adapter, applied.scale)
+        };
+        let copy = MergedCopy::plan(&self.backend, &self.model, adapters.iter().map(on_device).collect())?;
+        Ok(self.merged.insert(copy).num_bytes())
+    }
+
+    /// Writes about so many numbers of the copy. How many they were, and whether it is whole.
+    pub(super) fn write_merged(&mut self, max_numbers: usize) -> Result<(usize, bool)> {
+        let Some(copy) = &mut self.merged else { return Ok((0, true)) };
+        let num_numbers = copy.write(&self.backend, &self.stream, &self.model, max_numbers)?;
+        let done = self.backend.record(&self.stream)?;
+        self.backend.synchronize(&done)?;
+        Ok((num_numbers, copy.is_whole()))
+    }
+
+    /// Gives back the copy's memory, a projection at a time; `false` when nothing was left.
+    pub(super) fn free_merged(&mut self) -> bool {
+        let has_freed = self.merged.as_mut().is_some_and(MergedCopy::free_one);
+        if !has_freed {
+            self.merged = None;
+        }
+        has_freed
     }
 
     /// Flattens the step's tokens.
@@ -370,6 +408,21 @@ impl<B: Backend> ModelRunner<B> {
         }
         Ok(())
     }
+}
+
+/// The rows of a step that use the copy, which are its last ones.
+fn merged_rows<'a, B: Backend>(
+    copy: Option<&'a MergedCopy<B>>,
+    running: &[Box<Sequence>],
+    scheduled: &[ScheduledSequence],
+) -> Option<MergedRows<'a, B>> {
+    let is_added = |entry: &&ScheduledSequence| !running[entry.index].is_merged();
+    let num_added = scheduled.iter().take_while(is_added).count();
+    if num_added == scheduled.len() {
+        return None;
+    }
+    let first_row = scheduled[..num_added].iter().map(|entry| entry.num_tokens).sum();
+    Some(MergedRows { copy: copy.expect("a sequence keeps the copy it uses"), first_row })
 }
 
 fn add<T: Copy + Into<f32>>(sum: &mut [f32], row: &[T]) {

@@ -130,7 +130,10 @@ impl CallRequest {
     /// Checks the fields; `id_prefix` and the request's id make the answer's id.
     pub(super) fn check(mut self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
         let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
-        let adapters = adapters_of(app, name, self.lora, self.lora_path)?;
+        let mut adapters = adapters_of(app, name, self.lora, self.lora_path)?;
+        if self.memory.as_ref().is_some_and(MemoryRequest::forbids_merge) {
+            adapters.iter_mut().for_each(AppliedAdapter::forbid_merge);
+        }
         let salt = check_salt(self.cache_salt)?;
         let domain = request_domain(app, &caller.principal, salt.as_deref());
         let save = self.memory.as_mut().and_then(MemoryRequest::take_save);

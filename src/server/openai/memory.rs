@@ -51,6 +51,24 @@ pub(super) struct MemoryRequest {
     /// With `blend`: the share of every cube's tokens that is computed besides; 0.15 when left out.
     #[schema(minimum = 0, maximum = 1)]
     recompute_share: Option<f64>,
+    /// Whether adapters of the call may be merged into a copy of the weights where the server does so (`auto`, the
+    /// default), which rounds differently, or are added to what is computed (`never`).
+    merge: Option<MergeChoice>,
+}
+
+/// Whether merged adapters may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum MergeChoice {
+    Auto,
+    Never,
+}
+
+impl MemoryRequest {
+    /// Whether adapters are to be added and not merged.
+    pub(super) fn forbids_merge(&self) -> bool {
+        self.merge == Some(MergeChoice::Never)
+    }
 }
 
 /// A cube by its name, or `name@version`.

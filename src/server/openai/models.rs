@@ -28,6 +28,11 @@ pub(in crate::server) struct ModelCard {
     parent: Option<String>,
     /// Longest prompt plus output, in tokens.
     max_model_len: usize,
+    /// Of an adapter: whether new requests find it merged into a copy of the weights, by itself or in the composition
+    /// that carries the traffic.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    merged: Option<bool>,
 }
 
 /// Lists the models.
@@ -62,6 +67,7 @@ fn adapter_card(app: &App, adapter: NamedAdapter) -> ModelCard {
         created: adapter.created,
         root: adapter.path,
         parent: Some(app.model.name().to_owned()),
+        merged: Some(adapter.adapter.is_merged()),
         ..card(app, "")
     }
 }
@@ -75,5 +81,6 @@ fn card(app: &App, name: &str) -> ModelCard {
         root: app.model.root.clone(),
         parent: None,
         max_model_len: app.model.engine.info().max_model_len,
+        merged: None,
     }
 }

@@ -1,0 +1,272 @@
+//! `mneme bench lora`: what an adapter costs, added and merged, in batches that alternate with batches of the model alone.
+
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use clap::Args;
+use futures_util::future::try_join_all;
+use mneme::engine::{AppliedAdapter, LoadedAdapter, MergeRule};
+use mneme::telemetry::MergeStage;
+use serde::Serialize;
+
+use super::in_process::InProcess;
+use super::statistics::Samples;
+use super::timing::Timing;
+use crate::cli::engine_args::EngineArgs;
+
+/// How often the engine is asked whether the copy is whole.
+const POLL: Duration = Duration::from_millis(5);
+/// What the first request may take before its copy is begun.
+const MAX_BEGIN: Duration = Duration::from_secs(60);
+/// A copy that takes longer never comes.
+const MAX_BUILD: Duration = Duration::from_secs(600);
+
+/// Arguments of `mneme bench lora`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: mneme bench lora --adapter ./style --batch-size 1 --output-len 128 --rounds 7\n\n\
+    Every round runs one batch of each kind, in another order than the round before; a ratio compares two batches of one\n\
+    round. Prompts are random tokens, another one for each request; answers are greedy and go on after EOS.")]
+pub(super) struct LoraBenchArgs {
+    #[command(flatten)]
+    engine: EngineArgs,
+    /// A folder with a LoRA adapter in PEFT's form
+    #[arg(long)]
+    adapter: PathBuf,
+    /// Tokens of a prompt
+    #[arg(long, default_value = "32")]
+    input_len: NonZeroUsize,
+    /// Tokens of an answer
+    #[arg(long, default_value = "128")]
+    output_len: NonZeroUsize,
+    /// Requests that run together
+    #[arg(long, default_value = "1")]
+    batch_size: NonZeroUsize,
+    /// Rounds that are measured, behind one that is not
+    #[arg(long, default_value = "7")]
+    rounds: NonZeroUsize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Seconds per batch of one round, and milliseconds per output token behind the first.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Batch {
+    seconds: f64,
+    tpot_ms: f64,
+    ttft_ms: f64,
+}
+
+/// One batch of each kind.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Round {
+    base: Batch,
+    merged: Batch,
+    added: Batch,
+}
+
+/// Milliseconds between two tokens of requests of the model alone.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Bystanders {
+    median_itl_ms: f64,
+    p99_itl_ms: f64,
+    max_itl_ms: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct LoraReport {
+    merged_bytes: i64,
+    /// Spent on writing the copy, between steps.
+    build_seconds: f64,
+    /// While the copy was written.
+    while_merging: Bystanders,
+    /// As many batches behind that.
+    when_merged: Bystanders,
+    rounds: Vec<Round>,
+}
+
+/// A figure of a batch, and what it is called.
+type Figure = (&'static str, fn(&Batch) -> f64);
+
+/// Runs the measurement.
+pub(super) fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
+    let engine = InProcess::start(&args.engine, args.input_len.get(), args.output_len.get())?;
+    let report = measure(args, &engine)?;
+    engine.launched.shut_down()?;
+    let mut out = io::stdout().lock();
+    match args.json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
+        false => report.write_table(&mut out)?,
+    }
+    Ok(())
+}
+
+fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraReport> {
+    let handle = &engine.launched.handle;
+    let adapter = handle.load_adapter(&args.adapter)?;
+    let mut bench = Bench { engine, batch_size: args.batch_size.get(), next_index: 0 };
+    let merged = adapter.clone().with_merge_rule(MergeRule::Always);
+    let metrics = &handle.metrics().merges;
+    let (while_merging, when_merged) = bench.watch_bystanders(&merged)?;
+    wait_until_merged(engine)?;
+    let (merged_bytes, build_seconds) = (metrics.merged_bytes.get(), metrics.build_seconds.get());
+    let added = adapter.with_merge_rule(MergeRule::Never);
+    let mut rounds = Vec::new();
+    for number in 0..=args.rounds.get() {
+        let mut round = Round::default();
+        for kind in 0..3 {
+            match (number + kind) % 3 {
+                0 => round.base = bench.run(None)?,
+                1 => round.merged = bench.run(Some(&merged))?,
+                _ => round.added = bench.run(Some(&added))?,
+            }
+        }
+        if number > 0 {
+            rounds.push(round);
+        }
+    }
+    anyhow::ensure!(metrics.stage() == MergeStage::Merged, "the copy was given up during the measurement");
+    Ok(LoraReport { merged_bytes, build_seconds, while_merging, when_merged, rounds })
+}
+
+fn wait_until_merged(engine: &InProcess) -> anyhow::Result<()> {
+    let (metrics, started_at) = (&engine.launched.handle.metrics().merges, Instant::now());
+    while metrics.stage() != MergeStage::Merged {
+        let is_building = metrics.stage() == MergeStage::Building && started_at.elapsed() < MAX_BUILD;
+        anyhow::ensure!(
+            is_building,
+            "the adapter is not merged: weights that are quantised or --deterministic do not allow it, or \
+             --max-merged-bytes is too small"
+        );
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+struct Bench<'a> {
+    engine: &'a InProcess,
+    batch_size: usize,
+    next_index: usize,
+}
+
+impl Bench<'_> {
+    /// Begins the copy, and has batches of the model alone run while it is written, and as many again.
+    fn watch_bystanders(&mut self, adapter: &LoadedAdapter) -> anyhow::Result<(Bystanders, Bystanders)> {
+        self.timings(None)?;
+        let metrics = &self.engine.launched.handle.metrics().merges;
+        let adapters = vec![AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }];
+        let first = self.engine.submit_with(self.next_index, adapters)?;
+        self.next_index += 1;
+        let started_at = Instant::now();
+        while metrics.stage() == MergeStage::None && started_at.elapsed() < MAX_BEGIN {
+            std::thread::sleep(POLL);
+        }
+        drop(first);
+        let (mut during, mut behind, mut num_batches) = (Vec::new(), Vec::new(), 0);
+        while metrics.stage() == MergeStage::Building {
+            during.extend(self.timings(None)?.1);
+            num_batches += 1;
+        }
+        for _ in 0..num_batches {
+            behind.extend(self.timings(None)?.1);
+        }
+        Ok((Bystanders::new(&during), Bystanders::new(&behind)))
+    }
+
+    fn run(&mut self, adapter: Option<&LoadedAdapter>) -> anyhow::Result<Batch> {
+        let (seconds, timings) = self.timings(adapter)?;
+        let mean_of = |times: Vec<Duration>| Samples::new(times.into_iter().map(millis).collect()).mean();
+        let tpot_ms = mean_of(timings.iter().filter_map(Timing::tpot).collect());
+        let ttft_ms = mean_of(timings.iter().map(|timing| timing.ttft).collect());
+        Ok(Batch { seconds, tpot_ms, ttft_ms })
+    }
+
+    /// Seconds of one batch, and its requests.
+    fn timings(&mut self, adapter: Option<&LoadedAdapter>) -> anyhow::Result<(f64, Vec<Timing>)> {
+        let adapters = || adapter.map(|adapter| AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }).into_iter();
+        let first = self.next_index;
+        self.next_index += self.batch_size;
+        let started_at = Instant::now();
+        let requests = (first..self.next_index)
+            .map(|index| self.engine.submit_with(index, adapters().collect()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let timings =
+            self.engine.runtime.block_on(try_join_all(requests.into_iter().map(|request| request.finish())))?;
+        Ok((started_at.elapsed().as_secs_f64(), timings))
+    }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+impl Bystanders {
+    fn new(timings: &[Timing]) -> Self {
+        let itl = Samples::new(timings.iter().flat_map(|timing| &timing.itl).map(|time| millis(*time)).collect());
+        Self { median_itl_ms: itl.median(), p99_itl_ms: itl.percentile(99.0), max_itl_ms: itl.percentile(100.0) }
+    }
+}
+
+impl LoraReport {
+    fn samples(&self, figure: impl Fn(&Round) -> f64) -> Samples {
+        Samples::new(self.rounds.iter().map(figure).collect())
+    }
+
+    fn write_table(&self, out: &mut dyn Write) -> anyhow::Result<()> {
+        let Self { merged_bytes, build_seconds, rounds, .. } = self;
+        writeln!(out, "Copy: {merged_bytes} bytes, written in {build_seconds:.2} s; {} rounds", rounds.len())?;
+        for (what, found) in [("while merging", &self.while_merging), ("when merged", &self.when_merged)] {
+            let Bystanders { median_itl_ms, p99_itl_ms, max_itl_ms } = found;
+            writeln!(
+                out,
+                "Inter-token latency of the model alone {what}: median {median_itl_ms:.3} ms, p99 {p99_itl_ms:.3} ms, \
+                 largest {max_itl_ms:.3} ms"
+            )?;
+        }
+        writeln!(
+            out,
+            "{:<22}{:>12}{:>12}{:>12}{:>22}{:>22}",
+            "median", "base", "merged", "added", "merged/base", "added/base"
+        )?;
+        let figures: [Figure; 3] =
+            [("batch s", |it| it.seconds), ("TPOT ms", |it| it.tpot_ms), ("TTFT ms", |it| it.ttft_ms)];
+        for (name, figure) in figures {
+            let median = |of: fn(&Round) -> &Batch| self.samples(|round| figure(of(round))).median();
+            let ratio = |of: fn(&Round) -> &Batch| -> anyhow::Result<String> {
+                let ratios = self.samples(|round| figure(of(round)) / figure(&round.base));
+                let (first, last) = ratios.as_slice().first().zip(ratios.as_slice().last()).context("no rounds")?;
+                Ok(format!("{:.3} [{first:.3}, {last:.3}]", ratios.median()))
+            };
+            let (base, merged, added) =
+                (median(|round| &round.base), median(|round| &round.merged), median(|round| &round.added));
+            let (merged_ratio, added_ratio) = (ratio(|round| &round.merged)?, ratio(|round| &round.added)?);
+            writeln!(out, "{name:<22}{base:>12.3}{merged:>12.3}{added:>12.3}{merged_ratio:>22}{added_ratio:>22}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_of_batches_of_one_round() {
+        let batch = |seconds: f64| Batch { seconds, tpot_ms: seconds, ttft_ms: seconds };
+        let round = |base: f64, merged: f64, added: f64| Round {
+            base: batch(base),
+            merged: batch(merged),
+            added: batch(added),
+        };
+        let rounds = vec![round(1.0, 1.01, 1.5), round(2.0, 2.02, 3.0), round(4.0, 4.4, 6.0)];
+        let (while_merging, when_merged) = Default::default();
+        let report = LoraReport { merged_bytes: 7, build_seconds: 0.5, while_merging, when_merged, rounds };
+        let mut text = Vec::new();
+        report.write_table(&mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains("1.010 [1.010, 1.100]") && text.contains("1.500 [1.500, 1.500]"), "{text}");
+    }
+}

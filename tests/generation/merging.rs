@@ -1,0 +1,296 @@
+//! Merged adapters: what is computed is what adding them computes, but for the rounding of the sum; who does not use the
+//! copy does not notice it, bit for bit; and no KV crosses from one form to the other.
+
+use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
+use mneme::engine::{
+    AppliedAdapter, GenerateRequest, LoadedAdapter, MergeConfig, MergeRule, OutputStream, SamplingParams, Task,
+};
+use mneme::telemetry::{MergeMetrics, MergeRefusal, MergeStage};
+
+use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
+use crate::invariance::{Fingerprint, fingerprint};
+use crate::kinds;
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
+use crate::support::random::Random;
+use crate::support::tiny_adapter::{ALL, TinyAdapter};
+use crate::support::tiny_gguf::Storage;
+use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+
+/// Few tokens are enough to decide by.
+const MERGING: MergeConfig =
+    MergeConfig { is_enabled: true, max_bytes: 1 << 30, merge_share: 0.9, unmerge_share: 0.5, window_tokens: 200 };
+
+/// What is merged where there are others.
+const MERGED: &[(usize, f32)] = &[(0, 1.0)];
+
+fn adapters(model: &TinyModel) -> [TinyAdapter; 2] {
+    [TinyAdapter::of(model, &ALL, 5, 1), TinyAdapter::of(model, &["self_attn.v_proj", "mlp.down_proj"], 40, 3)]
+}
+
+fn merging(setup: Setup) -> Setup {
+    Setup { merge: MERGING, ..setup }
+}
+
+/// An engine and the adapters, which are merged when they are used.
+struct Served {
+    engine: TestEngine,
+    loaded: Vec<LoadedAdapter>,
+}
+
+impl Served {
+    fn start(model: &TinyModel, rule: MergeRule, setup: Setup) -> Self {
+        let engine = TestEngine::start_on_cpu(model.write().path(), setup);
+        Self::with(engine, model, rule)
+    }
+
+    fn with(engine: TestEngine, model: &TinyModel, rule: MergeRule) -> Self {
+        let load = |adapter: &TinyAdapter| engine.handle.load_adapter(adapter.write().path()).unwrap();
+        let loaded = adapters(model).iter().map(|adapter| load(adapter).with_merge_rule(rule)).collect();
+        Self { engine, loaded }
+    }
+
+    fn metrics(&self) -> &MergeMetrics {
+        &self.engine.handle.metrics().merges
+    }
+
+    fn submit(&self, prompt: &[u32], sampling: SamplingParams, composition: &[(usize, f32)]) -> OutputStream {
+        let applied = |&(at, scale): &(usize, f32)| AppliedAdapter { adapter: self.loaded[at].clone(), scale };
+        let adapters = composition.iter().map(applied).collect();
+        let task = Task::Generate(Box::new(sampling));
+        self.engine.handle.submit(GenerateRequest { adapters, ..request(prompt, task) }).unwrap()
+    }
+
+    fn run(&self, prompt: &[u32], composition: &[(usize, f32)]) -> Output {
+        collect(self.submit(prompt, sampling(), composition))
+    }
+
+    fn wait_for(&self, stage: MergeStage) {
+        while self.metrics().stage() != stage {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Uses a composition that has to be merged, and waits until it is.
+    fn merge(&self, composition: &[(usize, f32)]) {
+        let output = self.run(&[1, 2, 3], composition);
+        assert!(!output.reuse.is_merged, "nothing is merged before it was used");
+        self.wait_for(MergeStage::Merged);
+    }
+}
+
+fn sampling() -> SamplingParams {
+    SamplingParams { logprobs: Some(3), ..greedy(12) }
+}
+
+#[test]
+fn merged_logits_are_those_of_weights_with_the_updates_added() {
+    for family in [Family::Llama, Family::Qwen2, Family::Gemma3] {
+        let model = TinyModel::new(family, 11);
+        let prompt = Random::new(3).tokens(60, VOCAB);
+        for isa in Isa::available() {
+            let exact = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+            for composition in [&[(0, 1.0)][..], &[(0, 0.7), (1, -0.5)]] {
+                let served = Served::start(&model, MergeRule::Always, merging(exact.clone()));
+                served.merge(composition);
+                let output = collect(served.submit(&prompt, everything(), composition));
+                assert!(output.reuse.is_merged);
+                let mut merged = model.clone();
+                for (at, scale) in composition {
+                    adapters(&model)[*at].merge_into(&mut merged, f64::from(*scale));
+                }
+                let (worst, _) = differences_of(&output, &merged, &prompt, false);
+                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
+                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
+                let (without, _) = differences_of(&output, &model, &prompt, false);
+                assert!(without > 10.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
+            }
+        }
+    }
+}
+
+/// In bf16 a merged weight is a rounded sum, so the forms differ by roundings, and by no more.
+#[test]
+fn forms_differ_by_the_rounding_of_weights() {
+    let model = TinyModel::new(Family::Llama, 12);
+    let prompt = Random::new(4).tokens(60, VOCAB);
+    let setup = Setup { dtype: Some(DType::BF16), ..Setup::default() };
+    let (added, merged) = (
+        Served::start(&model, MergeRule::Never, merging(setup.clone())),
+        Served::start(&model, MergeRule::Always, merging(setup)),
+    );
+    merged.merge(&[(0, 1.0)]);
+    let logits = |served: &Served| {
+        let sampling = SamplingParams { logprobs: Some(VOCAB), ..greedy(1) };
+        let output = collect(served.submit(&prompt, sampling, &[(0, 1.0)]));
+        let mut top = output.logprobs[0].top.clone();
+        top.sort_by_key(|top| top.id);
+        top.iter().map(|top| top.logprob).collect::<Vec<_>>()
+    };
+    let worst = logits(&added).iter().zip(logits(&merged)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(worst > 0.0 && worst < 0.1, "the forms differ by {worst}");
+    assert_eq!(added.metrics().stage(), MergeStage::None);
+}
+
+/// Requests of everybody: of the adapter that is merged, before others take its credit, of the model, and of others.
+fn mixed(seed: u64) -> Vec<(Vec<u32>, &'static [(usize, f32)])> {
+    let mut random = Random::new(seed);
+    let shared = random.tokens(40, VOCAB);
+    let compositions: [&[(usize, f32)]; 4] = [MERGED, &[], &[(1, 0.5)], &[(0, 1.0), (1, 1.0)]];
+    let make = |at: usize| {
+        let mut prompt = if random.once_in(2) { shared.clone() } else { vec![] };
+        let num_own = random.within(1, 50);
+        prompt.extend(random.tokens(num_own, VOCAB));
+        (prompt, compositions[at / 3])
+    };
+    (0..12).map(make).collect()
+}
+
+fn run_together(served: &Served, requests: &[(Vec<u32>, &[(usize, f32)])]) -> Vec<Output> {
+    let submit = |(prompt, composition): &(Vec<u32>, &[(usize, f32)])| served.submit(prompt, sampling(), composition);
+    let streams: Vec<_> = requests.iter().map(submit).collect();
+    streams.into_iter().map(collect).collect()
+}
+
+#[test]
+fn bystanders_have_the_bits_of_an_engine_that_never_merges() {
+    for (isa, dtype, kv_dtype) in kinds() {
+        let model = TinyModel::new(Family::Qwen3, 5);
+        let setup = Setup { isa, dtype, kv_dtype, ..Setup::default() };
+        let never = Served::start(&model, MergeRule::Auto, setup.clone());
+        let merges = Served::start(&model, MergeRule::Auto, merging(setup.clone()));
+        let requests = mixed(7);
+        let wanted: Vec<Fingerprint> = run_together(&never, &requests).iter().map(fingerprint).collect();
+        let check = |found: &[Output], what: &str| {
+            for ((output, wanted), (_, composition)) in found.iter().zip(&wanted).zip(&requests) {
+                assert!(!output.reuse.is_merged || *composition == MERGED, "{isa}, {what}: {composition:?} is merged");
+                if !output.reuse.is_merged {
+                    assert_eq!(&fingerprint(output), wanted, "{isa}, {what}: {composition:?}");
+                }
+            }
+        };
+        check(&run_together(&merges, &requests), "before");
+        // While the copy is written; the last of these tokens begins it.
+        let begin = collect(merges.submit(&[5, 6, 7], greedy(600), MERGED));
+        assert_eq!(begin.tokens, collect(never.submit(&[5, 6, 7], greedy(600), MERGED)).tokens, "it keeps its form");
+        let mut during = Served::start(&model, MergeRule::Always, merging(setup));
+        during.loaded[1] = during.loaded[1].clone().with_merge_rule(MergeRule::Auto);
+        check(&run_together(&during, &requests), "during");
+        merges.wait_for(MergeStage::Merged);
+        let after = run_together(&merges, &requests);
+        check(&after, "after");
+        let merged: Vec<_> = after.iter().zip(&requests).filter(|(output, _)| output.reuse.is_merged).collect();
+        assert_eq!(merged.len(), 3, "all requests of the merged adapter");
+        // Who uses the copy has the same bits alone.
+        for (output, (prompt, composition)) in merged {
+            let alone = Served::start(
+                &model,
+                MergeRule::Always,
+                merging(Setup { isa, dtype, kv_dtype, num_threads: 1, ..Setup::default() }),
+            );
+            alone.merge(MERGED);
+            assert_eq!(fingerprint(&alone.run(prompt, composition)), fingerprint(output), "{isa}: alone");
+        }
+        // Others take over, the copy goes, and everything is as if it had never been.
+        drop(collect(merges.submit(&[9], greedy(300), &[])));
+        merges.wait_for(MergeStage::None);
+        assert_eq!((merges.metrics().merges.get(), merges.metrics().unmerges.get()), (1, 1));
+        assert_eq!(merges.metrics().merged_bytes.get(), 0);
+        let unmerged = run_together(&merges, &requests);
+        assert!(unmerged.iter().all(|output| !output.reuse.is_merged));
+        check(&unmerged, "unmerged");
+    }
+}
+
+#[test]
+fn a_sequence_keeps_the_form_it_began_with() {
+    let model = TinyModel::new(Family::Llama, 31);
+    let (never, merges) = (
+        Served::start(&model, MergeRule::Auto, Setup::default()),
+        Served::start(&model, MergeRule::Always, merging(Setup::default())),
+    );
+    let prompt = Random::new(5).tokens(30, VOCAB);
+    let long = merges.submit(&prompt, greedy(900), &[(0, 1.0)]);
+    let mut late = Output::default();
+    // Asked for again and again, until it is merged beside the long one.
+    while !late.reuse.is_merged {
+        late = merges.run(&prompt, &[(0, 1.0)]);
+    }
+    let long = collect(long);
+    assert!(!long.reuse.is_merged);
+    assert_eq!(long.tokens, collect(never.submit(&prompt, greedy(900), &[(0, 1.0)])).tokens);
+    assert!(merges.metrics().num_tokens(true) > 0 && merges.metrics().num_tokens(false) >= 900);
+}
+
+#[test]
+fn kv_is_never_shared_across_forms() {
+    let model = TinyModel::new(Family::Llama, 21);
+    let served = Served::start(&model, MergeRule::Always, merging(Setup::default()));
+    let prompt = Random::new(9).tokens(50, VOCAB);
+    let added = served.run(&prompt, &[(0, 1.0)]);
+    served.wait_for(MergeStage::Merged);
+    let merged = served.run(&prompt, &[(0, 1.0)]);
+    assert_eq!((added.reuse.is_merged, merged.reuse.is_merged, merged.cached_tokens), (false, true, 0));
+    let again = served.run(&prompt, &[(0, 1.0)]);
+    assert_eq!((again.cached_tokens, fingerprint(&again)), (48, fingerprint(&merged)));
+    // One that is against it finds what was computed for those who add.
+    let mut adapter = AppliedAdapter { adapter: served.loaded[0].clone(), scale: 1.0 };
+    adapter.forbid_merge();
+    let task = Task::Generate(Box::new(sampling()));
+    let request = GenerateRequest { adapters: vec![adapter], ..request(&prompt, task) };
+    let forbidden = collect(served.engine.handle.submit(request).unwrap());
+    assert_eq!((forbidden.reuse.is_merged, forbidden.cached_tokens), (false, 48));
+    assert_eq!(fingerprint(&forbidden), fingerprint(&added));
+    // Another scale is another composition.
+    assert!(!served.run(&prompt, &[(0, 0.5)]).reuse.is_merged);
+}
+
+#[test]
+fn what_cannot_be_merged_is_added_and_says_so() {
+    let model = TinyModel::new(Family::Llama, 1);
+    let quantised = model.write_gguf(|name| if name.contains("norm") { Storage::F32 } else { Storage::Q8_0 });
+    let small = Setup { merge: MergeConfig { max_bytes: 1000, ..MERGING }, ..Setup::default() };
+    let written = model.write();
+    let cases = [
+        (quantised.path(), merging(Setup::default()), MergeRefusal::Unsupported),
+        (written.path(), small, MergeRefusal::NoRoom),
+    ];
+    for (path, setup, why) in cases {
+        let never = Setup { merge: MergeConfig::default(), ..setup.clone() };
+        let never = Served::with(TestEngine::start_on_cpu(path, never), &model, MergeRule::Always);
+        let merges = Served::with(TestEngine::start_on_cpu(path, setup), &model, MergeRule::Always);
+        let prompt = Random::new(6).tokens(40, VOCAB);
+        for _ in 0..3 {
+            let (found, wanted) = (merges.run(&prompt, &[(0, 1.0)]), never.run(&prompt, &[(0, 1.0)]));
+            assert_eq!((found.reuse.is_merged, fingerprint(&found)), (false, fingerprint(&wanted)), "{why:?}");
+        }
+        assert_eq!((merges.metrics().stage(), merges.metrics().num_refusals(why)), (MergeStage::None, 1), "{why:?}");
+        assert_eq!(never.metrics().num_refusals(why), 0, "an engine that never merges does not try");
+    }
+}
+
+/// A deterministic engine does not do what it is told to do always, because it could not always do it.
+#[test]
+fn nothing_is_merged_unless_enabled() {
+    let model = TinyModel::new(Family::Llama, 2);
+    let served = Served::start(&model, MergeRule::Always, Setup::default());
+    let prompt = Random::new(6).tokens(40, VOCAB);
+    let first = fingerprint(&served.run(&prompt, &[(0, 1.0)]));
+    drop(collect(served.submit(&[5], greedy(500), &[(0, 1.0)])));
+    let last = served.run(&prompt, &[(0, 1.0)]);
+    assert_eq!((last.reuse.is_merged, fingerprint(&last)), (false, first));
+    assert_eq!((served.metrics().stage(), served.metrics().merges.get()), (MergeStage::None, 0));
+}
+
+/// Once nobody can ask for the adapter the copy is of no use.
+#[test]
+fn the_copy_of_an_unloaded_adapter_goes() {
+    let model = TinyModel::new(Family::Llama, 3);
+    let mut served = Served::start(&model, MergeRule::Always, merging(Setup::default()));
+    served.merge(&[(0, 1.0)]);
+    assert!(served.metrics().merged_bytes.get() > 0 && served.loaded[0].is_merged() && !served.loaded[1].is_merged());
+    served.loaded.remove(0);
+    served.engine.greedy(&[1], 3);
+    served.wait_for(MergeStage::None);
+    assert_eq!(served.metrics().merged_bytes.get(), 0);
+}
