@@ -70,6 +70,7 @@ impl Deposit {
 
     /// Starts what can be started. When it has ended, its caller has been told, and the sequence comes back with its
     /// blocks.
+    #[allow(clippy::result_large_err)] // it is no error, and goes back where it came from
     pub(super) fn advance(mut self, pager: &mut Pager, block_size: usize) -> Result<Box<Sequence>, Self> {
         match self.progress(pager, block_size) {
             Progress::Waiting => Err(self),
