@@ -193,6 +193,10 @@ fn comparison_and_selection() {
     );
     exact32(&pick("setp.lt.u32 %q, %ra, %rb; not.pred %p, %q;"), |a, b, c| if a < b { c } else { b });
     exact32(&pick("setp.lt.u32 %p|%q, %ra, %rb; and.pred %p, %p, !%q;"), |a, b, c| if a < b { b } else { c });
+    exact32(
+        &pick("mov.pred %p, 0; setp.lt.u32 %q, %ra, %rb; @%q mov.pred %p, -1;"),
+        |a, b, c| if a < b { b } else { c },
+    );
     exact32("setp.lt.u32 %p, %ra, %rb; @%p mov.u32 %r, %ra; @!%p mov.u32 %r, %rb;", |a, b, _| a.min(b));
 }
 

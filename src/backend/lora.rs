@@ -118,7 +118,7 @@ pub struct LoraGroup<L> {
 /// What is added to which rows of a step. Arrays are on the device; a row stands in as many groups as its request has
 /// adapters, once in each.
 pub struct LoraBatch<'a, B: Backend> {
-    /// `[1, M]` i32: rows of the step, those of one group one after the other.
+    /// `[1, M]` i32: rows of the step, those of one group one after the other and ascending.
     pub rows: Tensor<B::Buffer>,
     /// `[1, M]` f32: what multiplies the update of that row.
     pub scales: Tensor<B::Buffer>,

@@ -132,8 +132,11 @@ fn forms_differ_by_the_rounding_of_weights() {
     assert_eq!(added.metrics().stage(), MergeStage::None);
 }
 
+/// A prompt, and the adapters by number with their scales.
+type Asked = (Vec<u32>, &'static [(usize, f32)]);
+
 /// Requests of everybody: of the adapter that is merged, before others take its credit, of the model, and of others.
-fn mixed(seed: u64) -> Vec<(Vec<u32>, &'static [(usize, f32)])> {
+fn mixed(seed: u64) -> Vec<Asked> {
     let mut random = Random::new(seed);
     let shared = random.tokens(40, VOCAB);
     let compositions: [&[(usize, f32)]; 4] = [MERGED, &[], &[(1, 0.5)], &[(0, 1.0), (1, 1.0)]];

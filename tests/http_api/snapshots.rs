@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 use crate::cubes::Setup;
 
 fn column<'a>(answer: &'a Value, field: &str) -> Vec<(&'a str, &'a Value)> {
-    let rows = answer["data"].as_array().unwrap();
-    rows.iter().map(|row| (row["name"].as_str().unwrap(), &row[field])).collect()
+    let rows = answer["data"].as_array().expect("a list");
+    rows.iter().map(|row| (row["name"].as_str().expect("a name"), &row[field])).collect()
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod compose;
 mod elementwise;
 mod gpu;
 mod linear;
+mod lora;
 mod raw;
 #[path = "../support/mod.rs"]
 mod support;

@@ -13,7 +13,7 @@ const PROMPT: usize = 100;
 const NUM_OUTPUT: usize = 8;
 
 /// How far activations of 16 bits may move a log-probability: at worst, and on average over all tokens.
-fn tolerances(dtype: DType) -> (f64, f64) {
+pub(crate) fn tolerances(dtype: DType) -> (f64, f64) {
     if dtype == DType::F16 { (0.06, 0.006) } else { (0.4, 0.04) }
 }
 
@@ -23,7 +23,7 @@ fn run(engine: &TestEngine, prompt: &[u32]) -> Output {
 }
 
 /// Worst and mean difference of the log-probabilities of all tokens behind every prompt position.
-fn differences(found: &Output, wanted: &Output) -> (f64, f64) {
+pub(crate) fn differences(found: &Output, wanted: &Output) -> (f64, f64) {
     assert_eq!(found.prompt_logprobs.len(), wanted.prompt_logprobs.len());
     let (mut worst, mut sum, mut count) = (0.0f64, 0.0, 0usize);
     for (found, wanted) in found.prompt_logprobs.iter().zip(&wanted.prompt_logprobs).skip(1) {
@@ -42,7 +42,7 @@ fn differences(found: &Output, wanted: &Output) -> (f64, f64) {
 }
 
 /// The same tokens up to one that the tolerance may decide.
-fn check_tokens(found: &Output, wanted: &Output, tolerance: f64, what: &str) {
+pub(crate) fn check_tokens(found: &Output, wanted: &Output, tolerance: f64, what: &str) {
     for (step, (found, wanted_id)) in found.tokens.iter().zip(&wanted.tokens).enumerate() {
         if found != wanted_id {
             let [best, second] = [0, 1].map(|rank| wanted.logprobs[step].top[rank].logprob);

@@ -4,6 +4,7 @@
 #![cfg(feature = "cuda")]
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod adapters;
 mod blend;
 mod command;
 mod families;
@@ -60,4 +61,10 @@ fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
 #[test]
 fn families_are_the_cpus_in_other_schedules() {
     support::softgpu::pass_in_other_schedules("families::", "other_schedules");
+}
+
+/// Adapters come from another thread and another stream than those that use them.
+#[test]
+fn adapters_are_the_cpus_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("adapters::", "other_schedules");
 }

@@ -2,7 +2,7 @@
 
 use super::{Decoder, Result, Slot};
 use crate::exec::alu;
-use crate::exec::isa::{Compare, Logic, NONE, NumType, Op, Rounding, SetPredicate};
+use crate::exec::isa::{Compare, Logic, NONE, NumType, Op, Pred, Rounding, SetPredicate};
 use crate::ptx::syntax::Operand;
 
 impl Decoder<'_> {
@@ -196,6 +196,11 @@ impl Decoder<'_> {
             }
             (target, Operand::Special(name)) if name.starts_with("%clock") || name == "%globaltimer" => {
                 Some(Op::Clock { d: self.target(target, wide)?, wide })
+            }
+            (target, Operand::Int(value)) if parts.get(1) == Some(&"pred") => {
+                let (d, a) = (self.pred_target(target)?, self.pred(target)?);
+                let op = if *value == 0 { Logic::And } else { Logic::Or };
+                Some(Op::Logic { op, d, a, b: Pred { negated: !a.negated, ..a } })
             }
             (target, source) if parts.get(1) == Some(&"pred") => {
                 Some(Op::MovPredicate { d: self.pred_target(target)?, a: self.pred(source)? })

@@ -225,7 +225,7 @@ impl Call<'_> {
 
     /// `out, partials, qkv, blocks, block_tables, context_lens, cu_seqlens_q, positions, block_stride, layer_offset,
     /// max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window, scale`.
-    fn arguments(&self, partials: Option<&CudaBuffer>) -> Result<Arguments> {
+    fn arguments(&self, partials: Option<&CudaBuffer>) -> Result<Arguments<'_>> {
         let (block_stride, layer_offset) = strides(self.kv);
         let arguments = Arguments::new().tensor(self.out)?;
         let arguments = match partials {

@@ -15,13 +15,15 @@ use super::compose;
 use super::driver::{driver_error, open};
 use super::kernels::{Kernel, Kernels};
 use super::launch::{Arguments, Grid};
+use super::lora::{self, LoraScratch};
+use super::lora_loader::CudaLoraLoader;
 use super::memory::CudaBuffer;
 use super::stream::{CudaStream, EventPool};
 use super::upload::Uploader;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
-    KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies, Tensor,
+    KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -39,9 +41,10 @@ pub struct CudaBackend {
     dtype: DType,
     kernels: Kernels,
     partials: Partials,
+    lora: LoraScratch,
     events: Arc<EventPool>,
-    /// Used while weights are loaded.
-    uploader: Mutex<Uploader>,
+    /// Used while weights and adapters are loaded.
+    uploader: Arc<Mutex<Uploader>>,
     said_dequantised: AtomicBool,
     context: Arc<CudaContext>,
 }
@@ -57,7 +60,8 @@ impl CudaBackend {
         Ok(Self {
             kernels: Kernels::load(&context, dtype)?,
             partials: Partials::allocate(&context)?,
-            uploader: Mutex::new(Uploader::new(&context, &events)?),
+            lora: LoraScratch::allocate(&context)?,
+            uploader: Arc::new(Mutex::new(Uploader::new(&context, &events)?)),
             said_dequantised: AtomicBool::new(false),
             info,
             dtype,
@@ -96,6 +100,10 @@ impl CudaBackend {
         &self.partials
     }
 
+    pub(super) fn lora(&self) -> &LoraScratch {
+        &self.lora
+    }
+
     /// Makes the device the calling thread's.
     pub(super) fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(driver_error("use the device"))
@@ -124,7 +132,7 @@ impl CudaBackend {
         kernel: &Kernel,
         blocks: (usize, usize, usize),
         threads: usize,
-        arguments: Arguments,
+        arguments: Arguments<'_>,
     ) -> Result<()> {
         self.bind()?;
         let grid = Grid { blocks, threads, shared_bytes: kernel.shared_bytes };
@@ -133,19 +141,8 @@ impl CudaBackend {
     }
 }
 
-/// Refuses adapters: there are no kernels for them yet.
-pub struct CudaLoraLoader;
-
-impl LoraLoader for CudaLoraLoader {
-    type Lora = std::convert::Infallible;
-
-    fn load(&self, _: &[LoraPart]) -> Result<Self::Lora> {
-        Err(unsupported!("adapters cannot be applied on a GPU yet; start with --device cpu to use them"))
-    }
-}
-
 /// Kernels read rows in vectors of eight.
-fn expect_vectors(what: &str, columns: usize) -> Result<()> {
+pub(super) fn expect_vectors(what: &str, columns: usize) -> Result<()> {
     match columns > 0 && columns.is_multiple_of(8) {
         true => Ok(()),
         false => Err(unsupported!("{what} has {columns} columns; CUDA kernels need a multiple of 8")),
@@ -207,7 +204,7 @@ impl Backend for CudaBackend {
     }
 
     fn create_lora_loader(&self) -> Result<CudaLoraLoader> {
-        Ok(CudaLoraLoader)
+        Ok(CudaLoraLoader::new(&self.context, &self.uploader, self.dtype))
     }
 
     fn embed(
@@ -255,16 +252,13 @@ impl Backend for CudaBackend {
 
     fn add_lora(
         &self,
-        _: &CudaStream,
-        _: &CudaTensor,
+        stream: &CudaStream,
+        x: &CudaTensor,
         batch: &LoraBatch<'_, Self>,
-        _: LoraSite,
-        _: &CudaTensor,
+        site: LoraSite,
+        out: &CudaTensor,
     ) -> Result<()> {
-        match batch.groups.is_empty() {
-            true => Ok(()),
-            false => Err(unsupported!("adapters cannot be applied on a GPU yet")),
-        }
+        lora::add_lora(self, stream, x, batch, site, out)
     }
 
     fn rms_norm(

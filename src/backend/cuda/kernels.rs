@@ -67,6 +67,8 @@ pub(super) struct Kernels {
     pub(super) rope_store_kv: Kernel,
     pub(super) rotate_gather: Kernel,
     pub(super) kv_deviation: Kernel,
+    pub(super) lora_shrink: Kernel,
+    pub(super) lora_expand: Kernel,
     pub(super) attention: Vec<AttentionKernels>,
     pub(super) attention_combine: Kernel,
     /// Outputs in the element type of the inputs.
@@ -95,6 +97,8 @@ impl Kernels {
             rope_store_kv: plain("kv_store", format!("rope_store_kv_{dtype}"))?,
             rotate_gather: plain("rotate_gather", format!("rotate_gather_{dtype}"))?,
             kv_deviation: plain("kv_deviation", format!("kv_deviation_{dtype}"))?,
+            lora_shrink: plain("lora", format!("lora_shrink_{dtype}"))?,
+            lora_expand: plain("lora", format!("lora_expand_{dtype}"))?,
             attention: HEAD_DIMS
                 .into_iter()
                 .map(|head_dim| AttentionKernels::find(&modules, dtype, head_dim))

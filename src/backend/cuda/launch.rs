@@ -28,14 +28,16 @@ pub(super) struct Grid {
 
 /// The arguments of one launch, in the order of the kernel's parameters. Each lies in eight bytes, of which the driver
 /// reads as many as the parameter has, the low ones first.
-pub(super) struct Arguments {
+pub(super) struct Arguments<'a> {
     values: [u64; MAX_ARGUMENTS],
     len: usize,
+    /// The last argument, where that is a structure.
+    structure: Option<&'a [u64]>,
 }
 
-impl Arguments {
+impl<'a> Arguments<'a> {
     pub(super) fn new() -> Self {
-        Self { values: [0; MAX_ARGUMENTS], len: 0 }
+        Self { values: [0; MAX_ARGUMENTS], len: 0, structure: None }
     }
 
     /// A pointer to a tensor, all of which lies inside its buffer.
@@ -73,6 +75,11 @@ impl Arguments {
         self.push(u64::from(value.to_bits()))
     }
 
+    /// A structure by value, the kernel's last parameter; as large as that is.
+    pub(super) fn structure(self, words: &'a [u64]) -> Self {
+        Self { structure: Some(words), ..self }
+    }
+
     fn push(mut self, value: u64) -> Self {
         self.values[self.len] = value;
         self.len += 1;
@@ -99,11 +106,15 @@ impl Arguments {
             |value: usize| u32::try_from(value).map_err(|_| invalid!("{name}: a grid of {grid:?} is too large"));
         let blocks = (narrow(x)?, narrow(y)?, narrow(z)?);
         let (threads, shared_bytes) = (narrow(grid.threads)?, narrow(grid.shared_bytes)?);
-        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS];
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS + 1];
         for (pointer, value) in pointers.iter_mut().zip(&mut self.values[..self.len]) {
             *pointer = std::ptr::from_mut(value).cast();
         }
         let (function, stream) = (function.cu_function(), stream.get().cu_stream());
+        if let Some(structure) = self.structure {
+            pointers[self.len] = structure.as_ptr().cast_mut().cast();
+            self.len += 1;
+        }
         let pointers = &mut pointers[..self.len];
         // SAFETY: the caller's promise; the driver copies the arguments before it returns.
         let launched =

@@ -55,6 +55,11 @@ fn round_row(stored: DType, bytes: &[u8], target: DType, numbers: &mut [f32], ou
         return out.copy_from_slice(bytes);
     }
     dequantize_row(stored, bytes, numbers);
+    round(numbers, target, out);
+}
+
+/// Writes numbers as `target`, each rounded to the nearest.
+pub(super) fn round(numbers: &[f32], target: DType, out: &mut [u8]) {
     for (number, out) in numbers.iter().zip(out.chunks_exact_mut(2)) {
         out.copy_from_slice(&match target {
             DType::F16 => f16::from_f32(*number).to_le_bytes(),

@@ -1,0 +1,228 @@
+//! Low-rank updates of a projection's output: the launches for all adapters of a step.
+//!
+//! `kernels/lora.cu` says what a piece is. Pieces travel as arguments of the first kernel, which leaves them on the device
+//! for the second: so any number of adapters takes no copy of its own.
+
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::CudaContext;
+
+use super::backend::{CudaBackend, CudaTensor, expect_vectors};
+use super::launch::Arguments;
+use super::lora_loader::CudaLoraPart;
+use super::memory::{CudaBuffer, address};
+use super::stream::CudaStream;
+use crate::backend::{LoraBatch, LoraSite};
+use crate::{Result, invalid, unsupported};
+
+/// Pieces in the arguments of one launch, as in `lora.cu`.
+const LAUNCH_PIECES: usize = 32;
+/// 64-bit words of a piece.
+const PIECE_WORDS: usize = 6;
+/// Rows, and ranks, of a block of the first kernel.
+const SHRINK_TILE: usize = 16;
+/// Rows and columns of a block of the second.
+const EXPAND_TILE: (usize, usize) = (16, 256);
+
+/// The most pieces of a step: some thousands of adapters.
+const MAX_PIECES: usize = 16 * 1024;
+/// Memory for shrunk rows. A step that needs more goes through its rows in several rounds, with the same bits.
+const SHRUNK_BYTES: usize = 16 << 20;
+
+/// What stands between the two kernels.
+pub(super) struct LoraScratch {
+    table: CudaBuffer,
+    shrunk: CudaBuffer,
+}
+
+impl LoraScratch {
+    pub(super) fn allocate(context: &Arc<CudaContext>) -> Result<Self> {
+        Ok(Self {
+            table: CudaBuffer::allocate(context, MAX_PIECES * PIECE_WORDS * 8)?,
+            shrunk: CudaBuffer::allocate(context, SHRUNK_BYTES)?,
+        })
+    }
+}
+
+/// See [`Backend::add_lora`](crate::backend::Backend::add_lora).
+pub(super) fn add_lora(
+    backend: &CudaBackend,
+    stream: &CudaStream,
+    x: &CudaTensor,
+    batch: &LoraBatch<'_, CudaBackend>,
+    site: LoraSite,
+    out: &CudaTensor,
+) -> Result<()> {
+    batch.check()?;
+    x.expect("projection input", x.rows(), x.columns(), backend.dtype())?;
+    out.expect("projection output", x.rows(), out.columns(), backend.dtype())?;
+    let call = Call { backend, stream, x, batch, site, out };
+    let (num_pieces, shrunk_stride) = call.measure()?;
+    if num_pieces == 0 {
+        return Ok(());
+    }
+    let most_rows = SHRUNK_BYTES / 4 / shrunk_stride;
+    if num_pieces > MAX_PIECES || most_rows == 0 {
+        return Err(unsupported!(
+            "{num_pieces} updates with {shrunk_stride} ranks in one step; CUDA takes {MAX_PIECES} updates and {} ranks",
+            SHRUNK_BYTES / 4
+        ));
+    }
+    for first_row in (0..x.rows()).step_by(most_rows) {
+        let round = Round { first_row, num_rows: most_rows.min(x.rows() - first_row), shrunk_stride, num_pieces };
+        call.shrink(&round)?;
+        call.expand(&round)?;
+    }
+    Ok(())
+}
+
+struct Call<'a> {
+    backend: &'a CudaBackend,
+    stream: &'a CudaStream,
+    x: &'a CudaTensor,
+    batch: &'a LoraBatch<'a, CudaBackend>,
+    site: LoraSite,
+    out: &'a CudaTensor,
+}
+
+/// Some rows of the step.
+struct Round {
+    first_row: usize,
+    num_rows: usize,
+    /// Shrunk numbers of a row.
+    shrunk_stride: usize,
+    num_pieces: usize,
+}
+
+impl Call<'_> {
+    /// The updates that are added to any row, in order, with the entries they are added to.
+    fn pieces(&self) -> impl Iterator<Item = (&CudaLoraPart, &Range<usize>)> {
+        let site = self.site;
+        let groups = self.batch.groups.iter().filter(|group| !group.entries.is_empty());
+        let updates = groups.filter_map(move |group| Some((group.adapter.get(site)?, &group.entries)));
+        updates.flat_map(|(update, entries)| update.parts.iter().map(move |part| (part, entries)))
+    }
+
+    /// How many pieces there are and how many shrunk numbers a row has; an error unless all fit the projection.
+    fn measure(&self) -> Result<(usize, usize)> {
+        let (inputs, outputs) = (self.x.columns(), self.out.columns());
+        let (mut num_pieces, mut shrunk_stride) = (0, 0);
+        for (part, _) in self.pieces() {
+            let columns = part.first_column..part.first_column + part.b.columns();
+            if part.a.columns() != inputs || columns.end > outputs {
+                let found = part.a.columns();
+                return Err(invalid!(
+                    "an adapter takes {found} inputs and adds to the columns {columns:?} of a projection of {inputs} \
+                     inputs and {outputs} outputs"
+                ));
+            }
+            num_pieces += 1;
+            shrunk_stride += stride(part);
+        }
+        if num_pieces > 0 {
+            expect_vectors("a projection with adapters", outputs)?;
+        }
+        Ok((num_pieces, shrunk_stride))
+    }
+
+    fn shrink(&self, round: &Round) -> Result<()> {
+        let mut pieces = LaunchPieces::new(0);
+        let mut shrunk_at = 0;
+        for (part, entries) in self.pieces() {
+            if pieces.len == LAUNCH_PIECES {
+                self.launch_shrink(round, &pieces)?;
+                pieces = LaunchPieces::new(pieces.first + pieces.len);
+            }
+            pieces.push(part, entries, shrunk_at)?;
+            shrunk_at += stride(part);
+        }
+        self.launch_shrink(round, &pieces)
+    }
+
+    fn launch_shrink(&self, round: &Round, pieces: &LaunchPieces) -> Result<()> {
+        let LoraScratch { table, shrunk } = self.backend.lora();
+        let arguments = Arguments::new()
+            .buffer(shrunk)?
+            .buffer(table)?
+            .tensor(self.x)?
+            .tensor(&self.batch.rows)?
+            .tensor(&self.batch.scales)?
+            .int(self.x.columns())?
+            .int(round.first_row)?
+            .int(round.num_rows)?
+            .int(round.shrunk_stride)?
+            .int(pieces.len)?
+            .int(pieces.first)?
+            .structure(&pieces.words);
+        let kernel = &self.backend.kernels().lora_shrink;
+        // SAFETY: lora_shrink(shrunk, table, x, rows, scales, num_inputs, first_row, num_rows, shrunk_stride, num_pieces,
+        // first_piece, pieces), shapes as checked; `shrunk` and `table` hold the round's rows and all pieces, whose
+        // factors live as long as the batch and are freed only when the device is at rest; entries are rows of x.
+        unsafe { self.backend.launch(self.stream, kernel, (pieces.num_blocks, 1, 1), 256, arguments) }
+    }
+
+    fn expand(&self, round: &Round) -> Result<()> {
+        let LoraScratch { table, shrunk } = self.backend.lora();
+        let arguments = Arguments::new()
+            .tensor(self.out)?
+            .buffer(shrunk)?
+            .buffer(table)?
+            .tensor(&self.batch.rows)?
+            .int(self.out.columns())?
+            .int(round.first_row)?
+            .int(round.num_rows)?
+            .int(round.shrunk_stride)?
+            .int(round.num_pieces)?;
+        let (rows, columns) = EXPAND_TILE;
+        let blocks = (round.num_rows.div_ceil(rows), self.out.columns().div_ceil(columns), 1);
+        let kernel = &self.backend.kernels().lora_expand;
+        // SAFETY: lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces), shapes
+        // as checked, behind the first kernel on the same stream.
+        unsafe { self.backend.launch(self.stream, kernel, blocks, 128, arguments) }
+    }
+}
+
+/// Shrunk numbers of a row under one part, filled up to whole vectors.
+fn stride(part: &CudaLoraPart) -> usize {
+    part.a.rows().next_multiple_of(4)
+}
+
+/// `LoraPieces` of `lora.cu`.
+struct LaunchPieces {
+    words: [u64; LAUNCH_PIECES * PIECE_WORDS],
+    len: usize,
+    /// The place of the first among all pieces.
+    first: usize,
+    num_blocks: usize,
+}
+
+impl LaunchPieces {
+    fn new(first: usize) -> Self {
+        Self { words: [0; LAUNCH_PIECES * PIECE_WORDS], len: 0, first, num_blocks: 0 }
+    }
+
+    fn push(&mut self, part: &CudaLoraPart, entries: &Range<usize>, shrunk_at: usize) -> Result<()> {
+        let rank = part.a.rows();
+        let piece = [
+            address(&part.a)?,
+            address(&part.b)?,
+            u64::from(part.scaling.to_bits()) | ints(0, rank)?,
+            ints(part.first_column, part.b.columns())?,
+            ints(entries.start, entries.end)?,
+            ints(shrunk_at, self.num_blocks)?,
+        ];
+        self.words[self.len * PIECE_WORDS..][..PIECE_WORDS].copy_from_slice(&piece);
+        self.len += 1;
+        self.num_blocks += entries.len().div_ceil(SHRINK_TILE) * rank.div_ceil(SHRINK_TILE);
+        Ok(())
+    }
+}
+
+/// Two neighbouring `int`s.
+fn ints(first: usize, second: usize) -> Result<u64> {
+    let int = |value: usize| i32::try_from(value).map_err(|_| invalid!("{value} does not fit into a kernel's int"));
+    Ok(int(first)? as u64 | (int(second)? as u64) << 32)
+}
