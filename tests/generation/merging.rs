@@ -149,7 +149,7 @@ fn mixed(seed: u64) -> Vec<Asked> {
     (0..12).map(make).collect()
 }
 
-fn run_together(served: &Served, requests: &[(Vec<u32>, &[(usize, f32)])]) -> Vec<Output> {
+fn run_together(served: &Served, requests: &[Asked]) -> Vec<Output> {
     let submit = |(prompt, composition): &(Vec<u32>, &[(usize, f32)])| served.submit(prompt, sampling(), composition);
     let streams: Vec<_> = requests.iter().map(submit).collect();
     streams.into_iter().map(collect).collect()
