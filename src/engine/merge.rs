@@ -126,10 +126,11 @@ impl Merger {
         work: &StepWork<'_>,
         metrics: &EngineMetrics,
     ) -> Result<()> {
-        self.credit(work, metrics);
+        count_tokens(work, metrics);
         if !self.config.is_enabled {
             return Ok(());
         }
+        self.credit(work);
         match self.stage {
             MergeStage::None => self.consider(runner, work, metrics),
             _ => self.go_on(runner, work.took.mul_f64(SHARE_OF_STEP), metrics).map(|_| ()),
@@ -145,16 +146,13 @@ impl Merger {
         self.go_on(runner, IDLE_SLICE, metrics)
     }
 
-    fn credit(&mut self, work: &StepWork<'_>, metrics: &EngineMetrics) {
+    fn credit(&mut self, work: &StepWork<'_>) {
         self.credits.fade(work.scheduled.iter().map(|entry| entry.num_tokens).sum());
         for entry in work.scheduled {
             let sequence = &work.running[entry.index];
             let rule = merge_rule_of(&sequence.adapters);
             let key = sequence.composition_key.filter(|_| rule != MergeRule::Never);
             self.credits.add(key, rule == MergeRule::Always, entry.num_tokens);
-            if !sequence.adapters.is_empty() {
-                metrics.merges.count_tokens(sequence.is_merged(), entry.num_tokens);
-            }
         }
     }
 
@@ -252,7 +250,9 @@ impl Merger {
 
     fn give_up(&mut self, metrics: &EngineMetrics) {
         tracing::info!("adapters are not merged any more");
-        metrics.merges.unmerges.inc();
+        if self.stage == MergeStage::Retiring {
+            metrics.merges.unmerges.inc();
+        }
         self.enter(MergeStage::Freeing, metrics);
     }
 
@@ -279,6 +279,16 @@ impl Merger {
                 self.refuse(form.key, MergeRefusal::Failed, metrics);
                 self.give_up(metrics);
             }
+        }
+    }
+}
+
+/// Tokens computed under adapters, by form.
+fn count_tokens(work: &StepWork<'_>, metrics: &EngineMetrics) {
+    for entry in work.scheduled {
+        let sequence = &work.running[entry.index];
+        if !sequence.adapters.is_empty() {
+            metrics.merges.count_tokens(sequence.is_merged(), entry.num_tokens);
         }
     }
 }

@@ -102,7 +102,7 @@ impl Reached {
             (self.num_cancelled, 1000),
             (self.num_preemptions, 100),
             (self.num_cached_tokens, 10_000),
-            (self.num_host_tokens, 500),
+            (self.num_host_tokens, 1000),
             (self.num_disk_tokens, 500),
             (self.num_restored_tokens, 100),
             (self.num_restarts - self.num_crashes, 50),
