@@ -1,4 +1,4 @@
-//! Integer register tiles with AVX-512 VNNI: up to 6 rows of x by the 32 outputs of a panel.
+//! Integer register tiles with AVX-512 VNNI: up to 6 rows of x by the 32 outputs of a panel, or one row by 4 panels.
 //!
 //! The instruction multiplies unsigned by signed bytes, so weights are unsigned codes and what a code of 0 stands for
 //! (a power of two) times the sum of x's codes is where the integer sum starts.
@@ -8,13 +8,17 @@
 use std::arch::x86_64::*;
 
 use super::super::DType;
+use super::float_avx512::unroll;
 use super::quant_tile::{QuantKernel, QuantTile};
 use super::quantize::{NEGATED_SUMS, RECORD_WORDS, SCALE, SCALED_SUM};
 
 /// Most rows a tile has.
 pub(super) const MAX_ROWS: usize = 6;
+/// Panels a one-row tile takes at a time. So many streams keep the hardware's own prefetch busy: asking for lines as well
+/// costs a tenth.
+pub(super) const STREAMS: usize = 4;
 
-/// How far ahead weights are asked for.
+/// How far ahead weights are asked for where there is one stream.
 const PREFETCH_BYTES: usize = 1536;
 
 /// How a format lies in a panel; constants in types, so that each kernel has only its own code.
@@ -72,100 +76,91 @@ impl Format for Q6K {
     const BIAS_SHIFT: u32 = 5;
 }
 
-/// The kernel for `num_rows` rows and one panel of `dtype`.
-pub(super) fn quant_kernel(dtype: DType, num_rows: usize) -> QuantKernel {
-    match dtype {
-        DType::Q4_0 => kernel_of::<Q4_0>(num_rows),
-        DType::Q4_1 => kernel_of::<Q4_1>(num_rows),
-        DType::Q5_0 => kernel_of::<Q5_0>(num_rows),
-        DType::Q5_1 => kernel_of::<Q5_1>(num_rows),
-        DType::Q8_0 => kernel_of::<Q8_0>(num_rows),
-        DType::Q4K => kernel_of::<Q4K>(num_rows),
-        DType::Q5K => kernel_of::<Q5K>(num_rows),
-        DType::Q6K => kernel_of::<Q6K>(num_rows),
+/// The kernel for `num_rows` rows and `num_panels` (1, or [`STREAMS`] for one row) panels of `dtype`.
+pub(super) fn quant_kernel(dtype: DType, num_rows: usize, num_panels: usize) -> QuantKernel {
+    let kernel = match dtype {
+        DType::Q4_0 => kernel_of::<Q4_0>,
+        DType::Q4_1 => kernel_of::<Q4_1>,
+        DType::Q5_0 => kernel_of::<Q5_0>,
+        DType::Q5_1 => kernel_of::<Q5_1>,
+        DType::Q8_0 => kernel_of::<Q8_0>,
+        DType::Q4K => kernel_of::<Q4K>,
+        DType::Q5K => kernel_of::<Q5K>,
+        DType::Q6K => kernel_of::<Q6K>,
         DType::F32 | DType::F16 | DType::BF16 | DType::I32 => unreachable!("{dtype} is not quantised"),
+    };
+    kernel(num_rows, num_panels)
+}
+
+fn kernel_of<F: Format>(num_rows: usize, num_panels: usize) -> QuantKernel {
+    match (num_rows, num_panels) {
+        (1, STREAMS) => tile::<F, 1, STREAMS>,
+        (1, 1) => tile::<F, 1, 1>,
+        (2, 1) => tile::<F, 2, 1>,
+        (3, 1) => tile::<F, 3, 1>,
+        (4, 1) => tile::<F, 4, 1>,
+        (5, 1) => tile::<F, 5, 1>,
+        (6, 1) => tile::<F, 6, 1>,
+        (rows, panels) => unreachable!("no AVX-512 tile of {rows} quantised rows by {panels} panels"),
     }
 }
 
-fn kernel_of<F: Format>(num_rows: usize) -> QuantKernel {
-    match num_rows {
-        1 => tile::<F, 1>,
-        2 => tile::<F, 2>,
-        3 => tile::<F, 3>,
-        4 => tile::<F, 4>,
-        5 => tile::<F, 5>,
-        6 => tile::<F, 6>,
-        _ => unreachable!("no AVX-512 tile of {num_rows} quantised rows"),
-    }
-}
-
-/// Repeats the body for `$row` in `[0, $count)` with constant indices: only then do the sums live in registers.
-macro_rules! unroll {
-    ($row:ident in $count:expr => $body:block) => {
-        unroll!(@ $row $count, $body, 0 1 2 3 4 5)
-    };
-    (@ $row:ident $count:expr, $body:block, $($value:literal)*) => {
-        $(if $value < $count {
-            const $row: usize = $value;
-            $body
-        })*
-    };
-}
-
-/// Sums of products of 32 (or, of Q6_K, 16) codes, and what they add to the outputs.
+/// Sums of products of 32 (or, of Q6_K, 16) codes of every panel, and what they add to the outputs. `$codes` and `$scales`
+/// take a panel.
 macro_rules! add_part {
-    ($F:ident, $ROWS:ident, $sums:ident, $x:ident, $codes:ident, $scales:expr, $first:expr, $last:expr, $negated:expr) => {
-        let mut integers = [[_mm512_setzero_si512(); 2]; $ROWS];
+    ($F:ident, $ROWS:ident, $PANELS:ident, $sums:ident, $x:ident, $codes:expr, $scales:expr, $vectors:expr, $negated:expr) => {
+        let mut integers = [[[_mm512_setzero_si512(); 2]; $PANELS]; $ROWS];
         if $F::BIAS_SHIFT > 0 {
             unroll!(ROW in $ROWS => {
                 let negated = _mm512_set1_epi32(*$x.add(($negated) * $ROWS + ROW) as i32);
                 let start = _mm512_sll_epi32(negated, _mm_cvtsi32_si128($F::BIAS_SHIFT as i32));
-                integers[ROW] = [start, start];
+                integers[ROW] = [[start; 2]; $PANELS];
             });
         }
         if $F::NIBBLES {
             let low = _mm512_set1_epi8(15);
             for vector in 0..4 {
-                let pairs = [
-                    _mm512_loadu_si512($codes.add(vector * 64).cast()),
-                    _mm512_loadu_si512($codes.add(256 + vector * 64).cast()),
-                ];
-                let values = [_mm512_and_si512(pairs[0], low), _mm512_and_si512(pairs[1], low)];
-                unroll!(ROW in $ROWS => {
-                    let x = _mm512_set1_epi32(*$x.add(vector * $ROWS + ROW) as i32);
-                    integers[ROW][0] = _mm512_dpbusd_epi32(integers[ROW][0], values[0], x);
-                    integers[ROW][1] = _mm512_dpbusd_epi32(integers[ROW][1], values[1], x);
-                });
-                let values = [
-                    _mm512_and_si512(_mm512_srli_epi16::<4>(pairs[0]), low),
-                    _mm512_and_si512(_mm512_srli_epi16::<4>(pairs[1]), low),
-                ];
-                unroll!(ROW in $ROWS => {
-                    let x = _mm512_set1_epi32(*$x.add((vector + 4) * $ROWS + ROW) as i32);
-                    integers[ROW][0] = _mm512_dpbusd_epi32(integers[ROW][0], values[0], x);
-                    integers[ROW][1] = _mm512_dpbusd_epi32(integers[ROW][1], values[1], x);
+                unroll!(PANEL in $PANELS => {
+                    let codes = $codes(PANEL).add(vector * 64);
+                    let pairs = [_mm512_loadu_si512(codes.cast()), _mm512_loadu_si512(codes.add(256).cast())];
+                    let values = [_mm512_and_si512(pairs[0], low), _mm512_and_si512(pairs[1], low)];
+                    add_products!($ROWS, integers, PANEL, $x, vector, values);
+                    let values = [
+                        _mm512_and_si512(_mm512_srli_epi16::<4>(pairs[0]), low),
+                        _mm512_and_si512(_mm512_srli_epi16::<4>(pairs[1]), low),
+                    ];
+                    add_products!($ROWS, integers, PANEL, $x, vector + 4, values);
                 });
             }
         } else {
-            for vector in $first..$last {
-                let values = [
-                    _mm512_loadu_si512($codes.add(vector * 64).cast()),
-                    _mm512_loadu_si512($codes.add(512 + vector * 64).cast()),
-                ];
-                unroll!(ROW in $ROWS => {
-                    let x = _mm512_set1_epi32(*$x.add(vector * $ROWS + ROW) as i32);
-                    integers[ROW][0] = _mm512_dpbusd_epi32(integers[ROW][0], values[0], x);
-                    integers[ROW][1] = _mm512_dpbusd_epi32(integers[ROW][1], values[1], x);
+            for vector in $vectors {
+                unroll!(PANEL in $PANELS => {
+                    let codes = $codes(PANEL).add(vector * 64);
+                    let values = [_mm512_loadu_si512(codes.cast()), _mm512_loadu_si512(codes.add(512).cast())];
+                    add_products!($ROWS, integers, PANEL, $x, vector, values);
                 });
             }
         }
-        let scales: [__m512; 2] = $scales;
+        unroll!(PANEL in $PANELS => {
+            let scales: [__m512; 2] = $scales(PANEL);
+            unroll!(ROW in $ROWS => {
+                let x_scale = _mm512_castsi512_ps(_mm512_set1_epi32(*$x.add(SCALE * $ROWS + ROW) as i32));
+                let low = _mm512_cvtepi32_ps(integers[ROW][PANEL][0]);
+                let high = _mm512_cvtepi32_ps(integers[ROW][PANEL][1]);
+                $sums[ROW][PANEL][0] = _mm512_fmadd_ps(low, _mm512_mul_ps(scales[0], x_scale), $sums[ROW][PANEL][0]);
+                $sums[ROW][PANEL][1] = _mm512_fmadd_ps(high, _mm512_mul_ps(scales[1], x_scale), $sums[ROW][PANEL][1]);
+            });
+        });
+    };
+}
+
+/// Products of the codes of 4 elements, for 32 outputs, with every row's.
+macro_rules! add_products {
+    ($ROWS:ident, $integers:ident, $panel:ident, $x:ident, $vector:expr, $values:ident) => {
         unroll!(ROW in $ROWS => {
-            let x_scale = _mm512_castsi512_ps(_mm512_set1_epi32(*$x.add(SCALE * $ROWS + ROW) as i32));
-            let low = _mm512_cvtepi32_ps(integers[ROW][0]);
-            let high = _mm512_cvtepi32_ps(integers[ROW][1]);
-            $sums[ROW][0] = _mm512_fmadd_ps(low, _mm512_mul_ps(scales[0], x_scale), $sums[ROW][0]);
-            $sums[ROW][1] = _mm512_fmadd_ps(high, _mm512_mul_ps(scales[1], x_scale), $sums[ROW][1]);
+            let x = _mm512_set1_epi32(*$x.add(($vector) * $ROWS + ROW) as i32);
+            $integers[ROW][$panel][0] = _mm512_dpbusd_epi32($integers[ROW][$panel][0], $values[0], x);
+            $integers[ROW][$panel][1] = _mm512_dpbusd_epi32($integers[ROW][$panel][1], $values[1], x);
         });
     };
 }
@@ -173,64 +168,87 @@ macro_rules! add_part {
 /// # Safety
 /// As for [`QuantKernel`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn tile<F: Format, const ROWS: usize>(tile: &QuantTile) {
+unsafe fn tile<F: Format, const ROWS: usize, const PANELS: usize>(tile: &QuantTile) {
     let subs_per_block = if F::IS_K_QUANT { 8 } else { 1 };
     let code_bytes = if F::NIBBLES { 512 } else { 1024 };
-    // SAFETY: x has `num_blocks` records of `ROWS` rows, the panel its blocks, as `packed.rs` lays them out, and the
+    // SAFETY: x has `num_blocks` records of `ROWS` rows, each panel its blocks, as `packed.rs` lays them out, and the
     // masks leave only columns of `out` and the bias; prefetching never faults.
     unsafe {
-        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+        let mut sums = [[[_mm512_setzero_ps(); 2]; PANELS]; ROWS];
         let (mut x, mut at) = (tile.x, tile.weights);
         for _ in 0..tile.num_blocks / subs_per_block {
-            let scales = [widen_f16(at), widen_f16(at.add(32))];
-            let mut offsets = [_mm512_setzero_ps(); 2];
-            if F::HAS_MINIMUM {
-                offsets = [widen_f16(at.add(64)), widen_f16(at.add(96))];
-            }
+            let start = at;
+            let block_scales = |panel: usize| {
+                let scales = start.add(panel * tile.panel_bytes);
+                [widen_f16(scales), widen_f16(scales.add(32))]
+            };
+            let block_offsets = |panel: usize| {
+                let offsets = start.add(panel * tile.panel_bytes + 64);
+                [widen_f16(offsets), widen_f16(offsets.add(32))]
+            };
             at = at.add(if F::HAS_MINIMUM { 128 } else { 64 });
             for _ in 0..subs_per_block {
-                prefetch(at, code_bytes);
-                let header = at;
-                let codes = if F::IS_K_QUANT { at.add(64) } else { at };
+                if PANELS == 1 {
+                    prefetch(at, code_bytes);
+                }
+                let first = at;
+                let header = |panel: usize| first.add(panel * tile.panel_bytes);
+                let codes = |panel: usize| header(panel).add(if F::IS_K_QUANT { 64 } else { 0 });
                 if F::HAS_HALVES {
-                    add_part!(F, ROWS, sums, x, codes, signed_scales(header, scales), 0, 4, NEGATED_SUMS + 1);
-                    add_part!(F, ROWS, sums, x, codes, signed_scales(header.add(32), scales), 4, 8, NEGATED_SUMS + 2);
+                    let scales = |panel| signed_scales(header(panel), block_scales(panel));
+                    add_part!(F, ROWS, PANELS, sums, x, codes, scales, 0..4, NEGATED_SUMS + 1);
+                    let scales = |panel| signed_scales(header(panel).add(32), block_scales(panel));
+                    add_part!(F, ROWS, PANELS, sums, x, codes, scales, 4..8, NEGATED_SUMS + 2);
                 } else {
-                    let scales = || if F::IS_K_QUANT { unsigned_scales(header, scales) } else { scales };
-                    add_part!(F, ROWS, sums, x, codes, scales(), 0, 8, NEGATED_SUMS);
+                    let scales = |panel| match F::IS_K_QUANT {
+                        true => unsigned_scales(header(panel), block_scales(panel)),
+                        false => block_scales(panel),
+                    };
+                    add_part!(F, ROWS, PANELS, sums, x, codes, scales, 0..8, NEGATED_SUMS);
                 }
                 if F::HAS_MINIMUM {
-                    let minima = if F::IS_K_QUANT {
-                        let minima = unsigned_scales(header.add(32), offsets);
-                        let sign = _mm512_set1_ps(-0.0);
-                        [_mm512_xor_ps(minima[0], sign), _mm512_xor_ps(minima[1], sign)]
-                    } else {
-                        offsets
-                    };
-                    unroll!(ROW in ROWS => {
-                        let sum = _mm512_castsi512_ps(_mm512_set1_epi32(*x.add(SCALED_SUM * ROWS + ROW) as i32));
-                        sums[ROW][0] = _mm512_fmadd_ps(minima[0], sum, sums[ROW][0]);
-                        sums[ROW][1] = _mm512_fmadd_ps(minima[1], sum, sums[ROW][1]);
+                    unroll!(PANEL in PANELS => {
+                        let mut minima = block_offsets(PANEL);
+                        if F::IS_K_QUANT {
+                            let sign = _mm512_set1_ps(-0.0);
+                            minima = unsigned_scales(header(PANEL).add(32), minima);
+                            minima = [_mm512_xor_ps(minima[0], sign), _mm512_xor_ps(minima[1], sign)];
+                        }
+                        unroll!(ROW in ROWS => {
+                            let sum = _mm512_castsi512_ps(_mm512_set1_epi32(*x.add(SCALED_SUM * ROWS + ROW) as i32));
+                            sums[ROW][PANEL][0] = _mm512_fmadd_ps(minima[0], sum, sums[ROW][PANEL][0]);
+                            sums[ROW][PANEL][1] = _mm512_fmadd_ps(minima[1], sum, sums[ROW][PANEL][1]);
+                        });
                     });
                 }
                 x = x.add(RECORD_WORDS * ROWS);
-                at = codes.add(code_bytes);
+                at = codes(0).add(code_bytes);
             }
         }
-        let masks = [0, 16].map(|first| column_mask(tile.num_columns, first));
-        if !tile.bias.is_null() {
-            let low = _mm512_maskz_loadu_ps(masks[0], tile.bias);
-            let high = _mm512_maskz_loadu_ps(masks[1], tile.bias.wrapping_add(16));
+        unroll!(PANEL in PANELS => {
             unroll!(ROW in ROWS => {
-                sums[ROW][0] = _mm512_add_ps(sums[ROW][0], low);
-                sums[ROW][1] = _mm512_add_ps(sums[ROW][1], high);
+                store(tile, ROW, PANEL * 32, sums[ROW][PANEL]);
             });
-        }
-        unroll!(ROW in ROWS => {
-            let out = tile.out.add(ROW * tile.out_stride);
-            _mm512_mask_storeu_ps(out, masks[0], sums[ROW][0]);
-            _mm512_mask_storeu_ps(out.wrapping_add(16), masks[1], sums[ROW][1]);
         });
+    }
+}
+
+/// Adds the bias, if there is one, and writes a row's sums of the panel that starts at `column`.
+///
+/// # Safety
+/// As for [`QuantKernel`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn store(tile: &QuantTile, row: usize, column: usize, sums: [__m512; 2]) {
+    for (first, mut sum) in [column, column + 16].into_iter().zip(sums) {
+        let mask = column_mask(tile.num_columns, first);
+        // SAFETY: the mask leaves only columns of `out` and of the bias.
+        unsafe {
+            if !tile.bias.is_null() {
+                sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, tile.bias.wrapping_add(first)));
+            }
+            _mm512_mask_storeu_ps(tile.out.add(row * tile.out_stride).wrapping_add(first), mask, sum);
+        }
     }
 }
 

@@ -46,7 +46,8 @@ pub(super) fn quant_gemm(
     quantise_tiles(pool, isa, x, weights.num_columns(), plan, tiles);
     let blocks = TilePlan::new(plan.num_tiles, (BLOCK_BYTES / (row_words * 4 * max_rows(isa))).max(1));
     let work = QuantGemm { isa, weights, target, plan, blocks, tiles, row_words };
-    let grouping = Grouping::new(num_panels, panel_bytes, 1, blocks.num_tiles, pool.num_threads());
+    let streams = streams(isa, x.num_rows);
+    let grouping = Grouping::new(num_panels, panel_bytes, streams, blocks.num_tiles, pool.num_threads());
     let tasks_per_block = grouping.num_tasks();
     pool.run(tasks_per_block * blocks.num_tiles, |task, _| {
         work.run(task / tasks_per_block, grouping.panels(task % tasks_per_block));
@@ -61,21 +62,25 @@ pub(super) fn row_words(weights: &PackedMatrix) -> usize {
 impl QuantGemm<'_> {
     /// Multiplies one block of rows by some panels, counted over the quantised segments.
     fn run(&self, block: usize, panels: Range<usize>) {
-        for (segment, panels) in panels_of_segments(self.weights, self.isa, Family::Quantised, panels) {
-            for panel in panels {
+        let streams = streams(self.isa, self.plan.num_rows);
+        for (segment, mut panels) in panels_of_segments(self.weights, self.isa, Family::Quantised, panels) {
+            while !panels.is_empty() {
+                let count = if panels.len() >= streams { streams } else { 1 };
                 for tile in self.blocks.start(block)..self.blocks.start(block + 1) {
-                    self.run_tile(segment, panel, tile);
+                    self.run_tile(segment, panels.start..panels.start + count, tile);
                 }
+                panels.start += count;
             }
         }
     }
 
-    fn run_tile(&self, segment: &Segment, panel: usize, tile: usize) {
+    fn run_tile(&self, segment: &Segment, panels: Range<usize>, tile: usize) {
         let (start, rows) = (self.plan.start(tile), self.plan.rows(tile));
-        let column = segment.first_row + panel * PANEL_ROWS;
+        let column = segment.first_row + panels.start * PANEL_ROWS;
         let x = &self.tiles[start * self.row_words..][..rows * self.row_words];
-        let weights = &self.weights.panels(segment)[panel * segment.panel_bytes..][..segment.panel_bytes];
-        let kernel = quant_kernel(self.isa, segment.dtype, rows);
+        let bytes = panels.start * segment.panel_bytes..panels.end * segment.panel_bytes;
+        let weights = &self.weights.panels(segment)[bytes];
+        let kernel = quant_kernel(self.isa, segment.dtype, rows, panels.len());
         // SAFETY: `gemm` checked the sizes of x, out and bias and that the instructions are there; tasks have
         // disjoint outputs.
         unsafe {
@@ -87,10 +92,19 @@ impl QuantGemm<'_> {
                 num_blocks: self.weights.num_columns() / BLOCK,
                 out: self.target.out.add(start * self.target.stride + column),
                 out_stride: self.target.stride,
-                num_columns: (segment.num_rows - panel * PANEL_ROWS).min(PANEL_ROWS),
+                num_columns: (segment.num_rows - panels.start * PANEL_ROWS).min(panels.len() * PANEL_ROWS),
                 bias: self.target.bias(column),
             });
         }
+    }
+}
+
+/// Panels a kernel takes at a time.
+fn streams(isa: Isa, num_rows: usize) -> usize {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx if num_rows == 1 => quant_avx512::STREAMS,
+        _ => 1,
     }
 }
 
@@ -104,10 +118,10 @@ fn max_rows(isa: Isa) -> usize {
     }
 }
 
-fn quant_kernel(isa: Isa, dtype: DType, num_rows: usize) -> QuantKernel {
+fn quant_kernel(isa: Isa, dtype: DType, num_rows: usize, num_panels: usize) -> QuantKernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => quant_avx512::quant_kernel(dtype, num_rows),
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => quant_avx512::quant_kernel(dtype, num_rows, num_panels),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => quant_avx2::quant_kernel(dtype, num_rows),
         _ => quant_tile::portable_kernel(num_rows),

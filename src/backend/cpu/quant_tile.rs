@@ -16,22 +16,22 @@ use super::quantize::{RECORD_WORDS, SCALE, SCALED_SUM};
 pub(super) struct QuantTile {
     /// `[num_blocks][RECORD_WORDS][rows]`, see `quantize.rs`.
     pub(super) x: *const u32,
-    /// One panel.
+    /// One panel, or several in a row.
     pub(super) weights: *const u8,
     pub(super) panel_bytes: usize,
     pub(super) dtype: DType,
     /// Blocks of 32 elements.
     pub(super) num_blocks: usize,
-    /// The output of the tile's first row and the panel's first column.
+    /// The output of the tile's first row and the first panel's first column.
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
-    /// Columns of `out` to write; less than the panel's width at the end of a segment.
+    /// Columns of `out` to write; less than the panels' width at the end of a segment.
     pub(super) num_columns: usize,
     /// Added at the end; null for none.
     pub(super) bias: *const f32,
 }
 
-/// A kernel for a fixed number of rows.
+/// A kernel for a fixed number of rows and panels.
 ///
 /// # Safety
 /// The machine has the kernel's instructions, and every pointer of the tile is good for the sizes beside it.
