@@ -62,6 +62,10 @@ pub struct Workspace<B> {
     pub(super) gate_up: Tensor<B>,
     /// `[T, intermediate]`.
     pub(super) activated: Tensor<B>,
+    /// `[R, hidden]` f32: the residual stream of the rows that are wanted of the last layer.
+    output_residual: Tensor<B>,
+    /// `[R, num_heads head_dim]`: the same of `attended`.
+    output_attended: Tensor<B>,
     hidden: Tensor<B>,
     logits: Tensor<B>,
 }
@@ -86,6 +90,8 @@ impl<B: Clone> Workspace<B> {
             attended: allocate(tokens, q_size, dtype)?,
             gate_up: allocate(tokens, 2 * config.intermediate_size, dtype)?,
             activated: allocate(tokens, config.intermediate_size, dtype)?,
+            output_residual: allocate(tokens, config.hidden_size, DType::F32)?,
+            output_attended: allocate(tokens, q_size, dtype)?,
             hidden: allocate(tokens, config.hidden_size, dtype)?,
             logits: allocate(limits.max_logits, config.vocab_size, DType::F32)?,
         })
@@ -112,8 +118,21 @@ impl<B: Clone> Workspace<B> {
             attended: self.attended.first_rows(num_tokens),
             gate_up: self.gate_up.first_rows(num_tokens),
             activated: self.activated.first_rows(num_tokens),
+            output_residual: self.output_residual.clone(),
+            output_attended: self.output_attended.clone(),
             hidden: self.hidden.clone(),
             logits: self.logits.clone(),
+        }
+    }
+
+    /// What rows that are wanted of the last layer go on in, once the attention of all tokens is done. They end up in
+    /// [`hidden`](Self::hidden).
+    pub(super) fn for_outputs(&self, num_rows: usize) -> Self {
+        Self {
+            residual: self.output_residual.first_rows(num_rows),
+            attended: self.output_attended.first_rows(num_rows),
+            normed: self.hidden.first_rows(num_rows),
+            ..self.for_tokens(num_rows)
         }
     }
 }

@@ -60,18 +60,24 @@ impl<B: Backend> GemmaLayers<B> {
     pub(super) fn forward(&self, pass: &Pass<'_, B>, num_layers: usize) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
         // The norm behind a half layer, then the sum, then the norm before the next half.
-        let join = |post: &RmsNorm<B>, next: &RmsNorm<B>| {
+        let join = |pass: &Pass<'_, B>, post: &RmsNorm<B>, next: &RmsNorm<B>| {
+            let buffers = pass.buffers;
             backend.rms_norm(stream, &buffers.delta, &post.get(), &buffers.post_normed)?;
             backend.add_rms_norm(stream, &buffers.residual, &buffers.post_normed, &next.get(), &buffers.normed)
         };
         let Some(first) = self.layers.first() else { return Ok(()) };
         backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;
         for (index, layer) in self.layers[..num_layers].iter().enumerate() {
-            layer.attention.forward(pass, self.rope(index))?;
-            join(&layer.post_attention_norm, &layer.pre_feedforward_norm)?;
+            if pass.ends_in(index) {
+                return layer.attention.project_heads(pass, self.rope(index));
+            }
+            layer.attention.attend(pass, self.rope(index))?;
+            let pass = &pass.behind_attention(index)?;
+            layer.attention.project_output(pass)?;
+            join(pass, &layer.post_attention_norm, &layer.pre_feedforward_norm)?;
             layer.feed_forward.forward(pass)?;
             let next = self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.input_norm);
-            join(&layer.post_feedforward_norm, next)?;
+            join(pass, &layer.post_feedforward_norm, next)?;
         }
         Ok(())
     }

@@ -21,9 +21,38 @@ pub(super) struct Pass<'a, B: Backend> {
     pub(super) kv: &'a KvCache<B::Buffer>,
     pub(super) metadata: &'a AttentionMetadata<B::Buffer>,
     pub(super) adapted: Option<&'a Adapted<'a, B>>,
+    /// The rows that are wanted of the last layer; `None` for all.
+    pub(super) outputs: Option<&'a OutputRows<'a, B>>,
 }
 
-impl<B: Backend> Pass<'_, B> {
+/// The rows of a step whose final hidden states are wanted: behind the attention of the last layer the others have left
+/// all they are needed for, their keys and values.
+pub(super) struct OutputRows<'a, B: Backend> {
+    /// `[1, R]` i32.
+    pub(super) rows: &'a Tensor<B::Buffer>,
+    /// The last layer.
+    pub(super) layer: usize,
+    /// What they go on in, `R` rows each.
+    pub(super) buffers: &'a Workspace<B::Buffer>,
+}
+
+impl<'a, B: Backend> Pass<'a, B> {
+    /// Whether nothing is wanted of this layer but keys and values.
+    pub(super) fn ends_in(&self, layer: usize) -> bool {
+        self.outputs.is_some_and(|outputs| outputs.layer == layer && outputs.rows.columns() == 0)
+    }
+
+    /// What goes on behind the attention of this layer.
+    pub(super) fn behind_attention(&self, layer: usize) -> Result<Pass<'a, B>> {
+        let Pass { backend, stream, buffers, kv, metadata, adapted, outputs } = *self;
+        let Some(OutputRows { rows, buffers: kept, .. }) = outputs.filter(|outputs| outputs.layer == layer) else {
+            return Ok(Pass { ..*self });
+        };
+        backend.gather_rows(stream, &buffers.residual, rows, &kept.residual)?;
+        backend.gather_rows(stream, &buffers.attended, rows, &kept.attended)?;
+        Ok(Pass { backend, stream, buffers: kept, kv, metadata, adapted, outputs: None })
+    }
+
     /// `out = x W^T + bias`, and what adapters add to some of the rows.
     fn project(
         &self,
@@ -185,13 +214,17 @@ impl<B: Backend> Attention<B> {
         if projection == Projection::Output { &self.o_proj } else { &self.qkv_proj }
     }
 
-    /// From `normed` to `delta`.
-    pub(super) fn forward(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
+    /// From `normed` to `attended`.
+    pub(super) fn attend(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
         let Pass { backend, stream, buffers, metadata, .. } = pass;
         self.project_heads(pass, rope)?;
-        backend.attention(stream, &buffers.qkv, &self.shape, &self.kv(pass), metadata, &buffers.attended)?;
+        backend.attention(stream, &buffers.qkv, &self.shape, &self.kv(pass), metadata, &buffers.attended)
+    }
+
+    /// From `attended` to `delta`.
+    pub(super) fn project_output(&self, pass: &Pass<'_, B>) -> Result<()> {
         let output = Linear { weight: &self.o_proj, bias: None };
-        pass.project(self.site(Projection::Output), &buffers.attended, output, &buffers.delta)
+        pass.project(self.site(Projection::Output), &pass.buffers.attended, output, &pass.buffers.delta)
     }
 
     /// How far the keys and values of `normed` are from those in `slots`, in a pass that stores nothing.
@@ -208,7 +241,7 @@ impl<B: Backend> Attention<B> {
     }
 
     /// From `normed` to `qkv`; keys and values are stored.
-    fn project_heads(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
+    pub(super) fn project_heads(&self, pass: &Pass<'_, B>, rope: &B::RopeTable) -> Result<()> {
         let Pass { backend, stream, buffers, metadata, .. } = pass;
         let heads = HeadTransform {
             shape: self.shape,

@@ -53,16 +53,22 @@ impl<B: Backend> LlamaLayers<B> {
     /// next layer reads or, behind the last one, to final hidden states, in `normed`.
     pub(super) fn forward(&self, pass: &Pass<'_, B>, num_layers: usize) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
-        let add_norm = |norm: &RmsNorm<B>| {
+        let add_norm = |pass: &Pass<'_, B>, norm: &RmsNorm<B>| {
+            let buffers = pass.buffers;
             backend.add_rms_norm(stream, &buffers.residual, &buffers.delta, &norm.get(), &buffers.normed)
         };
         let Some(first) = self.layers.first() else { return Ok(()) };
         backend.rms_norm(stream, &buffers.residual, &first.input_norm.get(), &buffers.normed)?;
         for (index, layer) in self.layers[..num_layers].iter().enumerate() {
-            layer.attention.forward(pass, &self.rope)?;
-            add_norm(&layer.post_attention_norm)?;
+            if pass.ends_in(index) {
+                return layer.attention.project_heads(pass, &self.rope);
+            }
+            layer.attention.attend(pass, &self.rope)?;
+            let pass = &pass.behind_attention(index)?;
+            layer.attention.project_output(pass)?;
+            add_norm(pass, &layer.post_attention_norm)?;
             layer.feed_forward.forward(pass)?;
-            add_norm(self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.input_norm))?;
+            add_norm(pass, self.layers.get(index + 1).map_or(&self.final_norm, |next| &next.input_norm))?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::batch::{ForwardBatch, KvCache, ProbeBatch, Workspace};
 use super::config::{Architecture, ModelConfig};
 use super::gemma::GemmaLayers;
-use super::layers::{Attention, Loader, Pass};
+use super::layers::{Attention, Loader, OutputRows, Pass};
 use super::llama::LlamaLayers;
 use super::merged::Adapted;
 use super::weights::Checkpoint;
@@ -114,7 +114,7 @@ impl<B: Backend> Model<B> {
         workspace: &Workspace<B::Buffer>,
     ) -> Result<()> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted, outputs: None };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         self.layers.forward(&pass, batch.layer)?;
         let metadata = &AttentionMetadata { slot_mapping: batch.no_slots.clone(), ..batch.attention.clone() };
@@ -134,15 +134,22 @@ impl<B: Backend> Model<B> {
         kv: &KvCache<B::Buffer>,
         workspace: &Workspace<B::Buffer>,
     ) -> Result<()> {
-        let buffers = &workspace.for_tokens(batch.attention.num_tokens);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted };
+        let (num_tokens, num_outputs) = (batch.attention.num_tokens, batch.output_rows.columns());
+        let buffers = &workspace.for_tokens(num_tokens);
+        let outputs = OutputRows {
+            rows: &batch.output_rows,
+            layer: self.config.num_layers - 1,
+            buffers: &workspace.for_outputs(num_outputs),
+        };
+        // Adapters name rows of the step.
+        let is_cut = num_outputs == 0 || (num_outputs < num_tokens && adapted.is_none());
+        let outputs = is_cut.then_some(&outputs);
+        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted, outputs };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         self.layers.forward(&pass, self.config.num_layers)?;
-        let num_outputs = batch.output_rows.columns();
-        if num_outputs == 0 {
-            return Ok(());
+        if !is_cut {
+            backend.gather_rows(stream, &buffers.normed, &batch.output_rows, &workspace.hidden(num_outputs))?;
         }
-        backend.gather_rows(stream, &buffers.normed, &batch.output_rows, &workspace.hidden(num_outputs))?;
         if batch.num_logits == 0 {
             return Ok(());
         }
