@@ -115,11 +115,27 @@ fn the_fields_of_other_servers_name_adapters() {
     };
     let lora = json!([{ "id": 1, "scale": 0.5 }, { "id": 0, "scale": -1.0 }]);
     assert_eq!(applied(json!({ "lora": lora })), [(b.clone(), 0.5), (a.clone(), -1.0)]);
-    assert_eq!(applied(json!({ "lora_path": "b" })), [(b, 1.0)]);
+    assert_eq!(applied(json!({ "lora_path": "b" })), [(b.clone(), 1.0)]);
     assert_eq!(applied(json!({ "lora": [], "lora_path": null })), []);
+    let merged = json!({ "ids": ["b", "a"], "weights": [2.0, -0.5], "merge_strategy": "linear", "density": 0.2 });
+    assert_eq!(applied(json!({ "merged_adapters": merged })), [(b.clone(), 2.0), (a.clone(), -0.5)]);
+    assert_eq!(applied(json!({ "merged_adapters": { "ids": ["a"] } })), [(a.clone(), 1.0)]);
+    let in_memory = json!({ "adapters": ["b", { "name": "a", "scale": 0.25 }] });
+    assert_eq!(applied(json!({ "model": "a", "memory": in_memory })), [(a.clone(), 1.0), (b, 1.0), (a, 0.25)]);
     for (fields, status, param) in [
         (json!({ "lora": [{ "id": 2, "scale": 1.0 }] }), 400, "lora"),
         (json!({ "lora_path": "c" }), 404, "lora_path"),
+        (json!({ "lora": [{ "id": 0, "scale": 1e39 }] }), 400, "model"),
+        (json!({ "merged_adapters": { "ids": ["a", "c"] } }), 404, "merged_adapters"),
+        (json!({ "merged_adapters": { "ids": ["a", "b"], "weights": [1.0] } }), 400, "merged_adapters"),
+        (json!({ "merged_adapters": { "ids": ["a"], "merge_strategy": "dare_ties" } }), 400, "merged_adapters"),
+        (
+            json!({ "merged_adapters": { "ids": ["a"], "merge_strategy": "sum" } }),
+            400,
+            "merged_adapters.merge_strategy",
+        ),
+        (json!({ "memory": { "adapters": ["c"] } }), 404, "memory.adapters"),
+        (json!({ "memory": { "adapters": [{ "scale": 1.0 }] } }), 400, "memory.adapters[0]"),
         (json!({ "model": format!("tiny{}", "+a".repeat(9)) }), 400, "model"),
     ] {
         let reply = setup.server.complete(fields);

@@ -16,31 +16,110 @@ pub(super) struct LoraScale {
     scale: f32,
 }
 
-/// Everything a call applies: `model` without its cubes, `lora`, and SGLang's `lora_path`.
-pub(super) fn adapters_of(
-    app: &App,
-    model: &str,
-    lora: Option<Vec<LoraScale>>,
-    lora_path: Option<String>,
-) -> Result<Vec<AppliedAdapter>, ApiError> {
+/// An adapter by its name, or its name and scale.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "invalid type, expected an adapter's name or an object with `name`")]
+pub(super) enum AdapterReference {
+    Name(String),
+    Object {
+        name: String,
+        /// Multiplies its update; 1 when left out.
+        scale: Option<f32>,
+    },
+}
+
+/// Several adapters at once, as LoRAX takes them. Their updates are summed exactly, whatever their ranks.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct MergedAdapters {
+    /// Names.
+    ids: Vec<String>,
+    /// One scale for each; 1 when left out.
+    #[serde(default)]
+    weights: Vec<f32>,
+    /// Only `linear` can be had at request time.
+    #[serde(default)]
+    merge_strategy: MergeStrategy,
+}
+
+/// How LoRAX can put adapters together.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum MergeStrategy {
+    #[default]
+    Linear,
+    Ties,
+    DareLinear,
+    DareTies,
+}
+
+/// The fields of a call, beside `model`, that name adapters.
+#[derive(Default)]
+pub(super) struct AdapterFields {
+    pub(super) lora: Vec<LoraScale>,
+    pub(super) lora_path: Option<String>,
+    pub(super) merged: Option<MergedAdapters>,
+    /// `adapters` of `memory`.
+    pub(super) referenced: Vec<AdapterReference>,
+}
+
+/// Everything a call applies: `model` without its cubes, then the fields in their order.
+pub(super) fn adapters_of(app: &App, model: &str, fields: AdapterFields) -> Result<Vec<AppliedAdapter>, ApiError> {
     let mut adapters = app.model.adapters_of(Some(model).filter(|name| !name.is_empty()))?;
     let known = app.model.adapters.as_ref().map(AdapterRegistry::list).unwrap_or_default();
-    for LoraScale { id, scale } in lora.into_iter().flatten() {
+    for LoraScale { id, scale } in fields.lora {
         let missing =
             || ApiError::invalid_field("lora", format!("There is no adapter {id}; {} are loaded.", known.len()));
         let adapter = known.get(id).ok_or_else(missing)?.adapter.clone();
         adapters.push(AppliedAdapter { adapter, scale });
     }
-    if let Some(name) = lora_path {
-        let missing = || ApiError::not_found(format!("The adapter `{name}` does not exist.")).with_param("lora_path");
+    let named = |name: &str, scale: f32, param: &'static str| {
+        let missing = || ApiError::not_found(format!("The adapter `{name}` does not exist.")).with_param(param);
         let found = known.iter().find(|known| known.name == name).ok_or_else(missing)?;
-        adapters.push(AppliedAdapter { adapter: found.adapter.clone(), scale: 1.0 });
+        Ok::<_, ApiError>(AppliedAdapter { adapter: found.adapter.clone(), scale })
+    };
+    if let Some(name) = fields.lora_path {
+        adapters.push(named(&name, 1.0, "lora_path")?);
     }
-    match adapters.len() {
-        0..=MAX_APPLIED => Ok(adapters),
-        found => Err(ApiError::invalid_field(
-            "model",
-            format!("A call may use {MAX_APPLIED} adapters, this one uses {found}."),
-        )),
+    for (name, scale) in fields.merged.map(MergedAdapters::check).transpose()?.unwrap_or_default() {
+        adapters.push(named(&name, scale, "merged_adapters")?);
+    }
+    for reference in fields.referenced {
+        let (name, scale) = match reference {
+            AdapterReference::Name(name) => (name, 1.0),
+            AdapterReference::Object { name, scale } => (name, scale.unwrap_or(1.0)),
+        };
+        adapters.push(named(&name, scale, "memory.adapters")?);
+    }
+    check_all(&adapters)?;
+    Ok(adapters)
+}
+
+impl MergedAdapters {
+    /// Names with their scales.
+    fn check(self) -> Result<Vec<(String, f32)>, ApiError> {
+        let refused = |message: String| Err(ApiError::invalid_field("merged_adapters", message));
+        if self.merge_strategy != MergeStrategy::Linear {
+            return refused(
+                "Only `linear` adapters are put together at request time, and exactly; `mneme cube fuse --method ties` \
+                 or `dare` makes one adapter of several, which can be loaded under a name."
+                    .into(),
+            );
+        }
+        if !self.weights.is_empty() && self.weights.len() != self.ids.len() {
+            return refused(format!("There are {} ids and {} weights.", self.ids.len(), self.weights.len()));
+        }
+        let scales = self.weights.into_iter().chain(std::iter::repeat(1.0));
+        Ok(self.ids.into_iter().zip(scales).collect())
+    }
+}
+
+fn check_all(adapters: &[AppliedAdapter]) -> Result<(), ApiError> {
+    if adapters.len() > MAX_APPLIED {
+        let message = format!("A call may use {MAX_APPLIED} adapters, this one uses {}.", adapters.len());
+        return Err(ApiError::invalid_field("model", message));
+    }
+    match adapters.iter().find(|applied| !applied.scale.is_finite()) {
+        Some(applied) => Err(ApiError::invalid_field("model", format!("{} is no scale.", applied.scale))),
+        None => Ok(()),
     }
 }

@@ -5,7 +5,7 @@ use axum::http::request::Parts;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::adapters::{LoraScale, adapters_of};
+use super::adapters::{AdapterFields, LoraScale, MergedAdapters, adapters_of};
 use super::memory::{CallMemory, MemoryAnswer, MemoryRequest, split_model};
 use super::prompt::Truncation;
 use super::save::{SavePlan, SavedCube};
@@ -38,6 +38,9 @@ pub(super) struct CallRequest {
     lora: Option<Vec<LoraScale>>,
     /// An adapter's name, as SGLang takes it.
     lora_path: Option<String>,
+    /// Names and scales of adapters, as LoRAX takes them.
+    #[schema(inline)]
+    merged_adapters: Option<MergedAdapters>,
     /// Cubes that stand before the prompt.
     #[schema(inline)]
     memory: Option<MemoryRequest>,
@@ -75,6 +78,8 @@ pub(super) struct Call {
     /// What is kept of prompt and answer.
     pub(super) save: Option<SavePlan>,
     pub(super) adapters: Vec<AppliedAdapter>,
+    /// Whether the call named some of them in `memory`.
+    tells_adapters: bool,
     pub(super) return_token_ids: bool,
     pub(super) truncation: Option<Truncation>,
 }
@@ -107,8 +112,8 @@ impl Call {
 
     /// `memory` of the answer, when the call said anything about it.
     pub(super) fn memory_answer(&self, usage: &UsageCounter, saved: Option<SavedCube>) -> Option<MemoryAnswer> {
-        let is_wanted = self.memory.is_some() || saved.is_some();
-        is_wanted.then(|| MemoryAnswer::new(self.memory.as_ref(), usage, saved))
+        let is_wanted = self.memory.is_some() || saved.is_some() || self.tells_adapters;
+        is_wanted.then(|| MemoryAnswer::new(self.memory.as_ref(), &self.adapters, usage, saved))
     }
 }
 
@@ -130,7 +135,14 @@ impl CallRequest {
     /// Checks the fields; `id_prefix` and the request's id make the answer's id.
     pub(super) fn check(mut self, app: &App, id_prefix: &str, caller: &Caller) -> Result<Call, ApiError> {
         let (name, cubes) = split_model(self.model.as_deref().unwrap_or_default());
-        let mut adapters = adapters_of(app, name, self.lora, self.lora_path)?;
+        let fields = AdapterFields {
+            lora: self.lora.unwrap_or_default(),
+            lora_path: self.lora_path,
+            merged: self.merged_adapters,
+            referenced: self.memory.as_mut().map(MemoryRequest::take_adapters).unwrap_or_default(),
+        };
+        let tells_adapters = !fields.referenced.is_empty();
+        let mut adapters = adapters_of(app, name, fields)?;
         if self.memory.as_ref().is_some_and(MemoryRequest::forbids_merge) {
             adapters.iter_mut().for_each(AppliedAdapter::forbid_merge);
         }
@@ -170,6 +182,7 @@ impl CallRequest {
             memory,
             save,
             adapters,
+            tells_adapters,
             return_token_ids: self.return_token_ids.unwrap_or(false),
             truncation,
         })

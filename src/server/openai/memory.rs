@@ -7,10 +7,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::adapters::AdapterReference;
 use super::link::{LinkedText, Recomputed, append_texts};
 use super::prompt::Prompts;
 use super::save::{SaveRequest, SavedCube};
 use super::usage::UsageCounter;
+use crate::engine::AppliedAdapter;
 use crate::engine::request::{FetchDecision, SharedPrefix};
 use crate::memory::{Cube, CubeAddress, Principal, Twin};
 use crate::server::App;
@@ -36,6 +38,10 @@ pub(super) struct MemoryRequest {
     /// Cubes whose content stands before the prompt, in order.
     #[serde(default)]
     cubes: Vec<CubeReference>,
+    /// Adapters whose updates are added, beside those that other fields name.
+    #[serde(default)]
+    #[schema(inline)]
+    adapters: Vec<AdapterReference>,
     /// `prefix` (the KV of one leading cube as it is; the default for one), `text` (all tokens computed; the default for
     /// several), `link` (the KV that each text has alone, moved to its place; an approximation) or `blend` (the same, and
     /// the tokens that deviate most from what they would be there are computed again). A cube can have a mode of its own
@@ -65,6 +71,11 @@ enum MergeChoice {
 }
 
 impl MemoryRequest {
+    /// The adapters it names.
+    pub(super) fn take_adapters(&mut self) -> Vec<AdapterReference> {
+        std::mem::take(&mut self.adapters)
+    }
+
     /// Whether adapters are to be added and not merged.
     pub(super) fn forbids_merge(&self) -> bool {
         self.merge == Some(MergeChoice::Never)
@@ -116,10 +127,26 @@ enum Content {
     Linked(Vec<String>),
 }
 
+/// An adapter that a call used.
+#[derive(Serialize, ToSchema)]
+struct UsedAdapter {
+    /// Of its contents.
+    digest: String,
+    scale: f32,
+}
+
+impl UsedAdapter {
+    fn new(applied: &AppliedAdapter) -> Self {
+        Self { digest: applied.adapter.digest().to_string(), scale: applied.scale }
+    }
+}
+
 /// What became of a call's cubes, as its answer tells.
 #[derive(Serialize, ToSchema)]
 pub(super) struct MemoryAnswer {
     cubes: Vec<UsedCube>,
+    /// In the order in which they are added.
+    adapters: Vec<UsedAdapter>,
     /// Whether the answer is what computing every token would have given, bit for bit.
     exact: bool,
     /// Prompt tokens whose KV was computed with nothing but its own cube before it, and moved to its place.
@@ -294,11 +321,17 @@ impl CallMemory {
 }
 
 impl MemoryAnswer {
-    /// What became of a call's cubes, and of what it wanted saved.
-    pub(super) fn new(memory: Option<&CallMemory>, usage: &UsageCounter, saved: Option<SavedCube>) -> Self {
+    /// What became of a call's cubes and adapters, and of what it wanted saved.
+    pub(super) fn new(
+        memory: Option<&CallMemory>,
+        adapters: &[AppliedAdapter],
+        usage: &UsageCounter,
+        saved: Option<SavedCube>,
+    ) -> Self {
         let reuse = usage.reuse();
         Self {
             cubes: memory.map(CallMemory::used).unwrap_or_default(),
+            adapters: adapters.iter().map(UsedAdapter::new).collect(),
             exact: !memory.is_some_and(CallMemory::is_linked),
             linked_tokens: reuse.linked_tokens,
             chosen_tokens: reuse.chosen_tokens,
