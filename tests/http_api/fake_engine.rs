@@ -60,6 +60,7 @@ pub(crate) fn start(script: Script, queue_len: usize) -> FakeEngine {
         hidden_size: HIDDEN_SIZE,
         block_size: 16,
         num_blocks: 64,
+        num_multiplied: 1,
     };
     let metrics = Arc::new(EngineMetrics::new("tiny", info.block_size, info.num_blocks));
     let (waker, _) = crossbeam::channel::bounded(1);
