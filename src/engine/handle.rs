@@ -50,6 +50,8 @@ pub struct EngineInfo {
     pub block_size: usize,
     /// KV blocks in the device pool.
     pub num_blocks: usize,
+    /// Numbers in the matrices that a token is multiplied by.
+    pub num_multiplied: usize,
 }
 
 /// A request on its way to the engine.

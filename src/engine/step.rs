@@ -100,6 +100,7 @@ impl<B: Backend> Engine<B> {
             hidden_size: model.config().hidden_size,
             block_size: limits.block_size,
             num_blocks: limits.num_blocks,
+            num_multiplied: model.config().num_multiplied(),
         };
         let stopped = Arc::new(AtomicBool::new(false));
         // Of this process alone: what is hashed before the model's identity is known is found by nobody later.

@@ -82,6 +82,14 @@ impl ModelConfig {
         (first + 1).min(self.num_layers - 1)
     }
 
+    /// Numbers in the matrices that a token whose logits are wanted is multiplied by.
+    pub fn num_multiplied(&self) -> usize {
+        let (q_size, kv_size) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let attention = self.hidden_size * (q_size + 2 * kv_size) + q_size * self.hidden_size;
+        let feed_forward = 3 * self.hidden_size * self.intermediate_size;
+        self.num_layers * (attention + feed_forward) + self.vocab_size * self.hidden_size
+    }
+
     /// Refuses shapes that cannot be a model, before anything is computed from them.
     pub fn validate(self) -> Result<Self> {
         const MAX_FEATURES: usize = 1 << 20;

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::in_process::InProcess;
 use super::statistics::Samples;
 use super::timing::Timing;
-use crate::cli::engine_args::EngineArgs;
+use crate::cli::engine_args::{EngineArgs, WeightDtype};
 
 /// How often the engine is asked whether the copy is whole.
 const POLL: Duration = Duration::from_millis(5);
@@ -28,13 +28,13 @@ const MAX_BUILD: Duration = Duration::from_secs(600);
 #[derive(Debug, Args)]
 #[command(after_help = "Example: mneme bench lora --adapter ./style --batch-size 1 --output-len 128 --rounds 7\n\n\
     Every round runs one batch of each kind, in another order than the round before; a ratio compares two batches of one\n\
-    round. Prompts are random tokens, another one for each request; answers are greedy and go on after EOS.")]
+    round. Where several adapters are added, request i of a batch has adapter i mod n; the first one is merged. Prompts are random tokens, another one for each request; answers are greedy and go on after EOS.")]
 pub(super) struct LoraBenchArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// A folder with a LoRA adapter in PEFT's form
-    #[arg(long)]
-    adapter: PathBuf,
+    /// A folder with a LoRA adapter in PEFT's form; may be given again
+    #[arg(long = "adapter", required = true)]
+    adapters: Vec<PathBuf>,
     /// Tokens of a prompt
     #[arg(long, default_value = "32")]
     input_len: NonZeroUsize,
@@ -76,8 +76,18 @@ struct Bystanders {
     max_itl_ms: f64,
 }
 
+/// What the added adapters are of what a batch needs anyway.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct Shares {
+    /// Bytes of all adapters, of the bytes of the weights: both are read once per step.
+    bytes: f64,
+    /// Products per token, of those with the weights, for adapters in the type of the weights.
+    products: f64,
+}
+
 #[derive(Debug, Serialize)]
 struct LoraReport {
+    shares: Shares,
     merged_bytes: i64,
     /// Spent on writing the copy, between steps.
     build_seconds: f64,
@@ -106,22 +116,24 @@ pub(super) fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
 
 fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraReport> {
     let handle = &engine.launched.handle;
-    let adapter = handle.load_adapter(&args.adapter)?;
+    let adapters = args.adapters.iter().map(|folder| handle.load_adapter(folder)).collect::<Result<Vec<_>, _>>()?;
     let mut bench = Bench { engine, batch_size: args.batch_size.get(), next_index: 0 };
-    let merged = adapter.clone().with_merge_rule(MergeRule::Always);
+    let merged = adapters.first().context("no adapter")?.clone().with_merge_rule(MergeRule::Always);
     let metrics = &handle.metrics().merges;
-    let (while_merging, when_merged) = bench.watch_bystanders(&merged)?;
+    let merged = [merged];
+    let (while_merging, when_merged) = bench.watch_bystanders(&merged[0])?;
     wait_until_merged(engine)?;
     let (merged_bytes, build_seconds) = (metrics.merged_bytes.get(), metrics.build_seconds.get());
-    let added = adapter.with_merge_rule(MergeRule::Never);
+    let shares = Shares::new(&adapters, handle.info().num_multiplied, bytes_per_number(&args.engine));
+    let added: Vec<_> = adapters.into_iter().map(|adapter| adapter.with_merge_rule(MergeRule::Never)).collect();
     let mut rounds = Vec::new();
     for number in 0..=args.rounds.get() {
         let mut round = Round::default();
         for kind in 0..3 {
             match (number + kind) % 3 {
-                0 => round.base = bench.run(None)?,
-                1 => round.merged = bench.run(Some(&merged))?,
-                _ => round.added = bench.run(Some(&added))?,
+                0 => round.base = bench.run(&[])?,
+                1 => round.merged = bench.run(&merged)?,
+                _ => round.added = bench.run(&added)?,
             }
         }
         if number > 0 {
@@ -129,7 +141,7 @@ fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraRepor
         }
     }
     anyhow::ensure!(metrics.stage() == MergeStage::Merged, "the copy was given up during the measurement");
-    Ok(LoraReport { merged_bytes, build_seconds, while_merging, when_merged, rounds })
+    Ok(LoraReport { shares, merged_bytes, build_seconds, while_merging, when_merged, rounds })
 }
 
 fn wait_until_merged(engine: &InProcess) -> anyhow::Result<()> {
@@ -155,7 +167,7 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Begins the copy, and has batches of the model alone run while it is written, and as many again.
     fn watch_bystanders(&mut self, adapter: &LoadedAdapter) -> anyhow::Result<(Bystanders, Bystanders)> {
-        self.timings(None)?;
+        self.timings(&[])?;
         let metrics = &self.engine.launched.handle.metrics().merges;
         let adapters = vec![AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }];
         let first = self.engine.submit_with(self.next_index, adapters)?;
@@ -167,31 +179,32 @@ impl Bench<'_> {
         drop(first);
         let (mut during, mut behind, mut num_batches) = (Vec::new(), Vec::new(), 0);
         while metrics.stage() == MergeStage::Building {
-            during.extend(self.timings(None)?.1);
+            during.extend(self.timings(&[])?.1);
             num_batches += 1;
         }
         for _ in 0..num_batches {
-            behind.extend(self.timings(None)?.1);
+            behind.extend(self.timings(&[])?.1);
         }
         Ok((Bystanders::new(&during), Bystanders::new(&behind)))
     }
 
-    fn run(&mut self, adapter: Option<&LoadedAdapter>) -> anyhow::Result<Batch> {
-        let (seconds, timings) = self.timings(adapter)?;
+    fn run(&mut self, adapters: &[LoadedAdapter]) -> anyhow::Result<Batch> {
+        let (seconds, timings) = self.timings(adapters)?;
         let mean_of = |times: Vec<Duration>| Samples::new(times.into_iter().map(millis).collect()).mean();
         let tpot_ms = mean_of(timings.iter().filter_map(Timing::tpot).collect());
         let ttft_ms = mean_of(timings.iter().map(|timing| timing.ttft).collect());
         Ok(Batch { seconds, tpot_ms, ttft_ms })
     }
 
-    /// Seconds of one batch, and its requests.
-    fn timings(&mut self, adapter: Option<&LoadedAdapter>) -> anyhow::Result<(f64, Vec<Timing>)> {
-        let adapters = || adapter.map(|adapter| AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }).into_iter();
+    /// Seconds of one batch, and its requests, which take the adapters in turn.
+    fn timings(&mut self, adapters: &[LoadedAdapter]) -> anyhow::Result<(f64, Vec<Timing>)> {
+        let mut in_turn =
+            adapters.iter().cycle().map(|adapter| AppliedAdapter { adapter: adapter.clone(), scale: 1.0 });
         let first = self.next_index;
         self.next_index += self.batch_size;
         let started_at = Instant::now();
         let requests = (first..self.next_index)
-            .map(|index| self.engine.submit_with(index, adapters().collect()))
+            .map(|index| self.engine.submit_with(index, in_turn.next().into_iter().collect()))
             .collect::<Result<Vec<_>, _>>()?;
         let timings =
             self.engine.runtime.block_on(try_join_all(requests.into_iter().map(|request| request.finish())))?;
@@ -201,6 +214,19 @@ impl Bench<'_> {
 
 fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
+}
+
+/// Of weights that adapters can be merged into: none that are quantised.
+fn bytes_per_number(engine: &EngineArgs) -> usize {
+    if engine.dtype == WeightDtype::F32 { 4 } else { 2 }
+}
+
+impl Shares {
+    fn new(adapters: &[LoadedAdapter], num_multiplied: usize, bytes_per_number: usize) -> Self {
+        let adapter_bytes: usize = adapters.iter().map(LoadedAdapter::num_bytes).sum();
+        let bytes = adapter_bytes as f64 / (num_multiplied * bytes_per_number) as f64;
+        Self { bytes, products: bytes / adapters.len().max(1) as f64 }
+    }
 }
 
 impl Bystanders {
@@ -216,7 +242,13 @@ impl LoraReport {
     }
 
     fn write_table(&self, out: &mut dyn Write) -> anyhow::Result<()> {
-        let Self { merged_bytes, build_seconds, rounds, .. } = self;
+        let Self { shares, merged_bytes, build_seconds, rounds, .. } = self;
+        writeln!(
+            out,
+            "Added: {:.1} % of the bytes of the weights per step, {:.1} % of their products per token",
+            100.0 * shares.bytes,
+            100.0 * shares.products
+        )?;
         writeln!(out, "Copy: {merged_bytes} bytes, written in {build_seconds:.2} s; {} rounds", rounds.len())?;
         for (what, found) in [("while merging", &self.while_merging), ("when merged", &self.when_merged)] {
             let Bystanders { median_itl_ms, p99_itl_ms, max_itl_ms } = found;
@@ -263,10 +295,12 @@ mod tests {
         };
         let rounds = vec![round(1.0, 1.01, 1.5), round(2.0, 2.02, 3.0), round(4.0, 4.4, 6.0)];
         let (while_merging, when_merged) = Default::default();
-        let report = LoraReport { merged_bytes: 7, build_seconds: 0.5, while_merging, when_merged, rounds };
+        let shares = Shares { bytes: 0.145, products: 0.036 };
+        let report = LoraReport { shares, merged_bytes: 7, build_seconds: 0.5, while_merging, when_merged, rounds };
         let mut text = Vec::new();
         report.write_table(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
+        assert!(text.contains("14.5 % of the bytes") && text.contains("3.6 % of their products"), "{text}");
         assert!(text.contains("1.010 [1.010, 1.100]") && text.contains("1.500 [1.500, 1.500]"), "{text}");
     }
 }
