@@ -150,7 +150,7 @@ impl Simulation {
 
     fn live(&mut self, checkpoints: &Checkpoints) {
         let engine = self.start(checkpoints);
-        self.names = Names::default();
+        self.names = Names::new(&mut self.random);
         (0..Names::COUNT).for_each(|name| self.load(&engine, name, checkpoints));
         self.is_open = false;
         let has_kept = self.disk.as_ref().is_some_and(|disk| !disk.kept.is_empty());
