@@ -11,11 +11,13 @@
 mod adapters;
 mod disk;
 mod life;
+mod machine;
 mod oracle;
 #[cfg(feature = "planted-bugs")]
 mod planted;
 mod prompts;
 mod reached;
+mod running;
 mod sharing;
 #[path = "../support/mod.rs"]
 mod support;
