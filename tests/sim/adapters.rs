@@ -84,6 +84,9 @@ pub fn merge_config(random: &mut Random) -> MergeConfig {
 #[derive(Default)]
 pub struct Names {
     loaded: Vec<Known>,
+    /// Whether most requests want the first name as it is: only then one composition carries enough tokens to be merged,
+    /// for long enough that others come upon what was computed under it.
+    is_agreed: bool,
 }
 
 struct Known {
@@ -93,6 +96,10 @@ struct Known {
 
 impl Names {
     pub const COUNT: usize = 2;
+
+    pub fn new(random: &mut Random) -> Self {
+        Self { loaded: vec![], is_agreed: random.once_in(2) }
+    }
 
     /// Has a name stand for any of the adapters; an unknown name must be the next one.
     pub fn load(&mut self, name: usize, engine: &EngineHandle, checkpoints: &Checkpoints, random: &mut Random) {
@@ -107,15 +114,24 @@ impl Names {
         }
     }
 
-    /// No adapter, one, or a sum of both names, which may stand for the same; and what that is to the double.
-    pub fn compose(&self, random: &mut Random) -> (Vec<AppliedAdapter>, Vec<Update>) {
+    /// No adapter, one, or a sum of both names, which may stand for the same.
+    fn choose(&self, random: &mut Random) -> Vec<(&Known, f32)> {
         const SCALES: [f32; 6] = [1.0, 1.0, 1.0, -0.5, 0.5, 0.25];
-        let mut chosen: Vec<(&Known, f32)> = vec![];
+        if self.is_agreed && !random.once_in(4) {
+            return self.loaded.iter().take(1).map(|known| (known, 1.0)).collect();
+        }
+        let mut chosen = vec![];
         for known in &self.loaded {
             if random.once_in(3) {
                 chosen.push((known, SCALES[random.below(SCALES.len())]));
             }
         }
+        chosen
+    }
+
+    /// Adapters for a request, and what they are to the double.
+    pub fn compose(&self, random: &mut Random) -> (Vec<AppliedAdapter>, Vec<Update>) {
+        let mut chosen = self.choose(random);
         let applied =
             chosen.iter().map(|(known, scale)| AppliedAdapter { adapter: known.adapter.clone(), scale: *scale });
         let mut applied: Vec<_> = applied.collect();

@@ -1,65 +1,33 @@
-//! One simulated life of an engine, or two with a crash or a clean end between them. A seed decides everything.
+//! One simulated life of an engine, or two with a crash or a clean end between them. A seed decides everything. What it
+//! runs on is `machine.rs`'s, what is under way `running.rs`'s.
 
-use std::time::Duration;
-
-use mneme::backend::sim::SimBackend;
 use mneme::engine::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, MergeConfig, OutputStream, SchedulerLimits, SharedPrefix,
-    SubmitError, Task, TierConfig,
+    Deposited, FetchDecision, FinishReason, GenerateRequest, SchedulerLimits, SharedPrefix, SubmitError, Task,
 };
 use mneme::telemetry::MergeRefusal;
 
-use crate::adapters::{Checkpoints, Names, merge_config};
-use crate::disk::{Disk, Kept, MAX_BLOCK_BYTES};
+use crate::adapters::{Checkpoints, Names};
+use crate::disk::{Disk, Kept};
+use crate::machine::Machine;
 use crate::oracle::Oracle;
 use crate::prompts::Prompts;
 use crate::reached::Reached;
+use crate::running::{Running, Wanted, check};
 use crate::sharing::{Asked, Sharing};
-use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, metric, request};
+use crate::support::engine::{Output, TestEngine, collect, greedy, metric, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::VOCAB;
-
-/// What a request is to come to.
-enum Wanted {
-    Tokens(usize),
-    Deposit { is_durable: bool, must_succeed: bool, kept: Box<Asked> },
-    Embedding,
-}
-
-struct Running {
-    asked: Asked,
-    /// What it comes to with its adapters merged.
-    merged: Option<Asked>,
-    wanted: Wanted,
-    output: Output,
-    stream: OutputStream,
-}
-
-impl Running {
-    /// What was asked for, in the form in which it runs. Only who has adapters can be merged.
-    fn asked(&self) -> &Asked {
-        match self.output.reuse.is_merged {
-            true => self.merged.as_ref().expect("a request without adapters is merged"),
-            false => &self.asked,
-        }
-    }
-}
 
 /// Whoever lives here, and all that was seen so far.
 pub struct Simulation {
     random: Random,
-    limits: SchedulerLimits,
-    host_bytes: usize,
-    num_io_threads: usize,
-    max_fetch_wait: Option<Duration>,
-    slow_seed: Option<u64>,
+    machine: Machine,
     /// Where the disk tier lies, in lives that have one.
     disk: Option<Disk>,
     /// Whether the vault is known to be open in this life.
     is_open: bool,
     prompts: Prompts,
     names: Names,
-    merge: MergeConfig,
     sharing: Sharing,
     running: Vec<Running>,
     reached: Reached,
@@ -68,42 +36,18 @@ pub struct Simulation {
 impl Simulation {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let block_size = [16, 16, 32][random.below(3)];
-        let max_model_len = random.within(40, 200);
-        let least_blocks = max_model_len.div_ceil(block_size);
-        let limits = SchedulerLimits {
-            max_num_seqs: random.within(1, 10),
-            max_num_batched_tokens: random.within(10, 100),
-            max_num_waiting: random.within(1, 30),
-            max_model_len,
-            block_size,
-            num_blocks: least_blocks + random.below(2 * least_blocks),
-            prefix_caching: !random.once_in(5),
-            ..limits()
-        };
-        // Often so few that copies up and down want the same slot.
-        let num_host_blocks = match random.below(4) {
-            0 => 0,
-            1 => random.within(1, 3 * limits.num_blocks),
-            _ => random.within(1, 4),
-        };
+        let machine = Machine::draw(seed, &mut random);
+        let SchedulerLimits { max_model_len, block_size, num_blocks, .. } = machine.limits;
         let prompts = Prompts::new(&mut random, max_model_len);
-        let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, limits.num_blocks));
-        let max_fetch_wait = random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100));
-        let merge = merge_config(&mut random);
+        let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, num_blocks));
         Self {
-            host_bytes: num_host_blocks * MAX_BLOCK_BYTES * block_size / 32,
-            num_io_threads: random.within(1, 3),
-            max_fetch_wait,
-            slow_seed: (!random.once_in(3)).then_some(seed),
             random,
-            limits,
+            sharing: Sharing::new(machine.limits),
+            machine,
             disk,
             is_open: false,
             prompts,
             names: Names::default(),
-            merge,
-            sharing: Sharing::new(limits),
             running: vec![],
             reached: Reached::default(),
         }
@@ -131,26 +75,13 @@ impl Simulation {
         if self.random.once_in(3) {
             disk.identity = b"another model".to_vec();
             disk.kept.clear();
-            self.sharing = Sharing::new(self.limits);
+            self.sharing = Sharing::new(self.machine.limits);
         }
     }
 
-    fn start(&mut self, checkpoints: &Checkpoints) -> TestEngine {
-        let setup = Setup { limits: self.limits, merge: self.merge, ..Setup::default() };
-        let delay = Duration::from_micros(self.random.below(2) as u64 * self.random.below(1000) as u64);
-        let tiers = TierConfig {
-            host_bytes: self.host_bytes,
-            num_io_threads: self.num_io_threads,
-            open_vault: self.disk.as_ref().map(|disk| disk.opener(delay)),
-            max_fetch_wait: self.max_fetch_wait,
-        };
-        let backend = self.slow_seed.map_or_else(SimBackend::default, SimBackend::slow);
-        TestEngine::start_with_tiers(backend, checkpoints.model(), setup, tiers)
-    }
-
     fn live(&mut self, checkpoints: &Checkpoints) {
-        let engine = self.start(checkpoints);
-        self.names = Names::default();
+        let engine = self.machine.start(self.disk.as_ref(), checkpoints, &mut self.random);
+        self.names = Names::new(&mut self.random);
         (0..Names::COUNT).for_each(|name| self.load(&engine, name, checkpoints));
         self.is_open = false;
         let has_kept = self.disk.as_ref().is_some_and(|disk| !disk.kept.is_empty());
@@ -158,7 +89,7 @@ impl Simulation {
             self.wait_until_open(&engine);
             self.ask_for_kept(&engine);
         }
-        for _ in 0..self.random.within(20, 60) {
+        for _ in 0..self.random.within(40, 120) {
             match self.random.below(21) {
                 0..=7 => self.submit(&engine),
                 8..=9 => self.submit_deposit(&engine),
@@ -202,28 +133,29 @@ impl Simulation {
     /// Asks for something that has to be on disk, before anything happens to it.
     fn ask_for_kept(&mut self, engine: &TestEngine) {
         let Some(disk) = &self.disk else { return };
-        if !disk.must_keep() || disk.kept.is_empty() || !self.limits.prefix_caching {
+        if !disk.must_keep() || disk.kept.is_empty() || !self.machine.limits.prefix_caching {
             return;
         }
         let mut asked = disk.kept[self.random.below(disk.kept.len())].asked.clone();
         asked.tokens.truncate(asked.num_prompt);
-        let mut num_wanted = asked.num_prompt.saturating_sub(1) / self.limits.block_size * self.limits.block_size;
-        if asked.shared.is_none() && asked.num_prompt + 1 < self.limits.max_model_len {
+        let mut num_wanted =
+            asked.num_prompt.saturating_sub(1) / self.machine.limits.block_size * self.machine.limits.block_size;
+        if asked.shared.is_none() && asked.num_prompt + 1 < self.machine.limits.max_model_len {
             // Who names it finds all of it.
             num_wanted = asked.num_prompt;
             asked.shared = Some(SharedPrefix { num_tokens: asked.num_prompt, domain: asked.domain.clone() });
             asked.tokens.extend(self.random.tokens(1, VOCAB));
             asked.num_prompt += 1;
-            self.reached.num_kept_tails += usize::from(!num_wanted.is_multiple_of(self.limits.block_size));
+            self.reached.num_kept_tails += usize::from(!num_wanted.is_multiple_of(self.machine.limits.block_size));
         }
-        if asked.num_prompt >= self.limits.max_model_len {
+        if asked.num_prompt >= self.machine.limits.max_model_len {
             return;
         }
         let output = collect(engine.handle.submit(request_for(&asked, Task::Generate(Box::new(greedy(1))))).unwrap());
         assert_eq!(output.tokens, Oracle::continuation(asked.prompt(), 1));
         match output.reuse.decision {
             FetchDecision::Fetched => {
-                let (num_cached, num_tail) = (output.cached_tokens, self.limits.block_size - 1);
+                let (num_cached, num_tail) = (output.cached_tokens, self.machine.limits.block_size - 1);
                 assert_eq!(num_cached, output.reuse.disk_tokens);
                 // Who continues another deposit may find more than full blocks, too.
                 let most = if asked.shared.is_some() { num_wanted + num_tail } else { num_wanted };
@@ -262,17 +194,16 @@ impl Simulation {
 
     fn submit(&mut self, engine: &TestEngine) {
         let random = &mut self.random;
-        let is_composed = random.once_in(4);
-        let mut asked = if is_composed { self.prompts.ask_composed(random) } else { self.prompts.ask(random) };
+        let mut asked = self.prompts.ask_any(random);
         let (adapters, updates) = self.names.compose(random);
         asked.adapters = updates;
         let mut merged = (!adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
         let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
             (Task::Embed, Wanted::Embedding)
         } else {
-            let max_tokens = random.within(1, (self.limits.max_model_len - asked.num_prompt).min(60));
+            let max_tokens = random.within(1, (self.machine.limits.max_model_len - asked.num_prompt).min(60));
             for asked in std::iter::once(&mut asked).chain(&mut merged) {
-                asked.tokens.extend(Oracle::answer(asked, &self.limits, max_tokens));
+                asked.tokens.extend(Oracle::answer(asked, &self.machine.limits, max_tokens));
             }
             (Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens))
         };
@@ -403,7 +334,7 @@ impl Simulation {
             return;
         };
         assert_eq!(output.reason, Some(FinishReason::Stop { token: None }));
-        let block_size = self.limits.block_size;
+        let block_size = self.machine.limits.block_size;
         assert_eq!(deposited.blocks.len(), asked.num_prompt / block_size);
         assert_eq!(deposited.tail.is_some(), !asked.num_prompt.is_multiple_of(block_size));
         assert_eq!(deposited.restored_tokens + deposited.computed_tokens, asked.num_prompt);
@@ -435,23 +366,4 @@ fn request_for(asked: &Asked, task: Task) -> GenerateRequest {
         pieces: asked.pieces.clone(),
         ..request(asked.prompt(), task)
     }
-}
-
-/// What there is so far is what was predicted, and nothing was found that belongs to others.
-fn check(asked: &Asked, output: &Output, sharing: &Sharing) {
-    let Asked { tokens, num_prompt, .. } = asked;
-    let wanted = &tokens[*num_prompt..];
-    assert_eq!(output.tokens, wanted[..output.tokens.len()], "{}", told(asked, output));
-    let most = sharing.most_cached(asked);
-    assert!(output.cached_tokens <= most, "{most} tokens may be found {}", told(asked, output));
-}
-
-fn told(asked: &Asked, output: &Output) -> String {
-    let Asked { num_prompt, adapters, pieces, shared, .. } = asked;
-    let (num_adapters, num_pieces, is_shared) = (adapters.len(), pieces.len(), shared.is_some());
-    let Output { cached_tokens, reuse, .. } = output;
-    format!(
-        "behind {num_prompt} tokens, {num_adapters} adapters, {num_pieces} pieces, a shared prefix: {is_shared}; \
-         {cached_tokens} cached, {reuse:?}"
-    )
 }

@@ -25,12 +25,15 @@ pub struct Prompts {
     past: Vec<Vec<u32>>,
     /// What was deposited, for others to continue.
     deposited: Vec<Asked>,
+    /// One prompt in so many is composed.
+    composed_once_in: usize,
 }
 
 impl Prompts {
     pub fn new(random: &mut Random, max_model_len: usize) -> Self {
         let shared = (0..3).map(|_| random.tokens(max_model_len / 2, VOCAB)).collect();
-        Self { most: max_model_len - 1, shared, past: vec![], deposited: vec![] }
+        let composed_once_in = [2, 4, 8][random.below(3)];
+        Self { most: max_model_len - 1, shared, past: vec![], deposited: vec![], composed_once_in }
     }
 
     pub fn domain(&self, random: &mut Random) -> String {
@@ -74,6 +77,11 @@ impl Prompts {
         (base.num_prompt <= most).then_some(base)
     }
 
+    /// What to ask for, composed or not.
+    pub fn ask_any(&self, random: &mut Random) -> Asked {
+        if random.once_in(self.composed_once_in) { self.ask_composed(random) } else { self.ask(random) }
+    }
+
     /// What to ask for, in which domain, whether behind something deposited.
     pub fn ask(&self, random: &mut Random) -> Asked {
         let domain = DOMAINS[random.below(DOMAINS.len())].to_owned();
@@ -104,7 +112,7 @@ impl Prompts {
     }
 
     /// A prompt of some texts that others have as well, each computed behind another head, and what is its own.
-    pub fn ask_composed(&self, random: &mut Random) -> Asked {
+    fn ask_composed(&self, random: &mut Random) -> Asked {
         let domain = DOMAINS[random.below(DOMAINS.len())].to_owned();
         let base = self.base(random, self.most / 2);
         let num_head = random.below(MAX_HEAD);

@@ -1,0 +1,145 @@
+//! Memory and streams of the double. Copies on a copy stream run when somebody waits for them.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::super::{BufferCopy, Device, StreamKind, Tensor};
+use super::{SimBackend, SimTransfer};
+use crate::Result;
+
+/// Memory of the double.
+#[derive(Clone)]
+pub struct SimBuffer(Arc<Mutex<Vec<u8>>>);
+
+impl SimBuffer {
+    pub(super) fn new(bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Mutex::new(bytes)))
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        lock(&self.0)
+    }
+}
+
+pub(super) type SimTensor = Tensor<SimBuffer>;
+
+/// A stream of the double.
+pub struct SimStream {
+    kind: StreamKind,
+    queue: Arc<Mutex<CopyQueue>>,
+}
+
+/// A point in a [`SimStream`].
+pub struct SimEvent {
+    queue: Arc<Mutex<CopyQueue>>,
+    after: u64,
+}
+
+#[derive(Default)]
+struct CopyQueue {
+    num_submitted: u64,
+    num_done: u64,
+    pending: VecDeque<PendingCopy>,
+}
+
+struct PendingCopy {
+    source: SimBuffer,
+    target: SimBuffer,
+    source_range: Range<usize>,
+    target_offset: usize,
+}
+
+impl CopyQueue {
+    fn run_one(&mut self) {
+        if let Some(copy) = self.pending.pop_front() {
+            let bytes = copy.source.lock()[copy.source_range].to_vec();
+            copy.target.lock()[copy.target_offset..copy.target_offset + bytes.len()].copy_from_slice(&bytes);
+            self.num_done += 1;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Device for SimBackend {
+    type Buffer = SimBuffer;
+    type HostBuffer = Vec<u8>;
+    type Stream = SimStream;
+    type Event = SimEvent;
+    type Transfer = SimTransfer;
+
+    fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
+        Ok(SimBuffer::new(vec![0; bytes]))
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {
+        Ok(vec![0; bytes])
+    }
+
+    fn create_transfer(&self) -> Result<SimTransfer> {
+        Ok(SimTransfer::new(self.delays.clone()))
+    }
+
+    fn create_stream(&self, kind: StreamKind) -> Result<SimStream> {
+        Ok(SimStream { kind, queue: Arc::default() })
+    }
+
+    fn upload(&self, _stream: &SimStream, source: &Vec<u8>, target: &SimBuffer, range: Range<usize>) -> Result<()> {
+        target.lock()[range.clone()].copy_from_slice(&source[range]);
+        Ok(())
+    }
+
+    fn download(
+        &self,
+        _stream: &SimStream,
+        source: &SimTensor,
+        target: &mut Vec<u8>,
+        target_offset: usize,
+    ) -> Result<()> {
+        let start = source.offset_bytes();
+        let bytes = source.buffer().lock()[start..start + source.num_bytes()].to_vec();
+        target[target_offset..target_offset + bytes.len()].copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn copy(&self, stream: &SimStream, copy: &BufferCopy<'_, SimBuffer>) -> Result<()> {
+        let mut queue = lock(&stream.queue);
+        queue.num_submitted += 1;
+        queue.pending.push_back(PendingCopy {
+            source: copy.source.clone(),
+            target: copy.target.clone(),
+            source_range: copy.source_offset..copy.source_offset + copy.bytes,
+            target_offset: copy.target_offset,
+        });
+        if stream.kind == StreamKind::Compute {
+            queue.run_one();
+        }
+        Ok(())
+    }
+
+    fn record(&self, stream: &SimStream) -> Result<SimEvent> {
+        let after = lock(&stream.queue).num_submitted;
+        Ok(SimEvent { queue: Arc::clone(&stream.queue), after })
+    }
+
+    fn wait(&self, _stream: &SimStream, event: &SimEvent) -> Result<()> {
+        self.synchronize(event)
+    }
+
+    fn is_complete(&self, event: &SimEvent) -> Result<bool> {
+        let mut queue = lock(&event.queue);
+        queue.run_one();
+        Ok(queue.num_done >= event.after)
+    }
+
+    fn synchronize(&self, event: &SimEvent) -> Result<()> {
+        let mut queue = lock(&event.queue);
+        while queue.num_done < event.after {
+            queue.run_one();
+        }
+        Ok(())
+    }
+}
