@@ -56,12 +56,18 @@ pub fn lora_tag(parts: &[LoraPart]) -> u64 {
 #[derive(Default)]
 pub struct SimBackend {
     delays: Option<Arc<Delays>>,
+    memory: SimMemory,
 }
 
 impl SimBackend {
     /// A double whose transfers dawdle, how long follows from `seed` and their order.
     pub fn slow(seed: u64) -> Self {
-        Self { delays: Some(Arc::new(Delays { seed, num_drawn: AtomicU64::new(0) })) }
+        Self { delays: Some(Arc::new(Delays { seed, num_drawn: AtomicU64::new(0) })), ..Self::default() }
+    }
+
+    /// All its memory, for who looks what is left there.
+    pub fn memory(&self) -> SimMemory {
+        self.memory.clone()
     }
 }
 
@@ -100,6 +106,17 @@ impl LoraLoader for SimLoraLoader {
 /// Memory of the double.
 #[derive(Clone)]
 pub struct SimBuffer(Arc<Mutex<Vec<u8>>>);
+
+/// All memory that a double has given out, as long as somebody holds on to this.
+#[derive(Clone, Default)]
+pub struct SimMemory(Arc<Mutex<Vec<SimBuffer>>>);
+
+impl SimMemory {
+    /// Whether these bytes stand anywhere in it.
+    pub fn contains(&self, bytes: &[u8]) -> bool {
+        lock(&self.0).iter().any(|buffer| buffer.lock().windows(bytes.len()).any(|window| window == bytes))
+    }
+}
 
 /// A stream of the double.
 pub struct SimStream {
@@ -281,7 +298,9 @@ impl Device for SimBackend {
     type Transfer = SimTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
-        Ok(SimBuffer(Arc::new(Mutex::new(vec![0; bytes]))))
+        let buffer = SimBuffer(Arc::new(Mutex::new(vec![0; bytes])));
+        lock(&self.memory.0).push(buffer.clone());
+        Ok(buffer)
     }
 
     fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {

@@ -4,6 +4,7 @@ mod adapters;
 mod composition;
 mod credit;
 mod deposit;
+mod erasure;
 mod generation;
 pub mod handle;
 mod lora_groups;

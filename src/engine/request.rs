@@ -21,6 +21,9 @@ pub struct GenerateRequest {
     pub domain: String,
     /// A beginning of the prompt whose blocks belong to another domain, which the caller may read.
     pub shared_prefix: Option<SharedPrefix>,
+    /// Whether its blocks, those that it shares included, are zeroed in memory as soon as nobody uses them; none is copied to
+    /// a lower tier except by [`Task::Deposit`]. Only where there are tiers.
+    pub erase_on_free: bool,
     /// Adapters that are added to the model, at most [`MAX_APPLIED`](super::MAX_APPLIED); none means the model alone.
     pub adapters: Vec<AppliedAdapter>,
     /// Parts of the prompt whose KV is taken from elsewhere, which changes the answer; in order, none over another. Only

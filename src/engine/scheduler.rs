@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::composition::Composition;
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Fetchable, Plan, Tiers};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
@@ -99,6 +99,16 @@ impl Scheduler {
     /// Whether nobody waits for anything.
     pub(super) fn is_idle(&self) -> bool {
         !self.has_queued() && self.tiers.num_sequences() == 0
+    }
+
+    /// Whether nobody waits for anything, and nothing is to be copied or zeroed.
+    pub(super) fn is_settled(&self) -> bool {
+        self.is_idle() && self.tiers.is_settled() && self.pool.num_unwiped() == 0
+    }
+
+    /// Blocks that are held for a while by copies and by being zeroed.
+    pub(super) fn num_under_way(&self) -> usize {
+        self.tiers.num_held() + self.pool.num_unwiped()
     }
 
     pub(super) fn num_waiting(&self) -> usize {
@@ -341,6 +351,9 @@ impl Scheduler {
         for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
+            if sequence.erase_on_free {
+                self.pool.mark(block);
+            }
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
@@ -413,7 +426,8 @@ impl Scheduler {
             return false;
         }
         for _ in 0..num_missing {
-            sequence.blocks.push(self.pool.allocate().expect("free blocks were counted"));
+            let block = allocate_for(&mut self.pool, sequence).expect("free blocks were counted");
+            sequence.blocks.push(block);
         }
         true
     }
@@ -467,13 +481,14 @@ impl Scheduler {
                 Arrival::Opened(found) => identity = Some(found),
             }
         }
-        self.pump_saves();
+        self.pump_copies();
         identity
     }
 
-    /// Starts as many copies down as may be under way.
-    pub(super) fn pump_saves(&mut self) {
+    /// Starts as many copies down as may be under way, and zeroing what is to be zeroed.
+    pub(super) fn pump_copies(&mut self) {
         self.tiers.pump_saves(&mut self.pool);
+        self.tiers.pump_wipes(&mut self.pool);
     }
 
     fn break_promises(&mut self, promised: &[BlockHash]) {

@@ -55,6 +55,8 @@ pub(super) struct Sequence {
     pub(super) reuse: Reuse,
     /// Whether lower tiers may be asked: not again after they failed it.
     pub(super) may_fetch: bool,
+    /// Whether what it leaves in memory is zeroed, and goes nowhere by itself.
+    pub(super) erase_on_free: bool,
     pub(super) blocks: BlockTable,
     /// The end of a shared beginning that fills no block: whoever holds one may copy it.
     pub(super) shared_tail: Option<SharedTail>,

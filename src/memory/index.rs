@@ -52,9 +52,18 @@ pub(super) struct Index {
     pub(super) snapshots: BTreeMap<SnapshotId, Arc<Snapshot>>,
     /// Deleted cubes some of whose manifests are still there.
     pub(super) leftovers: HashSet<CubeId>,
+    /// Deleted cubes whose blocks are to be overwritten; their manifests stay until then.
+    pub(super) unerased: BTreeMap<CubeId, Unerased>,
     references: HashMap<BlockHash, Holders>,
     pub(super) num_payload_bytes: usize,
     pub(super) events: EventLog,
+}
+
+/// What is left of a cube until its blocks are overwritten.
+#[derive(Debug, Default)]
+pub(super) struct Unerased {
+    pub(super) versions: Vec<Version>,
+    pub(super) blocks: Vec<BlockHash>,
 }
 
 /// How many versions name a block, by how hard their cubes hold on to theirs: levels 0 to 9, then pinned.
@@ -132,6 +141,7 @@ impl Index {
             tombstones: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             leftovers: HashSet::new(),
+            unerased: BTreeMap::new(),
             references: HashMap::new(),
             num_payload_bytes: 0,
             events,

@@ -34,7 +34,7 @@ mod samples;
 
 pub use self::acl::{Access, Acl, AclLists, Principal, Visibility};
 pub use self::catalog::{Catalog, CatalogLimits, CubeFilter, CubePage};
-pub use self::changes::{CubeChanges, Ended, NewCube};
+pub use self::changes::{CubeChanges, Ended, Erasure, NewCube};
 pub use self::cube::{Cube, CubeId, Governance, Origin, Priority, PriorityLevel, SemanticType};
 pub use self::digest::Digest;
 pub use self::event::{Event, EventKind, EventPage};

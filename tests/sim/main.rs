@@ -10,6 +10,7 @@
 
 mod adapters;
 mod disk;
+mod erasing;
 mod life;
 mod oracle;
 #[cfg(feature = "planted-bugs")]

@@ -452,6 +452,11 @@ impl Index {
         self.foreign.insert(at, segment);
     }
 
+    /// Whether a file of another format has any of these blocks.
+    pub(super) fn is_foreign(&self, hashes: &HashSet<BlockHash>) -> bool {
+        self.foreign.iter().flat_map(|segment| &segment.hashes).any(|hash| hashes.contains(hash))
+    }
+
     /// Takes the oldest foreign segment that may go: none that holds a pinned block or a cube's. Its bytes count until
     /// [`Index::forget_leftover`].
     pub(super) fn take_foreign(&mut self) -> Option<ForeignSegment> {

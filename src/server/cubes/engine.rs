@@ -49,7 +49,7 @@ impl VaultEngine {
 
     async fn deposit(&self, wanted: BlockRequest) -> Result<Materialized, ApiError> {
         let open = self.open()?;
-        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source } = wanted;
+        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source, erase_on_free } = wanted;
         let (domain, shared_prefix, kept_in) = match source {
             Some(BlockSource { domain, shared_prefix }) => (domain, shared_prefix, Some(kept_in)),
             None => (kept_in, None, None),
@@ -63,6 +63,7 @@ impl VaultEngine {
             shared_prefix,
             adapters: Vec::new(),
             pieces: vec![],
+            erase_on_free,
         })?;
         let mut deposited = None;
         while let Some(event) = stream.next().await {
@@ -133,12 +134,14 @@ impl CubeEngine for VaultEngine {
         self.settle(blocks);
     }
 
-    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()> {
-        let Some(OpenBlocks { store, .. }) = self.open.get() else { return Ok(()) };
+    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<bool> {
+        let Some(OpenBlocks { store, .. }) = self.open.get() else { return Ok(false) };
         let holds = self.holds();
-        let free: Vec<BlockHash> = blocks.iter().filter(|hash| !holds.has(hash)).copied().collect();
+        let (held, free): (Vec<BlockHash>, Vec<BlockHash>) = blocks.iter().partition(|hash| holds.has(hash));
         drop(holds);
-        store.erase(&free)
+        // Memory first: what is on its way to disk arrives before it is looked for there.
+        self.engine.erase(free.clone());
+        Ok(store.erase(&free)? && held.is_empty())
     }
 
     fn binding(&self) -> Result<Binding, ApiError> {

@@ -13,6 +13,7 @@ pub(super) mod transfer;
 
 mod content;
 mod engine;
+mod erase;
 mod holds;
 mod object;
 mod save;
@@ -28,6 +29,7 @@ use super::{App, AppRef};
 use crate::memory::{CubeName, Principal};
 
 pub use self::engine::{OpenBlocks, VaultEngine};
+pub use self::erase::finish_erasures;
 pub use self::holds::hold_all;
 pub(super) use self::save::{CubeToSave, check_save, save};
 pub use self::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, Verified};

@@ -105,6 +105,11 @@ impl Call {
         self.memory.as_ref().and_then(|memory| memory.shared_prefix(num_cube_tokens))
     }
 
+    /// Whether it names a cube that leaves nothing behind in memory.
+    pub(super) fn is_erased(&self) -> bool {
+        self.memory.iter().flat_map(CallMemory::cubes).any(|cube| cube.governance.erase_on_free)
+    }
+
     /// `memory` of the answer, when the call said anything about it.
     pub(super) fn memory_answer(&self, usage: &UsageCounter, saved: Option<SavedCube>) -> Option<MemoryAnswer> {
         let is_wanted = self.memory.is_some() || saved.is_some();
