@@ -7,6 +7,9 @@ use crate::kv::BlockHash;
 use crate::paging::{PinnedBlocks, Tier};
 use crate::text::grammar::GrammarState;
 
+/// The priority of what runs only while nothing else is there to be run.
+pub const BACKGROUND: i32 = i32::MAX;
+
 /// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
 pub struct GenerateRequest {
     /// The caller's name for it, for logs.
@@ -15,7 +18,8 @@ pub struct GenerateRequest {
     pub prompt: Vec<u32>,
     /// What to produce.
     pub task: Task,
-    /// Lower runs first; equal priorities run in order of arrival.
+    /// Lower runs first; equal priorities run in order of arrival. What has [`BACKGROUND`] waits for all others, and steps
+    /// aside when one comes.
     pub priority: i32,
     /// The cache domain: only requests of the same one share blocks.
     pub domain: String,

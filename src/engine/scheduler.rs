@@ -228,6 +228,9 @@ impl Scheduler {
     /// Decides the next step.
     pub(super) fn schedule(&mut self) {
         self.clear_scheduled();
+        if self.has_foreground() {
+            self.suspend_background();
+        }
         let mut budget =
             Budget { tokens: self.limits.max_num_batched_tokens, prompt_logits: self.limits.max_prompt_logits };
         let preempted = self.schedule_running(&mut budget);
@@ -235,6 +238,19 @@ impl Scheduler {
             self.schedule_waiting(&mut budget);
         }
         self.group_by_form();
+    }
+
+    /// Whether there is anything that is not to run in the background.
+    fn has_foreground(&self) -> bool {
+        self.running.iter().chain(&self.waiting).any(|sequence| !sequence.is_background())
+    }
+
+    /// Puts what runs in the background back into the queue. What it has computed stays cached as long as nobody needs the
+    /// room, so it goes on from there.
+    fn suspend_background(&mut self) {
+        while let Some(sequence) = self.running.pop_if(|sequence| sequence.is_background()) {
+            self.put_back(sequence);
+        }
     }
 
     /// Puts those whose adapters are merged behind the others: a step is divided at one row.
@@ -283,6 +299,10 @@ impl Scheduler {
     fn schedule_waiting(&mut self, budget: &mut Budget) {
         let mut at = 0;
         while at < self.waiting.len() && self.has_place() && budget.tokens > 0 {
+            // Those in the background are the last ones.
+            if self.waiting[at].is_background() && self.has_foreground() {
+                break;
+            }
             match self.try_admit(at, budget) {
                 Admission::Admitted | Admission::Fetching | Admission::Prepared => {}
                 Admission::Deferred => at += 1,
@@ -434,13 +454,17 @@ impl Scheduler {
 
     /// Puts the running sequence of the last rank back into the queue.
     fn preempt_last(&mut self) {
-        if let Some(mut sequence) = self.running.pop() {
-            self.release(&mut sequence);
-            sequence.reset();
-            sequence.status = SequenceStatus::Waiting;
+        if let Some(sequence) = self.running.pop() {
             self.num_preemptions += 1;
-            self.add(sequence);
+            self.put_back(sequence);
         }
+    }
+
+    fn put_back(&mut self, mut sequence: Box<Sequence>) {
+        self.release(&mut sequence);
+        sequence.reset();
+        sequence.status = SequenceStatus::Waiting;
+        self.add(sequence);
     }
 
     /// Free blocks that sequences need which hold those of some pieces. Without that two of them could take each other's

@@ -9,7 +9,7 @@ use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::OutputSink;
 use super::merge::MergedForm;
-use super::request::{FinishReason, OutputEvent, Reuse};
+use super::request::{BACKGROUND, FinishReason, OutputEvent, Reuse};
 use crate::kv::{BlockHash, BlockTable};
 use crate::paging::Tier;
 use crate::planted::{self, Bug};
@@ -335,6 +335,11 @@ impl Sequence {
     /// Whether the KV of cached blocks would be enough for its prompt.
     pub(super) fn can_use_cached_blocks(&self) -> bool {
         !matches!(self.work, Work::Embed { .. }) && !self.wants_prompt_logits()
+    }
+
+    /// Whether it runs only while nothing else does.
+    pub(super) fn is_background(&self) -> bool {
+        self.priority == BACKGROUND
     }
 
     /// The order in which sequences are served.

@@ -21,6 +21,7 @@ mod name;
 mod payload;
 mod plaintext;
 mod portable;
+mod prefill;
 mod snapshot;
 mod timestamp;
 mod vault;
@@ -50,6 +51,7 @@ pub use self::plaintext::{
     ChatSetting, CubePrompt, chat_cube_tokens, completion_cube_tokens, completion_prompt, cube_prompt, cube_prompt_text,
 };
 pub use self::portable::{Incoming, Outgoing, PortableCube};
+pub use self::prefill::{Gap, MAX_PREFILL_ATTEMPTS, PrefillJob};
 pub use self::snapshot::{
     Difference, DifferenceKind, Restoration, RestoreOutcome, Snapshot, SnapshotCube, SnapshotId, SnapshotScope,
 };

@@ -57,6 +57,8 @@ pub struct BlockRequest {
     pub source: Option<BlockSource>,
     /// Whether the memory that they take is zeroed when nobody uses them.
     pub erase_on_free: bool,
+    /// Whether it is computed only while nothing else is to be.
+    pub is_background: bool,
 }
 
 /// What a call may find.

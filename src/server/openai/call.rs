@@ -12,7 +12,7 @@ use super::save::{SavePlan, SavedCube};
 use super::unix_time;
 use super::usage::UsageCounter;
 use crate::engine::AppliedAdapter;
-use crate::engine::request::SharedPrefix;
+use crate::engine::request::{BACKGROUND, SharedPrefix};
 use crate::memory::Principal;
 use crate::server::App;
 use crate::server::cubes::request_domain;
@@ -170,7 +170,7 @@ impl CallRequest {
                 at_end: include_usage,
                 in_every_chunk: include_usage && options.continuous_usage_stats.unwrap_or(false),
             },
-            priority: self.priority.unwrap_or(0),
+            priority: self.priority.unwrap_or(0).min(BACKGROUND - 1),
             domain,
             memory,
             save,
