@@ -3,6 +3,7 @@
 //! Recording takes no allocation, so the step loop may do it. Encoding to text happens on the server's side.
 
 mod merges;
+mod prefills;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,6 +17,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub use merges::{MergeMetrics, MergeRefusal, MergeStage};
+pub use prefills::{PrefillMetrics, PrefillOutcome};
 
 type F64Gauge = Gauge<f64, AtomicU64>;
 
@@ -88,6 +90,8 @@ pub struct EngineMetrics {
     pub iteration_tokens: Histogram,
     /// Merged adapters.
     pub merges: MergeMetrics,
+    /// Cubes whose lost KV was to be computed.
+    pub prefills: PrefillMetrics,
     /// Steps run; not exported.
     pub num_steps: AtomicU64,
 }
@@ -151,6 +155,7 @@ impl EngineMetrics {
             ),
             iteration_tokens: counts(registry, "iteration_tokens_total", "Tokens in one step", &ITERATION_BUCKETS),
             merges: MergeMetrics::new(registry),
+            prefills: PrefillMetrics::new(registry),
             num_steps: AtomicU64::new(0),
             registry: Registry::default(),
         };

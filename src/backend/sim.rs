@@ -18,7 +18,7 @@ mod payload;
 mod tests;
 mod transfer;
 
-pub use device::{SimBuffer, SimEvent, SimStream};
+pub use device::{SimBuffer, SimEvent, SimMemory, SimStream};
 pub use lora::{SimLoraLoader, lora_tag};
 pub use matrix::{MERGED, SimMatrix};
 pub use payload::{deviation, mix, rotated};
@@ -42,13 +42,19 @@ use crate::{Error, Result};
 #[derive(Default)]
 pub struct SimBackend {
     delays: Option<Arc<Delays>>,
+    memory: SimMemory,
 }
 
 impl SimBackend {
     /// A double whose transfers dawdle, how long follows from `seed` and their order. With an even `seed` a step takes the
     /// longer the more tokens it has.
     pub fn slow(seed: u64) -> Self {
-        Self { delays: Some(Arc::new(Delays::new(seed))) }
+        Self { delays: Some(Arc::new(Delays::new(seed))), ..Self::default() }
+    }
+
+    /// All its memory, for who looks what is left there.
+    pub fn memory(&self) -> SimMemory {
+        self.memory.clone()
     }
 }
 

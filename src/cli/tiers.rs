@@ -13,7 +13,7 @@ use mneme::hub::Cache;
 use mneme::memory::{Binding, CatalogLimits, Digest, Form, SystemClock, Vault};
 use mneme::models::{Checkpoint, WeightsDigest, weights_digest};
 use mneme::paging::{BlockFormat, BlockStore, OpenedVault, StoreConfig, SystemFiles, VaultOpener};
-use mneme::server::{OpenBlocks, hold_all};
+use mneme::server::{OpenBlocks, finish_erasures, hold_all};
 
 use super::engine_args::parse_bytes;
 use super::text_assets::TextAssets;
@@ -129,6 +129,7 @@ impl TierArgs {
             let (store, report) = BlockStore::open(Arc::new(SystemFiles), &folder, config)?;
             report.faults.iter().for_each(|fault| tracing::warn!(%fault, "a file of the vault cannot be used"));
             hold_all(&store, open.vault.catalog());
+            finish_erasures(&store, open.vault.catalog());
             store.trim();
             tracing::info!(folder = %open.vault.folder().display(), blocks = report.num_blocks, "the vault is open");
             let (identity, store) = (binding.identity.as_bytes().to_vec(), Arc::new(store));

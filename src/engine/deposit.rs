@@ -141,7 +141,7 @@ impl Deposit {
     /// Has the partial block copied to the host tier, once; whether that is under way now. Full blocks get there when the
     /// sequence gives them back, found by what they hold, as a partial one on the device is not.
     fn save_tail_to_host(&mut self, pager: &mut Pager, block_size: usize) -> bool {
-        if std::mem::replace(&mut self.is_tail_on_host, true) || !pager.has_host() {
+        if std::mem::replace(&mut self.is_tail_on_host, true) || !pager.has_host() || self.sequence.erase_on_free {
             return false;
         }
         let index = self.sequence.tokens.len() / block_size;

@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crossbeam::channel::{Receiver, Sender, TrySendError};
 
 use super::adapters::{AdapterLoader, LoadedAdapter};
+use super::erasure::ErasureQueue;
 use super::output::output_channel;
 pub use super::output::{OutputSink, OutputStream};
 use super::request::{GenerateRequest, Task};
+use crate::kv::BlockHash;
 use crate::telemetry::EngineMetrics;
 use crate::{Result as CrateResult, unsupported};
 
@@ -26,6 +28,7 @@ pub struct EngineHandle {
     metrics: Arc<EngineMetrics>,
     stopping: Arc<AtomicBool>,
     leftovers: Option<Leftovers>,
+    erasures: Option<ErasureQueue>,
     adapters: Option<Arc<dyn AdapterLoader>>,
 }
 
@@ -82,7 +85,22 @@ impl EngineHandle {
         metrics: Arc<EngineMetrics>,
         stopping: Arc<AtomicBool>,
     ) -> Self {
-        Self { submissions, waker, info: Arc::new(info), metrics, stopping, leftovers: None, adapters: None }
+        Self {
+            submissions,
+            waker,
+            info: Arc::new(info),
+            metrics,
+            stopping,
+            leftovers: None,
+            erasures: None,
+            adapters: None,
+        }
+    }
+
+    /// Has blocks erased through `erasures`.
+    pub(super) fn with_erasures(mut self, erasures: ErasureQueue) -> Self {
+        self.erasures = Some(erasures);
+        self
     }
 
     /// Drops what is still in `queue`, the engine's end of the submissions, when `stopped` says that the engine has
@@ -107,6 +125,15 @@ impl EngineHandle {
         match &self.adapters {
             Some(loader) => loader.load(folder),
             None => Err(unsupported!("this engine takes no adapters")),
+        }
+    }
+
+    /// Has nobody find blocks on the device or on the host any more, and zeroes them as soon as nobody uses them. Returns when
+    /// that is begun: none of them is on its way to disk then, where the caller may erase them next. Waits for the engine's
+    /// thread.
+    pub fn erase(&self, blocks: Vec<BlockHash>) {
+        if let Some(erasures) = &self.erasures {
+            erasures.erase(blocks);
         }
     }
 

@@ -4,6 +4,7 @@ mod adapters;
 mod composition;
 mod credit;
 mod deposit;
+mod erasure;
 mod generation;
 pub mod handle;
 mod lora_groups;
@@ -22,8 +23,8 @@ pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAda
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use merge::{MergeConfig, MergeRule};
 pub use request::{
-    Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, SharedPrefix,
-    Task, TokenLogprob, TokenLogprobs,
+    BACKGROUND, Deposited, FetchDecision, FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams,
+    SharedPrefix, Task, TokenLogprob, TokenLogprobs,
 };
 pub use scheduler::SchedulerLimits;
 pub use step::{Engine, EngineConfig};

@@ -7,6 +7,9 @@ use crate::kv::BlockHash;
 use crate::paging::{PinnedBlocks, Tier};
 use crate::text::grammar::GrammarState;
 
+/// The priority of what runs only while nothing else is there to be run.
+pub const BACKGROUND: i32 = i32::MAX;
+
 /// One sequence to run. A call that wants `n` completions submits `n` of these; they share their prompt's blocks.
 pub struct GenerateRequest {
     /// The caller's name for it, for logs.
@@ -15,12 +18,16 @@ pub struct GenerateRequest {
     pub prompt: Vec<u32>,
     /// What to produce.
     pub task: Task,
-    /// Lower runs first; equal priorities run in order of arrival.
+    /// Lower runs first; equal priorities run in order of arrival. What has [`BACKGROUND`] waits for all others, and steps
+    /// aside when one comes.
     pub priority: i32,
     /// The cache domain: only requests of the same one share blocks.
     pub domain: String,
     /// A beginning of the prompt whose blocks belong to another domain, which the caller may read.
     pub shared_prefix: Option<SharedPrefix>,
+    /// Whether its blocks, those that it shares included, are zeroed in memory as soon as nobody uses them; none is copied to
+    /// a lower tier except by [`Task::Deposit`]. Only where there are tiers.
+    pub erase_on_free: bool,
     /// Adapters that are added to the model, at most [`MAX_APPLIED`](super::MAX_APPLIED); none means the model alone.
     pub adapters: Vec<AppliedAdapter>,
     /// Parts of the prompt whose KV is taken from elsewhere, which changes the answer; in order, none over another. Only

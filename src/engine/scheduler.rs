@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::composition::Composition;
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Fetchable, Plan, Tiers};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
@@ -99,6 +99,16 @@ impl Scheduler {
     /// Whether nobody waits for anything.
     pub(super) fn is_idle(&self) -> bool {
         !self.has_queued() && self.tiers.num_sequences() == 0
+    }
+
+    /// Whether nobody waits for anything, and nothing is to be copied or zeroed.
+    pub(super) fn is_settled(&self) -> bool {
+        self.is_idle() && self.tiers.is_settled() && self.pool.num_unwiped() == 0
+    }
+
+    /// Blocks that are held for a while by copies and by being zeroed.
+    pub(super) fn num_under_way(&self) -> usize {
+        self.tiers.num_held() + self.pool.num_unwiped()
     }
 
     pub(super) fn num_waiting(&self) -> usize {
@@ -218,6 +228,9 @@ impl Scheduler {
     /// Decides the next step.
     pub(super) fn schedule(&mut self) {
         self.clear_scheduled();
+        if self.has_foreground() {
+            self.suspend_background();
+        }
         let mut budget =
             Budget { tokens: self.limits.max_num_batched_tokens, prompt_logits: self.limits.max_prompt_logits };
         let preempted = self.schedule_running(&mut budget);
@@ -225,6 +238,19 @@ impl Scheduler {
             self.schedule_waiting(&mut budget);
         }
         self.group_by_form();
+    }
+
+    /// Whether there is anything that is not to run in the background.
+    fn has_foreground(&self) -> bool {
+        self.running.iter().chain(&self.waiting).any(|sequence| !sequence.is_background())
+    }
+
+    /// Puts what runs in the background back into the queue. What it has computed stays cached as long as nobody needs the
+    /// room, so it goes on from there.
+    fn suspend_background(&mut self) {
+        while let Some(sequence) = self.running.pop_if(|sequence| sequence.is_background()) {
+            self.put_back(sequence);
+        }
     }
 
     /// Puts those whose adapters are merged behind the others: a step is divided at one row.
@@ -273,6 +299,10 @@ impl Scheduler {
     fn schedule_waiting(&mut self, budget: &mut Budget) {
         let mut at = 0;
         while at < self.waiting.len() && self.has_place() && budget.tokens > 0 {
+            // Those in the background are the last ones.
+            if self.waiting[at].is_background() && self.has_foreground() {
+                break;
+            }
             match self.try_admit(at, budget) {
                 Admission::Admitted | Admission::Fetching | Admission::Prepared => {}
                 Admission::Deferred => at += 1,
@@ -341,6 +371,9 @@ impl Scheduler {
         for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
+            if sequence.erase_on_free {
+                self.pool.mark(block);
+            }
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
@@ -413,20 +446,25 @@ impl Scheduler {
             return false;
         }
         for _ in 0..num_missing {
-            sequence.blocks.push(self.pool.allocate().expect("free blocks were counted"));
+            let block = allocate_for(&mut self.pool, sequence).expect("free blocks were counted");
+            sequence.blocks.push(block);
         }
         true
     }
 
     /// Puts the running sequence of the last rank back into the queue.
     fn preempt_last(&mut self) {
-        if let Some(mut sequence) = self.running.pop() {
-            self.release(&mut sequence);
-            sequence.reset();
-            sequence.status = SequenceStatus::Waiting;
+        if let Some(sequence) = self.running.pop() {
             self.num_preemptions += 1;
-            self.add(sequence);
+            self.put_back(sequence);
         }
+    }
+
+    fn put_back(&mut self, mut sequence: Box<Sequence>) {
+        self.release(&mut sequence);
+        sequence.reset();
+        sequence.status = SequenceStatus::Waiting;
+        self.add(sequence);
     }
 
     /// Free blocks that sequences need which hold those of some pieces. Without that two of them could take each other's
@@ -467,13 +505,14 @@ impl Scheduler {
                 Arrival::Opened(found) => identity = Some(found),
             }
         }
-        self.pump_saves();
+        self.pump_copies();
         identity
     }
 
-    /// Starts as many copies down as may be under way.
-    pub(super) fn pump_saves(&mut self) {
+    /// Starts as many copies down as may be under way, and zeroing what is to be zeroed.
+    pub(super) fn pump_copies(&mut self) {
         self.tiers.pump_saves(&mut self.pool);
+        self.tiers.pump_wipes(&mut self.pool);
     }
 
     fn break_promises(&mut self, promised: &[BlockHash]) {

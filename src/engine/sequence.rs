@@ -9,7 +9,7 @@ use super::composition::Composition;
 use super::generation::Generation;
 use super::handle::OutputSink;
 use super::merge::MergedForm;
-use super::request::{FinishReason, OutputEvent, Reuse};
+use super::request::{BACKGROUND, FinishReason, OutputEvent, Reuse};
 use crate::kv::{BlockHash, BlockTable};
 use crate::paging::Tier;
 use crate::planted::{self, Bug};
@@ -55,6 +55,8 @@ pub(super) struct Sequence {
     pub(super) reuse: Reuse,
     /// Whether lower tiers may be asked: not again after they failed it.
     pub(super) may_fetch: bool,
+    /// Whether what it leaves in memory is zeroed, and goes nowhere by itself.
+    pub(super) erase_on_free: bool,
     pub(super) blocks: BlockTable,
     /// The end of a shared beginning that fills no block: whoever holds one may copy it.
     pub(super) shared_tail: Option<SharedTail>,
@@ -333,6 +335,11 @@ impl Sequence {
     /// Whether the KV of cached blocks would be enough for its prompt.
     pub(super) fn can_use_cached_blocks(&self) -> bool {
         !matches!(self.work, Work::Embed { .. }) && !self.wants_prompt_logits()
+    }
+
+    /// Whether it runs only while nothing else does.
+    pub(super) fn is_background(&self) -> bool {
+        self.priority == BACKGROUND
     }
 
     /// The order in which sequences are served.

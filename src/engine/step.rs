@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::adapters::{CompositionKey, DeviceAdapterLoader, base_shapes, identity_under, in_order};
 use super::composition::Composition;
+use super::erasure::{Erasure, ErasureQueue};
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
 use super::merge::{MergeConfig, Merger, StepWork};
@@ -54,6 +55,7 @@ pub struct Engine<B: Backend> {
     merger: Merger,
     sampler: Sampler,
     submissions: Receiver<Submission>,
+    erasures: Receiver<Erasure>,
     wake: Receiver<()>,
     stopping: Arc<AtomicBool>,
     /// Nobody will look into `submissions` again.
@@ -110,8 +112,10 @@ impl<B: Backend> Engine<B> {
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
         let max_fetch_wait = tiers.max_fetch_wait;
         let pager = runner.start_pager(tiers, limits, &waker)?;
+        let (erasure_queue, erasures) = ErasureQueue::new(waker.clone(), Arc::clone(&stopped));
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped))
+            .with_erasures(erasure_queue)
             .with_adapters(adapter_loader);
         let engine = Self {
             scheduler: Scheduler::new(*limits, pager, max_fetch_wait),
@@ -119,6 +123,7 @@ impl<B: Backend> Engine<B> {
             runner,
             merger: Merger::new(config.merge),
             submissions,
+            erasures,
             wake,
             stopping,
             stopped,
@@ -152,9 +157,9 @@ impl<B: Backend> Engine<B> {
             if self.scheduler.has_queued() && self.step()? {
                 continue;
             }
-            self.scheduler.pump_saves();
+            self.scheduler.pump_copies();
             self.record_usage();
-            let is_settled = self.scheduler.is_idle() && self.scheduler.tiers().is_settled();
+            let is_settled = self.scheduler.is_settled();
             let is_stopping = self.stopping.load(Ordering::Acquire);
             if !is_stopping && self.merger.use_idle_time(&mut self.runner, &self.metrics)? {
                 continue;
@@ -180,8 +185,9 @@ impl<B: Backend> Engine<B> {
         true
     }
 
-    /// Takes note of copies that have ended. Once the model's identity is known, what comes is hashed under it.
+    /// Takes note of copies that have ended, and of what is to be erased. Once the model's identity is known, what comes is hashed under it.
     fn absorb_arrivals(&mut self) {
+        self.erasures.try_iter().for_each(|erasure| self.scheduler.tiers_mut().start_erasure(erasure));
         if let Some(identity) = self.scheduler.absorb_arrivals() {
             tracing::debug!("the vault is open");
             self.is_identified = true;
@@ -227,6 +233,9 @@ impl<B: Backend> Engine<B> {
         if matches!(request.task, Task::Deposit { is_durable: true, .. }) && !self.is_identified {
             return Err(Error::Exhausted("nothing can be kept: the vault is not open yet; try again".into()));
         }
+        if request.erase_on_free && !self.scheduler.tiers().can_wipe() {
+            return Err(invalid!("nothing can be zeroed by an engine without tiers; start it with one"));
+        }
         check_pieces(request, most)?;
         let vocab_size = self.runner.model().config().vocab_size;
         let sources = request.pieces.iter().flat_map(|piece| &piece.source);
@@ -271,6 +280,7 @@ impl<B: Backend> Engine<B> {
             num_cached_tokens: None,
             reuse: Reuse::default(),
             may_fetch: true,
+            erase_on_free: request.erase_on_free,
             blocks: Vec::with_capacity(max_blocks),
             shared_tail,
             attached_tail: None,
@@ -318,7 +328,7 @@ impl<B: Backend> Engine<B> {
         }
         self.scheduler.schedule();
         if self.scheduler.scheduled().is_empty() && self.scheduler.probing().is_empty() {
-            let is_waiting = !self.scheduler.has_queued() || self.scheduler.tiers().num_held() > 0;
+            let is_waiting = !self.scheduler.has_queued() || self.scheduler.num_under_way() > 0;
             assert!(is_waiting, "sequences wait and nothing is under way");
             return Ok(false);
         }

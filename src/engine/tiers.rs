@@ -10,6 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::deposit::Deposit;
+use super::erasure::Erasure;
 use super::request::FetchDecision;
 use super::sequence::{AttachedTail, Sequence, WantedTail, Work};
 use crate::kv::{BlockHash, BlockId, CachedPool};
@@ -51,6 +52,8 @@ pub(super) struct Tiers {
     deposits: Vec<Deposit>,
     /// Device blocks held while they are copied down.
     saves: HashMap<Ticket, BlockId>,
+    /// What is being erased.
+    erasures: Vec<Erasure>,
     /// Blocks to copy down as soon as there is room, if they still hold something then, and where to.
     backlog: VecDeque<(BlockId, Tier)>,
     in_backlog: Vec<bool>,
@@ -119,6 +122,7 @@ impl Tiers {
             fetches: Vec::new(),
             deposits: Vec::new(),
             saves: HashMap::new(),
+            erasures: Vec::new(),
             backlog: VecDeque::with_capacity(if is_enabled { num_blocks } else { 0 }),
             in_backlog: vec![false; if is_enabled { num_blocks } else { 0 }],
             max_saves: (num_blocks / POOL_SHARE_OF_SAVES).max(1),
@@ -131,6 +135,11 @@ impl Tiers {
 
     pub(super) fn pager_mut(&mut self) -> &mut Pager {
         &mut self.pager
+    }
+
+    /// Whether there is somebody who can zero blocks.
+    pub(super) fn can_wipe(&self) -> bool {
+        self.pager.is_enabled()
     }
 
     /// Sequences that wait for blocks.
@@ -150,7 +159,7 @@ impl Tiers {
 
     /// Whether everything that is to go down has gone.
     pub(super) fn is_settled(&self) -> bool {
-        let is_idle = self.fetches.is_empty() && self.deposits.is_empty();
+        let is_idle = self.fetches.is_empty() && self.deposits.is_empty() && self.erasures.is_empty();
         is_idle && self.saves.is_empty() && self.backlog.is_empty()
     }
 
@@ -227,7 +236,7 @@ impl Tiers {
             let tokens = sequence.block_tokens(index, self.block_size);
             let Some(&hash) = sequence.chain.get(index) else { break };
             let Some(tier) = self.pager.find(&hash, tokens) else { break };
-            let Some(block) = pool.allocate() else { break };
+            let Some(block) = allocate_for(pool, &sequence) else { break };
             if !self.pager.load(ticket, hash, tokens, block) {
                 pool.release(block);
                 break;
@@ -260,7 +269,7 @@ impl Tiers {
     ) -> Option<FetchedBlock> {
         let WantedTail { hash, tokens, num_used } = sequence.wanted_tail(index, self.block_size)?;
         let tier = self.pager.find(&hash, tokens)?;
-        let block = pool.allocate()?;
+        let block = allocate_for(pool, sequence)?;
         if !self.pager.load(ticket, hash, tokens, block) {
             pool.release(block);
             return None;
@@ -313,7 +322,8 @@ impl Tiers {
         while self.saves.len() < self.max_saves && self.pager.can_save() {
             let Some((block, tier)) = self.backlog.pop_front() else { break };
             self.in_backlog[block.index()] = false;
-            let Some((hash, tokens)) = pool.content(block) else { continue };
+            // What is to be zeroed here leaves no copies elsewhere.
+            let Some((hash, tokens)) = pool.content(block).filter(|_| !pool.is_marked(block)) else { continue };
             match self.pager.save(*hash, tokens, block, tier) {
                 Some(ticket) => {
                     if !planted::is(Bug::SavedBlockFreed) {
@@ -324,6 +334,20 @@ impl Tiers {
                 None if tier == Tier::Host => self.queue_save_to(block, Tier::Disk),
                 None => {}
             }
+        }
+    }
+
+    /// Begins to erase something.
+    pub(super) fn start_erasure(&mut self, erasure: Erasure) {
+        self.erasures.push(erasure);
+    }
+
+    /// Starts zeroing the blocks that wait for it, and ends what erasures have come to their end.
+    pub(super) fn pump_wipes(&mut self, pool: &mut CachedPool) {
+        let Self { erasures, pager, .. } = self;
+        erasures.retain_mut(|erasure| !erasure.advance(pool, pager));
+        while let Some(block) = pool.next_to_wipe() {
+            assert!(self.pager.wipe(block), "the queue has room for every block, and nothing is marked without one");
         }
     }
 
@@ -350,6 +374,7 @@ impl Tiers {
                         return Some(arrival);
                     }
                 }
+                Completion::Wiped { block } => pool.finish_wipe(block),
                 Completion::Sealed { ticket, is_durable } => {
                     self.deposits.iter_mut().for_each(|deposit| deposit.absorb_sealed(ticket, is_durable));
                 }
@@ -455,4 +480,13 @@ impl Tiers {
         let num_queued = self.in_backlog.iter().filter(|is_queued| **is_queued).count();
         assert_eq!(self.backlog.len(), num_queued, "the backlog and its flags disagree");
     }
+}
+
+/// A block for a sequence, marked when what it leaves there is to be zeroed.
+pub(super) fn allocate_for(pool: &mut CachedPool, sequence: &Sequence) -> Option<BlockId> {
+    let block = pool.allocate()?;
+    if sequence.erase_on_free {
+        pool.mark(block);
+    }
+    Some(block)
 }

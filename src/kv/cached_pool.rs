@@ -1,4 +1,9 @@
 //! The blocks of one tier together with what they hold: a pool that finds blocks by content.
+//!
+//! Some blocks hold what must not lie about: they are *marked*. When the last one gives a marked block back it is not
+//! free: nobody finds what it holds, and the pool keeps it to itself until its owner has zeroed it.
+
+use std::collections::{HashSet, VecDeque};
 
 use super::{BlockHash, BlockId, BlockPool, PrefixCache};
 use crate::planted::{self, Bug};
@@ -7,12 +12,24 @@ use crate::planted::{self, Bug};
 pub struct CachedPool {
     pool: BlockPool,
     contents: PrefixCache,
+    /// By block: whether it is to be zeroed before anybody else gets it.
+    is_marked: Vec<bool>,
+    /// Marked blocks that nobody uses any more; each has one reference, the pool's own.
+    to_wipe: VecDeque<BlockId>,
+    /// Those that are being zeroed; the same.
+    wiping: HashSet<BlockId>,
 }
 
 impl CachedPool {
     /// `num_blocks` free blocks of `block_size` tokens that hold nothing.
     pub fn new(num_blocks: usize, block_size: usize) -> Self {
-        Self { pool: BlockPool::new(num_blocks), contents: PrefixCache::new(num_blocks, block_size) }
+        Self {
+            pool: BlockPool::new(num_blocks),
+            contents: PrefixCache::new(num_blocks, block_size),
+            is_marked: vec![false; num_blocks],
+            to_wipe: VecDeque::new(),
+            wiping: HashSet::new(),
+        }
     }
 
     /// Blocks there are.
@@ -51,9 +68,61 @@ impl CachedPool {
         self.pool.share(block);
     }
 
-    /// Gives a block back. The last one to do so frees it as the most recently used one.
+    /// Gives a block back. The last one to do so frees it as the most recently used one, or has it zeroed first.
     pub fn release(&mut self, block: BlockId) {
+        let is_last = self.pool.num_references(block) == 1;
+        if is_last && self.is_marked(block) {
+            self.contents.forget(block);
+            self.to_wipe.push_back(block);
+        } else {
+            self.pool.release(block);
+        }
+    }
+
+    /// Has a held block zeroed once nobody uses it.
+    pub fn mark(&mut self, block: BlockId) {
+        self.is_marked[block.index()] = true;
+    }
+
+    /// Whether that is so.
+    pub fn is_marked(&self, block: BlockId) -> bool {
+        self.is_marked[block.index()]
+    }
+
+    /// Has the block that holds `hash` zeroed, now or once nobody uses it; from now on nobody finds it. Returns that block.
+    pub fn erase(&mut self, hash: &BlockHash) -> Option<BlockId> {
+        let block = self.contents.block_of(hash)?;
+        self.contents.forget(block);
+        self.mark(block);
+        if self.pool.num_references(block) == 0 {
+            self.pool.share(block);
+            self.to_wipe.push_back(block);
+        }
+        Some(block)
+    }
+
+    /// A block to be zeroed now; [`CachedPool::finish_wipe`] tells when it is.
+    pub fn next_to_wipe(&mut self) -> Option<BlockId> {
+        let block = self.to_wipe.pop_front()?;
+        self.wiping.insert(block);
+        Some(block)
+    }
+
+    /// Takes note that a block holds nothing any more, and frees it.
+    pub fn finish_wipe(&mut self, block: BlockId) {
+        assert!(self.wiping.remove(&block), "{block:?} was not being zeroed");
+        self.is_marked[block.index()] = false;
         self.pool.release(block);
+    }
+
+    /// Blocks that nobody uses and that are not zeroed yet.
+    pub fn num_unwiped(&self) -> usize {
+        self.to_wipe.len() + self.wiping.len()
+    }
+
+    /// Whether a block is one of those.
+    pub fn is_wiping(&self, block: BlockId) -> bool {
+        self.wiping.contains(&block) || self.to_wipe.contains(&block)
     }
 
     /// The block that holds `tokens` under `hash`.
@@ -71,8 +140,92 @@ impl CachedPool {
         self.contents.content(block)
     }
 
-    /// Panics unless `num_held` blocks are held, each as often as counted. For tests and debug builds.
+    /// Panics unless `num_held` blocks are held beside those that are being zeroed, each as often as counted. For tests and
+    /// debug builds.
     pub fn check_integrity(&self, num_held: usize) {
-        self.pool.check_integrity(num_held);
+        self.pool.check_integrity(num_held + self.num_unwiped());
+        let is_hidden = |block: &BlockId| self.is_marked(*block) && self.content(*block).is_none();
+        assert!(self.to_wipe.iter().all(is_hidden), "a block that is to be zeroed can be found");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hash(number: usize) -> BlockHash {
+        BlockHash::root(b"model", b"").child(&[number as u32])
+    }
+
+    #[test]
+    fn a_marked_block_is_free_when_it_has_been_zeroed() {
+        let mut pool = CachedPool::new(1, 1);
+        let block = pool.allocate().unwrap();
+        pool.insert(hash(1), &[1], block);
+        pool.mark(block);
+        pool.share(block);
+        pool.release(block);
+        assert_eq!((pool.find(&hash(1), &[1]), pool.next_to_wipe()), (Some(block), None), "somebody uses it");
+        pool.release(block);
+        assert_eq!((pool.find(&hash(1), &[1]), pool.allocate(), pool.num_unwiped()), (None, None, 1));
+        assert_eq!(pool.next_to_wipe(), Some(block));
+        pool.check_integrity(0);
+        assert_eq!((pool.allocate(), pool.num_unwiped()), (None, 1), "it is being zeroed");
+        pool.finish_wipe(block);
+        assert_eq!((pool.allocate(), pool.is_marked(block), pool.num_unwiped()), (Some(block), false, 0));
+    }
+
+    #[test]
+    fn what_is_erased_is_found_by_nobody_and_zeroed_when_nobody_uses_it() {
+        let mut pool = CachedPool::new(2, 1);
+        let [free, used] = [1, 2].map(|number| {
+            let block = pool.allocate().unwrap();
+            pool.insert(hash(number), &[number as u32], block);
+            block
+        });
+        pool.release(free);
+        assert_eq!((pool.erase(&hash(1)), pool.erase(&hash(2)), pool.erase(&hash(3))), (Some(free), Some(used), None));
+        assert_eq!((pool.erase(&hash(1)), pool.num_cached()), (None, 0));
+        assert_eq!((pool.next_to_wipe(), pool.next_to_wipe()), (Some(free), None));
+        pool.release(used);
+        assert_eq!(pool.next_to_wipe(), Some(used));
+        pool.check_integrity(0);
+    }
+
+    proptest! {
+        #[test]
+        fn no_block_is_handed_out_before_it_is_zeroed(operations in prop::collection::vec((0..6u8, 0..4usize), 0..200)) {
+            let mut pool = CachedPool::new(4, 1);
+            let (mut held, mut wiping, mut is_secret): (Vec<BlockId>, Vec<BlockId>, _) = (vec![], vec![], [false; 4]);
+            for (operation, choice) in operations {
+                match operation {
+                    0 => if let Some(block) = pool.allocate() {
+                        prop_assert!(!is_secret[block.index()]);
+                        pool.insert(hash(choice), &[choice as u32], block);
+                        held.push(block);
+                    }
+                    1 if !held.is_empty() => {
+                        let block = held[choice % held.len()];
+                        pool.mark(block);
+                        is_secret[block.index()] = true;
+                    }
+                    2 if !held.is_empty() => pool.release(held.swap_remove(choice % held.len())),
+                    3 => held.extend(pool.share_found(&hash(choice), &[choice as u32])),
+                    4 => if let Some(block) = pool.erase(&hash(choice)) {
+                        is_secret[block.index()] = true;
+                    }
+                    _ => match pool.next_to_wipe() {
+                        Some(block) => wiping.push(block),
+                        None => if let Some(block) = wiping.pop() {
+                            is_secret[block.index()] = false;
+                            pool.finish_wipe(block);
+                        }
+                    }
+                }
+                pool.check_integrity(held.len());
+            }
+        }
     }
 }

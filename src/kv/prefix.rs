@@ -34,6 +34,11 @@ impl PrefixCache {
         self.blocks.get(hash).copied().filter(|&block| self.tokens_of(block) == tokens)
     }
 
+    /// The block that holds something under `hash`.
+    pub fn block_of(&self, hash: &BlockHash) -> Option<BlockId> {
+        self.blocks.get(hash).copied()
+    }
+
     /// Records that `block` now holds `tokens`. If another block already does, that one stays the one found.
     pub fn insert(&mut self, hash: BlockHash, tokens: &[u32], block: BlockId) {
         assert!((1..=self.block_size).contains(&tokens.len()), "a block holds 1 to {} tokens", self.block_size);

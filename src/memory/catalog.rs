@@ -266,14 +266,23 @@ fn bury_all(index: &mut Index, contents: &mut Contents) -> HashSet<CubeId> {
     dead
 }
 
-/// Removes the manifests of cubes with a whole tombstone, which a crash left behind.
+/// Removes the manifests of cubes with a whole tombstone, which a crash left behind; of those whose blocks were to be erased
+/// they say which these are.
 fn clear_leftovers(
     folder: &ManifestFolder,
     index: &mut Index,
     manifests: &[Cube],
     dead: &HashSet<CubeId>,
 ) -> Result<()> {
-    for cube in manifests.iter().filter(|cube| dead.contains(&cube.id) && index.tombstones.contains_key(&cube.id)) {
+    for cube in manifests.iter().filter(|cube| dead.contains(&cube.id)) {
+        let Some(tombstone) = index.tombstones.get(&cube.id) else { continue };
+        if tombstone.erase_on_free {
+            let unerased = index.unerased.entry(cube.id).or_default();
+            unerased.versions.push(cube.version);
+            unerased.blocks.extend(cube.payload.blocks());
+            index.leftovers.insert(cube.id);
+            continue;
+        }
         if let Err(error) = folder.remove_manifests(cube.id, [cube.version].into_iter()) {
             tracing::warn!(%error, "a deleted cube's manifest stays for now");
             index.leftovers.insert(cube.id);

@@ -10,7 +10,7 @@ use super::catalog::Catalog;
 use super::cube::{Cube, CubeId, Governance, Origin, Priority, SemanticType};
 use super::event::EventKind;
 use super::folder::Durability;
-use super::index::{CubeView, Index, denied};
+use super::index::{CubeView, Index, Unerased, denied};
 use super::label::Labels;
 use super::manifest::Ending;
 use super::name::{CubeAddress, CubeName, Version};
@@ -63,7 +63,16 @@ pub struct Ended {
     /// Blocks that no cube references any more.
     pub unreferenced: Vec<BlockHash>,
     /// Of these, what is to be erased.
-    pub to_erase: Vec<BlockHash>,
+    pub erasures: Vec<Erasure>,
+}
+
+/// Blocks of a deleted cube that are to be overwritten.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Erasure {
+    /// Whose they were.
+    pub id: CubeId,
+    /// Those that no cube references any more.
+    pub blocks: Vec<BlockHash>,
 }
 
 impl NewCube {
@@ -247,6 +256,25 @@ impl Catalog {
         let mut ended = Ended::default();
         self.end(&mut writer, &head, Ending::Deleted, Some(principal), now, &mut ended)?;
         Ok(ended)
+    }
+
+    /// What is to be erased and may not be yet: of this process, and of earlier ones that ended before.
+    pub fn pending_erasures(&self) -> Vec<Erasure> {
+        let index = self.read();
+        let pending = index.unerased.iter().map(|(id, unerased)| {
+            let free = unerased.blocks.iter().filter(|hash| !index.is_referenced(hash));
+            Erasure { id: *id, blocks: free.copied().collect() }
+        });
+        pending.collect()
+    }
+
+    /// Takes note that the blocks of a deleted cube are overwritten. Should that not survive a crash, they are erased again.
+    pub fn finish_erasure(&self, id: CubeId) {
+        let unerased = self.write().unerased.remove(&id);
+        if let Some(Unerased { versions, .. }) = unerased {
+            self.write().leftovers.remove(&id);
+            self.clean_up(id, versions);
+        }
     }
 
     /// Ends cubes whose lifetime is over, to be called every so often.

@@ -4,11 +4,11 @@ use std::sync::{Arc, MutexGuard};
 
 use super::acl::{Access, Principal};
 use super::catalog::{Catalog, Writer};
-use super::changes::Ended;
+use super::changes::{Ended, Erasure};
 use super::cube::{Cube, CubeId, MAX_PARENTS};
 use super::event::EventKind;
 use super::folder::{Durability, WriteFault};
-use super::index::CubeView;
+use super::index::{CubeView, Unerased};
 use super::manifest::{Ending, Tombstone};
 use super::name::{CubeName, Version};
 use super::payload::Payload;
@@ -130,17 +130,22 @@ impl Catalog {
         index.events.push(kind, now, principal, Arc::clone(cube));
         ended.ids.push(cube.id);
         let freed = index.bury(tombstone);
-        if cube.governance.erase_on_free {
-            ended.to_erase.extend(&freed);
+        ended.unreferenced.extend(&freed);
+        if cube.governance.erase_on_free && !freed.is_empty() {
+            index.leftovers.insert(cube.id);
+            index.unerased.insert(cube.id, Unerased { versions, blocks: freed.clone() });
+            drop(index);
+            ended.erasures.push(Erasure { id: cube.id, blocks: freed });
+            self.prune();
+        } else {
+            drop(index);
+            self.clean_up(cube.id, versions);
         }
-        ended.unreferenced.extend(freed);
-        drop(index);
-        self.clean_up(cube.id, versions);
         Ok(())
     }
 
     /// Removes what a tombstone made superfluous. A failure is made up for at the next start.
-    fn clean_up(&self, id: CubeId, versions: Vec<Version>) {
+    pub(super) fn clean_up(&self, id: CubeId, versions: Vec<Version>) {
         let Some(folder) = &self.folder else { return self.prune() };
         if let Err(error) = folder.remove_manifests(id, versions.into_iter()) {
             tracing::warn!(%error, "a deleted cube's manifest stays for now");

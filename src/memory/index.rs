@@ -12,6 +12,7 @@ use super::lifecycle::{State, Usage};
 use super::manifest::Tombstone;
 use super::name::{CubeAddress, CubeName, Version};
 use super::payload::Payload;
+use super::prefill::Gap;
 use super::snapshot::{Snapshot, SnapshotId};
 use super::timestamp::Timestamp;
 use crate::kv::BlockHash;
@@ -30,6 +31,8 @@ pub struct CubeView {
     pub heat: f64,
     /// Its newest version.
     pub newest: Version,
+    /// What of its blocks was missing when somebody looked.
+    pub gap: Option<Gap>,
 }
 
 /// A cube with all its versions.
@@ -42,6 +45,8 @@ pub(super) struct Entry {
     pub(super) is_new: bool,
     /// The last sweep found it past its lifetime.
     pub(super) seemed_expired: bool,
+    /// What of its newest version was not on disk when somebody looked.
+    pub(super) gap: Option<Gap>,
 }
 
 /// Everything that can be found.
@@ -52,9 +57,18 @@ pub(super) struct Index {
     pub(super) snapshots: BTreeMap<SnapshotId, Arc<Snapshot>>,
     /// Deleted cubes some of whose manifests are still there.
     pub(super) leftovers: HashSet<CubeId>,
+    /// Deleted cubes whose blocks are to be overwritten; their manifests stay until then.
+    pub(super) unerased: BTreeMap<CubeId, Unerased>,
     references: HashMap<BlockHash, Holders>,
     pub(super) num_payload_bytes: usize,
     pub(super) events: EventLog,
+}
+
+/// What is left of a cube until its blocks are overwritten.
+#[derive(Debug, Default)]
+pub(super) struct Unerased {
+    pub(super) versions: Vec<Version>,
+    pub(super) blocks: Vec<BlockHash>,
 }
 
 /// How many versions name a block, by how hard their cubes hold on to theirs: levels 0 to 9, then pinned.
@@ -80,7 +94,7 @@ impl Holders {
 impl Entry {
     pub(super) fn new(head: Arc<Cube>, is_new: bool) -> Self {
         let older = BTreeMap::new();
-        Self { head, older, usage: Usage::default(), is_resident: false, is_new, seemed_expired: false }
+        Self { head, older, usage: Usage::default(), is_resident: false, is_new, seemed_expired: false, gap: None }
     }
 
     fn state(&self, now: Timestamp) -> State {
@@ -108,6 +122,7 @@ impl Entry {
             usage: self.usage,
             heat: self.usage.heat(now, self.head.governance.half_life_s),
             newest: self.head.version,
+            gap: self.gap.clone(),
         }
     }
 
@@ -120,7 +135,7 @@ impl Entry {
         let older = self.older.get(&version)?;
         let mut cube = Cube::clone(&self.head);
         (cube.version, cube.payload) = (version, Arc::clone(&older.payload));
-        Some(CubeView { cube: Arc::new(cube), ..view })
+        Some(CubeView { cube: Arc::new(cube), gap: None, ..view })
     }
 }
 
@@ -132,6 +147,7 @@ impl Index {
             tombstones: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             leftovers: HashSet::new(),
+            unerased: BTreeMap::new(),
             references: HashMap::new(),
             num_payload_bytes: 0,
             events,
@@ -209,6 +225,9 @@ impl Index {
         let entry = self.cubes.entry(cube.id).or_insert_with(|| Entry::new(Arc::clone(&cube), is_new));
         if let Some(previous) = previous.filter(|previous| previous.version < cube.version) {
             entry.older.insert(previous.version, previous);
+        }
+        if entry.head.version != cube.version {
+            entry.gap = None;
         }
         entry.head = cube;
     }

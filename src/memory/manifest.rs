@@ -58,6 +58,9 @@ pub struct Tombstone {
     pub deleted_at: Timestamp,
     /// Why.
     pub reason: Ending,
+    /// Its blocks are to be overwritten. That is done when none of its manifests is there any more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub erase_on_free: bool,
 }
 
 /// Why a cube ended.
@@ -92,6 +95,7 @@ impl Tombstone {
             created_at: cube.created_at,
             deleted_at,
             reason,
+            erase_on_free: cube.governance.erase_on_free,
         }
     }
 }

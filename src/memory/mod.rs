@@ -21,6 +21,7 @@ mod name;
 mod payload;
 mod plaintext;
 mod portable;
+mod prefill;
 mod snapshot;
 mod timestamp;
 mod vault;
@@ -34,7 +35,7 @@ mod samples;
 
 pub use self::acl::{Access, Acl, AclLists, Principal, Visibility};
 pub use self::catalog::{Catalog, CatalogLimits, CubeFilter, CubePage};
-pub use self::changes::{CubeChanges, Ended, NewCube};
+pub use self::changes::{CubeChanges, Ended, Erasure, NewCube};
 pub use self::cube::{Cube, CubeId, Governance, Origin, Priority, PriorityLevel, SemanticType};
 pub use self::digest::Digest;
 pub use self::event::{Event, EventKind, EventPage};
@@ -50,6 +51,7 @@ pub use self::plaintext::{
     ChatSetting, CubePrompt, chat_cube_tokens, completion_cube_tokens, completion_prompt, cube_prompt, cube_prompt_text,
 };
 pub use self::portable::{Incoming, Outgoing, PortableCube};
+pub use self::prefill::{Gap, MAX_PREFILL_ATTEMPTS, PrefillJob};
 pub use self::snapshot::{
     Difference, DifferenceKind, Restoration, RestoreOutcome, Snapshot, SnapshotCube, SnapshotId, SnapshotScope,
 };

@@ -56,8 +56,17 @@ pub(super) enum Job {
     Save(BlockCopy),
     /// Up to the device.
     Load(BlockCopy),
+    /// Zero what lies there.
+    Wipe(Wiped),
     /// Make what was saved before durable.
     Seal(Ticket),
+}
+
+/// Where zeros go: a block of the device, or a slot of the host tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wiped {
+    Device(BlockId),
+    Host(BlockId),
 }
 
 /// What became of a job.
@@ -65,6 +74,7 @@ pub(super) enum Job {
 pub(super) enum Done {
     Saved { copy: BlockCopy, is_there: bool },
     Loaded { copy: BlockCopy, is_whole: bool, took: Duration },
+    Wiped(Wiped),
     Sealed { ticket: Ticket, is_durable: bool },
 }
 
@@ -105,6 +115,7 @@ impl<T: Transfer> IoThread<T> {
         match job {
             Job::Save(copy) => self.save(copy),
             Job::Load(copy) => self.load(copy),
+            Job::Wipe(place) => self.wipe(place),
             Job::Seal(ticket) => self.seal(ticket),
         }
     }
@@ -169,6 +180,23 @@ impl<T: Transfer> IoThread<T> {
             tracing::warn!(%error, tier = ?copy.place.tier(), "a KV block is lost and will be computed again");
         }
         Done::Loaded { copy, is_whole: result.is_ok(), took: started_at.elapsed() }
+    }
+
+    fn wipe(&mut self, wiped: Wiped) -> Done {
+        match wiped {
+            Wiped::Host(slot) => self.host.lock(slot).fill(0),
+            Wiped::Device(block) => {
+                let (offset, num_bytes) = self.place(block);
+                let zero = &mut |target: &mut [u8]| {
+                    target.fill(0);
+                    Ok(())
+                };
+                if let Err(error) = self.transfer.fill(&self.blocks, offset, num_bytes, zero) {
+                    tracing::error!(%error, "a KV block could not be zeroed; nobody finds it, and it will be overwritten");
+                }
+            }
+        }
+        Done::Wiped(wiped)
     }
 
     fn seal(&self, ticket: Ticket) -> Done {

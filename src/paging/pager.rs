@@ -11,7 +11,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, bounded, select};
 
 use super::host::HostArena;
-use super::io::{BlockCopy, Completions, Done, IoThread, Job, Place, SharedStore, Ticket};
+use super::io::{BlockCopy, Completions, Done, IoThread, Job, Place, SharedStore, Ticket, Wiped};
 use super::rates::Rates;
 use super::store::{BlockStore, PinnedBlocks};
 use super::{PagingConfig, Tier};
@@ -59,6 +59,11 @@ pub enum Completion {
         block: BlockId,
         /// Whether it holds what was asked for.
         is_whole: bool,
+    },
+    /// `block` holds zeros.
+    Wiped {
+        /// The device block.
+        block: BlockId,
     },
     /// Everything saved before is durable, or not.
     Sealed {
@@ -132,17 +137,29 @@ impl Pager {
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
+        let arena = Arc::new(HostArena::new(config.num_host_blocks));
+        Self::start_over(device, (blocks, num_blocks), arena, config, waker)
+    }
+
+    fn start_over<D: Device>(
+        device: &D,
+        (blocks, num_blocks): (&D::Buffer, usize),
+        arena: Arc<HostArena>,
+        config: PagingConfig,
+        waker: &Sender<()>,
+    ) -> Result<Self> {
         let PagingConfig { block_bytes, block_size, layout, num_host_blocks, num_threads, open } = config;
         if num_host_blocks == 0 && open.is_none() {
             return Ok(Self::disabled());
         }
-        let (loads, load_jobs) = bounded(num_blocks);
+        // A block is loaded or zeroed, and a slot of the host is zeroed, once at a time.
+        let max_loads = num_blocks + num_host_blocks;
+        let (loads, load_jobs) = bounded(max_loads);
         let (saves, save_jobs) = bounded(MAX_SAVES + MAX_SEALS);
-        let (done_sender, done) = bounded(num_blocks + MAX_SAVES + MAX_SEALS);
+        let (done_sender, done) = bounded(max_loads + MAX_SAVES + MAX_SEALS);
         let completions = Completions { done: done_sender, waker: waker.clone() };
         let (opened_sender, opened) = bounded(1);
         let store = SharedStore::default();
-        let arena = Arc::new(HostArena::new(num_host_blocks));
         let mut threads = Vec::with_capacity(num_threads + 1);
         for _ in 0..num_threads.max(1) {
             let thread = IoThread {
@@ -264,6 +281,32 @@ impl Pager {
         is_sent
     }
 
+    /// Starts zeroing a device block; `false` where nobody could.
+    pub fn wipe(&mut self, block: BlockId) -> bool {
+        self.send(|io| &io.loads, Job::Wipe(Wiped::Device(block)))
+    }
+
+    /// Forgets a block of the lower tiers; its slot on the host is zeroed. What is on disk is the store's to erase. `false`
+    /// as long as a copy of it is on its way down: ask again then.
+    pub fn erase(&mut self, hash: &BlockHash) -> bool {
+        self.host.erase(hash);
+        self.disk.remove(hash);
+        self.wipe_slots();
+        !self.saving.contains(hash)
+    }
+
+    fn wipe_slots(&mut self) {
+        while let Some(slot) = self.host.next_to_wipe() {
+            let is_sent = self.send(|io| &io.loads, Job::Wipe(Wiped::Host(slot)));
+            assert!(is_sent, "the queue has room for every slot");
+        }
+    }
+
+    /// Slots of the host that are being zeroed.
+    pub fn num_unwiped(&self) -> usize {
+        self.host.num_unwiped()
+    }
+
     /// Keeps a slot of the host tier from being overwritten while it is read.
     fn pin_slot(&mut self, slot: BlockId) {
         if !planted::is(Bug::HostSlotNotPinned) {
@@ -274,6 +317,7 @@ impl Pager {
     fn unpin_slot(&mut self, slot: BlockId) {
         if !planted::is(Bug::HostSlotNotPinned) {
             self.host.release(slot);
+            self.wipe_slots();
         }
     }
 
@@ -302,8 +346,12 @@ impl Pager {
         if let Some(store) = io.store.get() {
             self.disk.extend(store.take_announced());
         }
-        let done = io.done.try_recv().ok()?;
-        Some(self.absorb(done))
+        loop {
+            let done = self.io.as_ref()?.done.try_recv().ok()?;
+            if let Some(completion) = self.absorb(done) {
+                return Some(completion);
+            }
+        }
     }
 
     fn open(&mut self, opened: OpenedVault) -> Completion {
@@ -311,15 +359,21 @@ impl Pager {
         Completion::Opened { identity: opened.identity }
     }
 
-    fn absorb(&mut self, done: Done) -> Completion {
-        match done {
+    /// `None` for what is nobody's business but the pager's.
+    fn absorb(&mut self, done: Done) -> Option<Completion> {
+        Some(match done {
             Done::Saved { copy, is_there } => self.absorb_saved(&copy, is_there),
             Done::Loaded { copy, is_whole, took } => self.absorb_loaded(&copy, is_whole, took),
+            Done::Wiped(Wiped::Device(block)) => Completion::Wiped { block },
+            Done::Wiped(Wiped::Host(slot)) => {
+                self.host.finish_wipe(slot);
+                return None;
+            }
             Done::Sealed { ticket, is_durable } => {
                 self.num_seals -= 1;
                 Completion::Sealed { ticket, is_durable }
             }
-        }
+        })
     }
 
     fn absorb_saved(&mut self, copy: &BlockCopy, is_there: bool) -> Completion {
@@ -448,5 +502,104 @@ fn open_vault(open: VaultOpener, store: &SharedStore, opened: &Sender<OpenedVaul
             let _ = waker.try_send(());
         }
         Err(error) => tracing::warn!(%error, "the vault stays closed: KV blocks will not survive a restart"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::sim::SimBackend;
+
+    const BLOCK_BYTES: usize = 64;
+
+    /// A host tier of two slots, and block 0 of the device copied there.
+    struct World {
+        pager: Pager,
+        waker: Receiver<()>,
+        arena: Arc<HostArena>,
+        hash: BlockHash,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let device = SimBackend::default();
+            let blocks = device.allocate(2 * BLOCK_BYTES).unwrap();
+            let fill = &mut |bytes: &mut [u8]| {
+                bytes.fill(7);
+                Ok(())
+            };
+            device.create_transfer().unwrap().fill(&blocks, 0, BLOCK_BYTES, fill).unwrap();
+            let (wake, waker) = bounded(1);
+            let config = PagingConfig {
+                block_bytes: BLOCK_BYTES,
+                block_size: 1,
+                layout: None,
+                num_host_blocks: 2,
+                num_threads: 1,
+                open: None,
+            };
+            let arena = Arc::new(HostArena::new(2));
+            let pager = Pager::start_over(&device, (&blocks, 2), Arc::clone(&arena), config, &wake).unwrap();
+            let hash = BlockHash::root(b"model", b"").child(&[1]);
+            let mut world = Self { pager, waker, arena, hash };
+            assert!(world.pager.save(hash, &[1], BlockId(0), Tier::Host).is_some());
+            world
+        }
+
+        fn next(&mut self) -> Completion {
+            loop {
+                match self.pager.poll() {
+                    Some(completion) => return completion,
+                    None => self.waker.recv().unwrap(),
+                }
+            }
+        }
+
+        fn set_bytes(&self) -> usize {
+            (0..2).map(|slot| self.arena.lock(BlockId(slot)).iter().filter(|byte| **byte != 0).count()).sum()
+        }
+    }
+
+    #[test]
+    fn an_erased_slot_is_zeroed_and_not_found() {
+        let mut world = World::new();
+        // On its way down: ask again later.
+        let hash = world.hash;
+        let _ = world.pager.erase(&hash);
+        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
+        assert_eq!((world.pager.find(&hash, &[1]), world.set_bytes()), (Some(Tier::Host), BLOCK_BYTES));
+        assert!(world.pager.erase(&hash));
+        assert_eq!(world.pager.find(&hash, &[1]), None);
+        while world.pager.num_unwiped() > 0 {
+            assert!(world.pager.poll().is_none());
+            world.pager.check_integrity(0, 0);
+        }
+        assert_eq!(world.set_bytes(), 0);
+    }
+
+    #[test]
+    fn a_slot_that_is_read_is_zeroed_afterwards() {
+        let mut world = World::new();
+        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
+        let (ticket, hash) = (world.pager.new_ticket(), world.hash);
+        assert!(world.pager.load(ticket, hash, &[1], BlockId(1)));
+        assert!(world.pager.erase(&hash));
+        assert!(matches!(world.next(), Completion::Loaded { is_whole: true, .. }));
+        while world.pager.num_unwiped() > 0 {
+            assert!(world.pager.poll().is_none());
+        }
+        assert_eq!(world.set_bytes(), 0);
+    }
+
+    #[test]
+    fn a_device_block_is_zeroed() {
+        let mut world = World::new();
+        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
+        assert!(world.pager.wipe(BlockId(0)));
+        assert!(matches!(world.next(), Completion::Wiped { block: BlockId(0) }));
+        let other = BlockHash::root(b"model", b"").child(&[2]);
+        assert!(world.pager.save(other, &[2], BlockId(0), Tier::Host).is_some());
+        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
+        assert_eq!(world.set_bytes(), BLOCK_BYTES, "the one slot holds zeros, the other what was there before");
     }
 }

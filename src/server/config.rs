@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::adapters::AdapterRegistry;
-use super::cubes::CubeService;
+use super::cubes::{CubeService, PREFILL_INTERVAL};
 use super::error::ApiError;
 use super::limits::{ConnectionLimits, RequestLimits};
 use crate::engine::AppliedAdapter;
@@ -83,6 +83,8 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// A comment is sent on a stream that has been silent for this long, so that proxies keep it open.
     pub keep_alive_interval: Duration,
+    /// Time between two looks for cubes that lack KV, which is computed while nothing else is to be.
+    pub prefill_interval: Duration,
     /// Bounds of a request.
     pub request_limits: RequestLimits,
     /// Bounds of a connection.
@@ -100,6 +102,7 @@ impl Default for ServerConfig {
             metrics: true,
             drain_timeout: Duration::from_secs(30),
             keep_alive_interval: Duration::from_secs(15),
+            prefill_interval: PREFILL_INTERVAL,
             request_limits: RequestLimits::default(),
             connection_limits: ConnectionLimits::default(),
         }

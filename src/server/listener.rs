@@ -38,6 +38,7 @@ pub async fn serve(
     tokio::select! {
         () = connections.accept_from(&listener) => {}
         () = cubes::sweep(Arc::clone(&app)) => {}
+        () = cubes::prefill(Arc::clone(&app)) => {}
         () = shutdown => {}
     }
     app.start_draining();

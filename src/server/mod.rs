@@ -32,7 +32,7 @@ pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
 pub use self::cubes::{
     BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, OpenBlocks, VaultEngine, Verified,
-    hold_all,
+    finish_erasures, hold_all,
 };
 pub use self::error::{ApiError, ErrorBody, ErrorObject};
 use self::hosts::Hosts;

@@ -1,14 +1,16 @@
 //! Requests that arrive together, in order of priority, too many, too long, or whose callers leave.
 
+use std::sync::atomic::Ordering;
+
 use mneme::backend::DType;
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::engine::{
-    Engine, EngineConfig, FinishReason, GenerateRequest, MergeConfig, OutputEvent, OutputStream, SamplingParams,
-    SchedulerLimits, SubmitError, Task,
+    BACKGROUND, Engine, EngineConfig, FinishReason, GenerateRequest, MergeConfig, OutputEvent, OutputStream,
+    SamplingParams, SchedulerLimits, SubmitError, Task,
 };
 use mneme::models::{Checkpoint, Model};
 
-use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, metric, request};
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, metric, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 
@@ -248,4 +250,27 @@ fn embeddings_and_samples_share_a_step() {
     for stream in samples {
         assert_eq!(collect(stream).tokens.len(), 300);
     }
+}
+
+/// What runs in the background takes no place in anybody's step, steps aside when somebody comes, and ends all the same.
+#[test]
+fn the_background_waits_for_everybody_else() {
+    let limits = SchedulerLimits { max_num_batched_tokens: 16, ..limits() };
+    let (num_tokens, num_background_steps) = (300, 600 / 16 + 1);
+    let embed = || GenerateRequest { priority: BACKGROUND, ..request(&prompt(600), Task::Embed) };
+    let engine = start(limits);
+    let mut foreground = engine.handle.submit(generate(&prompt(10), num_tokens)).unwrap();
+    let _ = foreground.blocking_next();
+    let background = engine.handle.submit(embed()).unwrap();
+    assert_eq!(Output::default().finish(foreground).reason, Some(FinishReason::Length));
+    let alone = collect(background).embedding;
+    let num_steps = |engine: &TestEngine| engine.handle.metrics().num_steps.load(Ordering::Relaxed) as usize;
+    let num_done = num_steps(&engine);
+    assert!(num_done >= num_tokens + num_background_steps, "{num_done} steps: both ran in some of them");
+    let background = engine.handle.submit(embed()).unwrap();
+    while num_steps(&engine) == num_done {
+        std::thread::yield_now();
+    }
+    assert_eq!(collect(engine.handle.submit(generate(&prompt(10), 5)).unwrap()).tokens.len(), 5);
+    assert_eq!(collect(background).embedding, alone);
 }

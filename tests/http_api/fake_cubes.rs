@@ -99,7 +99,7 @@ impl FakeCubes {
 
 impl CubeEngine for FakeCubes {
     fn materialize(&self, wanted: BlockRequest) -> BoxFuture<'_, Result<Materialized, ApiError>> {
-        let BlockRequest { token_ids, domain, durable, source } = wanted;
+        let BlockRequest { token_ids, domain, durable, source, .. } = wanted;
         Box::pin(async move { Ok(self.add(Prefill { token_ids, domain, durable, source })) })
     }
 
@@ -124,7 +124,7 @@ impl CubeEngine for FakeCubes {
         released.iter().for_each(|hash| assert!(blocks.remove(hash), "a released block was there"));
     }
 
-    fn erase(&self, blocks: &[BlockHash]) -> mneme::Result<()> {
+    fn erase(&self, blocks: &[BlockHash]) -> mneme::Result<bool> {
         self.store.erase(blocks)
     }
 

@@ -12,6 +12,7 @@ mod cubes;
 mod embeddings;
 mod errors;
 mod hosts;
+mod prefills;
 mod saves;
 mod snapshots;
 #[path = "../support/mod.rs"]

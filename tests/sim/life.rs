@@ -237,7 +237,10 @@ impl Simulation {
     ) {
         std::iter::once(&asked).chain(&merged).for_each(|asked| self.sharing.note(asked));
         let priority = self.random.below(3) as i32;
-        match engine.handle.submit(GenerateRequest { priority, ..request }) {
+        // Somebody has to be there who can zero it.
+        let erase_on_free = self.disk.is_some() && self.random.once_in(8);
+        self.reached.num_erased += usize::from(erase_on_free);
+        match engine.handle.submit(GenerateRequest { priority, erase_on_free, ..request }) {
             Ok(stream) => self.running.push(Running { asked, merged, wanted, output: Output::default(), stream }),
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("{error}"),

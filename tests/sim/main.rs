@@ -10,6 +10,7 @@
 
 mod adapters;
 mod disk;
+mod erasing;
 mod life;
 mod machine;
 mod oracle;

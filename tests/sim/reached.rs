@@ -54,6 +54,8 @@ pub struct Reached {
     pub num_relinked_tokens: usize,
     /// Tokens that were moved under adapters.
     pub num_adapted_links: usize,
+    /// Requests that leave nothing in memory.
+    pub num_erased: usize,
 }
 
 impl std::ops::AddAssign for Reached {
@@ -91,6 +93,7 @@ impl std::ops::AddAssign for Reached {
         self.num_chosen_tokens += other.num_chosen_tokens;
         self.num_relinked_tokens += other.num_relinked_tokens;
         self.num_adapted_links += other.num_adapted_links;
+        self.num_erased += other.num_erased;
     }
 }
 
@@ -130,6 +133,7 @@ impl Reached {
             (self.num_chosen_tokens, 1000),
             (self.num_relinked_tokens, 1500),
             (self.num_adapted_links, 5000),
+            (self.num_erased, 500),
         ];
         assert!(places.iter().all(|(reached, least)| reached >= least), "{self:?}");
     }

@@ -22,6 +22,24 @@ impl SimBuffer {
     }
 }
 
+/// All memory that a double has given out, as long as somebody holds on to this.
+#[derive(Clone, Default)]
+pub struct SimMemory(Arc<Mutex<Vec<SimBuffer>>>);
+
+impl SimMemory {
+    /// Whether these bytes stand anywhere in it.
+    pub fn contains(&self, bytes: &[u8]) -> bool {
+        lock(&self.0).iter().any(|buffer| buffer.lock().windows(bytes.len()).any(|window| window == bytes))
+    }
+
+    /// Zeros, which it knows from now on.
+    fn allocate(&self, bytes: usize) -> SimBuffer {
+        let buffer = SimBuffer::new(vec![0; bytes]);
+        lock(&self.0).push(buffer.clone());
+        buffer
+    }
+}
+
 pub(super) type SimTensor = Tensor<SimBuffer>;
 
 /// A stream of the double.
@@ -72,7 +90,7 @@ impl Device for SimBackend {
     type Transfer = SimTransfer;
 
     fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
-        Ok(SimBuffer::new(vec![0; bytes]))
+        Ok(self.memory.allocate(bytes))
     }
 
     fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {

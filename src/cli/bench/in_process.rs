@@ -68,6 +68,7 @@ impl InProcess {
             shared_prefix: None,
             adapters,
             pieces: vec![],
+            erase_on_free: false,
         };
         let watch = Stopwatch::start();
         Ok(InFlight { stream: self.launched.handle.submit(request)?, watch, num_input_tokens })

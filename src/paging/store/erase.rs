@@ -13,10 +13,11 @@ use crate::{Error, Result};
 
 impl BlockStore {
     /// Overwrites blocks wherever they lie in files of this format, and forgets them. That is durable when this returns.
+    /// Whether no file of another format says that it has some of them: those are overwritten by who has that format open.
     ///
     /// # Errors
     /// `Io` when some of them may be there still; nobody finds them until the store is opened again.
-    pub fn erase(&self, hashes: &[BlockHash]) -> Result<()> {
+    pub fn erase(&self, hashes: &[BlockHash]) -> Result<bool> {
         let hashes: HashSet<BlockHash> = hashes.iter().copied().collect();
         let mut writer = self.writer();
         let failed = |e| Error::io("erase blocks in", &self.folder, e);
@@ -25,7 +26,8 @@ impl BlockStore {
             self.seal_open(&mut writer)?;
         }
         let segments = self.index().segments_with(&hashes);
-        segments.into_iter().try_for_each(|id| self.erase_in(&mut writer, id, &hashes)).map_err(failed)
+        segments.into_iter().try_for_each(|id| self.erase_in(&mut writer, id, &hashes)).map_err(failed)?;
+        Ok(!self.index().is_foreign(&hashes))
     }
 
     fn erase_in(&self, writer: &mut Writer, id: SegmentId, hashes: &HashSet<BlockHash>) -> io::Result<()> {

@@ -240,6 +240,13 @@ impl Index {
         }
     }
 
+    /// Bytes that a newcomer of `level` could have others give up: of blocks without a level or with a lower one, and of files
+    /// of other formats that may go.
+    pub(super) fn displaceable_bytes(&self, level: u8) -> u64 {
+        let may_go = |hash: &BlockHash| !self.is_pinned(hash) && self.levels.get(hash).is_none_or(|held| *held < level);
+        self.blocks.keys().filter(|hash| may_go(hash)).count() as u64 * self.stride
+    }
+
     /// Whether a newcomer of this value need not be weighed: one like it was turned away, and too little has happened
     /// since for the least of the blocks to have aged.
     pub(super) fn is_below_floor(&self, value: f64) -> bool {
@@ -450,6 +457,11 @@ impl Index {
         self.foreign_bytes += segment.bytes;
         let at = self.foreign.partition_point(|other| other.id <= segment.id);
         self.foreign.insert(at, segment);
+    }
+
+    /// Whether a file of another format has any of these blocks.
+    pub(super) fn is_foreign(&self, hashes: &HashSet<BlockHash>) -> bool {
+        self.foreign.iter().flat_map(|segment| &segment.hashes).any(|hash| hashes.contains(hash))
     }
 
     /// Takes the oldest foreign segment that may go: none that holds a pinned block or a cube's. Its bytes count until

@@ -45,7 +45,7 @@ pub use pins::PinnedBlocks;
 
 use self::format::{BlockRecord, digest_of, read_header};
 use self::geometry::Geometry;
-use self::index::{Index, Located, Place};
+use self::index::{Index, Located, PINNED_LEVEL, Place};
 use self::segment::{SegmentId, SegmentWriter};
 use super::{FileHandle, Files};
 use crate::kv::BlockHash;
@@ -129,6 +129,21 @@ impl BlockStore {
     /// Whether a block can be read now.
     pub fn contains(&self, hash: &BlockHash) -> bool {
         self.index().find(hash).is_some()
+    }
+
+    /// How many of these blocks cannot be read now.
+    pub fn count_missing(&self, hashes: &[BlockHash]) -> usize {
+        let index = self.index();
+        hashes.iter().filter(|hash| index.find(hash).is_none()).count()
+    }
+
+    /// Whether so many more blocks would find room without displacing others that are held on to as hard as `level` says, as
+    /// far as that can be said before it is tried. `None` is harder than all levels.
+    pub fn would_fit(&self, num_blocks: usize, level: Option<u8>) -> bool {
+        let index = self.index();
+        let needed_bytes = num_blocks as u64 * self.geometry.format.stride();
+        let free_bytes = self.geometry.resting_bytes().saturating_sub(index.total_bytes());
+        index.degraded.is_none() && needed_bytes <= free_bytes + index.displaceable_bytes(level.unwrap_or(PINNED_LEVEL))
     }
 
     /// The blocks that can be read now, in no order.

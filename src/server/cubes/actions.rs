@@ -149,7 +149,7 @@ async fn append(app: &AppRef, principal: Principal, name: CubeName, body: JsonBo
             let (known, shared) = (service.engine.binding()?, head.payload.clone());
             let is_current = known.tokenizer == activation.binding().tokenizer;
             let tokenized = app.prepare(body, move |app, body| behind(app, body, &shared, is_current)).await?;
-            tokenized.materialize(service, domain, true).await?
+            tokenized.materialize(service, domain, true, head.governance.erase_on_free).await?
         }
     };
     let (catalog, asking, based_on) = (service.catalog.clone(), principal.clone(), head.version);

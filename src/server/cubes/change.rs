@@ -150,10 +150,13 @@ pub(in crate::server) async fn delete(
     let target = name.clone();
     let ended = blocking(move || catalog.delete(&principal, &target)).await?;
     let id = *ended.ids.first().expect("a deletion ends one cube");
-    let is_erased = !ended.to_erase.is_empty();
-    service.end(ended).await?;
-    let reason =
-        if is_erased { "The cube was deleted, and its KV overwritten on disk." } else { "The cube was deleted." };
+    let is_to_erase = !ended.erasures.is_empty();
+    let is_over = service.end(ended).await?;
+    let reason = match (is_to_erase, is_over) {
+        (false, _) => "The cube was deleted.",
+        (true, true) => "The cube was deleted, and its KV overwritten.",
+        (true, false) => "The cube was deleted; its KV is overwritten as soon as the vault can do that.",
+    };
     let deleted = DeletedCube { id, name, deleted: true, restored_tokens: 0, reason };
     Ok(Json(deleted).into_response())
 }

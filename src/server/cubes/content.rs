@@ -241,13 +241,21 @@ impl TokenizedContent {
         service: &CubeService,
         domain: String,
         durable: bool,
+        erase_on_free: bool,
     ) -> Result<(Payload, Work), ApiError> {
         let known = service.engine.binding()?;
         let binding = Binding { template: self.template, domain: domain.parse()?, ..known };
         let shared_prefix =
             (self.num_stored > 0).then(|| SharedPrefix { num_tokens: self.num_stored, domain: domain.clone() });
         let source = shared_prefix.map(|prefix| BlockSource { domain: domain.clone(), shared_prefix: Some(prefix) });
-        let wanted = BlockRequest { token_ids: self.token_ids.clone(), domain, durable, source };
+        let wanted = BlockRequest {
+            token_ids: self.token_ids.clone(),
+            domain,
+            durable,
+            source,
+            erase_on_free,
+            is_background: false,
+        };
         let found = service.engine.materialize(wanted).await?;
         let work = Work::of(&found);
         let blocks = Blocks { full: found.blocks, tail: found.tail, num_bytes: found.bytes };

@@ -82,7 +82,8 @@ pub(in crate::server) async fn create(
         Planned::Plaintext(payload) => (payload, Work::none("A plaintext cube has no KV.")),
         Planned::Activation(content) => {
             let durable = plan.durability == Durability::Synced;
-            content.materialize(service, domain_of(&app, &plan.name), durable).await?
+            let erase_on_free = plan.changes.erase_on_free.unwrap_or(false);
+            content.materialize(service, domain_of(&app, &plan.name), durable, erase_on_free).await?
         }
     };
     let Plan { name, parents, origin, changes, durability, .. } = plan;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use super::holds::Holds;
 use super::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, Materialized, Verified};
 use crate::engine::handle::EngineHandle;
-use crate::engine::request::{FinishReason, GenerateRequest, OutputEvent, Task};
+use crate::engine::request::{BACKGROUND, FinishReason, GenerateRequest, OutputEvent, Task};
 use crate::kv::BlockHash;
 use crate::memory::{Binding, Catalog};
 use crate::paging::{BlockStore, Found};
@@ -49,7 +49,8 @@ impl VaultEngine {
 
     async fn deposit(&self, wanted: BlockRequest) -> Result<Materialized, ApiError> {
         let open = self.open()?;
-        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source } = wanted;
+        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source, erase_on_free, is_background } =
+            wanted;
         let (domain, shared_prefix, kept_in) = match source {
             Some(BlockSource { domain, shared_prefix }) => (domain, shared_prefix, Some(kept_in)),
             None => (kept_in, None, None),
@@ -58,11 +59,12 @@ impl VaultEngine {
             id: "memcube".into(),
             prompt: token_ids,
             task: Task::Deposit { is_durable, kept_in },
-            priority: 0,
+            priority: if is_background { BACKGROUND } else { 0 },
             domain,
             shared_prefix,
             adapters: Vec::new(),
             pieces: vec![],
+            erase_on_free,
         })?;
         let mut deposited = None;
         while let Some(event) = stream.next().await {
@@ -133,12 +135,14 @@ impl CubeEngine for VaultEngine {
         self.settle(blocks);
     }
 
-    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()> {
-        let Some(OpenBlocks { store, .. }) = self.open.get() else { return Ok(()) };
+    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<bool> {
+        let Some(OpenBlocks { store, .. }) = self.open.get() else { return Ok(false) };
         let holds = self.holds();
-        let free: Vec<BlockHash> = blocks.iter().filter(|hash| !holds.has(hash)).copied().collect();
+        let (held, free): (Vec<BlockHash>, Vec<BlockHash>) = blocks.iter().partition(|hash| holds.has(hash));
         drop(holds);
-        store.erase(&free)
+        // Memory first: what is on its way to disk arrives before it is looked for there.
+        self.engine.erase(free.clone());
+        Ok(store.erase(&free)? && held.is_empty())
     }
 
     fn binding(&self) -> Result<Binding, ApiError> {

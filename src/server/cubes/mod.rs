@@ -13,8 +13,10 @@ pub(super) mod transfer;
 
 mod content;
 mod engine;
+mod erase;
 mod holds;
 mod object;
+mod prefill;
 mod save;
 mod service;
 mod snapshot;
@@ -28,7 +30,9 @@ use super::{App, AppRef};
 use crate::memory::{CubeName, Principal};
 
 pub use self::engine::{OpenBlocks, VaultEngine};
+pub use self::erase::finish_erasures;
 pub use self::holds::hold_all;
+pub(super) use self::prefill::{PREFILL_INTERVAL, prefill};
 pub(super) use self::save::{CubeToSave, check_save, save};
 pub use self::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, Verified};
 pub(super) use self::sweep::sweep;

@@ -6,8 +6,8 @@ use utoipa::ToSchema;
 
 use super::service::Materialized;
 use crate::memory::{
-    Access, AclLists, Activation, Binding, CubeId, CubeName, CubeView, Digest, Form, Governance, Kind, Label, Labels,
-    Origin, Payload, Principal, Priority, SemanticType, State, Timestamp, Twin, Version, Visibility,
+    Access, AclLists, Activation, Binding, CubeId, CubeName, CubeView, Digest, Form, Gap, Governance, Kind, Label,
+    Labels, Origin, Payload, Principal, Priority, SemanticType, State, Timestamp, Twin, Version, Visibility,
 };
 
 /// A cube: its header, and its content when `include=payload` asks for it.
@@ -61,6 +61,9 @@ pub(in crate::server) struct CubeObject {
     binding: Option<BindingObject>,
     /// Bytes of the KV blocks.
     bytes: u64,
+    /// What of the KV is not on disk; null when all is, as far as was looked. It is computed when nothing else is to be, or at
+    /// the next use.
+    missing: Option<MissingObject>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     payload: Option<PayloadObject>,
 }
@@ -82,6 +85,17 @@ struct BindingObject {
     form: Form,
     #[schema(value_type = String)]
     domain: Label,
+}
+
+/// KV that a cube has lost.
+#[derive(Serialize, ToSchema)]
+struct MissingObject {
+    /// Blocks of it.
+    blocks: usize,
+    /// How often it was computed in vain; three times at most.
+    attempts: u32,
+    /// What came of the last time, or why there was none.
+    reason: Option<String>,
 }
 
 /// The model that computed the blocks.
@@ -177,8 +191,15 @@ impl CubeObject {
             heat: view.heat,
             binding: activation.map(BindingObject::new),
             bytes: activation.map_or(0, Activation::num_bytes),
+            missing: view.gap.as_ref().map(MissingObject::new),
             payload: with_payload.then(|| PayloadObject::new(&cube.payload)),
         }
+    }
+}
+
+impl MissingObject {
+    fn new(gap: &Gap) -> Self {
+        Self { blocks: gap.num_missing, attempts: gap.num_attempts, reason: gap.reason.clone() }
     }
 }
 

@@ -50,7 +50,17 @@ pub(in crate::server) async fn save(app: &App, cube: CubeToSave) -> Result<(Cube
     let domain = domain_of(app, &name);
     let binding = Binding { template: None, domain: domain.parse()?, ..service.engine.binding()? };
     let durable = durability == Durability::Synced;
-    let wanted = BlockRequest { token_ids: token_ids.clone(), domain, durable, source: Some(source) };
+    let older = service.catalog.get(&principal, &CubeAddress::from(name.clone()));
+    let is_marked = older.is_ok_and(|view| view.cube.governance.erase_on_free);
+    let erase_on_free = is_marked || changes.erase_on_free.unwrap_or(false);
+    let wanted = BlockRequest {
+        token_ids: token_ids.clone(),
+        domain,
+        durable,
+        source: Some(source),
+        erase_on_free,
+        is_background: false,
+    };
     let found = service.engine.materialize(wanted).await?;
     let work = Work::of(&found);
     let blocks = Blocks { full: found.blocks, tail: found.tail, num_bytes: found.bytes };

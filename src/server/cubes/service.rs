@@ -4,9 +4,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use super::blocking;
+use super::erase::erase_all;
 use crate::engine::request::SharedPrefix;
 use crate::kv::BlockHash;
-use crate::memory::{Binding, Catalog, CubeView, Ended};
+use crate::memory::{Binding, Catalog, CubeView, Ended, Erasure};
 use crate::paging::BlockStore;
 use crate::server::error::ApiError;
 
@@ -34,8 +35,10 @@ pub trait CubeEngine: Send + Sync + 'static {
     /// Takes note of blocks that no cube references any more: they need not be kept. Returns at once.
     fn release(&self, blocks: Vec<BlockHash>);
 
-    /// Overwrites blocks on disk, durably, and has nobody find them. Waits for the disk.
-    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<()>;
+    /// Overwrites blocks on disk, durably, and in memory as soon as nobody uses them; nobody finds them from now on. Waits
+    /// for the disk. Whether nothing is left to be overwritten on disk: the vault may not be open yet, somebody may be naming
+    /// some of the blocks in a cube, and the blocks of another model are overwritten when that is served.
+    fn erase(&self, blocks: &[BlockHash]) -> crate::Result<bool>;
 
     /// What blocks computed now are valid for; in prefix form, in no domain yet. An error while it is not yet known.
     fn binding(&self) -> Result<Binding, ApiError>;
@@ -52,6 +55,10 @@ pub struct BlockRequest {
     pub durable: bool,
     /// Where they may be found; in that domain when it is not said.
     pub source: Option<BlockSource>,
+    /// Whether the memory that they take is zeroed when nobody uses them.
+    pub erase_on_free: bool,
+    /// Whether it is computed only while nothing else is to be.
+    pub is_background: bool,
 }
 
 /// What a call may find.
@@ -99,14 +106,25 @@ pub struct CubeService {
 }
 
 impl CubeService {
-    /// Lets go of what ended cubes had, and erases what is to be erased.
-    pub(super) async fn end(&self, ended: Ended) -> Result<(), ApiError> {
+    /// Lets go of what ended cubes had, and erases what is to be erased. Whether all of that is done.
+    pub(super) async fn end(&self, ended: Ended) -> Result<bool, ApiError> {
         self.engine.release(ended.unreferenced);
-        if ended.to_erase.is_empty() {
-            return Ok(());
+        self.erase(ended.erasures).await
+    }
+
+    /// Erases what earlier calls, or earlier processes, could not.
+    pub(super) async fn catch_up(&self) -> Result<bool, ApiError> {
+        let pending = self.catalog.pending_erasures();
+        pending.iter().for_each(|erasure| self.engine.release(erasure.blocks.clone()));
+        self.erase(pending).await
+    }
+
+    async fn erase(&self, erasures: Vec<Erasure>) -> Result<bool, ApiError> {
+        if erasures.is_empty() {
+            return Ok(true);
         }
-        let engine = Arc::clone(&self.engine);
-        blocking(move || engine.erase(&ended.to_erase)).await
+        let (engine, catalog) = (Arc::clone(&self.engine), Arc::clone(&self.catalog));
+        blocking(move || erase_all(&catalog, erasures, |blocks| engine.erase(blocks))).await
     }
 
     /// Has the blocks of a cube that was just made or changed held on to as it says.

@@ -1,4 +1,4 @@
-//! Ends cubes whose lifetime is over, while the server runs.
+//! Ends cubes whose lifetime is over, while the server runs, and erases what could not be erased before.
 
 use std::time::Duration;
 
@@ -17,6 +17,10 @@ pub(in crate::server) async fn sweep(app: AppRef) {
         let ended = match blocking(move || catalog.expire()).await {
             Ok(ended) => service.end(ended).await,
             Err(error) => Err(error),
+        };
+        let ended = match ended {
+            Ok(_) => service.catch_up().await,
+            failed => failed,
         };
         if let Err(error) = ended {
             tracing::warn!(message = %error.object().message, "cubes past their lifetime, or their blocks, stay for now");

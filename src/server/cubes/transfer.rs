@@ -117,7 +117,9 @@ pub(in crate::server) async fn import(
         }
         Arrived::Foreign(cube, token_ids) => {
             let content = rebuilt(&app, &cube, token_ids)?;
-            let (payload, work) = content.materialize(service, domain_of(&app, &name), true).await?;
+            let erase_on_free = cube.erase_on_free;
+            let domain = domain_of(&app, &name);
+            let (payload, work) = content.materialize(service, domain, true, erase_on_free).await?;
             (cube, payload, work)
         }
     };

@@ -12,7 +12,7 @@ use super::save::{SavePlan, SavedCube};
 use super::unix_time;
 use super::usage::UsageCounter;
 use crate::engine::AppliedAdapter;
-use crate::engine::request::SharedPrefix;
+use crate::engine::request::{BACKGROUND, SharedPrefix};
 use crate::memory::Principal;
 use crate::server::App;
 use crate::server::cubes::request_domain;
@@ -110,6 +110,11 @@ impl Call {
         self.memory.as_ref().and_then(|memory| memory.shared_prefix(num_cube_tokens))
     }
 
+    /// Whether it names a cube that leaves nothing behind in memory.
+    pub(super) fn is_erased(&self) -> bool {
+        self.memory.iter().flat_map(CallMemory::cubes).any(|cube| cube.governance.erase_on_free)
+    }
+
     /// `memory` of the answer, when the call said anything about it.
     pub(super) fn memory_answer(&self, usage: &UsageCounter, saved: Option<SavedCube>) -> Option<MemoryAnswer> {
         let is_wanted = self.memory.is_some() || saved.is_some() || self.tells_adapters;
@@ -177,7 +182,7 @@ impl CallRequest {
                 at_end: include_usage,
                 in_every_chunk: include_usage && options.continuous_usage_stats.unwrap_or(false),
             },
-            priority: self.priority.unwrap_or(0),
+            priority: self.priority.unwrap_or(0).min(BACKGROUND - 1),
             domain,
             memory,
             save,
