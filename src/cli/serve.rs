@@ -43,6 +43,9 @@ pub(crate) struct ServeArgs {
     /// A file with one key per line
     #[arg(long)]
     api_key_file: Option<PathBuf>,
+    /// The key that loads and unloads adapters; without it everyone who is let in may
+    #[arg(long, env = "MNEME_ADMIN_API_KEY", hide_env_values = true)]
+    admin_api_key: Option<String>,
     /// Adapters to start with, as NAME=FOLDER; a request names one, or several: model+a:0.7+b:0.3
     #[arg(long, num_args = 1.., value_name = "NAME=FOLDER", value_parser = parse_lora_module)]
     lora_modules: Vec<(String, PathBuf)>,
@@ -93,6 +96,7 @@ impl ServeArgs {
             port: self.port,
             allowed_hosts: self.allowed_host.clone(),
             api_keys,
+            admin_api_key: self.admin_api_key.clone(),
             owned_by: self.owned_by.clone(),
             drain_timeout: Duration::from_secs(self.shutdown_timeout),
             request_limits: RequestLimits {

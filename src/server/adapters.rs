@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, RwLock};
 
 use axum::extract::State;
+use axum::http::HeaderMap;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -220,7 +221,8 @@ pub(super) struct UnloadLoraRequest {
     request_body = LoadLoraRequest,
     responses((status = 200, body = String), (status = "4XX", body = ErrorBody))
 )]
-pub(super) async fn load(State(app): State<AppRef>, body: JsonBody) -> Result<String, ApiError> {
+pub(super) async fn load(State(app): State<AppRef>, headers: HeaderMap, body: JsonBody) -> Result<String, ApiError> {
+    app.api_keys.check_admin(&headers)?;
     let LoadLoraRequest { lora_name, lora_path, load_inplace } = body.parse()?;
     registry(&app)?;
     if app.model.names.contains(&lora_name) {
@@ -249,7 +251,8 @@ pub(super) async fn load(State(app): State<AppRef>, body: JsonBody) -> Result<St
     request_body = UnloadLoraRequest,
     responses((status = 200, body = String), (status = "4XX", body = ErrorBody))
 )]
-pub(super) async fn unload(State(app): State<AppRef>, body: JsonBody) -> Result<String, ApiError> {
+pub(super) async fn unload(State(app): State<AppRef>, headers: HeaderMap, body: JsonBody) -> Result<String, ApiError> {
+    app.api_keys.check_admin(&headers)?;
     let UnloadLoraRequest { lora_name } = body.parse()?;
     match registry(&app)?.unload(&lora_name) {
         true => Ok(format!("Success: LoRA adapter '{lora_name}' removed successfully.")),

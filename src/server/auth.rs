@@ -14,12 +14,26 @@ use crate::memory::Principal;
 /// The keys that open the server, as SHA-256 digests; comparing digests hides length and content of the keys.
 pub struct ApiKeys {
     digests: Vec<[u8; 32]>,
+    /// Of the key that changes the server; none lets everybody who is let in do that.
+    admin: Option<[u8; 32]>,
 }
 
 impl ApiKeys {
-    /// No keys mean an open server.
-    pub fn new(keys: &[String]) -> Self {
-        Self { digests: keys.iter().map(|key| Sha256::digest(key).into()).collect() }
+    /// No `keys` mean an open server. Where there are some, the `admin` key opens it as well.
+    pub fn new(keys: &[String], admin: Option<&String>) -> Self {
+        let digest = |key: &String| Sha256::digest(key).into();
+        Self { digests: keys.iter().map(digest).collect(), admin: admin.map(digest) }
+    }
+
+    /// Whether the sender of a request, who was let in, may change the server.
+    pub fn check_admin(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        let Some(admin) = &self.admin else { return Ok(()) };
+        let token = bearer_token(headers).unwrap_or_default();
+        let digest: [u8; 32] = Sha256::digest(token).into();
+        match admin.ct_eq(&digest).into() {
+            true => Ok(()),
+            false => Err(ApiError::forbidden("This changes the server for everyone and needs its admin key.")),
+        }
     }
 
     /// Whether everybody is let in.
@@ -35,7 +49,8 @@ impl ApiKeys {
         let token = bearer_token(headers)
             .ok_or_else(|| ApiError::unauthorized("Send an API key in the header 'Authorization: Bearer <key>'."))?;
         let digest: [u8; 32] = Sha256::digest(token).into();
-        let matches = self.digests.iter().fold(Choice::from(0), |found, key| found | key.ct_eq(&digest));
+        let matches =
+            self.digests.iter().chain(&self.admin).fold(Choice::from(0), |found, key| found | key.ct_eq(&digest));
         if matches.into() {
             Ok(principal_of(&digest))
         } else {
@@ -78,7 +93,7 @@ mod tests {
 
     #[test]
     fn only_the_keys_given_open_the_server() {
-        let keys = ApiKeys::new(&["one".into(), "two".into()]);
+        let keys = ApiKeys::new(&["one".into(), "two".into()], None);
         for (header, passes) in [
             ("Bearer one", true),
             ("bearer two", true),
@@ -93,6 +108,21 @@ mod tests {
         let principal = |key: &str| keys.check(&with_header(&format!("Bearer {key}"))).unwrap();
         assert_ne!(principal("one"), principal("two"));
         assert_eq!(principal("one").as_str(), "key-7692c3ad3540bb80");
-        assert!(ApiKeys::new(&[]).check(&HeaderMap::new()).is_ok());
+        assert!(ApiKeys::new(&[], None).check(&HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn only_the_admin_key_changes_a_server_that_has_one() {
+        let admin = "root".to_owned();
+        let may = |keys: &ApiKeys, key: &str| {
+            let headers = with_header(&format!("Bearer {key}"));
+            (keys.check(&headers).is_ok(), keys.check_admin(&headers).is_ok())
+        };
+        let keyed = ApiKeys::new(&["one".into()], Some(&admin));
+        assert_eq!(["one", "root", "two"].map(|key| may(&keyed, key)), [(true, false), (true, true), (false, false)]);
+        let open = ApiKeys::new(&[], Some(&admin));
+        assert_eq!(["one", "root"].map(|key| may(&open, key)), [(true, false), (true, true)]);
+        assert!(open.check_admin(&HeaderMap::new()).is_err());
+        assert!(ApiKeys::new(&["one".into()], None).check_admin(&HeaderMap::new()).is_ok());
     }
 }

@@ -75,6 +75,8 @@ pub struct ServerConfig {
     pub allowed_hosts: Vec<String>,
     /// Keys that open the server; none means open to all.
     pub api_keys: Vec<String>,
+    /// The key that loads and unloads adapters; without one, everybody who is let in may.
+    pub admin_api_key: Option<String>,
     /// `owned_by` of the models; gateways that look for an engine they know want `vllm` here.
     pub owned_by: String,
     /// Whether `/metrics` answers.
@@ -98,6 +100,7 @@ impl Default for ServerConfig {
             port: 8000,
             allowed_hosts: Vec::new(),
             api_keys: Vec::new(),
+            admin_api_key: None,
             owned_by: "mneme".into(),
             metrics: true,
             drain_timeout: Duration::from_secs(30),

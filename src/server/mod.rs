@@ -66,7 +66,8 @@ pub(crate) struct CallGuard(AppRef);
 impl App {
     /// `address` is where the server listens.
     fn new(config: ServerConfig, model: ServedModel, address: SocketAddr) -> AppRef {
-        let (api_keys, hosts) = (ApiKeys::new(&config.api_keys), Hosts::new(&config, address));
+        let api_keys = ApiKeys::new(&config.api_keys, config.admin_api_key.as_ref());
+        let hosts = Hosts::new(&config, address);
         let (calls, engine_ended) = (Calls::default(), AtomicBool::new(false));
         Arc::new(Self { config, model, api_keys, hosts, calls, engine_ended })
     }

@@ -12,7 +12,7 @@ use mneme::server::{AdapterRegistry, MergeRules, ServedModel, ServerConfig, Serv
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::client::Reply;
+use crate::client::{self, Reply};
 use crate::fake_engine::{self, Script};
 use crate::support::tiny_adapter::TinyAdapter;
 use crate::{TestServer, served_model};
@@ -32,6 +32,10 @@ fn adapter(rank: usize, seed: u64) -> TinyAdapter {
 impl Setup {
     /// Adapters `a` and `b` from the start; `c` and `d` lie below the root.
     fn new(is_open: bool) -> Self {
+        Self::with_config(is_open, ServerConfig::default())
+    }
+
+    fn with_config(is_open: bool, config: ServerConfig) -> Self {
         let root = tempfile::tempdir().unwrap();
         for (seed, name) in ["a", "b", "c", "d"].into_iter().enumerate() {
             let folder = root.path().join(name);
@@ -49,7 +53,7 @@ impl Setup {
             registry.load(name, &root.path().join(name), false).unwrap();
         }
         let model = ServedModel { adapters: Some(registry), ..served_model(engine.clone()) };
-        let thread = ServerThread::start(ServerConfig { port: 0, ..ServerConfig::default() }, model).unwrap();
+        let thread = ServerThread::start(ServerConfig { port: 0, ..config }, model).unwrap();
         Self { server: TestServer { thread, engine, requests: fake.requests }, root }
     }
 
@@ -263,4 +267,23 @@ fn without_a_root_nobody_may_load() {
         assert!(message(&reply).contains("--lora-root"), "{}", reply.text());
     }
     assert_eq!(setup.applied("a").len(), 1);
+}
+
+#[test]
+fn with_an_admin_key_only_its_holder_changes_adapters() {
+    let config = ServerConfig { admin_api_key: Some("root".into()), ..ServerConfig::default() };
+    let setup = Setup::with_config(true, config);
+    let post = |path: &str, body: &Value, key: &str| {
+        let header = format!("Authorization: Bearer {key}\r\n");
+        setup.server.send(&client::post(path, body.to_string().as_bytes(), &header))
+    };
+    let load = json!({ "lora_name": "c", "lora_path": setup.root.path().join("c") });
+    let unload = json!({ "lora_name": "a" });
+    for (path, body) in [("/v1/load_lora_adapter", &load), ("/v1/unload_lora_adapter", &unload)] {
+        assert_eq!(setup.server.post(path, body).status, 403);
+        assert_eq!(post(path, body, "other").status, 403);
+        let reply = post(path, body, "root");
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    assert_eq!(setup.server.complete(json!({ "model": "c" })).status, 200, "others may use it");
 }
