@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvLayout, KvOrder, LoraBatch, LoraLoader, LoraPart, LoraSite, Norm, RopeConfig, RotatedCopies,
-    ScaledUpdate, StreamKind, Tensor, Transfer,
+    KvLayer, KvLayout, KvOrder, LoraBatch, LoraLoader, LoraPages, LoraPart, LoraSite, Norm, PageImage, RopeConfig,
+    RotatedCopies, RowRun, ScaledUpdate, StreamKind, Tensor, Transfer,
 };
 use crate::{Error, Result, invalid};
 
@@ -84,16 +84,58 @@ impl Delays {
     }
 }
 
-/// Brings adapters to the double.
+/// Arranges adapters for the double.
 pub struct SimLoraLoader;
 
-impl LoraLoader for SimLoraLoader {
-    /// The update's tag.
-    type Lora = u64;
+/// An update of one projection: its rows say nothing but its tag, again and again.
+pub struct SimLora {
+    arena: SimBuffer,
+    /// Where rows begin, and how long they are.
+    rows: Vec<(usize, usize)>,
+}
 
-    fn load(&self, parts: &[LoraPart]) -> Result<u64> {
+impl LoraLoader for SimLoraLoader {
+    type Buffer = SimBuffer;
+    /// As many rows of the same lengths as other devices have.
+    type Packed = Vec<RowRun>;
+    type Lora = SimLora;
+
+    fn pack(&self, parts: &[LoraPart], image: &mut PageImage) -> Result<Vec<RowRun>> {
         parts.iter().try_for_each(LoraPart::check)?;
-        Ok(lora_tag(parts))
+        let tag = lora_tag(parts).to_le_bytes();
+        let mut runs = Vec::with_capacity(2 * parts.len());
+        for part in parts {
+            for (name, columns) in [(part.a.name(), part.a.columns()), (part.b.name(), part.b.rows())] {
+                let run = image.reserve(name, part.a.rows(), (2 * columns).next_multiple_of(2 * PAYLOAD_BYTES))?;
+                for row in 0..run.num_rows {
+                    image
+                        .row_mut(&run, row)
+                        .chunks_exact_mut(PAYLOAD_BYTES)
+                        .for_each(|word| word.copy_from_slice(&tag));
+                }
+                runs.push(run);
+            }
+        }
+        Ok(runs)
+    }
+
+    fn place(&self, packed: &Vec<RowRun>, pages: &LoraPages<SimBuffer>) -> Result<SimLora> {
+        let places = |run: &RowRun| {
+            let row_bytes = run.row_bytes;
+            (0..run.num_rows).map(|row| (pages.offset(run, row), row_bytes)).collect::<Vec<_>>()
+        };
+        Ok(SimLora { arena: pages.arena().clone(), rows: packed.iter().flat_map(places).collect() })
+    }
+}
+
+impl SimLora {
+    /// The tag that all rows hold; another one when any of them has not been written, or has been overwritten.
+    fn tag(&self) -> u64 {
+        let arena = self.arena.lock();
+        let words = |&(start, bytes): &(usize, usize)| (start..start + bytes).step_by(PAYLOAD_BYTES);
+        let mut all = self.rows.iter().flat_map(words).map(|at| read_u64(&arena, at));
+        let first = all.next().unwrap_or(0);
+        all.fold(first, |tag, word| if word == tag { tag } else { mix(tag, word) })
     }
 }
 
@@ -428,14 +470,14 @@ impl Backend for SimBackend {
         &self,
         _: &SimStream,
         weight: &SimMatrix,
-        updates: &[ScaledUpdate<'_, u64>],
+        updates: &[ScaledUpdate<'_, SimLora>],
         rows: Range<usize>,
         target: &mut SimMatrix,
     ) -> Result<()> {
         let Some(merged) = target.merged.as_mut().filter(|_| weight.merged.is_none()) else {
             return Err(invalid!("updates are merged into a copy of the base weights"));
         };
-        let updates: Vec<_> = updates.iter().map(|scaled| (*scaled.update, scaled.scale.to_bits())).collect();
+        let updates: Vec<_> = updates.iter().map(|scaled| (scaled.update.tag(), scaled.scale.to_bits())).collect();
         let is_next = merged.num_rows == rows.start && rows.end <= target.rows;
         if !is_next || !(rows.start == 0 || merged.updates == updates) {
             return Err(invalid!("rows {rows:?} do not follow the {} that are merged", merged.num_rows));
@@ -456,7 +498,7 @@ impl Backend for SimBackend {
         expect_shape("projection output", out, x.rows(), out.columns())?;
         let (rows, scales, mut all) = (indices(&batch.rows), indices(&batch.scales), payloads(out));
         for group in batch.groups {
-            let Some(&tag) = group.adapter.get(site) else { continue };
+            let Some(tag) = group.adapter.get(site).map(SimLora::tag) else { continue };
             for at in group.entries.clone() {
                 let row = &mut all[rows[at] as usize];
                 *row = mix(*row, mix(tag, u64::from(scales[at] as u32)));

@@ -1,5 +1,7 @@
 //! One simulated life of an engine, or two with a crash or a clean end between them. A seed decides everything.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use mneme::backend::sim::SimBackend;
@@ -7,9 +9,9 @@ use mneme::engine::{
     Deposited, FetchDecision, FinishReason, GenerateRequest, MergeConfig, OutputStream, SchedulerLimits, SharedPrefix,
     SubmitError, Task, TierConfig,
 };
-use mneme::telemetry::MergeRefusal;
+use mneme::telemetry::{Evictor, MergeRefusal};
 
-use crate::adapters::{Checkpoints, Names, merge_config};
+use crate::adapters::{Checkpoints, Composed, Names, merge_config};
 use crate::disk::{Disk, Kept, MAX_BLOCK_BYTES};
 use crate::oracle::Oracle;
 use crate::prompts::Prompts;
@@ -22,8 +24,14 @@ use crate::support::tiny_model::VOCAB;
 /// What a request is to come to.
 enum Wanted {
     Tokens(usize),
-    Deposit { is_durable: bool, must_succeed: bool, kept: Box<Asked> },
+    Deposit {
+        is_durable: bool,
+        must_succeed: bool,
+        kept: Box<Asked>,
+    },
     Embedding,
+    /// Nothing: it has no room beside its adapters.
+    Refusal,
 }
 
 struct Running {
@@ -31,6 +39,8 @@ struct Running {
     /// What it comes to with its adapters merged.
     merged: Option<Asked>,
     wanted: Wanted,
+    /// What has become of the files of its adapters.
+    are_harmed: Vec<Arc<AtomicBool>>,
     output: Output,
     stream: OutputStream,
 }
@@ -50,6 +60,7 @@ pub struct Simulation {
     random: Random,
     limits: SchedulerLimits,
     host_bytes: usize,
+    adapter_host_bytes: usize,
     num_io_threads: usize,
     max_fetch_wait: Option<Duration>,
     slow_seed: Option<u64>,
@@ -77,7 +88,7 @@ impl Simulation {
             max_num_waiting: random.within(1, 30),
             max_model_len,
             block_size,
-            num_blocks: least_blocks + random.below(2 * least_blocks),
+            num_blocks: least_blocks + random.below(2 * least_blocks) + random.below(8),
             prefix_caching: !random.once_in(5),
             ..limits()
         };
@@ -91,7 +102,10 @@ impl Simulation {
         let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, limits.num_blocks));
         let max_fetch_wait = random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100));
         let merge = merge_config(&mut random);
+        // None, one or two, all.
+        let adapter_host_bytes = [0, 20_000, 1 << 20][random.below(3)];
         Self {
+            adapter_host_bytes,
             host_bytes: num_host_blocks * MAX_BLOCK_BYTES * block_size / 32,
             num_io_threads: random.within(1, 3),
             max_fetch_wait,
@@ -136,7 +150,8 @@ impl Simulation {
     }
 
     fn start(&mut self, checkpoints: &Checkpoints) -> TestEngine {
-        let setup = Setup { limits: self.limits, merge: self.merge, ..Setup::default() };
+        let adapter_host_bytes = self.adapter_host_bytes;
+        let setup = Setup { limits: self.limits, merge: self.merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(self.random.below(2) as u64 * self.random.below(1000) as u64);
         let tiers = TierConfig {
             host_bytes: self.host_bytes,
@@ -164,6 +179,7 @@ impl Simulation {
                 8..=9 => self.submit_deposit(&engine),
                 10..=12 => self.cancel(),
                 13..=14 => self.listen(),
+                15 if self.random.once_in(3) => self.names.harm(checkpoints, &mut self.random),
                 15 if self.random.once_in(2) => self.harm_disk(),
                 15 => self.import(),
                 16 => {
@@ -179,6 +195,12 @@ impl Simulation {
         let handle = engine.stop();
         assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "blocks are left");
         self.reached.num_preemptions += metric(&handle, "num_preemptions_total") as usize;
+        let adapters = &handle.metrics().adapters;
+        self.reached.num_disk_loads += adapters.num_loads(true) as usize;
+        self.reached.num_host_loads += adapters.num_loads(false) as usize;
+        self.reached.num_evicted_by_kv += adapters.num_evictions(Evictor::Kv) as usize;
+        self.reached.num_evicted_by_adapters += adapters.num_evictions(Evictor::Adapter) as usize;
+        self.reached.num_evicted_blocks += adapters.evicted_kv_blocks.get() as usize;
         let merges = &handle.metrics().merges;
         self.reached.num_merges += merges.merges.get() as usize;
         self.reached.num_unmerges += merges.unmerges.get() as usize;
@@ -264,20 +286,23 @@ impl Simulation {
         let random = &mut self.random;
         let is_composed = random.once_in(4);
         let mut asked = if is_composed { self.prompts.ask_composed(random) } else { self.prompts.ask(random) };
-        let (adapters, updates) = self.names.compose(random);
-        asked.adapters = updates;
-        let mut merged = (!adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
+        let Composed { applied: adapters, updates, num_pages, are_harmed } = self.names.compose(random);
+        (asked.adapters, asked.num_pages) = (updates, num_pages);
+        let mut merged = (!asked.adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
+        let most = most_under(&self.limits, num_pages);
         let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
-            (Task::Embed, Wanted::Embedding)
+            (Task::Embed, if asked.num_prompt <= most { Wanted::Embedding } else { Wanted::Refusal })
+        } else if asked.num_prompt >= most {
+            (Task::Generate(Box::new(greedy(1))), Wanted::Refusal)
         } else {
-            let max_tokens = random.within(1, (self.limits.max_model_len - asked.num_prompt).min(60));
+            let max_tokens = random.within(1, (most - asked.num_prompt).min(60));
             for asked in std::iter::once(&mut asked).chain(&mut merged) {
                 asked.tokens.extend(Oracle::answer(asked, &self.limits, max_tokens));
             }
             (Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens))
         };
         let request = GenerateRequest { adapters, ..request_for(&asked, task) };
-        self.send(engine, asked, merged, request, wanted);
+        self.send(engine, asked, merged, request, wanted, are_harmed);
     }
 
     /// Deposits are computed by the model alone.
@@ -293,7 +318,8 @@ impl Simulation {
         self.sharing.note_kept(&kept);
         self.prompts.add_deposited(kept.clone());
         let request = request_for(&asked, Task::Deposit { is_durable, kept_in });
-        self.send(engine, asked, None, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });
+        let wanted = Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) };
+        self.send(engine, asked, None, request, wanted, vec![]);
     }
 
     fn send(
@@ -303,11 +329,15 @@ impl Simulation {
         merged: Option<Asked>,
         request: GenerateRequest,
         wanted: Wanted,
+        are_harmed: Vec<Arc<AtomicBool>>,
     ) {
         std::iter::once(&asked).chain(&merged).for_each(|asked| self.sharing.note(asked));
         let priority = self.random.below(3) as i32;
         match engine.handle.submit(GenerateRequest { priority, ..request }) {
-            Ok(stream) => self.running.push(Running { asked, merged, wanted, output: Output::default(), stream }),
+            Ok(stream) => {
+                let output = Output::default();
+                self.running.push(Running { asked, merged, wanted, are_harmed, output, stream });
+            }
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("{error}"),
         }
@@ -341,8 +371,15 @@ impl Simulation {
 
     fn finish_one(&mut self) {
         let Some(at) = self.pick() else { return };
-        let Running { asked, merged, wanted, output, stream } = self.running.swap_remove(at);
+        let Running { asked, merged, wanted, are_harmed, output, stream } = self.running.swap_remove(at);
         let output = output.finish(stream);
+        if let Some(FinishReason::Error(why)) = &output.reason
+            && are_harmed.iter().any(|is_harmed| is_harmed.load(Ordering::SeqCst))
+        {
+            assert!(why.contains("adapter"), "{why}");
+            self.reached.num_failed_loads += 1;
+            return;
+        }
         let asked = if output.reuse.is_merged { merged.expect("only adapters are merged") } else { asked };
         check(&asked, &output, &self.sharing);
         match wanted {
@@ -351,6 +388,11 @@ impl Simulation {
                 self.take_deposit(&asked, *kept, output, is_durable, must_succeed);
             }
             Wanted::Embedding => assert_eq!(output.reason, Some(FinishReason::Stop { token: None })),
+            Wanted::Refusal => {
+                let why = format!("{:?}", output.reason);
+                assert!(why.contains("the adapters of this request take"), "{why}");
+                self.reached.num_without_room += 1;
+            }
         }
     }
 
@@ -418,6 +460,11 @@ impl Simulation {
             disk.kept.push(Kept { asked: kept, deposited });
         }
     }
+}
+
+/// Tokens that a sequence has room for beside so many pages of adapters.
+fn most_under(limits: &SchedulerLimits, num_pages: usize) -> usize {
+    limits.max_model_len.min(limits.num_blocks.saturating_sub(num_pages) * limits.block_size)
 }
 
 /// What a deposit is found as.
