@@ -39,6 +39,7 @@ fn main() -> anyhow::Result<()> {
         eos_token_ids: tokenizer.end_ids().to_vec(),
         seed: 0,
         merge: MergeConfig::default(),
+        adapter_host_bytes: 0,
     };
     let (engine, handle) = Engine::new(backend, model, config)?;
     let thread = std::thread::spawn(move || engine.run());

@@ -14,6 +14,8 @@
 // A piece is one adapter's update of some columns and the entries, at least one, it is added to: a
 // [rank, num_inputs] T, b [rank, num_columns] T, transposed. num_inputs, num_outputs, first_column and num_columns are
 // multiples of 8, shrunk_at and shrunk_stride of 4; a rank is any and never filled up to another's.
+// Rows of a and b lie in pages of page_bytes: row r is number (first_slot + r) % per_page of the adapter's page
+// (first_slot + r) / per_page, which is page `pages[..]` of the arena. No row is cut, and sums do not know of pages.
 //
 // lora_shrink: blocks only for what there is. A piece has ceil(entries / 16) * ceil(rank / 16) from its first_block on,
 // and a block finds its piece by that. Grid (their sum), block 256. Tensor cores: 16 rows by 16 ranks; warp w of 8 has
@@ -26,9 +28,15 @@
 
 #include "common.cuh"
 
+// Where the rows of a matrix lie.
+struct PagedRows {
+    int first_slot, per_page;
+};
+
 struct LoraPiece {
-    const void* a;
-    const void* b;
+    const u8* arena;
+    const int* pages;
+    PagedRows a, b;
     float scaling;
     int rank, first_column, num_columns;
     int start, end;  // entries
@@ -42,6 +50,15 @@ struct LoraPieces {
 };
 
 constexpr int TILE_ROWS = 16, TILE_RANKS = 16, SHRINK_WARPS = 8;
+
+// Row `row` of a matrix with so many columns.
+template <class T>
+__device__ __forceinline__ const T* find_row(const LoraPiece& piece, const PagedRows& rows, int row, int num_columns,
+                                             u64 page_bytes) {
+    const int slot = rows.first_slot + row, page = slot / rows.per_page;
+    const u8* start = piece.arena + static_cast<u64>(piece.pages[page]) * page_bytes;
+    return reinterpret_cast<const T*>(start) + static_cast<u64>(slot - page * rows.per_page) * num_columns;
+}
 
 __device__ __forceinline__ uint4 load16(const void* source) { return *reinterpret_cast<const uint4*>(source); }
 
@@ -80,7 +97,7 @@ __device__ __forceinline__ int sum_at(int warp, int row, int rank) {
 template <class T>
 __device__ __forceinline__ void lora_shrink(float* shrunk, const T* x, const int* rows, const float* scales,
                                             int num_inputs, int first_row, int num_rows, int shrunk_stride,
-                                            const LoraPiece& piece) {
+                                            u64 page_bytes, const LoraPiece& piece) {
     const int rank_tiles = ceil_div(piece.rank, TILE_RANKS), tile = blockIdx.x - piece.first_block;
     const int first_entry = piece.start + tile / rank_tiles * TILE_ROWS, first_rank = tile % rank_tiles * TILE_RANKS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -92,7 +109,7 @@ __device__ __forceinline__ void lora_shrink(float* shrunk, const T* x, const int
         const int row = entry < piece.end ? rows[entry] : -1;
         const bool is_mine = row >= first_row && row - first_row < num_rows;
         tile_x[n] = is_mine ? x + static_cast<u64>(row) * num_inputs : nullptr;
-        tile_a[n] = rank < piece.rank ? static_cast<const T*>(piece.a) + static_cast<u64>(rank) * num_inputs : nullptr;
+        tile_a[n] = rank < piece.rank ? find_row<T>(piece, piece.a, rank, num_inputs, page_bytes) : nullptr;
     }
     // Every warp has the same rows.
     if (!__any_sync(ALL_LANES, tile_x[0] != nullptr || tile_x[1] != nullptr)) return;
@@ -167,6 +184,7 @@ struct Tile {
     int first_row, first_column;  // of `shrunk` and `out`
     int shrunk_stride;
     const float* shrunk;
+    u64 page_bytes;
 };
 
 template <class T>
@@ -178,8 +196,9 @@ __device__ __forceinline__ void load_stage(u32 stage, const Tile& tile, const Lo
         const int vector = i * EXPAND_THREADS + threadIdx.x, rank = first_rank + vector / VECTORS;
         const int column = tile.first_column + vector % VECTORS * 8 - piece.first_column;
         const bool exists = rank < piece.rank && column >= 0 && column < piece.num_columns;
-        const T* b = static_cast<const T*>(piece.b);
-        copy16_async(stage + vector * 16, exists ? b + static_cast<u64>(rank) * piece.num_columns + column : b, exists);
+        const void* source = piece.arena;
+        if (exists) source = find_row<T>(piece, piece.b, rank, piece.num_columns, tile.page_bytes) + column;
+        copy16_async(stage + vector * 16, source, exists);
     }
     const int row = threadIdx.x / 2, rank = first_rank + threadIdx.x % 2 * 4;
     if (row >= TILE_ROWS) return;
@@ -234,13 +253,13 @@ __device__ __forceinline__ void find_members(u32* members, const LoraPiece* piec
 template <class T>
 __device__ __forceinline__ void lora_expand(T* out, const float* shrunk, const LoraPiece* table, const int* rows,
                                             int num_outputs, int first_row, int num_rows, int shrunk_stride,
-                                            int num_pieces) {
+                                            int num_pieces, u64 page_bytes) {
     __shared__ __align__(16) LoraPiece pieces[MAX_PIECES];
     __shared__ u32 members[MAX_PIECES];
     __shared__ __align__(16) u8 ring[STAGES * STAGE_BYTES];
     const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * THREAD_ROWS;
     const Tile tile = {static_cast<int>(blockIdx.x) * TILE_ROWS, static_cast<int>(blockIdx.y) * TILE_COLUMNS,
-                       shrunk_stride, shrunk};
+                       shrunk_stride, shrunk, page_bytes};
     const int column = tile.first_column + lane * 8;
 
     float sums[THREAD_ROWS][8] = {};
@@ -248,6 +267,7 @@ __device__ __forceinline__ void lora_expand(T* out, const float* shrunk, const L
     for (int first = 0; first < num_pieces; first += MAX_PIECES) {
         const int count = min(MAX_PIECES, num_pieces - first);
         constexpr int VECTORS = sizeof(LoraPiece) / 16;
+        static_assert(MAX_PIECES * VECTORS <= EXPAND_THREADS, "a vector for every thread at most");
         __syncthreads();
         if (threadIdx.x < count * VECTORS) {
             const uint4* source = reinterpret_cast<const uint4*>(table + first);
@@ -295,18 +315,19 @@ __device__ __forceinline__ void lora_expand(T* out, const float* shrunk, const L
 #define LORA_KERNELS(T)                                                                                                \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
     lora_shrink_##T(float* shrunk, LoraPiece* table, const T* x, const int* rows, const float* scales, int num_inputs, \
-                    int first_row, int num_rows, int shrunk_stride, int num_pieces, int first_piece,                   \
+                    int first_row, int num_rows, int shrunk_stride, int num_pieces, int first_piece, u64 page_bytes,   \
                     const LoraPieces pieces) {                                                                         \
         int p = 0;                                                                                                     \
         while (p + 1 < num_pieces && pieces.at[p + 1].first_block <= blockIdx.x) p++;                                  \
         const LoraPiece piece = pieces.at[p];                                                                          \
         if (blockIdx.x == piece.first_block && threadIdx.x == 0) table[first_piece + p] = piece;                       \
-        lora_shrink(shrunk, x, rows, scales, num_inputs, first_row, num_rows, shrunk_stride, piece);                   \
+        lora_shrink(shrunk, x, rows, scales, num_inputs, first_row, num_rows, shrunk_stride, page_bytes, piece);       \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(128)                                                                  \
     lora_expand_##T(T* out, const float* shrunk, const LoraPiece* table, const int* rows, int num_outputs,             \
-                    int first_row, int num_rows, int shrunk_stride, int num_pieces) {                                  \
-        lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces);            \
+                    int first_row, int num_rows, int shrunk_stride, int num_pieces, u64 page_bytes) {                  \
+        lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces,             \
+                    page_bytes);                                                                                       \
     }
 
 LORA_KERNELS(bf16)

@@ -62,11 +62,17 @@ pub enum Bug {
     FormIgnored,
     /// Rows that do not ask for a merged adapter use its copy.
     BystandersUseCopy,
+    /// An adapter is used before it has arrived in its pages.
+    AdapterReadEarly,
+    /// An adapter's pages are free while requests use it.
+    AdapterNotPinned,
+    /// An adapter is taken from its files whatever is in them by now.
+    AdapterChangeIgnored,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 27] = [
+    pub const ALL: [Bug; 30] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -94,6 +100,9 @@ impl Bug {
         Bug::DeviationsOfAnother,
         Bug::FormIgnored,
         Bug::BystandersUseCopy,
+        Bug::AdapterReadEarly,
+        Bug::AdapterNotPinned,
+        Bug::AdapterChangeIgnored,
     ];
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Recording takes no allocation, so the step loop may do it. Encoding to text happens on the server's side.
 
+mod adapters;
 mod merges;
 mod prefills;
 
@@ -16,6 +17,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
+pub use adapters::{AdapterMetrics, Evictor};
 pub use merges::{MergeMetrics, MergeRefusal, MergeStage};
 pub use prefills::{PrefillMetrics, PrefillOutcome};
 
@@ -88,6 +90,8 @@ pub struct EngineMetrics {
     pub request_generation_tokens: Histogram,
     /// Tokens in one step.
     pub iteration_tokens: Histogram,
+    /// Where adapters are.
+    pub adapters: AdapterMetrics,
     /// Merged adapters.
     pub merges: MergeMetrics,
     /// Cubes whose lost KV was to be computed.
@@ -154,6 +158,7 @@ impl EngineMetrics {
                 &TOKEN_COUNT_BUCKETS,
             ),
             iteration_tokens: counts(registry, "iteration_tokens_total", "Tokens in one step", &ITERATION_BUCKETS),
+            adapters: AdapterMetrics::new(registry),
             merges: MergeMetrics::new(registry),
             prefills: PrefillMetrics::new(registry),
             num_steps: AtomicU64::new(0),

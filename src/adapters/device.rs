@@ -3,24 +3,65 @@
 use super::base::{BaseShapes, Module};
 use super::format::Adapter;
 use crate::Result;
-use crate::backend::{LoraAdapter, LoraLoader, LoraPart, LoraSite, Projection};
+use crate::backend::{LoraAdapter, LoraLoader, LoraPart, LoraSite, PageImage, PagedImage, Projection, Transfer};
 
-/// Brings all updates of an adapter onto the loader's device; those of one product together.
-///
-/// # Errors
-/// `Unsupported` where the device cannot apply adapters.
-pub fn load_onto<L: LoraLoader>(loader: &L, adapter: &Adapter, shapes: &BaseShapes) -> Result<LoraAdapter<L::Lora>> {
-    let mut loaded = LoraAdapter::new(shapes.num_layers);
-    for layer in 0..shapes.num_layers {
-        for projection in Projection::ALL {
-            let site = LoraSite { layer, projection };
-            let parts = parts_at(adapter, shapes, site);
-            if !parts.is_empty() {
-                loaded.insert(site, loader.load(&parts)?);
+/// An adapter as it lies in a device's pages, still on the host.
+pub struct PackedAdapter<L: LoraLoader> {
+    updates: LoraAdapter<L::Packed>,
+    image: PagedImage,
+}
+
+impl<L: LoraLoader> PackedAdapter<L> {
+    /// Arranges all updates of an adapter, layer by layer; those of one product together.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device cannot apply adapters, or a page does not hold a row of this one.
+    pub fn new(loader: &L, adapter: &Adapter, shapes: &BaseShapes, page_bytes: usize) -> Result<Self> {
+        let mut updates = LoraAdapter::new(shapes.num_layers);
+        let mut image = PageImage::new(page_bytes);
+        for layer in 0..shapes.num_layers {
+            for projection in Projection::ALL {
+                let site = LoraSite { layer, projection };
+                let parts = parts_at(adapter, shapes, site);
+                if !parts.is_empty() {
+                    updates.insert(site, loader.pack(&parts, &mut image)?);
+                }
             }
         }
+        Ok(Self { updates, image: image.finish()? })
     }
-    Ok(loaded)
+
+    /// Pages that it takes.
+    pub fn num_pages(&self) -> usize {
+        self.image.num_pages()
+    }
+
+    /// Bytes of all of them.
+    pub fn num_bytes(&self) -> usize {
+        self.image.num_bytes()
+    }
+
+    /// What kernels take of it once it lies in these pages of an arena.
+    ///
+    /// # Errors
+    /// `Invalid` when the pages do not lie in the arena.
+    pub fn place(&self, loader: &L, arena: &L::Buffer, pages: &[u32]) -> Result<LoraAdapter<L::Lora>> {
+        let placed = self.image.placed(arena.clone(), pages.to_vec());
+        self.updates.try_map(|packed| loader.place(packed, &placed))
+    }
+
+    /// Copies it into these pages, layer by layer, and waits for that.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn upload<T: Transfer<Buffer = L::Buffer>>(
+        &self,
+        transfer: &mut T,
+        arena: &L::Buffer,
+        pages: &[u32],
+    ) -> Result<()> {
+        self.image.upload(transfer, arena, pages)
+    }
 }
 
 fn parts_at(adapter: &Adapter, shapes: &BaseShapes, wanted: LoraSite) -> Vec<LoraPart> {

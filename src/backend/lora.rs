@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Backend, DType, HostTensor, Tensor};
+use super::{Backend, DType, HostTensor, LoraPages, PageImage, Tensor};
 use crate::{Result, invalid};
 
 /// A matrix product of a decoder layer. Some stack several projections of a checkpoint along their output.
@@ -67,16 +67,29 @@ impl LoraPart {
     }
 }
 
-/// Brings adapters onto a device, from any thread, while the device computes.
+/// Arranges adapters as a device's kernels read them, on any thread, while the device computes.
 pub trait LoraLoader: Send + Sync + 'static {
-    /// An adapter's update of one projection, in the device's own order.
+    /// Device memory.
+    type Buffer: Clone + Send + Sync + 'static;
+    /// Where the rows of an adapter's update of one projection lie in its pages, and what else kernels need of it.
+    type Packed: Send + Sync + 'static;
+    /// The same on the device.
     type Lora: Send + Sync + 'static;
 
-    /// Loads the parts of one projection, whose columns do not overlap.
-    fn load(&self, parts: &[LoraPart]) -> Result<Self::Lora>;
+    /// Puts the parts of one projection, whose columns do not overlap, behind what is in the image.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device cannot apply them.
+    fn pack(&self, parts: &[LoraPart], image: &mut PageImage) -> Result<Self::Packed>;
+
+    /// The update in pages that hold the image.
+    ///
+    /// # Errors
+    /// `Invalid` when these do not lie in their arena.
+    fn place(&self, packed: &Self::Packed, pages: &LoraPages<Self::Buffer>) -> Result<Self::Lora>;
 }
 
-/// An adapter on a device.
+/// An adapter on a device, or arranged for one.
 pub struct LoraAdapter<L> {
     sites: Vec<Option<L>>,
 }
@@ -96,6 +109,12 @@ impl<L> LoraAdapter<L> {
     /// The update of a projection, if the adapter has one.
     pub fn get(&self, site: LoraSite) -> Option<&L> {
         self.sites.get(site.index())?.as_ref()
+    }
+
+    /// The same adapter with other updates, site by site.
+    pub fn try_map<M>(&self, map: impl Fn(&L) -> Result<M>) -> Result<LoraAdapter<M>> {
+        let sites = self.sites.iter().map(|update| update.as_ref().map(&map).transpose());
+        Ok(LoraAdapter { sites: sites.collect::<Result<_>>()? })
     }
 }
 

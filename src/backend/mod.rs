@@ -12,6 +12,7 @@ mod gpu;
 mod host_tensor;
 mod layout;
 mod lora;
+mod lora_pages;
 mod rope;
 pub mod sim;
 mod transfer;
@@ -23,6 +24,7 @@ pub use gpu::{GpuInfo, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use layout::{KvLayout, KvOrder};
 pub use lora::{LoraAdapter, LoraBatch, LoraGroup, LoraLoader, LoraPart, LoraSite, Projection, ScaledUpdate};
+pub use lora_pages::{LoraPages, PageImage, PagedImage, RowRun};
 pub use rope::{RopeConfig, RopeScaling};
 pub use transfer::Transfer;
 
@@ -41,8 +43,8 @@ pub trait Backend: Device {
     type Matrix: Send + Sync + 'static;
     /// Rotary angles for every position.
     type RopeTable: Send + Sync + 'static;
-    /// Brings adapters onto the device.
-    type LoraLoader: LoraLoader;
+    /// Arranges adapters for the device.
+    type LoraLoader: LoraLoader<Buffer = Self::Buffer>;
 
     /// A short name for logs and block identity, such as `cpu-avx512`.
     fn name(&self) -> String;
@@ -66,7 +68,7 @@ pub trait Backend: Device {
     /// Angles for positions `[0, max_positions)`.
     fn load_rope(&self, config: &RopeConfig, max_positions: usize) -> Result<Self::RopeTable>;
 
-    /// A way for adapters to the device, for other threads than the one that computes.
+    /// What arranges adapters for the device, on other threads than the one that computes.
     fn create_lora_loader(&self) -> Result<Self::LoraLoader>;
 
     /// Takes the memory that steps within `bounds` need beside the buffers they are given, so that none is taken later.

@@ -19,7 +19,7 @@ mod tests;
 mod transfer;
 
 pub use device::{SimBuffer, SimEvent, SimMemory, SimStream};
-pub use lora::{SimLoraLoader, lora_tag};
+pub use lora::{SimLora, SimLoraLoader, lora_tag};
 pub use matrix::{MERGED, SimMatrix};
 pub use payload::{deviation, mix, rotated};
 pub use transfer::SimTransfer;
@@ -134,11 +134,11 @@ impl Backend for SimBackend {
         &self,
         _: &SimStream,
         weight: &SimMatrix,
-        updates: &[ScaledUpdate<'_, u64>],
+        updates: &[ScaledUpdate<'_, SimLora>],
         rows: Range<usize>,
         target: &mut SimMatrix,
     ) -> Result<()> {
-        let updates = updates.iter().map(|scaled| (*scaled.update, scaled.scale.to_bits())).collect();
+        let updates = updates.iter().map(|scaled| (scaled.update.tag(), scaled.scale.to_bits())).collect();
         target.merge(weight, updates, rows)
     }
 
@@ -154,7 +154,7 @@ impl Backend for SimBackend {
         expect_shape("projection output", out, x.rows(), out.columns())?;
         let (rows, scales, mut all) = (indices(&batch.rows), indices(&batch.scales), payloads(out));
         for group in batch.groups {
-            let Some(&tag) = group.adapter.get(site) else { continue };
+            let Some(tag) = group.adapter.get(site).map(SimLora::tag) else { continue };
             for at in group.entries.clone() {
                 let row = &mut all[rows[at] as usize];
                 *row = mix(*row, mix(tag, u64::from(scales[at] as u32)));

@@ -6,7 +6,7 @@ use std::thread;
 use clap::{Args, ValueEnum};
 use mneme::backend::cpu::Isa;
 use mneme::backend::{DType, KvLayout, KvOrder};
-use mneme::engine::SchedulerLimits;
+use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
 use mneme::models::ModelConfig;
 
@@ -43,7 +43,7 @@ pub(crate) struct EngineArgs {
     /// Requests that wait before further ones are refused with 503
     #[arg(long, default_value_t = 1024)]
     max_num_queued_reqs: usize,
-    /// Memory for KV blocks in bytes, with an optional suffix K, M or G
+    /// Memory for KV blocks, and adapters in use, in bytes, with an optional suffix K, M or G
     #[arg(long, value_parser = parse_bytes, default_value = "2G")]
     kv_cache_memory_bytes: usize,
     /// Tokens per KV block
@@ -61,6 +61,10 @@ pub(crate) struct EngineArgs {
     /// Seeds requests that bring no seed
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// Host memory for adapters that wait for their use, in bytes, with an optional suffix K, M or G; others are read
+    /// from their files when they are needed
+    #[arg(long, value_parser = parse_bytes, default_value_t = DEFAULT_ADAPTER_HOST_BYTES)]
+    pub(crate) max_lora_bytes: usize,
     #[command(flatten)]
     pub(crate) merge: MergeArgs,
     /// KV blocks, where a command counts them itself.

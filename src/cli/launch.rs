@@ -100,6 +100,7 @@ fn launch_on<B: Backend>(
         eos_token_ids: assets.eos_token_ids.clone(),
         seed: args.seed,
         merge: args.merge.config()?,
+        adapter_host_bytes: args.max_lora_bytes,
     };
     tracing::info!(
         model = %model.name, backend = %backend.name(), threads = args.num_threads(),

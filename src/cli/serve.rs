@@ -8,8 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use clap::Args;
 use mneme::server::{
-    AdapterRegistry, CubeService, DEFAULT_MAX_LORA_BYTES, RequestLimits, ServedModel, ServerConfig, ServerThread,
-    VaultEngine,
+    AdapterRegistry, CubeService, RequestLimits, ServedModel, ServerConfig, ServerThread, VaultEngine,
 };
 use mneme::text::GrammarEngine;
 use tokio::signal::unix::{SignalKind, signal};
@@ -52,9 +51,6 @@ pub(crate) struct ServeArgs {
     /// A folder under which clients may load adapters through /v1/load_lora_adapter; without any they may not
     #[arg(long, value_name = "DIR")]
     lora_root: Vec<PathBuf>,
-    /// Bytes of all adapters together, with an optional suffix K, M or G
-    #[arg(long, value_parser = parse_bytes, default_value_t = DEFAULT_MAX_LORA_BYTES as usize)]
-    max_lora_bytes: usize,
     /// Bytes of a cube's file that is imported, with an optional suffix K, M or G
     #[arg(long, value_parser = parse_bytes, default_value = "4G")]
     max_import_bytes: usize,
@@ -115,8 +111,8 @@ impl ServeArgs {
     }
 
     fn adapters(&self, launched: &Launched) -> anyhow::Result<AdapterRegistry> {
-        let registry = AdapterRegistry::new(launched.handle.clone(), &self.lora_root, self.max_lora_bytes as u64)?
-            .with_merge_rules(self.engine.merge.rules());
+        let registry =
+            AdapterRegistry::new(launched.handle.clone(), &self.lora_root)?.with_merge_rules(self.engine.merge.rules());
         for (name, folder) in &self.lora_modules {
             registry.load(name, folder, false).with_context(|| format!("cannot load the adapter {name}"))?;
         }

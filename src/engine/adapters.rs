@@ -1,14 +1,14 @@
-//! Adapters as requests use them: loaded onto the engine's device by other threads, handed over whole, and kept for as
-//! long as any request that uses them runs.
+//! Adapters as requests name them: what each is, in which order several are applied, and what identifies a composition.
+//! Where their numbers are is for others to know.
 
-use std::any::Any;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
+use uuid::Uuid;
+
 use super::merge::MergeRule;
-use crate::adapters::{Adapter, AdapterDigest, BaseShapes, MAX_ADAPTER_BYTES, load_onto};
-use crate::backend::{LoraAdapter, LoraLoader};
+use crate::adapters::{Adapter, AdapterDigest, BaseShapes};
 use crate::models::ModelConfig;
 use crate::planted::{self, Bug};
 use crate::{Result, invalid};
@@ -16,7 +16,7 @@ use crate::{Result, invalid};
 /// Adapters of one request.
 pub const MAX_APPLIED: usize = 8;
 
-/// An adapter on the device; a cheap handle. Its memory is free when the last handle goes.
+/// An adapter that was read and can be used; a cheap handle. Its numbers are brought to the device when they are needed.
 #[derive(Clone)]
 pub struct LoadedAdapter {
     loaded: Arc<Loaded>,
@@ -28,23 +28,17 @@ pub(super) struct Loaded {
     digest: AdapterDigest,
     num_bytes: usize,
     max_rank: usize,
-    /// A `LoraAdapter` of the engine's backend, which handles do not know.
-    device: Arc<dyn Any + Send + Sync>,
+    /// Pages that it takes on the device.
+    num_pages: usize,
+    /// Where it was read.
+    folder: PathBuf,
+    /// Which store read it.
+    store: Uuid,
     /// Whether new requests find it merged, alone or with others.
     is_merged: AtomicBool,
 }
 
 impl Loaded {
-    fn new(adapter: &Adapter, device: Arc<dyn Any + Send + Sync>) -> Self {
-        Self {
-            digest: adapter.digest(),
-            num_bytes: adapter.num_bytes(),
-            max_rank: adapter.max_rank(),
-            device,
-            is_merged: AtomicBool::new(false),
-        }
-    }
-
     pub(super) fn set_merged(&self, is_merged: bool) {
         self.is_merged.store(is_merged, Ordering::Relaxed);
     }
@@ -66,35 +60,24 @@ impl AppliedAdapter {
     }
 }
 
-/// Reads adapters and brings them onto the engine's device.
+/// Reads adapters, so that an engine can use them.
 pub trait AdapterLoader: Send + Sync {
-    /// Loads a folder, while the engine runs.
+    /// Reads a folder, while the engine runs.
     fn load(&self, folder: &Path) -> Result<LoadedAdapter>;
 }
 
-/// An [`AdapterLoader`] for one kind of device.
-pub struct DeviceAdapterLoader<L> {
-    loader: L,
-    shapes: BaseShapes,
-}
-
-impl<L: LoraLoader> DeviceAdapterLoader<L> {
-    /// For adapters of a model with these shapes.
-    pub fn new(loader: L, shapes: BaseShapes) -> Self {
-        Self { loader, shapes }
-    }
-}
-
-impl<L: LoraLoader> AdapterLoader for DeviceAdapterLoader<L> {
-    fn load(&self, folder: &Path) -> Result<LoadedAdapter> {
-        let adapter = Adapter::read(folder, &self.shapes, MAX_ADAPTER_BYTES)?;
-        let device = Arc::new(load_onto(&self.loader, &adapter, &self.shapes)?);
-        Ok(LoadedAdapter::new(Loaded::new(&adapter, device)))
-    }
-}
-
 impl LoadedAdapter {
-    fn new(loaded: Loaded) -> Self {
+    /// What `store` has read from a folder.
+    pub(super) fn new(adapter: &Adapter, num_pages: usize, folder: &Path, store: Uuid) -> Self {
+        let loaded = Loaded {
+            digest: adapter.digest(),
+            num_bytes: adapter.num_bytes(),
+            max_rank: adapter.max_rank(),
+            num_pages,
+            folder: folder.to_owned(),
+            store,
+            is_merged: AtomicBool::new(false),
+        };
         Self { loaded: Arc::new(loaded), merge_rule: MergeRule::default() }
     }
 
@@ -133,9 +116,19 @@ impl LoadedAdapter {
         self.loaded.max_rank
     }
 
-    /// What the backend made of it; `None` when it was loaded for another kind of device.
-    pub(super) fn on_device<L: Send + Sync + 'static>(&self) -> Option<Arc<LoraAdapter<L>>> {
-        Arc::clone(&self.loaded.device).downcast().ok()
+    /// Pages of the KV arena that it takes while it is on the device.
+    pub fn num_pages(&self) -> usize {
+        self.loaded.num_pages
+    }
+
+    /// Where it was read, and will be again.
+    pub fn folder(&self) -> &Path {
+        &self.loaded.folder
+    }
+
+    /// Which store read it.
+    pub(super) fn store(&self) -> Uuid {
+        self.loaded.store
     }
 }
 
@@ -207,14 +200,27 @@ pub(super) fn identity_under(base: &[u8], adapters: &[AppliedAdapter], is_merged
     identity
 }
 
+/// An adapter that nobody has read, for tests of what schedules them.
+#[cfg(test)]
+pub(super) fn sample(digest: u8, num_pages: usize) -> LoadedAdapter {
+    let loaded = Loaded {
+        digest: AdapterDigest([digest; 32]),
+        num_bytes: 0,
+        max_rank: 1,
+        num_pages,
+        folder: PathBuf::new(),
+        store: Uuid::nil(),
+        is_merged: AtomicBool::new(false),
+    };
+    LoadedAdapter { loaded: Arc::new(loaded), merge_rule: MergeRule::default() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn applied(digest: u8, scale: f32) -> AppliedAdapter {
-        let (digest, device) = (AdapterDigest([digest; 32]), Arc::new(()));
-        let loaded = Loaded { digest, num_bytes: 0, max_rank: 1, device, is_merged: AtomicBool::new(false) };
-        AppliedAdapter { adapter: LoadedAdapter::new(loaded), scale }
+        AppliedAdapter { adapter: sample(digest, 1), scale }
     }
 
     fn facts(adapters: Vec<AppliedAdapter>) -> Vec<(u8, f32)> {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::residency::Residency;
 use super::scheduler::ScheduledSequence;
 use super::sequence::Sequence;
 use crate::adapters::AdapterDigest;
@@ -29,7 +30,12 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
     }
 
     /// Takes note of the step's adapters and says how many entries [`fill`](Self::fill) will write.
-    pub(super) fn collect(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> usize {
+    pub(super) fn collect(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        residency: &Residency,
+    ) -> usize {
         self.clear();
         let mut num_entries = 0;
         for entry in scheduled {
@@ -37,8 +43,7 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
                 num_entries += entry.num_tokens;
                 let digest = applied.adapter.digest();
                 if let Err(at) = self.active.binary_search_by_key(&digest, |(known, _)| *known) {
-                    let device = applied.adapter.on_device().expect("adapters were checked when their request came");
-                    self.active.insert(at, (digest, device));
+                    self.active.insert(at, (digest, residency.on_device(digest)));
                 }
             }
         }

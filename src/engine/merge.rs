@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use super::adapters::{AppliedAdapter, CompositionKey, Loaded, merge_rule_of};
 use super::credit::CreditTable;
+use super::residency::Residency;
 use super::runner::ModelRunner;
 use super::scheduler::ScheduledSequence;
 use super::sequence::Sequence;
 use crate::Result;
+use crate::adapters::AdapterDigest;
 use crate::backend::Backend;
 use crate::telemetry::{EngineMetrics, MergeRefusal, MergeStage};
 
@@ -90,6 +92,8 @@ pub(super) struct Merger {
     stage: MergeStage,
     /// Of the copy that there is, whole or not.
     form: Option<Arc<MergedForm>>,
+    /// What is read until the copy is whole.
+    sources: Vec<AdapterDigest>,
     pace: Pace,
 }
 
@@ -99,6 +103,8 @@ pub(super) struct StepWork<'a> {
     pub(super) scheduled: &'a [ScheduledSequence],
     /// How long it took.
     pub(super) took: Duration,
+    /// Where the adapters of what is running are.
+    pub(super) residency: &'a Residency,
 }
 
 impl Merger {
@@ -108,6 +114,7 @@ impl Merger {
             credits: CreditTable::new(config.window_tokens),
             stage: MergeStage::None,
             form: None,
+            sources: Vec::new(),
             pace: Pace { numbers_per_s: None },
         }
     }
@@ -146,6 +153,20 @@ impl Merger {
         self.go_on(runner, IDLE_SLICE, metrics)
     }
 
+    /// Adapters that must stay on the device: those that are being merged.
+    pub(super) fn sources(&self) -> &[AdapterDigest] {
+        if self.stage == MergeStage::Building { &self.sources } else { &[] }
+    }
+
+    /// Gives up a copy that is not whole, because sequences need the room that its adapters have.
+    pub(super) fn lose_sources(&mut self, metrics: &EngineMetrics) {
+        if let Some(form) = &self.form {
+            let key = form.key;
+            self.refuse(key, MergeRefusal::NoRoom, metrics);
+            self.give_up(metrics);
+        }
+    }
+
     fn credit(&mut self, work: &StepWork<'_>) {
         self.credits.fade(work.scheduled.iter().map(|entry| entry.num_tokens).sum());
         for entry in work.scheduled {
@@ -167,11 +188,12 @@ impl Merger {
         let mut running = work.scheduled.iter().map(|entry| &work.running[entry.index]);
         // Its adapters are at hand as long as it runs.
         let Some(sequence) = running.find(|sequence| sequence.composition_key == Some(key)) else { return Ok(()) };
-        match runner.plan_merge(&sequence.adapters) {
+        match runner.plan_merge(&sequence.adapters, work.residency) {
             Ok(num_bytes) if num_bytes <= self.config.max_bytes => {
                 tracing::info!(num_bytes, adapters = ?names(&sequence.adapters), "merging adapters");
                 let adapters = sequence.adapters.iter().map(|applied| applied.adapter.downgrade()).collect();
                 self.form = Some(Arc::new(MergedForm { key, adapters }));
+                self.sources = sequence.adapters.iter().map(|applied| applied.adapter.digest()).collect();
                 metrics.merges.merged_bytes.set(num_bytes as i64);
                 self.enter(MergeStage::Building, metrics);
             }

@@ -1,5 +1,7 @@
 //! The engine: requests in, tokens out, one thread that owns scheduler, pools and block tables.
 
+mod adapter_io;
+mod adapter_store;
 mod adapters;
 mod composition;
 mod credit;
@@ -12,6 +14,7 @@ mod merge;
 mod output;
 mod probe;
 pub mod request;
+mod residency;
 mod runner;
 mod sampling;
 mod scheduler;
@@ -19,7 +22,8 @@ mod sequence;
 mod step;
 mod tiers;
 
-pub use adapters::{AdapterLoader, AppliedAdapter, DeviceAdapterLoader, LoadedAdapter, MAX_APPLIED, base_shapes};
+pub use adapter_store::{AdapterSpace, AdapterStore, DEFAULT_ADAPTER_HOST_BYTES};
+pub use adapters::{AdapterLoader, AppliedAdapter, LoadedAdapter, MAX_APPLIED, base_shapes};
 pub use handle::{EngineHandle, EngineInfo, OutputStream, SubmitError};
 pub use merge::{MergeConfig, MergeRule};
 pub use request::{

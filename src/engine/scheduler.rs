@@ -3,7 +3,8 @@
 //! Continuous batching with chunked prefill under a token budget: running sequences first, in order of priority and
 //! arrival, then as many waiting ones as fit. When blocks run out the last running sequence is preempted: its blocks
 //! are released and it is recomputed later, from whatever the prefix cache still has. A waiting sequence whose next
-//! block is being computed by a running one is passed over until that block can be shared.
+//! block is being computed by a running one is passed over until that block can be shared. So is one whose adapters are
+//! on their way to the device.
 
 #![allow(clippy::vec_box)] // sequences move between the queues, by pointer
 
@@ -12,11 +13,19 @@ use std::time::{Duration, Instant};
 
 use super::composition::Composition;
 use super::request::FinishReason;
+use super::residency::{FailedLoad, Residency};
 use super::sequence::{Sequence, SequenceStatus, Work};
 use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for};
+use crate::adapters::AdapterDigest;
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
+
+/// Waiting sequences whose adapters are brought to the device before there is a place for them.
+const MAX_PREFETCHING: usize = 16;
+
+/// Of the pool, one block in so many is left to running sequences when adapters are brought up ahead of their time.
+const POOL_SHARE_KEPT_FREE: usize = 8;
 
 /// Bounds of a step and of the queue.
 #[derive(Debug, Clone, Copy)]
@@ -60,14 +69,24 @@ pub(super) struct Scheduler {
     probing: Vec<ScheduledSequence>,
     pool: CachedPool,
     tiers: Tiers,
+    residency: Residency,
+    /// Adapters that are held because they are being merged.
+    merging: Vec<AdapterDigest>,
     /// Blocks that running sequences are about to fill, or that are on their way up.
     promised: HashSet<BlockHash>,
     num_preemptions: u64,
 }
 
 impl Scheduler {
-    pub(super) fn new(limits: SchedulerLimits, pager: Pager, max_fetch_wait: Option<Duration>) -> Self {
+    pub(super) fn new(
+        limits: SchedulerLimits,
+        pager: Pager,
+        max_fetch_wait: Option<Duration>,
+        residency: Residency,
+    ) -> Self {
         Self {
+            residency,
+            merging: Vec::new(),
             waiting: VecDeque::with_capacity(limits.max_num_waiting + limits.max_num_seqs),
             running: Vec::with_capacity(limits.max_num_seqs),
             scheduled: Vec::with_capacity(limits.max_num_seqs),
@@ -96,9 +115,9 @@ impl Scheduler {
         !self.waiting.is_empty() || !self.running.is_empty()
     }
 
-    /// Whether nobody waits for anything.
+    /// Whether nobody waits for anything, and no adapter is on its way.
     pub(super) fn is_idle(&self) -> bool {
-        !self.has_queued() && self.tiers.num_sequences() == 0
+        !self.has_queued() && self.tiers.num_sequences() == 0 && self.residency.num_loading() == 0
     }
 
     /// Whether nobody waits for anything, and nothing is to be copied or zeroed.
@@ -236,6 +255,7 @@ impl Scheduler {
         let preempted = self.schedule_running(&mut budget);
         if !preempted {
             self.schedule_waiting(&mut budget);
+            self.prefetch_adapters();
         }
         self.group_by_form();
     }
@@ -283,7 +303,7 @@ impl Scheduler {
         while index < self.running.len() {
             let num_tokens = budget.grant(&self.running[index]);
             while index < self.running.len() && !self.ensure_blocks(index, num_tokens) {
-                if !self.reclaim_waiting() {
+                if !self.reclaim(0) {
                     self.preempt_last();
                     preempted = true;
                 }
@@ -312,6 +332,12 @@ impl Scheduler {
     }
 
     fn try_admit(&mut self, at: usize, budget: &mut Budget) -> Admission {
+        if !self.hold_adapters(at) {
+            return Admission::NoRoom;
+        }
+        if !self.residency.are_ready(self.waiting[at].added_adapters()) {
+            return Admission::Deferred;
+        }
         let use_cache = self.limits.prefix_caching && self.waiting[at].can_use_cached_blocks();
         if use_cache && self.is_promised(at) {
             return Admission::Deferred;
@@ -326,7 +352,7 @@ impl Scheduler {
             return Admission::Prepared;
         }
         let num_missing = sequence.num_missing_blocks(self.limits.block_size);
-        while self.pool.num_free() < num_missing + self.num_reserved() && self.reclaim_waiting() {}
+        while self.pool.num_free() < num_missing + self.num_reserved() && self.reclaim(at) {}
         let num_tokens = budget.grant(&sequence);
         if num_tokens == 0 || self.pool.num_free() < num_missing + self.num_reserved() {
             self.give_back(&mut sequence);
@@ -348,6 +374,98 @@ impl Scheduler {
         assert!(self.ensure_blocks(index, num_tokens), "the blocks were just counted");
         self.give_tokens(index, num_tokens, budget);
         Admission::Admitted
+    }
+
+    /// Holds the adapters of a waiting sequence on the device, or has them brought there, at the cost of those behind it;
+    /// `false` while there is no room for them.
+    fn hold_adapters(&mut self, at: usize) -> bool {
+        let sequence = &self.waiting[at];
+        if sequence.holds_adapters || sequence.added_adapters().is_empty() {
+            return true;
+        }
+        // A block for each that runs, lest they are preempted for what is only beginning.
+        while !self.try_hold_adapters(at, self.running.len()) {
+            if !self.reclaim(at + 1) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn try_hold_adapters(&mut self, at: usize, num_kept_free: usize) -> bool {
+        let num_reserved = self.num_reserved() + num_kept_free;
+        let Self { waiting, residency, pool, .. } = self;
+        let sequence = &mut waiting[at];
+        sequence.holds_adapters = residency.hold(pool, sequence.added_adapters(), num_reserved);
+        sequence.holds_adapters
+    }
+
+    /// Brings up the adapters of the next waiting sequences, as far as there is room that nobody needs now.
+    fn prefetch_adapters(&mut self) {
+        let num_kept_free = self.limits.num_blocks / POOL_SHARE_KEPT_FREE;
+        for at in 0..self.waiting.len().min(MAX_PREFETCHING) {
+            let sequence = &self.waiting[at];
+            let wants_some = !sequence.holds_adapters && !sequence.added_adapters().is_empty();
+            if wants_some && !self.try_hold_adapters(at, num_kept_free) {
+                break;
+            }
+        }
+    }
+
+    /// Lets go of a sequence's adapters.
+    fn release_adapters(&mut self, sequence: &mut Sequence) {
+        if std::mem::take(&mut sequence.holds_adapters) {
+            let held = sequence.added_adapters().iter();
+            held.for_each(|applied| self.residency.release(&mut self.pool, applied.adapter.digest()));
+        }
+    }
+
+    /// Takes note of adapters that have arrived. Sequences whose adapters could not be brought up, and why.
+    pub(super) fn absorb_adapters(&mut self) -> Vec<(Box<Sequence>, String)> {
+        let mut failed = Vec::new();
+        while let Some(FailedLoad { digest, why }) = self.residency.poll(&mut self.pool) {
+            let wants_it = |sequence: &Sequence| {
+                let mut adapters = sequence.added_adapters().iter();
+                sequence.holds_adapters && adapters.any(|applied| applied.adapter.digest() == digest)
+            };
+            let mut at = 0;
+            while at < self.waiting.len() {
+                match wants_it(&self.waiting[at]).then(|| self.waiting.remove(at)).flatten() {
+                    Some(mut sequence) => {
+                        self.release(&mut sequence);
+                        failed.push((sequence, why.clone()));
+                    }
+                    None => at += 1,
+                }
+            }
+        }
+        failed
+    }
+
+    /// Where adapters are.
+    pub(super) fn residency(&self) -> &Residency {
+        &self.residency
+    }
+
+    /// Holds adapters that running sequences hold as well, and none of those that were held for a merge before.
+    pub(super) fn hold_for_merge(&mut self, adapters: &[AdapterDigest]) {
+        if self.merging != adapters {
+            self.release_merging();
+            adapters.iter().for_each(|digest| self.residency.hold_again(*digest));
+            self.merging.extend_from_slice(adapters);
+        }
+    }
+
+    /// Whether adapters are held for a merge: not any more when sequences needed the room.
+    pub(super) fn holds_for_merge(&self) -> bool {
+        !self.merging.is_empty()
+    }
+
+    /// Lets go of adapters that were held for a merge; `false` when none was.
+    pub(super) fn release_merging(&mut self) -> bool {
+        let held = std::mem::take(&mut self.merging);
+        held.iter().for_each(|digest| self.residency.release(&mut self.pool, *digest));
+        !held.is_empty()
     }
 
     /// Whether the first block that the cache lacks is being computed by somebody.
@@ -521,12 +639,16 @@ impl Scheduler {
         }
     }
 
-    /// Takes the blocks of the waiting sequence of the last rank that has some; `false` when none has. What they hold
-    /// stays cached for the time being.
-    fn reclaim_waiting(&mut self) -> bool {
-        let Some(at) = self.waiting.iter().rposition(|sequence| sequence.num_held_blocks() > 0) else { return false };
+    /// Takes the blocks and adapters of the waiting sequence of the last rank that has some, among those from place `first`
+    /// on, and behind that those of a merge; `false` when there are none. What they hold stays cached for the time being.
+    fn reclaim(&mut self, first: usize) -> bool {
+        let has_some = |sequence: &Box<Sequence>| sequence.num_held_blocks() > 0 || sequence.holds_adapters;
+        let Some(at) = self.waiting.iter().rposition(has_some).filter(|at| *at >= first) else {
+            return self.release_merging();
+        };
         let Some(mut sequence) = self.waiting.remove(at) else { return false };
         self.give_back(&mut sequence);
+        self.release_adapters(&mut sequence);
         sequence.reset();
         self.waiting.insert(at, sequence);
         true
@@ -560,7 +682,11 @@ impl Scheduler {
     fn release(&mut self, sequence: &mut Sequence) {
         self.withdraw_promises(sequence);
         let wants_saves = sequence.composition.as_ref().is_none_or(|composition| composition.wants_saves());
+        let needs = sequence.holds_adapters.then(|| self.residency.groups_of(sequence.added_adapters()));
         while let Some(block) = sequence.blocks.pop() {
+            if let Some(groups) = &needs {
+                self.pool.set_needs(block, groups);
+            }
             self.pool.release(block);
             if wants_saves {
                 self.tiers.queue_save(block);
@@ -569,6 +695,8 @@ impl Scheduler {
         if let Some(composition) = &mut sequence.composition {
             release_held(&mut self.pool, &mut self.tiers, composition);
         }
+        // Behind its blocks, so that these are taken first.
+        self.release_adapters(sequence);
     }
 
     /// Gives back the blocks of a sequence that has not run since it got them. They are not copied down: the copies would
@@ -597,9 +725,14 @@ impl Scheduler {
     /// Panics where block tables, reference counts and promises disagree. For tests and debug builds.
     pub(super) fn check_integrity(&self) {
         let queued = self.running.iter().chain(&self.waiting);
-        let num_held = queued.map(|sequence| sequence.num_held_blocks()).sum::<usize>() + self.tiers.num_held();
-        self.pool.check_integrity(num_held);
+        let num_held = queued.clone().map(|sequence| sequence.num_held_blocks()).sum::<usize>() + self.tiers.num_held();
+        self.pool.check_integrity(num_held + self.residency.num_held());
         self.tiers.check_integrity();
+        let holders = queued.map(Box::as_ref).chain(self.tiers.waiting()).filter(|sequence| sequence.holds_adapters);
+        let num_holds = holders.map(|sequence| sequence.added_adapters().len()).sum::<usize>() + self.merging.len();
+        self.residency.check_integrity(num_holds);
+        let is_held = |sequence: &&Box<Sequence>| sequence.holds_adapters || sequence.added_adapters().is_empty();
+        assert!(self.running.iter().all(|sequence| is_held(&sequence)), "running sequences hold their adapters");
         assert!(self.running.is_sorted_by_key(|sequence| sequence.rank()), "running sequences are out of order");
         let is_anyone_active = !self.running.is_empty() || self.tiers.num_held() > 0;
         assert!(is_anyone_active || self.promised.is_empty(), "promises outlive their sequences");
@@ -620,7 +753,7 @@ enum Admission {
     Admitted,
     /// Its blocks are on their way up.
     Fetching,
-    /// Somebody is computing its next block.
+    /// Somebody is computing its next block, or its adapters have yet to arrive.
     Deferred,
     /// One of its pieces was all there; it waits for the next one, or for the rest.
     Prepared,

@@ -65,6 +65,8 @@ pub(super) struct Sequence {
     pub(super) chain: HashChain,
     /// In order of digest.
     pub(super) adapters: Vec<AppliedAdapter>,
+    /// Whether those that are added to what it computes are held on the device, or on their way there.
+    pub(super) holds_adapters: bool,
     /// Which adapters these are, where there are any.
     pub(super) composition_key: Option<CompositionKey>,
     /// The copy they are merged into, for as long as it runs; without, they are added to what it computes.

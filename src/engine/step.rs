@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, at, bounded, never, select};
 use uuid::Uuid;
 
-use super::adapters::{CompositionKey, DeviceAdapterLoader, base_shapes, identity_under, in_order};
+use super::adapter_store::{AdapterSpace, AdapterStore};
+use super::adapters::{AppliedAdapter, CompositionKey, base_shapes, identity_under, in_order};
 use super::composition::Composition;
 use super::erasure::{Erasure, ErasureQueue};
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
 use super::merge::{MergeConfig, Merger, StepWork};
 use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, Task};
+use super::residency::Residency;
 use super::runner::{ModelRunner, SequenceOutput};
 use super::sampling::Sampler;
 use super::scheduler::{ScheduledSequence, Scheduler, SchedulerLimits};
@@ -41,6 +43,8 @@ pub struct EngineConfig {
     pub seed: u64,
     /// When adapters are merged.
     pub merge: MergeConfig,
+    /// Host memory for adapters that are ready for the device.
+    pub adapter_host_bytes: usize,
 }
 
 /// Submissions that are under way to the engine thread, beside those that wait in it: more than one call can make, so
@@ -65,6 +69,8 @@ pub struct Engine<B: Backend> {
     hash_identity: Vec<u8>,
     /// Whether that is the model's, for good.
     is_identified: bool,
+    /// Where adapters must come from.
+    adapter_store: Uuid,
     num_arrived: u64,
     num_preemptions: u64,
 }
@@ -108,17 +114,22 @@ impl<B: Backend> Engine<B> {
         // Of this process alone: what is hashed before the model's identity is known is found by nobody later.
         let hash_identity = Uuid::new_v4().as_bytes().to_vec();
         let shapes = base_shapes(model.config());
-        let adapter_loader = Arc::new(DeviceAdapterLoader::new(backend.create_lora_loader()?, shapes));
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
         let max_fetch_wait = tiers.max_fetch_wait;
         let pager = runner.start_pager(tiers, limits, &waker)?;
+        let (page_bytes, num_pages, host_bytes) = (runner.block_bytes(), limits.num_blocks, config.adapter_host_bytes);
+        let space = AdapterSpace { shapes, page_bytes, num_pages, host_bytes };
+        let store = Arc::new(AdapterStore::new(runner.create_lora_loader()?, space, Arc::clone(&metrics)));
+        let adapter_io = runner.start_adapter_io(Arc::clone(&store), &waker)?;
+        let residency = Residency::new(adapter_io, page_bytes, Arc::clone(&metrics));
+        let adapter_store = store.id();
         let (erasure_queue, erasures) = ErasureQueue::new(waker.clone(), Arc::clone(&stopped));
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped))
             .with_erasures(erasure_queue)
-            .with_adapters(adapter_loader);
+            .with_adapters(store);
         let engine = Self {
-            scheduler: Scheduler::new(*limits, pager, max_fetch_wait),
+            scheduler: Scheduler::new(*limits, pager, max_fetch_wait, residency),
             sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
             runner,
             merger: Merger::new(config.merge),
@@ -130,6 +141,7 @@ impl<B: Backend> Engine<B> {
             metrics,
             hash_identity,
             is_identified: false,
+            adapter_store,
             num_arrived: 0,
             num_preemptions: 0,
             config,
@@ -158,15 +170,33 @@ impl<B: Backend> Engine<B> {
                 continue;
             }
             self.scheduler.pump_copies();
+            let is_stopping = self.stopping.load(Ordering::Acquire);
+            if is_stopping {
+                self.scheduler.release_merging();
+            }
             self.record_usage();
             let is_settled = self.scheduler.is_settled();
-            let is_stopping = self.stopping.load(Ordering::Acquire);
-            if !is_stopping && self.merger.use_idle_time(&mut self.runner, &self.metrics)? {
+            if !is_stopping && self.merge_while_idle()? {
                 continue;
             }
             if (is_settled && is_stopping) || !self.wait() {
                 return Ok(());
             }
+        }
+    }
+
+    /// Goes on with a merge while no step can run; whether there is more to do.
+    fn merge_while_idle(&mut self) -> Result<bool> {
+        self.check_merge_sources();
+        let has_more = self.merger.use_idle_time(&mut self.runner, &self.metrics)?;
+        self.scheduler.hold_for_merge(self.merger.sources());
+        Ok(has_more)
+    }
+
+    /// Gives a merge up whose adapters had to go.
+    fn check_merge_sources(&mut self) {
+        if !self.merger.sources().is_empty() && !self.scheduler.holds_for_merge() {
+            self.merger.lose_sources(&self.metrics);
         }
     }
 
@@ -188,6 +218,11 @@ impl<B: Backend> Engine<B> {
     /// Takes note of copies that have ended, and of what is to be erased. Once the model's identity is known, what comes is hashed under it.
     fn absorb_arrivals(&mut self) {
         self.erasures.try_iter().for_each(|erasure| self.scheduler.tiers_mut().start_erasure(erasure));
+        for (mut sequence, why) in self.scheduler.absorb_adapters() {
+            let reason = FinishReason::Error(why);
+            count_end(&self.metrics, &sequence, &reason);
+            sequence.finish(reason);
+        }
         if let Some(identity) = self.scheduler.absorb_arrivals() {
             tracing::debug!("the vault is open");
             self.is_identified = true;
@@ -222,9 +257,10 @@ impl<B: Backend> Engine<B> {
     /// Refuses what cannot run, and brings adapters into their order.
     fn check(&self, request: &mut GenerateRequest) -> Result<()> {
         request.adapters = in_order(std::mem::take(&mut request.adapters))?;
-        if !request.adapters.iter().all(|applied| self.runner.has_adapter(&applied.adapter)) {
+        if !request.adapters.iter().all(|applied| applied.adapter.store() == self.adapter_store) {
             return Err(invalid!("an adapter was loaded for another device; load it through this engine"));
         }
+        self.check_room(request)?;
         let (len, most) = (request.prompt.len(), self.config.limits.max_model_len);
         let longest = if matches!(request.task, Task::Generate(_)) { most - 1 } else { most };
         if len == 0 || len > longest {
@@ -245,6 +281,27 @@ impl<B: Backend> Engine<B> {
         }
     }
 
+    /// Refuses what the pool can never hold together with its adapters.
+    fn check_room(&self, request: &GenerateRequest) -> Result<()> {
+        let SchedulerLimits { num_blocks, block_size, .. } = self.config.limits;
+        let num_pages = num_pages_of(&request.adapters);
+        let num_tokens = request.prompt.len() + usize::from(matches!(request.task, Task::Generate(_)));
+        if num_pages > 0 && num_tokens.div_ceil(block_size) + num_pages > num_blocks {
+            return Err(invalid!(
+                "the adapters of this request take {num_pages} KV blocks and its {num_tokens} tokens {}; there are \
+                 {num_blocks}; name fewer or smaller adapters, or give more --kv-cache-memory-bytes",
+                num_tokens.div_ceil(block_size)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Tokens that a sequence under these adapters can come to: all of them have room at once.
+    fn max_len_under(&self, adapters: &[AppliedAdapter]) -> usize {
+        let SchedulerLimits { num_blocks, block_size, max_model_len, .. } = self.config.limits;
+        max_model_len.min(num_blocks.saturating_sub(num_pages_of(adapters)) * block_size)
+    }
+
     fn make_sequence(&self, request: GenerateRequest, sink: super::handle::OutputSink) -> Sequence {
         let limits = &self.config.limits;
         let num_prompt_tokens = request.prompt.len();
@@ -252,7 +309,9 @@ impl<B: Backend> Engine<B> {
         let identity = identity_under(&self.hash_identity, &request.adapters, merged.is_some());
         let (root, own) = self.chain_of(&request, &identity);
         let shared_tail = shared_tail(&request, limits.block_size);
-        let composition = self.compose(request.pieces, &identity, num_prompt_tokens);
+        let max_len = self.max_len_under(&request.adapters);
+        let num_blocks = limits.num_blocks.saturating_sub(num_pages_of(&request.adapters));
+        let composition = self.compose(request.pieces, &identity, num_prompt_tokens, num_blocks);
         let (work, room) = match request.task {
             Task::Deposit { is_durable, kept_in } => {
                 let kept_under = kept_in.map(|domain| BlockHash::root(&identity, domain.as_bytes()));
@@ -260,7 +319,7 @@ impl<B: Backend> Engine<B> {
             }
             Task::Embed => (Work::Embed { sum: vec![0.0; self.runner.model().config().hidden_size] }, 0),
             Task::Generate(mut params) => {
-                params.max_tokens = params.max_tokens.min(limits.max_model_len - num_prompt_tokens);
+                params.max_tokens = params.max_tokens.min(max_len - num_prompt_tokens);
                 let room = params.max_tokens;
                 let fresh_seed = self.config.seed.wrapping_add(self.num_arrived);
                 (Work::Generate(Box::new(Generation::new(*params, &request.prompt, fresh_seed))), room)
@@ -290,6 +349,7 @@ impl<B: Backend> Engine<B> {
             composition_key: (!request.adapters.is_empty()).then(|| CompositionKey::of(&request.adapters)),
             merged,
             adapters: request.adapters,
+            holds_adapters: false,
             work,
             composition,
             sink,
@@ -301,9 +361,15 @@ impl<B: Backend> Engine<B> {
         sequence
     }
 
-    /// What of a prompt is copied instead of computed.
-    fn compose(&self, pieces: Vec<Piece>, identity: &[u8], num_prompt_tokens: usize) -> Option<Box<Composition>> {
-        let SchedulerLimits { block_size, num_blocks, .. } = self.config.limits;
+    /// What of a prompt is copied instead of computed, where so many blocks are there for it.
+    fn compose(
+        &self,
+        pieces: Vec<Piece>,
+        identity: &[u8],
+        num_prompt_tokens: usize,
+        num_blocks: usize,
+    ) -> Option<Box<Composition>> {
+        let block_size = self.config.limits.block_size;
         let chain_of = |domain: &str, max_blocks| {
             let root = BlockHash::root(identity, domain.as_bytes());
             HashChain::new(root, None, max_blocks).provisional(!self.is_identified)
@@ -328,16 +394,16 @@ impl<B: Backend> Engine<B> {
         }
         self.scheduler.schedule();
         if self.scheduler.scheduled().is_empty() && self.scheduler.probing().is_empty() {
-            let is_waiting = !self.scheduler.has_queued() || self.scheduler.num_under_way() > 0;
+            let num_under_way = self.scheduler.num_under_way() + self.scheduler.residency().num_loading();
+            let is_waiting = !self.scheduler.has_queued() || num_under_way > 0;
             assert!(is_waiting, "sequences wait and nothing is under way");
             return Ok(false);
         }
         self.probe()?;
         let started_at = Instant::now();
-        self.runner.run(self.scheduler.running(), self.scheduler.scheduled())?;
+        self.runner.run(self.scheduler.running(), self.scheduler.scheduled(), self.scheduler.residency())?;
         let took = started_at.elapsed();
-        let work = StepWork { running: self.scheduler.running(), scheduled: self.scheduler.scheduled(), took };
-        self.merger.follow_step(&mut self.runner, &work, &self.metrics)?;
+        self.follow_with_merge(took)?;
         self.commit()?;
         self.record_step(took);
         if cfg!(debug_assertions) {
@@ -346,9 +412,19 @@ impl<B: Backend> Engine<B> {
         Ok(true)
     }
 
+    /// Spends a little of the time that a step took on a merge.
+    fn follow_with_merge(&mut self, took: Duration) -> Result<()> {
+        self.check_merge_sources();
+        let Self { scheduler, merger, runner, metrics, .. } = self;
+        let (running, scheduled, residency) = (scheduler.running(), scheduler.scheduled(), scheduler.residency());
+        merger.follow_step(runner, &StepWork { running, scheduled, took, residency }, metrics)?;
+        scheduler.hold_for_merge(merger.sources());
+        Ok(())
+    }
+
     /// Has composed prompts learn which of their tokens to compute.
     fn probe(&mut self) -> Result<()> {
-        self.runner.probe(self.scheduler.running(), self.scheduler.probing())?;
+        self.runner.probe(self.scheduler.running(), self.scheduler.probing(), self.scheduler.residency())?;
         let mut row = 0;
         for at in 0..self.scheduler.probing().len() {
             let ScheduledSequence { index, num_tokens } = self.scheduler.probing()[at];
@@ -505,6 +581,11 @@ impl<B: Backend> Drop for Engine<B> {
         self.stopped.store(true, Ordering::SeqCst);
         self.submissions.try_iter().for_each(drop);
     }
+}
+
+/// Blocks that adapters take beside tokens.
+fn num_pages_of(adapters: &[AppliedAdapter]) -> usize {
+    adapters.iter().map(|applied| applied.adapter.num_pages()).sum()
 }
 
 /// What a shared beginning has behind its last full block.

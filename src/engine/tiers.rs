@@ -166,9 +166,13 @@ impl Tiers {
     /// Blocks that copies hold.
     pub(super) fn num_held(&self) -> usize {
         let fetched = self.fetches.iter().map(|fetch| fetch.blocks.len()).sum::<usize>();
+        self.saves.len() + fetched + self.waiting().map(Sequence::num_held_blocks).sum::<usize>()
+    }
+
+    /// Sequences that wait here for copies.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = &Sequence> {
         let fetching = self.fetches.iter().filter_map(|fetch| fetch.sequence.as_deref());
-        let waiting = fetching.chain(self.deposits.iter().map(Deposit::sequence));
-        self.saves.len() + fetched + waiting.map(Sequence::num_held_blocks).sum::<usize>()
+        fetching.chain(self.deposits.iter().map(Deposit::sequence))
     }
 
     /// When to look again if nothing happens.

@@ -1,10 +1,16 @@
-//! The blocks of one tier together with what they hold: a pool that finds blocks by content.
+//! The blocks of one tier together with what they hold: a pool that finds blocks by content, alone or in groups.
+//!
+//! There is one order in which free blocks are taken, whatever they hold: that in which they were given back. A group
+//! that loses a block is gone, so its others are taken next, and then what is of little use without it.
 //!
 //! Some blocks hold what must not lie about: they are *marked*. When the last one gives a marked block back it is not
 //! free: nobody finds what it holds, and the pool keeps it to itself until its owner has zeroed it.
 
 use std::collections::{HashSet, VecDeque};
 
+use std::sync::Arc;
+
+use super::groups::{BlockGroups, GroupId};
 use super::{BlockHash, BlockId, BlockPool, PrefixCache};
 use crate::planted::{self, Bug};
 
@@ -18,6 +24,7 @@ pub struct CachedPool {
     to_wipe: VecDeque<BlockId>,
     /// Those that are being zeroed; the same.
     wiping: HashSet<BlockId>,
+    groups: BlockGroups,
 }
 
 impl CachedPool {
@@ -29,6 +36,7 @@ impl CachedPool {
             is_marked: vec![false; num_blocks],
             to_wipe: VecDeque::new(),
             wiping: HashSet::new(),
+            groups: BlockGroups::new(num_blocks),
         }
     }
 
@@ -53,7 +61,53 @@ impl CachedPool {
         if !planted::is(Bug::OldContentKept) {
             self.contents.forget(block);
         }
+        if let Some(group) = self.groups.take(block) {
+            self.dissolve(group);
+        }
         Some(block)
+    }
+
+    /// Takes blocks that hold one thing together; `None` when there are not so many.
+    pub fn allocate_group(&mut self, num_blocks: usize) -> Option<GroupId> {
+        if num_blocks > self.num_free() {
+            return None;
+        }
+        let blocks: Box<[BlockId]> = (0..num_blocks).map_while(|_| self.allocate()).collect();
+        Some(self.groups.add(blocks))
+    }
+
+    /// The blocks of a group in the order in which they were taken; `None` once it is gone.
+    pub fn group_blocks(&self, group: GroupId) -> Option<&[BlockId]> {
+        self.groups.blocks(group)
+    }
+
+    /// Holds the blocks of a group once more; `false` when it is gone.
+    pub fn hold_group(&mut self, group: GroupId) -> bool {
+        let Some(blocks) = self.groups.blocks(group) else { return false };
+        blocks.iter().for_each(|block| self.pool.share(*block));
+        true
+    }
+
+    /// Gives the blocks of a group back, which stays whole until one of them is taken.
+    pub fn release_group(&mut self, group: GroupId) {
+        let blocks = self.groups.blocks(group).unwrap_or_default();
+        blocks.iter().for_each(|block| self.pool.release(*block));
+    }
+
+    /// Ends a group that is free: its blocks are taken next.
+    pub fn end_group(&mut self, group: GroupId) {
+        self.dissolve(group);
+    }
+
+    /// Records that what a block holds is of little use without these groups.
+    pub fn set_needs(&mut self, block: BlockId, groups: &Arc<[GroupId]>) {
+        self.groups.set_needs(block, groups);
+    }
+
+    fn dissolve(&mut self, group: GroupId) {
+        let (blocks, dependents) = self.groups.remove(group);
+        dependents.into_iter().for_each(|block| self.pool.demote(block));
+        blocks.iter().rev().for_each(|block| self.pool.demote(*block));
     }
 
     /// Takes the block that holds `tokens` under `hash`, beside others who hold it.
@@ -227,5 +281,65 @@ mod tests {
                 pool.check_integrity(held.len());
             }
         }
+    }
+
+    fn ids(blocks: &[u32]) -> Vec<BlockId> {
+        blocks.iter().copied().map(BlockId).collect()
+    }
+
+    fn take_all(pool: &mut CachedPool) -> Vec<BlockId> {
+        std::iter::from_fn(|| pool.allocate()).collect()
+    }
+
+    #[test]
+    fn a_group_that_loses_a_block_is_gone_and_its_others_are_next() {
+        let mut pool = CachedPool::new(6, 1);
+        let group = pool.allocate_group(3).unwrap();
+        assert_eq!(pool.group_blocks(group), Some(&ids(&[0, 1, 2])[..]));
+        assert!(pool.allocate_group(4).is_none());
+        pool.release_group(group);
+        pool.check_integrity(0);
+        // It was used last, so the others go first.
+        assert_eq!((0..4).map(|_| pool.allocate().unwrap()).collect::<Vec<_>>(), ids(&[3, 4, 5, 0]));
+        assert_eq!(pool.group_blocks(group), None);
+        assert!(!pool.hold_group(group));
+        pool.release(BlockId(5));
+        assert_eq!(take_all(&mut pool), ids(&[1, 2, 5]));
+        pool.check_integrity(6);
+    }
+
+    #[test]
+    fn a_group_that_is_held_is_not_taken() {
+        let mut pool = CachedPool::new(4, 1);
+        let group = pool.allocate_group(2).unwrap();
+        pool.release_group(group);
+        assert!(pool.hold_group(group));
+        assert_eq!(take_all(&mut pool), ids(&[2, 3]));
+        assert!(pool.group_blocks(group).is_some());
+        pool.check_integrity(4);
+    }
+
+    #[test]
+    fn what_needs_a_group_that_is_gone_is_taken_before_what_does_not() {
+        let mut pool = CachedPool::new(5, 1);
+        let root = BlockHash::root(b"model", b"");
+        let group = pool.allocate_group(1).unwrap();
+        let needs: Arc<[GroupId]> = [group].into();
+        for token in 1..5 {
+            let block = pool.allocate().unwrap();
+            pool.insert(root.child(&[token]), &[token], block);
+            if token >= 3 {
+                pool.set_needs(block, &needs);
+            }
+        }
+        (1..4).for_each(|block| pool.release(BlockId(block)));
+        pool.release_group(group);
+        pool.end_group(group);
+        // Block 4 needs it, too, but is held.
+        assert_eq!(take_all(&mut pool), ids(&[0, 3, 1, 2]));
+        // What is taken does not need anything any more.
+        let again = pool.allocate_group(0).unwrap();
+        pool.end_group(again);
+        pool.check_integrity(5);
     }
 }

@@ -2,10 +2,12 @@
 
 mod block;
 mod cached_pool;
+mod groups;
 mod pool;
 mod prefix;
 
 pub use block::{BlockHash, BlockId, BlockTable};
 pub use cached_pool::CachedPool;
+pub use groups::GroupId;
 pub use pool::BlockPool;
 pub use prefix::PrefixCache;

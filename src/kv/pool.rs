@@ -82,6 +82,14 @@ impl BlockPool {
         }
     }
 
+    /// Makes a free block the one that is taken first; does nothing to one that is not free.
+    pub fn demote(&mut self, block: BlockId) {
+        if self.num_references[block.index()] == 0 {
+            self.unlink(block);
+            self.push_first(block.0);
+        }
+    }
+
     /// Counts references and walks the list; panics where they disagree. For tests and debug builds.
     pub fn check_integrity(&self, num_held: usize) {
         let mut num_listed = 0;
@@ -107,6 +115,16 @@ impl BlockPool {
             last => self.links[last as usize].next = block,
         }
         self.last = block;
+        self.num_free += 1;
+    }
+
+    fn push_first(&mut self, block: u32) {
+        self.links[block as usize] = Link { previous: NIL, next: self.first };
+        match self.first {
+            NIL => self.last = block,
+            first => self.links[first as usize].previous = block,
+        }
+        self.first = block;
         self.num_free += 1;
     }
 
@@ -145,7 +163,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_sequence_of_operations_keeps_the_counts(operations in prop::collection::vec((0..3u8, 0..8usize), 0..200)) {
+        fn any_sequence_of_operations_keeps_the_counts(operations in prop::collection::vec((0..4u8, 0..8usize), 0..200)) {
             let mut pool = BlockPool::new(8);
             let mut held: Vec<BlockId> = Vec::new();
             for (operation, choice) in operations {
@@ -157,6 +175,11 @@ mod tests {
                         held.push(block);
                     }
                     2 if !held.is_empty() => pool.release(held.swap_remove(choice % held.len())),
+                    3 => {
+                        let block = BlockId(choice as u32);
+                        pool.demote(block);
+                        prop_assert!(held.contains(&block) || pool.first == block.0);
+                    }
                     _ => {}
                 }
                 pool.check_integrity(held.len());

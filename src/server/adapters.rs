@@ -23,9 +23,6 @@ const MAX_ADAPTERS: usize = 4096;
 /// The longest name.
 const MAX_NAME_BYTES: usize = 256;
 
-/// Bytes of all adapters under names unless told otherwise.
-pub const DEFAULT_MAX_LORA_BYTES: u64 = 4 << 30;
-
 /// Which adapters may be merged, by their names.
 #[derive(Debug, Default)]
 pub struct MergeRules {
@@ -54,7 +51,6 @@ pub struct AdapterRegistry {
     named: RwLock<Vec<NamedAdapter>>,
     /// Folders, resolved, under which adapters may be loaded over HTTP; none means that nobody may.
     roots: Vec<PathBuf>,
-    max_bytes: u64,
     merge_rules: MergeRules,
     /// One adapter is read at a time.
     loading: Mutex<()>,
@@ -74,15 +70,15 @@ pub struct NamedAdapter {
 }
 
 impl AdapterRegistry {
-    /// No adapters yet; those of all names together may have `max_bytes`.
+    /// No adapters yet.
     ///
     /// # Errors
     /// `Io` when a root does not exist.
-    pub fn new(engine: EngineHandle, roots: &[PathBuf], max_bytes: u64) -> crate::Result<Self> {
+    pub fn new(engine: EngineHandle, roots: &[PathBuf]) -> crate::Result<Self> {
         let resolve = |root: &PathBuf| root.canonicalize().map_err(|error| Error::io("find the folder", root, error));
         let roots = roots.iter().map(resolve).collect::<crate::Result<_>>()?;
         let (named, merge_rules) = (RwLock::default(), MergeRules::default());
-        Ok(Self { engine, named, roots, max_bytes, merge_rules, loading: Mutex::default() })
+        Ok(Self { engine, named, roots, merge_rules, loading: Mutex::default() })
     }
 
     /// The same, where these rules hold of what is loaded.
@@ -104,8 +100,8 @@ impl AdapterRegistry {
     /// Reads a folder and gives it a name; a name that is taken is replaced when `replaces`, and then in one moment.
     ///
     /// # Errors
-    /// `Invalid` for a bad name, `Conflict` for one that is taken, `Exhausted` when there are too many or they are too
-    /// large, and those of loading.
+    /// `Invalid` for a bad name, `Conflict` for one that is taken, `Exhausted` when there are too many or this one is
+    /// too large, and those of loading.
     pub fn load(&self, name: &str, folder: &Path, replaces: bool) -> crate::Result<()> {
         check_name(name)?;
         let _one_at_a_time = self.loading.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -116,14 +112,10 @@ impl AdapterRegistry {
         let created = std::time::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_secs());
         let new = NamedAdapter { name: name.to_owned(), path: folder.display().to_string(), created, adapter };
         let mut named = self.named.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let others = named.iter().filter(|known| known.name != name);
-        let num_bytes: u64 = others.map(|known| known.adapter.num_bytes() as u64).sum();
-        if num_bytes + new.adapter.num_bytes() as u64 > self.max_bytes || named.len() >= MAX_ADAPTERS {
+        let is_new = named.iter().all(|known| known.name != name);
+        if is_new && named.len() >= MAX_ADAPTERS {
             return Err(Error::Exhausted(format!(
-                "{} adapters with {num_bytes} bytes are loaded, and {} bytes may be; unload one first, or raise \
-                 --max-lora-bytes",
-                named.len(),
-                self.max_bytes
+                "{MAX_ADAPTERS} adapters are loaded, as many as may be; unload one first"
             )));
         }
         tracing::info!(name, digest = %new.adapter.digest(), max_rank = new.adapter.max_rank(), "adapter loaded");

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
-pub use self::adapters::{AdapterRegistry, DEFAULT_MAX_LORA_BYTES, MergeRules, NamedAdapter};
+pub use self::adapters::{AdapterRegistry, MergeRules, NamedAdapter};
 pub use self::auth::ApiKeys;
 pub use self::config::{ServedModel, ServerConfig};
 pub use self::cubes::{

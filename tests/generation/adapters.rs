@@ -4,6 +4,7 @@
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
 use mneme::engine::{AppliedAdapter, FinishReason, LoadedAdapter, OutputStream, SamplingParams, SchedulerLimits, Task};
+use mneme::telemetry::Evictor;
 
 use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
 use crate::invariance::{Fingerprint, fingerprint};
@@ -220,4 +221,79 @@ fn adapters_that_do_not_fit_are_refused_and_the_engine_goes_on() {
     assert!(refused(many).contains("8 adapters"));
     assert!(refused(vec![AppliedAdapter { adapter: loaded, scale: f32::INFINITY }]).contains("finite"));
     assert_eq!(engine.greedy(&prompt, 3).len(), 3);
+}
+
+/// In a pool that has no room for all adapters at once they are brought up in turn, from host memory or from their files,
+/// and a request has the bits that it has where all are there.
+#[test]
+fn adapters_come_and_go_without_a_trace() {
+    let model = TinyModel::new(Family::Llama, 25);
+    let (written, adapters) = (model.write(), adapters(&model));
+    let folders: Vec<_> = adapters.iter().map(TinyAdapter::write).collect();
+    let start = |num_blocks: usize, adapter_host_bytes: usize| {
+        let limits = SchedulerLimits { num_blocks, max_model_len: 96, ..limits() };
+        let engine = TestEngine::start_on_cpu(written.path(), Setup { limits, adapter_host_bytes, ..Setup::default() });
+        let loaded: Vec<_> = folders.iter().map(|folder| engine.handle.load_adapter(folder.path()).unwrap()).collect();
+        (engine, loaded)
+    };
+    let mut random = Random::new(13);
+    let requests: Vec<_> =
+        (0..20).map(|at| (random.tokens(8 + 6 * (at % 5), VOCAB), COMPOSITIONS[[0, 1, 2, 3, 4, 6][at % 6]])).collect();
+    let run_all = |engine: &TestEngine, loaded: &[LoadedAdapter]| -> Vec<Fingerprint> {
+        let submitted = requests
+            .iter()
+            .map(|(prompt, composition)| submit(engine, prompt, sampling(), compose(loaded, composition)));
+        let streams: Vec<_> = submitted.collect();
+        streams.into_iter().map(|stream| fingerprint(&collect(stream))).collect()
+    };
+    let (roomy, loaded) = start(250, 1 << 30);
+    let wanted = run_all(&roomy, &loaded);
+    assert_eq!(roomy.handle.metrics().adapters.num_evictions(Evictor::Adapter), 0);
+    let most: usize = loaded[..2].iter().map(LoadedAdapter::num_pages).sum();
+    for host_bytes in [1 << 30, 0] {
+        let (tight, loaded) = start(most + 5, host_bytes);
+        assert_eq!(run_all(&tight, &loaded), wanted);
+        let metrics = &tight.handle.metrics().adapters;
+        assert!(metrics.num_evictions(Evictor::Adapter) > 0);
+        assert_eq!(metrics.num_loads(true) > 0, host_bytes == 0);
+    }
+    let (tiny, loaded) = start(most + 2, 0);
+    let long = random.tokens(60, VOCAB);
+    let Some(FinishReason::Error(why)) =
+        collect(submit(&tiny, &long, greedy(1), compose(&loaded, COMPOSITIONS[4]))).reason
+    else {
+        panic!("two adapters and a prompt have no room")
+    };
+    assert!(why.contains(&format!("take {most} KV blocks")) && why.contains("--kv-cache-memory-bytes"), "{why}");
+}
+
+/// What is in a folder when an adapter is needed again must be what was there when it was loaded.
+#[test]
+fn an_adapter_whose_files_change_or_vanish_fails_its_requests_alone() {
+    let model = TinyModel::new(Family::Llama, 26);
+    let (written, [first, second, other]) = (model.write(), adapters(&model));
+    let engine = TestEngine::start_on_cpu(written.path(), Setup { adapter_host_bytes: 0, ..Setup::default() });
+    let (folder, elsewhere) = (first.write(), other.write());
+    let adapter = engine.handle.load_adapter(folder.path()).unwrap();
+    let bystander = engine.handle.load_adapter(elsewhere.path()).unwrap();
+    let prompt = Random::new(14).tokens(20, VOCAB);
+    let one = |adapter: &LoadedAdapter| vec![AppliedAdapter { adapter: adapter.clone(), scale: 1.0 }];
+    let failed = || match collect(submit(&engine, &prompt, greedy(2), one(&adapter))).reason {
+        Some(FinishReason::Error(why)) => why,
+        other => panic!("{other:?}"),
+    };
+    let path = folder.path().display().to_string();
+    second.write_into(folder.path());
+    let why = failed();
+    assert!(why.contains("has changed") && why.contains(&path), "{why}");
+    std::fs::remove_file(folder.path().join("adapter_model.safetensors")).unwrap();
+    let why = failed();
+    assert!(why.contains("gone") && why.contains(&path), "{why}");
+    assert_eq!(collect(submit(&engine, &prompt, greedy(2), one(&bystander))).tokens.len(), 2);
+    first.write_into(folder.path());
+    assert_eq!(collect(submit(&engine, &prompt, greedy(2), one(&adapter))).tokens.len(), 2);
+    assert_eq!(engine.handle.metrics().adapters.load_failures.get(), 2);
+    // Now that it is on the device nobody looks into its files.
+    std::fs::remove_file(folder.path().join("adapter_config.json")).unwrap();
+    assert_eq!(collect(submit(&engine, &prompt, greedy(2), one(&adapter))).tokens.len(), 2);
 }

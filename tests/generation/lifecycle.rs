@@ -192,6 +192,7 @@ fn an_engine_that_is_gone_leaves_no_stream_open() {
         eos_token_ids: vec![],
         seed: 1,
         merge: MergeConfig::default(),
+        adapter_host_bytes: 0,
     };
     let (engine, handle) = Engine::new(backend, model, config).unwrap();
     let stream = handle.submit(generate(&prompt(10), 5)).unwrap();

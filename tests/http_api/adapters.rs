@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use mneme::adapters::BaseShapes;
 use mneme::backend::sim::SimLoraLoader;
-use mneme::engine::{DeviceAdapterLoader, MergeRule};
+use mneme::engine::{AdapterSpace, AdapterStore, MergeRule};
 use mneme::server::{AdapterRegistry, MergeRules, ServedModel, ServerConfig, ServerThread};
+use mneme::telemetry::EngineMetrics;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -18,7 +19,8 @@ use crate::support::tiny_adapter::TinyAdapter;
 use crate::{TestServer, served_model};
 
 const SHAPES: BaseShapes = BaseShapes { num_layers: 1, hidden_size: 8, intermediate_size: 16, q_size: 8, kv_size: 8 };
-const MAX_BYTES: u64 = 4096;
+const PAGE_BYTES: usize = 1024;
+const NUM_PAGES: usize = 4;
 
 struct Setup {
     server: TestServer,
@@ -43,12 +45,14 @@ impl Setup {
             adapter(4, seed as u64).write_into(&folder);
         }
         let fake = fake_engine::start(Script::say("a"), 64);
-        let loader = Arc::new(DeviceAdapterLoader::new(SimLoraLoader, SHAPES));
-        let engine = fake.handle.with_adapters(loader);
+        let space = AdapterSpace { shapes: SHAPES, page_bytes: PAGE_BYTES, num_pages: NUM_PAGES, host_bytes: 1 << 20 };
+        let metrics = Arc::new(EngineMetrics::new("tiny", 16, NUM_PAGES));
+        let store = Arc::new(AdapterStore::new(SimLoraLoader, space, metrics));
+        let engine = fake.handle.with_adapters(store);
         let roots: Vec<PathBuf> = is_open.then(|| root.path().to_owned()).into_iter().collect();
         let mut rules = MergeRules::default();
         rules.set(Some("b"), MergeRule::Always);
-        let registry = AdapterRegistry::new(engine.clone(), &roots, MAX_BYTES).unwrap().with_merge_rules(rules);
+        let registry = AdapterRegistry::new(engine.clone(), &roots).unwrap().with_merge_rules(rules);
         for name in ["a", "b"] {
             registry.load(name, &root.path().join(name), false).unwrap();
         }
@@ -243,7 +247,7 @@ fn damaged_and_too_large_adapters_change_nothing() {
     let folder = setup.root.path().join("c");
     let replace = || setup.load(json!({ "lora_name": "a", "lora_path": "c", "load_inplace": true }));
     adapter(200, 1).write_into(&folder);
-    assert_eq!(replace().status, 503, "200 ranks are more than {MAX_BYTES} bytes");
+    assert_eq!(replace().status, 503, "200 ranks are more than {NUM_PAGES} pages");
     std::fs::write(folder.join("adapter_model.safetensors"), [0; 100]).unwrap();
     let damaged = replace();
     assert_eq!(damaged.status, 400, "{}", damaged.text());

@@ -3,12 +3,17 @@
 use std::sync::Arc;
 
 use mneme::backend::cuda::CudaLora;
-use mneme::backend::{Backend, DType, LoraAdapter, LoraBatch, LoraGroup, LoraLoader, LoraPart, LoraSite, Projection};
+use mneme::backend::{
+    Backend, DType, Device, LoraAdapter, LoraBatch, LoraGroup, LoraLoader, LoraPart, LoraSite, PageImage, Projection,
+};
 
 use crate::gpu::{self, Gpu, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
 
 const SITE: LoraSite = LoraSite { layer: 0, projection: Projection::Qkv };
+
+/// Of one row or of many.
+const PAGE_BYTES: usize = 2048;
 
 /// An update of some columns, its factors row-major.
 #[derive(Clone)]
@@ -73,7 +78,11 @@ impl Case {
     }
 
     fn load(&self, gpu: &Gpu) -> Vec<Arc<LoraAdapter<CudaLora>>> {
-        self.adapters.iter().map(|parts| Arc::new(load(gpu, parts, gpu.dtype()))).collect()
+        self.load_in_pages_of(gpu, PAGE_BYTES)
+    }
+
+    fn load_in_pages_of(&self, gpu: &Gpu, page_bytes: usize) -> Vec<Arc<LoraAdapter<CudaLora>>> {
+        self.adapters.iter().map(|parts| Arc::new(load(gpu, parts, gpu.dtype(), page_bytes))).collect()
     }
 
     /// Adds the entries, which are in order of adapter and row, and gives what is then in the output.
@@ -143,9 +152,18 @@ fn dot<N: Into<f64>>(a: &[f32], b: impl Iterator<Item = N>) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * b.into()).sum()
 }
 
-fn load(gpu: &Gpu, parts: &[Part], dtype: DType) -> LoraAdapter<CudaLora> {
+/// In pages that lie here and there, in another order.
+fn load(gpu: &Gpu, parts: &[Part], dtype: DType, page_bytes: usize) -> LoraAdapter<CudaLora> {
+    let loader = gpu.backend.create_lora_loader().unwrap();
+    let mut image = PageImage::new(page_bytes);
+    let packed = loader.pack(&stored(parts, dtype), &mut image).unwrap();
+    let image = image.finish().unwrap();
+    let num_pages = image.num_pages();
+    let pages: Vec<u32> = (0..num_pages as u32).rev().map(|page| 2 * page + 1).collect();
+    let arena = gpu.poison(2 * num_pages, page_bytes / 4, DType::F32).buffer().clone();
+    image.upload(&mut gpu.backend.create_transfer().unwrap(), &arena, &pages).unwrap();
     let mut adapter = LoraAdapter::new(1);
-    adapter.insert(SITE, gpu.backend.create_lora_loader().unwrap().load(&stored(parts, dtype)).unwrap());
+    adapter.insert(SITE, loader.place(&packed, &image.placed(arena, pages)).unwrap());
     adapter
 }
 
@@ -237,6 +255,20 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
     }
 }
 
+#[test]
+fn bits_do_not_depend_on_pages() {
+    for gpu in gpu::shared() {
+        let ranks: &[&[usize]] = &[&[16, 16], &[40, 0], &[3, 65]];
+        let case = Case::random(gpu, &mut Random::new(125), 20, 328, &[264, 72], ranks);
+        let entries = scattered(20, 3);
+        let wanted = case.run(gpu, &case.load_in_pages_of(gpu, 1 << 20), &entries);
+        for page_bytes in [656, 1024, 4096, 12_288] {
+            let found = case.run(gpu, &case.load_in_pages_of(gpu, page_bytes), &entries);
+            assert!(found == wanted, "{} in pages of {page_bytes}", gpu.dtype());
+        }
+    }
+}
+
 /// More adapters than the arguments of a launch hold, and more ranks than there is room for in one round of all rows.
 #[test]
 fn adapters_without_number_take_several_launches_and_rounds() {
@@ -267,7 +299,7 @@ fn factors_of_other_types_are_rounded_once() {
         let entries = scattered(5, 1);
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let stored_parts = stored(&case.adapters[0], dtype);
-            let loaded = [Arc::new(load(gpu, &case.adapters[0], dtype))];
+            let loaded = [Arc::new(load(gpu, &case.adapters[0], dtype, PAGE_BYTES))];
             let found = gpu::decode(&case.run(gpu, &loaded, &entries), gpu.dtype());
             let mut wanted = Case { adapters: case.adapters.clone(), x: case.x.clone(), out: case.out.clone(), ..case };
             for (numbers, stored) in [(0, &stored_parts[0].a), (1, &stored_parts[0].b)] {
@@ -290,7 +322,7 @@ fn updates_that_do_not_fit_are_refused() {
     let refused = |change: &dyn Fn(&mut LoraPart)| {
         let mut parts = stored(&case.adapters[0], DType::BF16);
         change(&mut parts[0]);
-        loader.load(&parts).err().unwrap().to_string()
+        loader.pack(&parts, &mut PageImage::new(PAGE_BYTES)).err().unwrap().to_string()
     };
     let zeros = |rows: usize, columns: usize| host_tensor(&vec![0; rows * columns * 2], rows, columns, DType::BF16);
     assert!(refused(&|part| part.a = zeros(4, 12)).contains("12 columns"));
@@ -298,7 +330,7 @@ fn updates_that_do_not_fit_are_refused() {
     assert!(refused(&|part| part.b = zeros(16, 5)).contains("rank 5"));
     assert!(refused(&|part| part.first_column = 4).contains("column 4"));
 
-    let adapter = Arc::new(load(gpu, &case.adapters[0], DType::BF16));
+    let adapter = Arc::new(load(gpu, &case.adapters[0], DType::BF16, PAGE_BYTES));
     let run = |inputs: usize, outputs: usize, num_scales: usize, end: usize| {
         let (x, out) = (gpu.activations(&vec![0.0; 2 * inputs], 2, inputs), gpu.output(2, outputs, gpu.dtype()));
         let groups = [LoraGroup { adapter: Arc::clone(&adapter), entries: 0..end }];
@@ -313,6 +345,8 @@ fn updates_that_do_not_fit_are_refused() {
     assert!(run(16, 20, 2, 2).unwrap_err().contains("20 columns"));
     assert!(run(16, 16, 1, 2).unwrap_err().contains("scales of adapters"));
     assert!(run(16, 16, 2, 3).unwrap_err().contains("entries 0..3 of 2"));
+    let wide = zeros(4, PAGE_BYTES / 2 + 8);
+    assert!(refused(&|part| part.a = wide.clone()).contains("--block-size"), "a row is longer than a page");
     // Nothing to add is no error, whatever the shapes.
     assert_eq!(run(24, 20, 2, 0), Ok(()));
 }

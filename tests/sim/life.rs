@@ -1,12 +1,15 @@
 //! One simulated life of an engine, or two with a crash or a clean end between them. A seed decides everything. What it
 //! runs on is `machine.rs`'s, what is under way `running.rs`'s.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use mneme::engine::{
     Deposited, FetchDecision, FinishReason, GenerateRequest, SchedulerLimits, SharedPrefix, SubmitError, Task,
 };
-use mneme::telemetry::MergeRefusal;
+use mneme::telemetry::{Evictor, MergeRefusal};
 
-use crate::adapters::{Checkpoints, Names};
+use crate::adapters::{Checkpoints, Composed, Names};
 use crate::disk::{Disk, Kept};
 use crate::machine::Machine;
 use crate::oracle::Oracle;
@@ -95,6 +98,7 @@ impl Simulation {
                 8..=9 => self.submit_deposit(&engine),
                 10..=12 => self.cancel(),
                 13..=14 => self.listen(),
+                15 if self.random.once_in(3) => self.names.harm(checkpoints, &mut self.random),
                 15 if self.random.once_in(2) => self.harm_disk(),
                 15 => self.import(),
                 16 => {
@@ -110,6 +114,12 @@ impl Simulation {
         let handle = engine.stop();
         assert_eq!(handle.metrics().kv_cache_usage_perc.get(), 0.0, "blocks are left");
         self.reached.num_preemptions += metric(&handle, "num_preemptions_total") as usize;
+        let adapters = &handle.metrics().adapters;
+        self.reached.num_disk_loads += adapters.num_loads(true) as usize;
+        self.reached.num_host_loads += adapters.num_loads(false) as usize;
+        self.reached.num_evicted_by_kv += adapters.num_evictions(Evictor::Kv) as usize;
+        self.reached.num_evicted_by_adapters += adapters.num_evictions(Evictor::Adapter) as usize;
+        self.reached.num_evicted_blocks += adapters.evicted_kv_blocks.get() as usize;
         let merges = &handle.metrics().merges;
         self.reached.num_merges += merges.merges.get() as usize;
         self.reached.num_unmerges += merges.unmerges.get() as usize;
@@ -195,20 +205,23 @@ impl Simulation {
     fn submit(&mut self, engine: &TestEngine) {
         let random = &mut self.random;
         let mut asked = self.prompts.ask_any(random);
-        let (adapters, updates) = self.names.compose(random);
-        asked.adapters = updates;
-        let mut merged = (!adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
+        let Composed { applied: adapters, updates, num_pages, are_harmed } = self.names.compose(random);
+        (asked.adapters, asked.num_pages) = (updates, num_pages);
+        let most = most_under(&self.machine.limits, num_pages);
+        let mut merged = (!asked.adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
         let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
-            (Task::Embed, Wanted::Embedding)
+            (Task::Embed, if asked.num_prompt <= most { Wanted::Embedding } else { Wanted::Refusal })
+        } else if asked.num_prompt >= most {
+            (Task::Generate(Box::new(greedy(1))), Wanted::Refusal)
         } else {
-            let max_tokens = random.within(1, (self.machine.limits.max_model_len - asked.num_prompt).min(60));
+            let max_tokens = random.within(1, (most - asked.num_prompt).min(60));
             for asked in std::iter::once(&mut asked).chain(&mut merged) {
                 asked.tokens.extend(Oracle::answer(asked, &self.machine.limits, max_tokens));
             }
             (Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens))
         };
         let request = GenerateRequest { adapters, ..request_for(&asked, task) };
-        self.send(engine, asked, merged, request, wanted);
+        self.send(engine, asked, merged, request, wanted, are_harmed);
     }
 
     /// Deposits are computed by the model alone.
@@ -224,7 +237,8 @@ impl Simulation {
         self.sharing.note_kept(&kept);
         self.prompts.add_deposited(kept.clone());
         let request = request_for(&asked, Task::Deposit { is_durable, kept_in });
-        self.send(engine, asked, None, request, Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) });
+        let wanted = Wanted::Deposit { is_durable, must_succeed, kept: Box::new(kept) };
+        self.send(engine, asked, None, request, wanted, vec![]);
     }
 
     fn send(
@@ -234,6 +248,7 @@ impl Simulation {
         merged: Option<Asked>,
         request: GenerateRequest,
         wanted: Wanted,
+        are_harmed: Vec<Arc<AtomicBool>>,
     ) {
         std::iter::once(&asked).chain(&merged).for_each(|asked| self.sharing.note(asked));
         let priority = self.random.below(3) as i32;
@@ -241,7 +256,10 @@ impl Simulation {
         let erase_on_free = self.disk.is_some() && self.random.once_in(8);
         self.reached.num_erased += usize::from(erase_on_free);
         match engine.handle.submit(GenerateRequest { priority, erase_on_free, ..request }) {
-            Ok(stream) => self.running.push(Running { asked, merged, wanted, output: Output::default(), stream }),
+            Ok(stream) => {
+                let output = Output::default();
+                self.running.push(Running { asked, merged, wanted, are_harmed, output, stream });
+            }
             Err(SubmitError::QueueFull) => self.reached.num_refused += 1,
             Err(error) => panic!("{error}"),
         }
@@ -275,8 +293,15 @@ impl Simulation {
 
     fn finish_one(&mut self) {
         let Some(at) = self.pick() else { return };
-        let Running { asked, merged, wanted, output, stream } = self.running.swap_remove(at);
+        let Running { asked, merged, wanted, are_harmed, output, stream } = self.running.swap_remove(at);
         let output = output.finish(stream);
+        if let Some(FinishReason::Error(why)) = &output.reason
+            && are_harmed.iter().any(|is_harmed| is_harmed.load(Ordering::SeqCst))
+        {
+            assert!(why.contains("adapter"), "{why}");
+            self.reached.num_failed_loads += 1;
+            return;
+        }
         let asked = if output.reuse.is_merged { merged.expect("only adapters are merged") } else { asked };
         check(&asked, &output, &self.sharing);
         match wanted {
@@ -285,6 +310,11 @@ impl Simulation {
                 self.take_deposit(&asked, *kept, output, is_durable, must_succeed);
             }
             Wanted::Embedding => assert_eq!(output.reason, Some(FinishReason::Stop { token: None })),
+            Wanted::Refusal => {
+                let why = format!("{:?}", output.reason);
+                assert!(why.contains("the adapters of this request take"), "{why}");
+                self.reached.num_without_room += 1;
+            }
         }
     }
 
@@ -352,6 +382,11 @@ impl Simulation {
             disk.kept.push(Kept { asked: kept, deposited });
         }
     }
+}
+
+/// Tokens that a sequence has room for beside so many pages of adapters.
+fn most_under(limits: &SchedulerLimits, num_pages: usize) -> usize {
+    limits.max_model_len.min(limits.num_blocks.saturating_sub(num_pages) * limits.block_size)
 }
 
 /// What a deposit is found as.

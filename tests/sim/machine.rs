@@ -13,6 +13,7 @@ use crate::support::random::Random;
 pub struct Machine {
     pub limits: SchedulerLimits,
     host_bytes: usize,
+    adapter_host_bytes: usize,
     num_io_threads: usize,
     max_fetch_wait: Option<Duration>,
     /// Of the delays of transfers, where there are any.
@@ -31,6 +32,8 @@ impl Machine {
         };
         Self {
             limits,
+            // None, one or two, all.
+            adapter_host_bytes: [0, 20_000, 1 << 20][random.below(3)],
             host_bytes: num_host_blocks * MAX_BLOCK_BYTES * limits.block_size / 32,
             num_io_threads: random.within(1, 4),
             max_fetch_wait: random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100)),
@@ -41,7 +44,8 @@ impl Machine {
 
     /// Starts an engine on it, over `disk` where there is one.
     pub fn start(&self, disk: Option<&Disk>, checkpoints: &Checkpoints, random: &mut Random) -> TestEngine {
-        let setup = Setup { limits: self.limits, merge: self.merge, ..Setup::default() };
+        let Self { limits, merge, adapter_host_bytes, .. } = *self;
+        let setup = Setup { limits, merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
         let tiers = TierConfig {
             host_bytes: self.host_bytes,
@@ -64,7 +68,7 @@ fn draw_limits(random: &mut Random) -> SchedulerLimits {
         max_num_waiting: random.within(1, 30),
         max_model_len,
         block_size,
-        num_blocks: least_blocks + random.below(2 * least_blocks),
+        num_blocks: least_blocks + random.below(2 * least_blocks) + random.below(8),
         prefix_caching: !random.once_in(5),
         ..limits()
     }

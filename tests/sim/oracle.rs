@@ -143,14 +143,15 @@ pub struct Moved {
 }
 
 /// What of each piece is moved: all that lies in full blocks, but for the first tokens of the piece, the prompt's last one,
-/// pieces of which all that would be moved is computed after all, and pieces whose blocks have no room beside the prompt's.
+/// pieces of which all that would be moved is computed after all, and pieces whose blocks have no room beside the prompt's
+/// and adapters.
 /// Chosen tokens are moved first, and then computed.
 pub fn moves(asked: &Asked, limits: &SchedulerLimits) -> Vec<Vec<Moved>> {
     let mut num_blocks = asked.num_prompt.div_ceil(limits.block_size);
     let fitting = |piece: &Piece| {
         let moves = wanted_moves(piece, asked.num_prompt, limits.block_size);
         let num_wanted = num_source_blocks(&moves, limits.block_size);
-        if num_blocks + num_wanted > limits.num_blocks {
+        if num_blocks + num_wanted + asked.num_pages > limits.num_blocks {
             return vec![];
         }
         num_blocks += num_wanted;

@@ -44,6 +44,20 @@ pub struct Reached {
     pub num_unmerges: usize,
     /// Compositions whose copy had no room.
     pub num_unmergeable: usize,
+    /// Adapters brought to the device from their files.
+    pub num_disk_loads: usize,
+    /// And from the host's memory.
+    pub num_host_loads: usize,
+    /// Adapters that made room for KV.
+    pub num_evicted_by_kv: usize,
+    /// Adapters that made room for others.
+    pub num_evicted_by_adapters: usize,
+    /// Cached KV blocks that made room for adapters.
+    pub num_evicted_blocks: usize,
+    /// Requests whose adapters could not be read any more.
+    pub num_failed_loads: usize,
+    /// Requests that have no room beside their adapters.
+    pub num_without_room: usize,
     /// Finished composed prompts.
     pub num_composed: usize,
     /// Tokens that were moved into them.
@@ -88,6 +102,13 @@ impl std::ops::AddAssign for Reached {
         self.num_merges += other.num_merges;
         self.num_unmerges += other.num_unmerges;
         self.num_unmergeable += other.num_unmergeable;
+        self.num_disk_loads += other.num_disk_loads;
+        self.num_host_loads += other.num_host_loads;
+        self.num_evicted_by_kv += other.num_evicted_by_kv;
+        self.num_evicted_by_adapters += other.num_evicted_by_adapters;
+        self.num_evicted_blocks += other.num_evicted_blocks;
+        self.num_failed_loads += other.num_failed_loads;
+        self.num_without_room += other.num_without_room;
         self.num_composed += other.num_composed;
         self.num_linked_tokens += other.num_linked_tokens;
         self.num_chosen_tokens += other.num_chosen_tokens;
@@ -128,6 +149,13 @@ impl Reached {
             (self.num_merges, 200),
             (self.num_unmerges, 100),
             (self.num_unmergeable, 20),
+            (self.num_disk_loads, 20),
+            (self.num_host_loads, 20),
+            (self.num_evicted_by_kv, 20),
+            (self.num_evicted_by_adapters, 20),
+            (self.num_evicted_blocks, 20),
+            (self.num_failed_loads, 20),
+            (self.num_without_room, 20),
             (self.num_composed, 500),
             (self.num_linked_tokens, 10_000),
             (self.num_chosen_tokens, 1000),

@@ -1,5 +1,8 @@
 //! A request of a simulated life that is under way, and whether what has come of it so far is right.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use mneme::engine::OutputStream;
 
 use crate::sharing::{Asked, Sharing};
@@ -8,8 +11,14 @@ use crate::support::engine::Output;
 /// What a request is to come to.
 pub enum Wanted {
     Tokens(usize),
-    Deposit { is_durable: bool, must_succeed: bool, kept: Box<Asked> },
+    Deposit {
+        is_durable: bool,
+        must_succeed: bool,
+        kept: Box<Asked>,
+    },
     Embedding,
+    /// Nothing: it has no room beside its adapters.
+    Refusal,
 }
 
 pub struct Running {
@@ -17,6 +26,8 @@ pub struct Running {
     /// What it comes to with its adapters merged.
     pub merged: Option<Asked>,
     pub wanted: Wanted,
+    /// What has become of the files of its adapters.
+    pub are_harmed: Vec<Arc<AtomicBool>>,
     pub output: Output,
     pub stream: OutputStream,
 }

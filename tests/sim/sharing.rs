@@ -17,6 +17,8 @@ pub struct Asked {
     pub shared: Option<SharedPrefix>,
     /// In order of application.
     pub adapters: Vec<Update>,
+    /// Blocks that they take.
+    pub num_pages: usize,
     /// Whether the adapters are merged into the weights it is computed with.
     pub is_merged: bool,
     pub pieces: Vec<Piece>,

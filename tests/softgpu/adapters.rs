@@ -5,6 +5,7 @@ use mneme::backend::DType;
 use mneme::engine::{
     AppliedAdapter, GenerateRequest, LoadedAdapter, OutputStream, SamplingParams, SchedulerLimits, Task,
 };
+use mneme::telemetry::Evictor;
 
 use crate::families::{check_tokens, differences, tolerances};
 use crate::invariance::fingerprint;
@@ -124,4 +125,29 @@ fn a_request_has_the_same_bits_alone_and_among_other_adapters() {
             assert_eq!(found, base, "an engine without adapters says something else");
         }
     }
+}
+
+/// Adapters that have no room beside each other come and go, through the device's copies, and change nothing.
+#[test]
+fn adapters_take_turns_in_a_small_pool() {
+    let model = TinyModel::new(Family::Qwen3, 6);
+    let (written, adapters) = (model.write(), adapters(&model));
+    let start = |num_blocks: usize| {
+        let limits = SchedulerLimits { num_blocks, max_model_len: 96, ..limits() };
+        Adapted::new(TestEngine::start_on_softgpu(written.path(), Setup { limits, ..Setup::default() }), &adapters)
+    };
+    let (roomy, tight) = (start(200), start(28));
+    let sampling = SamplingParams { logprobs: Some(3), ..greedy(5) };
+    let mut random = Random::new(9);
+    let requests: Vec<(Vec<u32>, Composition)> =
+        (0..10).map(|at| (random.tokens(10 + 5 * (at % 4), VOCAB), COMPOSITIONS[at % 5])).collect();
+    let run_all = |adapted: &Adapted| -> Vec<_> {
+        let submitted = requests.iter().map(|(prompt, composition)| adapted.submit(prompt, &sampling, composition));
+        let streams: Vec<OutputStream> = submitted.collect();
+        streams.into_iter().map(|stream| fingerprint(&collect(stream))).collect()
+    };
+    assert_eq!(run_all(&tight), run_all(&roomy));
+    let evictions = |adapted: &Adapted| adapted.engine.handle.metrics().adapters.num_evictions(Evictor::Adapter);
+    assert_eq!(evictions(&roomy), 0);
+    assert!(evictions(&tight) > 0);
 }

@@ -26,6 +26,8 @@ pub struct Setup {
     /// Bytes of the host tier.
     pub host_bytes: usize,
     pub merge: MergeConfig,
+    /// Host memory for adapters.
+    pub adapter_host_bytes: usize,
 }
 
 impl Default for Setup {
@@ -40,6 +42,7 @@ impl Default for Setup {
             num_threads: 2,
             host_bytes: 0,
             merge: MergeConfig::default(),
+            adapter_host_bytes: 1 << 30,
         }
     }
 }
@@ -86,13 +89,21 @@ impl TestEngine {
 
     /// The same with tiers below the device.
     pub fn start_with_tiers<B: Backend>(backend: B, path: &Path, setup: Setup, tiers: TierConfig) -> Self {
-        let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, merge, .. } = setup;
+        let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, merge, adapter_host_bytes, .. } = setup;
         let mut checkpoint = Checkpoint::open(path).unwrap();
         if tied {
             checkpoint.tie_embedding_to_output();
         }
         let model = Model::load(&backend, &checkpoint, dtype, limits.max_model_len).unwrap();
-        let config = EngineConfig { model_name: "test".into(), limits, kv_dtype, eos_token_ids, seed: 1, merge };
+        let config = EngineConfig {
+            model_name: "test".into(),
+            limits,
+            kv_dtype,
+            eos_token_ids,
+            seed: 1,
+            merge,
+            adapter_host_bytes,
+        };
         let (engine, handle) = Engine::with_tiers(backend, model, config, tiers).unwrap();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run().unwrap()).unwrap();
         Self { handle, thread: Some(thread) }

@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use super::disjoint::DisjointSlice;
-use super::lora_matrix::{CpuLora, CpuLoraPart, GROUP};
+use super::lora_matrix::{CpuLora, CpuLoraPart, GROUP, GroupedRow};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 use super::{Isa, ThreadPool};
 
@@ -233,11 +233,11 @@ impl Shrink<'_, '_> {
     fn tile<S: Simd, const BF16: bool, const R: usize, const Q: usize>(&self, s: S, at: usize, rank: usize) {
         let len = self.part.num_inputs;
         let x: [&[f32]; R] = std::array::from_fn(|row| &self.work_x[self.rows[at + row] as usize * len..][..len]);
+        let ranks: [GroupedRow; Q] = std::array::from_fn(|q| self.part.shrink.row(rank + q));
         let mut sums = [[s.zero(); Q]; R];
         for column in (0..len).step_by(GROUP) {
-            // SAFETY: the ranks are rows of `A`, whose stride is at least `len`.
-            let a: [[S::F32; 2]; Q] =
-                std::array::from_fn(|q| unsafe { self.part.shrink.group::<S, BF16>(s, rank + q, column) });
+            // SAFETY: the stride of `A` is at least `len`, and who schedules keeps an adapter's pages while it is used.
+            let a: [[S::F32; 2]; Q] = std::array::from_fn(|q| unsafe { ranks[q].group::<S, BF16>(s, column) });
             for (x, sums) in x.iter().zip(&mut sums) {
                 // SAFETY: `x` is `len` numbers long, and `column` lies among them.
                 let halves = unsafe { load_group(s, x.as_ptr().add(column), len - column) };
@@ -324,11 +324,9 @@ impl Expand<'_> {
         let y: [&[f32]; R] = std::array::from_fn(|row| &self.shrunk[(at + row) * rank..][..rank]);
         let mut sums = [[s.zero(); 4]; R];
         for step in 0..rank {
-            // SAFETY: `step` is a row of `B^T`, whose rows are filled up to whole tiles.
-            let (low, high) = unsafe {
-                let expand = &self.part.expand;
-                (expand.group::<S, BF16>(s, step, column), expand.group::<S, BF16>(s, step, column + GROUP))
-            };
+            let row = self.part.expand.row(step);
+            // SAFETY: rows of `B^T` are filled up to whole tiles, and pages are kept as above.
+            let (low, high) = unsafe { (row.group::<S, BF16>(s, column), row.group::<S, BF16>(s, column + GROUP)) };
             for (y, sums) in y.iter().zip(&mut sums) {
                 let y = s.splat(y[step]);
                 for (sum, b) in sums.iter_mut().zip([low[0], low[1], high[0], high[1]]) {

@@ -1,4 +1,4 @@
-//! An adapter's matrices as the kernels read them: each a run of rows of 32-number groups, in bf16 or f32.
+//! An adapter's matrices as the kernels read them: each a run of rows of 32-number groups, in bf16 or f32, in pages.
 //!
 //! Of bf16, word `i` of a group holds number `i` in its low half and number `16 + i` in its high half, so that two vectors
 //! of neighbours come out of one load. Rows are filled up with zeros.
@@ -8,9 +8,10 @@
 use half::bf16;
 
 use super::dequantize::dequantize_row;
+use super::memory::CpuBuffer;
 use super::simd::{LANES, Simd};
-use crate::Result;
-use crate::backend::{DType, HostTensor, LoraLoader, LoraPart};
+use crate::backend::{DType, HostTensor, LoraLoader, LoraPages, LoraPart, PageImage, RowRun};
+use crate::{Result, invalid};
 
 /// Numbers of a group.
 pub(super) const GROUP: usize = 2 * LANES;
@@ -21,9 +22,11 @@ const ROW_GROUPS: usize = 2;
 /// Numbers that fill a row of [`GroupedMatrix`] to its stride.
 const STRIDE: usize = ROW_GROUPS * GROUP;
 
-/// A matrix in groups.
+/// A matrix in groups, its rows somewhere in an arena.
 pub(super) struct GroupedMatrix {
-    words: Vec<u32>,
+    arena: CpuBuffer,
+    /// Where each row begins.
+    rows: Box<[usize]>,
     stride: usize,
     is_bf16: bool,
 }
@@ -46,36 +49,74 @@ pub(super) struct CpuLoraPart {
     pub(super) scaling: f32,
 }
 
+/// An update of one projection, arranged.
+pub struct PackedCpuLora {
+    parts: Vec<PackedPart>,
+}
+
+struct PackedPart {
+    shrink: RowRun,
+    expand: RowRun,
+    is_bf16: bool,
+    num_inputs: usize,
+    num_outputs: usize,
+    first_column: usize,
+    scaling: f32,
+}
+
 /// Arranges adapters; needs nothing of the backend.
 pub struct CpuLoraLoader;
 
 impl LoraLoader for CpuLoraLoader {
+    type Buffer = CpuBuffer;
+    type Packed = PackedCpuLora;
     type Lora = CpuLora;
 
-    fn load(&self, parts: &[LoraPart]) -> Result<CpuLora> {
-        let load = |part: &LoraPart| {
+    fn pack(&self, parts: &[LoraPart], image: &mut PageImage) -> Result<PackedCpuLora> {
+        let pack = |part: &LoraPart| {
             part.check()?;
-            Ok(CpuLoraPart::new(part))
+            PackedPart::new(part, image)
         };
-        Ok(CpuLora { parts: parts.iter().map(load).collect::<Result<_>>()? })
+        Ok(PackedCpuLora { parts: parts.iter().map(pack).collect::<Result<_>>()? })
+    }
+
+    fn place(&self, packed: &PackedCpuLora, pages: &LoraPages<CpuBuffer>) -> Result<CpuLora> {
+        let place = |part: &PackedPart| part.place(pages);
+        Ok(CpuLora { parts: packed.parts.iter().map(place).collect::<Result<_>>()? })
     }
 }
 
-impl CpuLoraPart {
-    fn new(part: &LoraPart) -> Self {
+impl PackedPart {
+    fn new(part: &LoraPart, image: &mut PageImage) -> Result<Self> {
         let LoraPart { a, b, scaling, first_column } = part;
         let (rank, num_inputs, num_outputs) = (a.rows(), a.columns(), b.rows());
         let is_bf16 = a.dtype() == DType::BF16 && b.dtype() == DType::BF16;
-        let (a, b) = (numbers(a), numbers(b));
-        Self {
-            shrink: GroupedMatrix::new(rank, num_inputs, is_bf16, |row, column| a[row * num_inputs + column]),
-            expand: GroupedMatrix::new(rank, num_outputs, is_bf16, |row, column| b[column * rank + row]),
-            rank,
-            num_inputs,
-            num_outputs,
-            first_column: *first_column,
-            scaling: *scaling,
+        let bytes = |columns: usize| columns.next_multiple_of(STRIDE) * if is_bf16 { 2 } else { 4 };
+        let shrink = image.reserve(a.name(), rank, bytes(num_inputs))?;
+        let numbers_of_a = numbers(a);
+        for (row, numbers) in numbers_of_a.chunks_exact(num_inputs).enumerate() {
+            write_row(image.row_mut(&shrink, row), is_bf16, |column| numbers.get(column).copied());
         }
+        let expand = image.reserve(b.name(), rank, bytes(num_outputs))?;
+        let numbers_of_b = numbers(b);
+        for row in 0..rank {
+            let number = |column: usize| numbers_of_b.get(column * rank + row).copied();
+            write_row(image.row_mut(&expand, row), is_bf16, number);
+        }
+        let (first_column, scaling) = (*first_column, *scaling);
+        Ok(Self { shrink, expand, is_bf16, num_inputs, num_outputs, first_column, scaling })
+    }
+
+    fn place(&self, pages: &LoraPages<CpuBuffer>) -> Result<CpuLoraPart> {
+        Ok(CpuLoraPart {
+            shrink: GroupedMatrix::new(&self.shrink, self.is_bf16, pages)?,
+            expand: GroupedMatrix::new(&self.expand, self.is_bf16, pages)?,
+            rank: self.shrink.num_rows,
+            num_inputs: self.num_inputs,
+            num_outputs: self.num_outputs,
+            first_column: self.first_column,
+            scaling: self.scaling,
+        })
     }
 }
 
@@ -85,57 +126,103 @@ fn numbers(tensor: &HostTensor) -> Vec<f32> {
     values
 }
 
-impl GroupedMatrix {
-    /// `rows` rows of `columns` numbers, which bf16 holds exactly when `is_bf16`.
-    fn new(rows: usize, columns: usize, is_bf16: bool, number: impl Fn(usize, usize) -> f32) -> Self {
-        let stride = columns.next_multiple_of(STRIDE);
-        let number = |row: usize, column: usize| if column < columns { number(row, column) } else { 0.0 };
-        let mut words = Vec::with_capacity(if is_bf16 { rows * stride / 2 } else { rows * stride });
-        for row in 0..rows {
-            for group in (0..stride).step_by(GROUP) {
-                if is_bf16 {
-                    let bits = |column: usize| u32::from(bf16::from_f32(number(row, column)).to_bits());
-                    words.extend((group..group + LANES).map(|at| bits(at) | bits(at + LANES) << 16));
-                } else {
-                    words.extend((group..group + GROUP).map(|at| number(row, at).to_bits()));
-                }
+/// Arranges a row in groups; bf16 holds its numbers exactly when `is_bf16`. What is not there is 0.
+fn write_row(target: &mut [u8], is_bf16: bool, number: impl Fn(usize) -> Option<f32>) {
+    let number = |column: usize| number(column).unwrap_or(0.0);
+    for (at, word) in target.chunks_exact_mut(4).enumerate() {
+        let bits = match is_bf16 {
+            false => number(at).to_bits(),
+            true => {
+                let first = at / LANES * GROUP + at % LANES;
+                let bits = |column: usize| u32::from(bf16::from_f32(number(column)).to_bits());
+                bits(first) | bits(first + LANES) << 16
             }
+        };
+        word.copy_from_slice(&bits.to_le_bytes());
+    }
+}
+
+impl GroupedMatrix {
+    fn new(run: &RowRun, is_bf16: bool, pages: &LoraPages<CpuBuffer>) -> Result<Self> {
+        let arena = pages.arena().clone();
+        let rows: Box<[usize]> = (0..run.num_rows).map(|row| pages.offset(run, row)).collect();
+        if let Some(row) = rows.iter().find(|row| **row + run.row_bytes > arena.len()) {
+            return Err(invalid!("a row at byte {row} lies outside an arena of {}", arena.len()));
         }
-        Self { words, stride, is_bf16 }
+        Ok(Self { arena, rows, stride: run.row_bytes / if is_bf16 { 2 } else { 4 }, is_bf16 })
     }
 
     pub(super) fn is_bf16(&self) -> bool {
         self.is_bf16
     }
 
-    /// One number, anywhere in a row.
-    pub(super) fn number(&self, row: usize, column: usize) -> f32 {
-        let at = row * self.stride + column;
-        if !self.is_bf16 {
-            return f32::from_bits(self.words[at]);
-        }
-        let (group, within) = (at / GROUP * LANES, at % GROUP);
-        let word = self.words[group + within % LANES];
-        bf16::from_bits(if within < LANES { word } else { word >> 16 } as u16).to_f32()
+    /// A row. What lies there is the adapter's as long as its pages are.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> GroupedRow {
+        // SAFETY: rows lie in the arena, which was looked at when they were placed.
+        GroupedRow(unsafe { self.arena.start().add(self.rows[row]) })
     }
 
-    /// Numbers `[column, column + 32)` of a row; `column` is a multiple of 32 and `BF16` says how they are kept.
+    /// One number, anywhere in a row.
     ///
     /// # Safety
-    /// The row exists, and `column` lies before the end of its stride.
+    /// Nobody writes to the adapter's pages.
+    pub(super) unsafe fn number(&self, row: usize, column: usize) -> f32 {
+        assert!(column < self.stride, "column {column} of {} does not exist", self.stride);
+        let row = self.row(row).0.cast::<u32>();
+        let (group, within) = (column / GROUP * LANES, column % GROUP);
+        let at = if self.is_bf16 { group + within % LANES } else { column };
+        // SAFETY: the column lies inside the row, and the caller's promise.
+        let word = unsafe { row.add(at).read_unaligned() };
+        match self.is_bf16 {
+            false => f32::from_bits(word),
+            true => bf16::from_bits(if within < LANES { word } else { word >> 16 } as u16).to_f32(),
+        }
+    }
+}
+
+/// A row of a [`GroupedMatrix`].
+#[derive(Clone, Copy)]
+pub(super) struct GroupedRow(*const u8);
+
+impl GroupedRow {
+    /// Numbers `[column, column + 32)`; `column` is a multiple of 32 and `BF16` says how they are kept.
+    ///
+    /// # Safety
+    /// `column` lies before the end of the stride of the row's matrix, and nobody writes to the adapter's pages.
     #[inline(always)]
-    pub(super) unsafe fn group<S: Simd, const BF16: bool>(&self, s: S, row: usize, column: usize) -> [S::F32; 2] {
-        debug_assert!(column.is_multiple_of(GROUP) && column < self.stride && BF16 == self.is_bf16);
-        let at = row * self.stride + column;
-        // SAFETY: the group lies inside `words`, by the caller's promise.
+    pub(super) unsafe fn group<S: Simd, const BF16: bool>(self, s: S, column: usize) -> [S::F32; 2] {
+        debug_assert!(column.is_multiple_of(GROUP));
+        // SAFETY: the group lies inside the row, by the caller's promise.
         unsafe {
             if BF16 {
-                let group = self.words.as_ptr().add(at / 2).cast::<u8>();
+                let group = self.0.add(column * 2);
                 [s.load_bf16_low(group), s.load_bf16_high(group)]
             } else {
-                let group = self.words.as_ptr().add(at).cast::<f32>();
+                let group = self.0.add(column * 4).cast::<f32>();
                 [s.load(group), s.load(group.add(LANES))]
             }
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::transfer::CpuTransfer;
+    use super::*;
+
+    /// Of few rows.
+    pub(in super::super) const PAGE_BYTES: usize = 4096;
+
+    /// Pages of `page_bytes` that lie here and there, in another order.
+    pub(in super::super) fn load_into_pages(parts: &[LoraPart], page_bytes: usize) -> CpuLora {
+        let mut image = PageImage::new(page_bytes);
+        let packed = CpuLoraLoader.pack(parts, &mut image).unwrap();
+        let image = image.finish().unwrap();
+        let num_pages = image.num_pages();
+        let pages: Vec<u32> = (0..num_pages as u32).rev().map(|page| 2 * page + 1).collect();
+        let arena = CpuBuffer::allocate(2 * num_pages * page_bytes).unwrap();
+        image.upload(&mut CpuTransfer, &arena, &pages).unwrap();
+        CpuLoraLoader.place(&packed, &image.placed(arena, pages)).unwrap()
     }
 }

@@ -186,7 +186,8 @@ impl<'a> MergeChunk<'a> {
         let mut b = vec![0.0; part.rank * PANEL_ROWS];
         for (rank, b) in b.chunks_exact_mut(PANEL_ROWS).enumerate() {
             for row in first..end {
-                b[row - self.rows.start] = part.expand.number(rank, row - part.first_column);
+                // SAFETY: who merges keeps the adapters' pages.
+                b[row - self.rows.start] = unsafe { part.expand.number(rank, row - part.first_column) };
             }
         }
         Some(PanelUpdate { part, factor: scale * part.scaling, b })
@@ -197,11 +198,13 @@ impl<'a> MergeChunk<'a> {
 #[inline(always)]
 fn lay_out<S: Simd>(s: S, part: &CpuLoraPart, column: usize, a: &mut [f32]) {
     for (rank, a) in a.chunks_exact_mut(TILE).take(part.rank).enumerate() {
-        // SAFETY: columns of a panel are filled up to no more than those of `A` are; `a` has 32 numbers.
+        let row = part.shrink.row(rank);
+        // SAFETY: columns of a panel are filled up to no more than those of `A` are; `a` has 32 numbers; who merges keeps
+        // the adapters' pages.
         unsafe {
             let [low, high] = match part.shrink.is_bf16() {
-                true => part.shrink.group::<S, true>(s, rank, column),
-                false => part.shrink.group::<S, false>(s, rank, column),
+                true => row.group::<S, true>(s, column),
+                false => row.group::<S, false>(s, column),
             };
             s.store(a.as_mut_ptr(), low);
             s.store(a.as_mut_ptr().add(LANES), high);

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::super::lora_matrix::CpuLoraLoader;
+use super::super::lora_matrix::tests::{PAGE_BYTES, load_into_pages};
 use super::*;
-use crate::backend::{HostTensor, LoraLoader, LoraPart};
+use crate::backend::{HostTensor, LoraPart};
 
 const PLAIN: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
 
@@ -46,7 +46,7 @@ fn load(parts: &[Plain], dtype: DType) -> CpuLora {
         scaling: it.scaling,
         first_column: it.first_column,
     };
-    CpuLoraLoader.load(&parts.iter().map(part).collect::<Vec<_>>()).unwrap()
+    load_into_pages(&parts.iter().map(part).collect::<Vec<_>>(), PAGE_BYTES)
 }
 
 fn unpack(matrix: &PackedMatrix) -> Vec<Vec<f32>> {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::super::lora_matrix::CpuLoraLoader;
+use super::super::lora_matrix::tests::{PAGE_BYTES, load_into_pages};
 use super::*;
-use crate::backend::{DType, HostTensor, LoraLoader, LoraPart};
+use crate::backend::{DType, HostTensor, LoraPart};
 
 const INPUTS: usize = 100;
 const OUTPUTS: usize = 150;
@@ -40,13 +40,17 @@ fn plain(rank: usize, num_outputs: usize, first_column: usize, seed: usize) -> P
 }
 
 fn load(parts: &[Plain], dtype: DType) -> CpuLora {
+    load_in_pages_of(PAGE_BYTES, parts, dtype)
+}
+
+fn load_in_pages_of(page_bytes: usize, parts: &[Plain], dtype: DType) -> CpuLora {
     let part = |it: &Plain| LoraPart {
         a: tensor(&it.a, it.rank, dtype),
         b: tensor(&it.b, it.num_outputs, dtype),
         scaling: it.scaling,
         first_column: it.first_column,
     };
-    CpuLoraLoader.load(&parts.iter().map(part).collect::<Vec<_>>()).unwrap()
+    load_into_pages(&parts.iter().map(part).collect::<Vec<_>>(), page_bytes)
 }
 
 /// Adapters of different ranks for a projection of two modules, of 80 columns and 70; the first one updates both.
@@ -131,6 +135,22 @@ fn a_row_has_the_same_bits_alone_and_rows_without_adapters_keep_theirs() {
             if own.is_empty() {
                 assert_eq!(together[columns.clone()], numbers(150 * OUTPUTS, 21)[columns]);
             }
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_pages() {
+    let (adapters, entries) = (adapters(), entries());
+    for dtype in [DType::BF16, DType::F32] {
+        let run_in = |page_bytes: usize| {
+            let load = |parts: &Vec<Plain>| load_in_pages_of(page_bytes, parts, dtype);
+            let loaded: Vec<CpuLora> = adapters.iter().map(load).collect();
+            run(Isa::best(), 2, &loaded, &entries, 150)
+        };
+        let wanted = run_in(1 << 20);
+        for page_bytes in [768, 1024, 4096, 12_288] {
+            assert_eq!(run_in(page_bytes), wanted, "{dtype} in pages of {page_bytes}");
         }
     }
 }

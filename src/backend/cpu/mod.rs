@@ -75,7 +75,7 @@ pub use kv_arena::KvArena;
 pub use kv_deviation::{KvDeviationBatch, kv_deviation};
 pub use kv_store::{KvStoreBatch, rope_and_store_kv};
 pub use lora::{LoraRows, LoraScratch, LoraWork, add_lora};
-pub use lora_matrix::{CpuLora, CpuLoraLoader};
+pub use lora_matrix::{CpuLora, CpuLoraLoader, PackedCpuLora};
 pub use norm::{add_rms_norm, rms_norm};
 pub use packed::PackedMatrix;
 pub use pool::ThreadPool;

@@ -204,7 +204,7 @@ impl Backend for CudaBackend {
     }
 
     fn create_lora_loader(&self) -> Result<CudaLoraLoader> {
-        Ok(CudaLoraLoader::new(&self.context, &self.uploader, self.dtype))
+        Ok(CudaLoraLoader::new(self.dtype))
     }
 
     fn embed(

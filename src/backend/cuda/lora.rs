@@ -12,8 +12,8 @@ use cudarc::driver::CudaContext;
 
 use super::backend::{CudaBackend, CudaTensor, expect_vectors};
 use super::launch::Arguments;
-use super::lora_loader::CudaLoraPart;
-use super::memory::{CudaBuffer, address};
+use super::lora_loader::{CudaLora, CudaLoraPart};
+use super::memory::CudaBuffer;
 use super::stream::CudaStream;
 use crate::backend::{LoraBatch, LoraSite};
 use crate::{Result, invalid, unsupported};
@@ -21,7 +21,7 @@ use crate::{Result, invalid, unsupported};
 /// Pieces in the arguments of one launch, as in `lora.cu`.
 const LAUNCH_PIECES: usize = 32;
 /// 64-bit words of a piece.
-const PIECE_WORDS: usize = 6;
+const PIECE_WORDS: usize = 8;
 /// Rows, and ranks, of a block of the first kernel.
 const SHRINK_TILE: usize = 16;
 /// Rows and columns of a block of the second.
@@ -60,7 +60,7 @@ pub(super) fn add_lora(
     x.expect("projection input", x.rows(), x.columns(), backend.dtype())?;
     out.expect("projection output", x.rows(), out.columns(), backend.dtype())?;
     let call = Call { backend, stream, x, batch, site, out };
-    let (num_pieces, shrunk_stride) = call.measure()?;
+    let Measure { num_pieces, shrunk_stride, page_bytes } = call.measure()?;
     if num_pieces == 0 {
         return Ok(());
     }
@@ -72,7 +72,8 @@ pub(super) fn add_lora(
         ));
     }
     for first_row in (0..x.rows()).step_by(most_rows) {
-        let round = Round { first_row, num_rows: most_rows.min(x.rows() - first_row), shrunk_stride, num_pieces };
+        let num_rows = most_rows.min(x.rows() - first_row);
+        let round = Round { first_row, num_rows, shrunk_stride, num_pieces, page_bytes };
         call.shrink(&round)?;
         call.expand(&round)?;
     }
@@ -95,48 +96,64 @@ struct Round {
     /// Shrunk numbers of a row.
     shrunk_stride: usize,
     num_pieces: usize,
+    page_bytes: usize,
+}
+
+/// What all pieces of a call come to.
+#[derive(Default)]
+struct Measure {
+    num_pieces: usize,
+    /// Shrunk numbers of a row.
+    shrunk_stride: usize,
+    /// Of every adapter's pages.
+    page_bytes: usize,
 }
 
 impl Call<'_> {
     /// The updates that are added to any row, in order, with the entries they are added to.
-    fn pieces(&self) -> impl Iterator<Item = (&CudaLoraPart, &Range<usize>)> {
+    fn pieces(&self) -> impl Iterator<Item = (&CudaLora, &CudaLoraPart, &Range<usize>)> {
         let site = self.site;
         let groups = self.batch.groups.iter().filter(|group| !group.entries.is_empty());
         let updates = groups.filter_map(move |group| Some((group.adapter.get(site)?, &group.entries)));
-        updates.flat_map(|(update, entries)| update.parts.iter().map(move |part| (part, entries)))
+        updates.flat_map(|(update, entries)| update.parts.iter().map(move |part| (update, part, entries)))
     }
 
-    /// How many pieces there are and how many shrunk numbers a row has; an error unless all fit the projection.
-    fn measure(&self) -> Result<(usize, usize)> {
+    /// An error unless all pieces fit the projection.
+    fn measure(&self) -> Result<Measure> {
         let (inputs, outputs) = (self.x.columns(), self.out.columns());
-        let (mut num_pieces, mut shrunk_stride) = (0, 0);
-        for (part, _) in self.pieces() {
-            let columns = part.first_column..part.first_column + part.b.columns();
-            if part.a.columns() != inputs || columns.end > outputs {
-                let found = part.a.columns();
+        let mut measure = Measure::default();
+        for (update, part, _) in self.pieces() {
+            let columns = part.first_column..part.first_column + part.num_columns;
+            if part.num_inputs != inputs || columns.end > outputs {
+                let found = part.num_inputs;
                 return Err(invalid!(
                     "an adapter takes {found} inputs and adds to the columns {columns:?} of a projection of {inputs} \
                      inputs and {outputs} outputs"
                 ));
             }
-            num_pieces += 1;
-            shrunk_stride += stride(part);
+            if measure.num_pieces > 0 && measure.page_bytes != update.page_bytes {
+                let (found, wanted) = (update.page_bytes, measure.page_bytes);
+                return Err(invalid!("an adapter lies in pages of {found} bytes, another one in pages of {wanted}"));
+            }
+            measure.page_bytes = update.page_bytes;
+            measure.num_pieces += 1;
+            measure.shrunk_stride += stride(part);
         }
-        if num_pieces > 0 {
+        if measure.num_pieces > 0 {
             expect_vectors("a projection with adapters", outputs)?;
         }
-        Ok((num_pieces, shrunk_stride))
+        Ok(measure)
     }
 
     fn shrink(&self, round: &Round) -> Result<()> {
         let mut pieces = LaunchPieces::new(0);
         let mut shrunk_at = 0;
-        for (part, entries) in self.pieces() {
+        for (update, part, entries) in self.pieces() {
             if pieces.len == LAUNCH_PIECES {
                 self.launch_shrink(round, &pieces)?;
                 pieces = LaunchPieces::new(pieces.first + pieces.len);
             }
-            pieces.push(part, entries, shrunk_at)?;
+            pieces.push(update, part, entries, shrunk_at)?;
             shrunk_at += stride(part);
         }
         self.launch_shrink(round, &pieces)
@@ -156,11 +173,12 @@ impl Call<'_> {
             .int(round.shrunk_stride)?
             .int(pieces.len)?
             .int(pieces.first)?
+            .long(round.page_bytes)
             .structure(&pieces.words);
         let kernel = &self.backend.kernels().lora_shrink;
         // SAFETY: lora_shrink(shrunk, table, x, rows, scales, num_inputs, first_row, num_rows, shrunk_stride, num_pieces,
-        // first_piece, pieces), shapes as checked; `shrunk` and `table` hold the round's rows and all pieces, whose
-        // factors live as long as the batch and are freed only when the device is at rest; entries are rows of x.
+        // first_piece, page_bytes, pieces), shapes as checked; `shrunk` and `table` hold the round's rows and all pieces, whose
+        // pages lie in an arena that lives as long as the batch; entries are rows of x.
         unsafe { self.backend.launch(self.stream, kernel, (pieces.num_blocks, 1, 1), 256, arguments) }
     }
 
@@ -175,19 +193,20 @@ impl Call<'_> {
             .int(round.first_row)?
             .int(round.num_rows)?
             .int(round.shrunk_stride)?
-            .int(round.num_pieces)?;
+            .int(round.num_pieces)?
+            .long(round.page_bytes);
         let (rows, columns) = EXPAND_TILE;
         let blocks = (round.num_rows.div_ceil(rows), self.out.columns().div_ceil(columns), 1);
         let kernel = &self.backend.kernels().lora_expand;
-        // SAFETY: lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces), shapes
-        // as checked, behind the first kernel on the same stream.
+        // SAFETY: lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces,
+        // page_bytes), shapes as checked, behind the first kernel on the same stream.
         unsafe { self.backend.launch(self.stream, kernel, blocks, 128, arguments) }
     }
 }
 
 /// Shrunk numbers of a row under one part, filled up to whole vectors.
 fn stride(part: &CudaLoraPart) -> usize {
-    part.a.rows().next_multiple_of(4)
+    part.a.num_rows.next_multiple_of(4)
 }
 
 /// `LoraPieces` of `lora.cu`.
@@ -204,13 +223,15 @@ impl LaunchPieces {
         Self { words: [0; LAUNCH_PIECES * PIECE_WORDS], len: 0, first, num_blocks: 0 }
     }
 
-    fn push(&mut self, part: &CudaLoraPart, entries: &Range<usize>, shrunk_at: usize) -> Result<()> {
-        let rank = part.a.rows();
+    fn push(&mut self, update: &CudaLora, part: &CudaLoraPart, entries: &Range<usize>, shrunk_at: usize) -> Result<()> {
+        let rank = part.a.num_rows;
         let piece = [
-            address(&part.a)?,
-            address(&part.b)?,
+            update.arena.address(0, update.arena.len())?,
+            update.table,
+            ints(part.a.first_slot, part.a.rows_per_page)?,
+            ints(part.b.first_slot, part.b.rows_per_page)?,
             u64::from(part.scaling.to_bits()) | ints(0, rank)?,
-            ints(part.first_column, part.b.columns())?,
+            ints(part.first_column, part.num_columns)?,
             ints(entries.start, entries.end)?,
             ints(shrunk_at, self.num_blocks)?,
         ];

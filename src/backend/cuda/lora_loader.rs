@@ -1,88 +1,94 @@
-//! Adapters on the device: the factors of an update as the kernels read them, in the type of activations.
+//! Adapters as the kernels read them: the factors of an update in the type of activations, in pages.
 
-use std::sync::{Arc, Mutex};
-
-use cudarc::driver::CudaContext;
-
-use super::backend::{CudaTensor, expect_vectors};
+use super::backend::expect_vectors;
 use super::memory::CudaBuffer;
-use super::upload::Uploader;
 use super::weights::round;
-use crate::backend::{DType, HostTensor, LoraLoader, LoraPart, Tensor, dequantize_row};
+use crate::backend::{DType, HostTensor, LoraLoader, LoraPages, LoraPart, PageImage, RowRun, dequantize_row};
 use crate::{Result, unsupported};
-
-/// What factors are filled up to, so that each begins where vectors may.
-const UPLOAD_BYTES: usize = 256;
 
 /// An adapter's update of one projection, on the device.
 pub struct CudaLora {
+    pub(super) arena: CudaBuffer,
+    pub(super) page_bytes: usize,
+    /// The address of the table of the adapter's pages.
+    pub(super) table: u64,
     pub(super) parts: Vec<CudaLoraPart>,
 }
 
 /// An update of some columns.
+#[derive(Clone, Copy)]
 pub(super) struct CudaLoraPart {
     /// `A`, `[rank, inputs]`.
-    pub(super) a: CudaTensor,
+    pub(super) a: RowRun,
     /// `B`, transposed, `[rank, outputs]`.
-    pub(super) b: CudaTensor,
+    pub(super) b: RowRun,
+    pub(super) num_inputs: usize,
+    pub(super) num_columns: usize,
     pub(super) scaling: f32,
     pub(super) first_column: usize,
 }
 
-/// Brings adapters onto the device through the buffers that weights came through.
+/// An update of one projection, arranged.
+pub struct PackedCudaLora {
+    parts: Vec<CudaLoraPart>,
+}
+
+/// Arranges adapters for kernels of one type.
 pub struct CudaLoraLoader {
-    context: Arc<CudaContext>,
-    uploader: Arc<Mutex<Uploader>>,
     dtype: DType,
 }
 
 impl CudaLoraLoader {
-    pub(super) fn new(context: &Arc<CudaContext>, uploader: &Arc<Mutex<Uploader>>, dtype: DType) -> Self {
-        Self { context: Arc::clone(context), uploader: Arc::clone(uploader), dtype }
+    pub(super) fn new(dtype: DType) -> Self {
+        Self { dtype }
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<CudaBuffer> {
-        let buffer = CudaBuffer::allocate(&self.context, bytes.len())?;
-        let mut uploader = self.uploader.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        uploader.upload_rows(&buffer, bytes.len() / UPLOAD_BYTES, UPLOAD_BYTES, |row, out| {
-            out.copy_from_slice(&bytes[row * UPLOAD_BYTES..][..UPLOAD_BYTES]);
-        })?;
-        Ok(buffer)
+    fn pack_part(&self, part: &LoraPart, image: &mut PageImage) -> Result<CudaLoraPart> {
+        part.check()?;
+        check_vectors(part)?;
+        let (rank, num_inputs, num_columns) = (part.a.rows(), part.a.columns(), part.b.rows());
+        let (a, b) = (Factor::new(&part.a, self.dtype), Factor::new(&part.b, self.dtype));
+        let scaling = part.scaling * a.scale * b.scale;
+        if !scaling.is_finite() {
+            let (a, b) = (part.a.name(), part.b.name());
+            return Err(unsupported!("{a} and {b} hold numbers too large to be multiplied in {}", self.dtype));
+        }
+        let b_bytes = transposed(&b.bytes, num_columns, rank);
+        let a = write_rows(part.a.name(), &a.bytes, rank, image)?;
+        let b = write_rows(part.b.name(), &b_bytes, rank, image)?;
+        Ok(CudaLoraPart { a, b, num_inputs, num_columns, scaling, first_column: part.first_column })
     }
 }
 
 impl LoraLoader for CudaLoraLoader {
+    type Buffer = CudaBuffer;
+    type Packed = PackedCudaLora;
     type Lora = CudaLora;
 
-    /// All factors of a projection lie in one buffer.
-    fn load(&self, parts: &[LoraPart]) -> Result<CudaLora> {
-        let mut bytes = Vec::new();
-        let mut placed = Vec::with_capacity(parts.len());
-        for part in parts {
-            part.check()?;
-            check_vectors(part)?;
-            let (a, b) = (Factor::new(&part.a, self.dtype), Factor::new(&part.b, self.dtype));
-            let scaling = part.scaling * a.scale * b.scale;
-            if !scaling.is_finite() {
-                let (a, b) = (part.a.name(), part.b.name());
-                return Err(unsupported!("{a} and {b} hold numbers too large to be multiplied in {}", self.dtype));
-            }
-            let a_at = place(&mut bytes, a.bytes);
-            let b_at = place(&mut bytes, transposed(&b.bytes, part.b.rows(), part.b.columns()));
-            placed.push((part, scaling, a_at, b_at));
-        }
-        let buffer = self.upload(&bytes)?;
-        let on_device = |(part, scaling, a_at, b_at): (&LoraPart, f32, usize, usize)| {
-            let (rank, inputs, outputs) = (part.a.rows(), part.a.columns(), part.b.rows());
-            CudaLoraPart {
-                a: Tensor::new(buffer.clone(), a_at, rank, inputs, self.dtype),
-                b: Tensor::new(buffer.clone(), b_at, rank, outputs, self.dtype),
-                scaling,
-                first_column: part.first_column,
-            }
-        };
-        Ok(CudaLora { parts: placed.into_iter().map(on_device).collect() })
+    fn pack(&self, parts: &[LoraPart], image: &mut PageImage) -> Result<PackedCudaLora> {
+        let parts = parts.iter().map(|part| self.pack_part(part, image)).collect::<Result<_>>()?;
+        Ok(PackedCudaLora { parts })
     }
+
+    fn place(&self, packed: &PackedCudaLora, pages: &LoraPages<CudaBuffer>) -> Result<CudaLora> {
+        let arena = pages.arena().clone();
+        for run in packed.parts.iter().flat_map(|part| [&part.a, &part.b]) {
+            for row in 0..run.num_rows {
+                arena.address(pages.offset(run, row), run.row_bytes)?;
+            }
+        }
+        let table = arena.address(pages.table_offset(), 0)?;
+        Ok(CudaLora { page_bytes: pages.page_bytes(), table, parts: packed.parts.clone(), arena })
+    }
+}
+
+fn write_rows(name: &str, bytes: &[u8], num_rows: usize, image: &mut PageImage) -> Result<RowRun> {
+    let row_bytes = bytes.len() / num_rows;
+    let run = image.reserve(name, num_rows, row_bytes)?;
+    for (row, bytes) in bytes.chunks_exact(row_bytes).enumerate() {
+        image.row_mut(&run, row).copy_from_slice(bytes);
+    }
+    Ok(run)
 }
 
 /// An error unless kernels can read the part's rows, and add to its columns, in vectors.
@@ -134,16 +140,10 @@ fn transposed(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
     out
 }
 
-/// Puts a factor behind the others and says where it begins.
-fn place(bytes: &mut Vec<u8>, factor: Vec<u8>) -> usize {
-    let at = bytes.len();
-    bytes.extend(factor);
-    bytes.resize(bytes.len().next_multiple_of(UPLOAD_BYTES), 0);
-    at
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use half::f16;
 
     use super::*;

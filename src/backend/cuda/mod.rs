@@ -21,7 +21,7 @@ mod weights;
 
 pub use backend::CudaBackend;
 pub(super) use driver::find_gpus;
-pub use lora_loader::{CudaLora, CudaLoraLoader};
+pub use lora_loader::{CudaLora, CudaLoraLoader, PackedCudaLora};
 pub use memory::{CudaBuffer, CudaHostBuffer};
 pub(super) use modules::kernel_source;
 pub use stream::{CudaEvent, CudaStream};

@@ -5,6 +5,7 @@ use super::{ModelRunner, StepInputs, merged_rows};
 use crate::Result;
 use crate::backend::{Backend, DType, LoraBatch, RotatedCopies, Tensor};
 use crate::engine::composition::Move;
+use crate::engine::residency::Residency;
 use crate::engine::scheduler::{ScheduledSequence, SchedulerLimits};
 use crate::engine::sequence::Sequence;
 use crate::models::{Adapted, ProbeBatch};
@@ -67,14 +68,19 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Takes the next tokens of composed prompts through the lowest layers and waits for their deviations.
-    pub(in crate::engine) fn probe(&mut self, running: &[Box<Sequence>], probing: &[ScheduledSequence]) -> Result<()> {
+    pub(in crate::engine) fn probe(
+        &mut self,
+        running: &[Box<Sequence>],
+        probing: &[ScheduledSequence],
+        residency: &Residency,
+    ) -> Result<()> {
         if probing.is_empty() {
             return Ok(());
         }
         self.gather(running, probing)?;
         self.inputs.len = 0;
         let batch = self.write_probe(running, probing);
-        let adapted = self.write_adapters(running, probing);
+        let adapted = self.write_adapters(running, probing, residency);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
         let groups = self.lora.groups();

@@ -2,12 +2,17 @@
 
 mod compose;
 
+use std::sync::Arc;
+
 use crossbeam::channel::Sender;
 use half::{bf16, f16};
 
 use self::compose::CompositionBuffers;
-use super::adapters::{AppliedAdapter, LoadedAdapter, MAX_APPLIED};
+use super::adapter_io::AdapterIo;
+use super::adapter_store::AdapterStore;
+use super::adapters::{AppliedAdapter, MAX_APPLIED};
 use super::lora_groups::LoraGroups;
+use super::residency::Residency;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
@@ -155,9 +160,23 @@ impl<B: Backend> ModelRunner<B> {
         &self.model
     }
 
-    /// Whether an adapter was loaded for this runner's kind of device.
-    pub(super) fn has_adapter(&self, adapter: &LoadedAdapter) -> bool {
-        adapter.on_device::<LoraOf<B>>().is_some()
+    /// Bytes of a block of the KV arena.
+    pub(super) fn block_bytes(&self) -> usize {
+        self.kv.layout.block_bytes()
+    }
+
+    /// What arranges adapters for this runner.
+    pub(super) fn create_lora_loader(&self) -> Result<B::LoraLoader> {
+        self.backend.create_lora_loader()
+    }
+
+    /// Starts the thread that brings adapters from `store` into the arena of this runner's blocks.
+    pub(super) fn start_adapter_io(
+        &self,
+        store: Arc<AdapterStore<B::LoraLoader>>,
+        waker: &Sender<()>,
+    ) -> Result<AdapterIo> {
+        AdapterIo::start(&self.backend, &self.kv.blocks, store, waker)
     }
 
     pub(super) fn outputs(&self) -> &[SequenceOutput] {
@@ -189,13 +208,18 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Computes the scheduled tokens, if there are any, and waits for the results.
-    pub(super) fn run(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> Result<()> {
+    pub(super) fn run(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        residency: &Residency,
+    ) -> Result<()> {
         if scheduled.is_empty() {
             return Ok(());
         }
         self.gather(running, scheduled)?;
         let batch = self.prepare(running, scheduled);
-        let adapted = self.write_adapters(running, scheduled);
+        let adapted = self.write_adapters(running, scheduled, residency);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
         let groups = self.lora.groups();
@@ -214,10 +238,10 @@ impl<B: Backend> ModelRunner<B> {
     ///
     /// # Errors
     /// `Unsupported` where there can be none.
-    pub(super) fn plan_merge(&mut self, adapters: &[AppliedAdapter]) -> Result<usize> {
+    pub(super) fn plan_merge(&mut self, adapters: &[AppliedAdapter], residency: &Residency) -> Result<usize> {
         assert!(self.merged.is_none(), "there is one copy at a time");
         let on_device = |applied: &AppliedAdapter| {
-            let adapter = applied.adapter.on_device().expect("adapters were checked when their request came");
+            let adapter = residency.on_device(applied.adapter.digest());
             (adapter, applied.scale)
         };
         let copy = MergedCopy::plan(&self.backend, &self.model, adapters.iter().map(on_device).collect())?;
@@ -274,8 +298,9 @@ impl<B: Backend> ModelRunner<B> {
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
+        residency: &Residency,
     ) -> Option<RowsAndScales<B>> {
-        let num_entries = self.lora.collect(running, scheduled);
+        let num_entries = self.lora.collect(running, scheduled, residency);
         if num_entries == 0 {
             return None;
         }
