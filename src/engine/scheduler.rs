@@ -252,8 +252,8 @@ impl Scheduler {
         }
         let mut budget =
             Budget { tokens: self.limits.max_num_batched_tokens, prompt_logits: self.limits.max_prompt_logits };
-        let preempted = self.schedule_running(&mut budget);
-        if !preempted {
+        let is_short = self.schedule_running(&mut budget);
+        if !is_short {
             self.schedule_waiting(&mut budget);
             self.prefetch_adapters();
         }
@@ -296,24 +296,44 @@ impl Scheduler {
         list.push(ScheduledSequence { index, num_tokens });
     }
 
-    /// Returns whether anything was preempted for want of blocks.
+    /// Returns whether there were not enough blocks, so that nobody else is to begin.
     fn schedule_running(&mut self, budget: &mut Budget) -> bool {
-        let mut preempted = false;
+        let mut is_short = false;
         let mut index = 0;
         while index < self.running.len() {
             let num_tokens = budget.grant(&self.running[index]);
-            while index < self.running.len() && !self.ensure_blocks(index, num_tokens) {
-                if !self.reclaim(0) {
-                    self.preempt_last();
-                    preempted = true;
-                }
-            }
-            if index < self.running.len() && num_tokens > 0 {
+            let has_blocks = self.obtain_blocks(index, num_tokens, &mut is_short);
+            if has_blocks && num_tokens > 0 {
                 self.give_tokens(index, num_tokens, budget);
             }
             index += 1;
         }
-        preempted
+        is_short
+    }
+
+    /// Gives a running sequence the blocks for `num_tokens` more, at the cost of those of a later rank. `false` when it was
+    /// preempted itself, or has to wait for blocks that are being zeroed: preempting it as well would have two sequences take
+    /// each other's room for ever.
+    fn obtain_blocks(&mut self, index: usize, num_tokens: usize, is_short: &mut bool) -> bool {
+        while index < self.running.len() {
+            if self.ensure_blocks(index, num_tokens) {
+                return true;
+            }
+            if self.num_missing_for(index, num_tokens) <= self.num_available() {
+                *is_short = true;
+                return false;
+            }
+            if !self.reclaim(0) {
+                self.preempt_last();
+                *is_short = true;
+            }
+        }
+        false
+    }
+
+    /// Blocks that are free, now or once they are zeroed.
+    fn num_available(&self) -> usize {
+        self.pool.num_free() + self.pool.num_unwiped()
     }
 
     fn schedule_waiting(&mut self, budget: &mut Budget) {
@@ -352,11 +372,15 @@ impl Scheduler {
             return Admission::Prepared;
         }
         let num_missing = sequence.num_missing_blocks(self.limits.block_size);
-        while self.pool.num_free() < num_missing + self.num_reserved() && self.reclaim(at) {}
+        while self.num_available() < num_missing + self.num_reserved() && self.reclaim(at) {}
         let num_tokens = budget.grant(&sequence);
-        if num_tokens == 0 || self.pool.num_free() < num_missing + self.num_reserved() {
-            self.give_back(&mut sequence);
-            sequence.reset();
+        let num_wanted = num_missing + self.num_reserved();
+        if num_tokens == 0 || self.pool.num_free() < num_wanted {
+            // What it has brought up and gave back to be zeroed it would have to bring up again.
+            if num_tokens == 0 || self.num_available() < num_wanted {
+                self.give_back(&mut sequence);
+                sequence.reset();
+            }
             self.waiting.insert(at, sequence);
             return Admission::NoRoom;
         }
@@ -553,13 +577,19 @@ impl Scheduler {
         self.running[index].take_deviations(deviations);
     }
 
-    /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
-    fn ensure_blocks(&mut self, index: usize, num_tokens: usize) -> bool {
-        let sequence = &mut self.running[index];
+    /// Blocks that a running sequence lacks for `num_tokens` more.
+    fn num_missing_for(&self, index: usize, num_tokens: usize) -> usize {
+        let sequence = &self.running[index];
         // What is copied into a prompt may lie anywhere in it.
         let least = if sequence.composition.is_some() { sequence.num_prompt_tokens } else { 0 };
         let wanted = sequence.end_of_next(num_tokens).max(least).div_ceil(self.limits.block_size);
-        let num_missing = wanted.saturating_sub(sequence.blocks.len());
+        wanted.saturating_sub(sequence.blocks.len())
+    }
+
+    /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
+    fn ensure_blocks(&mut self, index: usize, num_tokens: usize) -> bool {
+        let num_missing = self.num_missing_for(index, num_tokens);
+        let sequence = &mut self.running[index];
         if num_missing > self.pool.num_free() {
             return false;
         }

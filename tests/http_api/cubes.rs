@@ -370,6 +370,40 @@ fn linked_cubes_are_pieces_of_the_prompt() {
     assert_eq!((request.pieces.len(), request.pieces[0].start), (1, request.prompt.len() - 10));
 }
 
+/// Token ids stand as they are, a conversation as the tokens it has; a BOS stands at the beginning of a prompt alone.
+#[test]
+fn token_ids_and_messages_are_linked_as_the_tokens_they_have() {
+    let setup = Setup::new();
+    let post = |body: Value| setup.ok("POST", "/v1/memcubes", Some(body));
+    post(json!({ "name": "ana/ids", "token_ids": [BOS, 5, 6, 7] }));
+    post(json!({ "name": "ana/more", "token_ids": [8, 9] }));
+    setup.create("ana/text", "Tea.");
+    let talk = |content: &str| json!([{ "role": "user", "content": content }]);
+    post(json!({ "name": "ana/talk", "messages": talk("Who?") }));
+    post(json!({ "name": "ana/other", "messages": talk("Why?") }));
+    let ask = |path: &str, body: Value| {
+        setup.ok("POST", path, Some(body));
+        let request = setup.server.requests.recv().unwrap();
+        let pieces: Vec<_> =
+            request.pieces.iter().map(|piece| (piece.start, piece.num_tokens, piece.source_start)).collect();
+        (request.prompt, pieces, request.pieces)
+    };
+    let memory = |cubes: Value| json!({ "memory": { "cubes": cubes, "compose": "link" } });
+    let body = completion_body(memory(json!(["ana/more", "ana/ids", "ana/text"])));
+    let (prompt, places, pieces) = ask("/v1/completions", body);
+    assert_eq!(prompt, [vec![8, 9, 5, 6, 7], tokens("Tea.hi")].concat());
+    assert_eq!(places, [(0, 2, 0), (2, 3, 1), (5, 4, chat_tokens("").len())]);
+    assert_eq!(pieces[1].source, [BOS, 5, 6, 7]);
+    let (prompt, places, _) = ask("/v1/chat/completions", chat_body(memory(json!(["ana/ids", "ana/more"]))));
+    let chat = [vec![BOS], tokens("user:hi"), vec![BOS + 1, BOS], tokens("assistant:")].concat();
+    assert_eq!((prompt, places), ([vec![BOS, 5, 6, 7, 8, 9], chat.clone()].concat(), vec![(0, 4, 0), (4, 2, 0)]));
+    let (prompt, places, _) = ask("/v1/chat/completions", chat_body(memory(json!(["ana/talk", "ana/other"]))));
+    let message = |text: &str| [tokens(&format!("user:{text}")), vec![BOS + 1]].concat();
+    // The second conversation's first token is a BOS in this vocabulary.
+    let wanted = [vec![BOS], message("Who?"), message("Why?"), chat].concat();
+    assert_eq!((prompt, places), (wanted, vec![(0, 11, 0), (11, 10, 1)]));
+}
+
 /// How much of each cube is computed is the cube's, else the call's, else what is usual.
 #[test]
 fn blended_cubes_are_pieces_with_chosen_tokens() {
@@ -403,10 +437,14 @@ fn what_cannot_be_linked_is_refused() {
     setup.create("ana/a", "Tea.");
     let messages = json!([{ "role": "user", "content": "Who?" }]);
     setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/talk", "messages": messages })));
+    let bare = json!({ "name": "ana/bare", "messages": messages, "kind": "plaintext" });
+    setup.ok("POST", "/v1/memcubes", Some(bare));
+    setup.ok("POST", "/v1/memcubes", Some(json!({ "name": "ana/ids", "token_ids": [1, 2, 3] })));
     for (param, status, memory) in [
         ("memory.recompute_share", 400, json!({ "cubes": ["ana/a"], "compose": "blend", "recompute_share": 1.5 })),
         ("memory.recompute_share", 400, json!({ "cubes": [{ "name": "ana/a", "recompute_share": -0.1 }] })),
-        ("memory", 400, json!({ "cubes": ["ana/talk"], "compose": "blend" })),
+        ("memory", 400, json!({ "cubes": ["ana/bare"], "compose": "blend" })),
+        ("memory", 400, json!({ "cubes": ["ana/a", "ana/ids"], "compose": "link" })),
         ("memory", 400, json!({ "cubes": ["ana/a", "ana/talk"], "compose": "link" })),
         ("memory", 400, json!({ "cubes": ["ana/a", { "name": "ana/a", "mode": "prefix" }], "compose": "link" })),
         ("memory.recompute_tokens", 400, json!({ "cubes": ["ana/a"], "compose": "link", "recompute_tokens": 5000 })),
@@ -418,6 +456,11 @@ fn what_cannot_be_linked_is_refused() {
     let memory = json!({ "cubes": ["ana/a"], "compose": "link" });
     let body = completion_body(json!({ "memory": memory, "prompt_logprobs": 1 }));
     assert_eq!(setup.refused("POST", "/v1/completions", Some(body)).0, 400);
+    let memory = |cube: &str| json!({ "memory": { "cubes": [cube], "compose": "link" } });
+    assert_eq!(setup.refused("POST", "/v1/completions", Some(completion_body(memory("ana/talk")))).0, 400);
+    setup.cubes.has_other_vocabulary.store(true, Ordering::SeqCst);
+    let (status, error) = setup.refused("POST", "/v1/completions", Some(completion_body(memory("ana/ids"))));
+    assert_eq!((status, error["param"].as_str()), (409, Some("memory.cubes")), "{error}");
     assert!(setup.server.requests.try_recv().is_err());
 }
 

@@ -8,13 +8,13 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::adapters::AdapterReference;
-use super::link::{LinkedText, Recomputed, append_texts};
+use super::link::{LinkedContent, LinkedCube, Recomputed, append_cubes};
 use super::prompt::Prompts;
 use super::save::{SaveRequest, SavedCube};
 use super::usage::UsageCounter;
 use crate::engine::AppliedAdapter;
 use crate::engine::request::{FetchDecision, SharedPrefix};
-use crate::memory::{Cube, CubeAddress, Principal, Twin};
+use crate::memory::{Binding, Cube, CubeAddress, Principal, Twin};
 use crate::server::App;
 use crate::server::cubes::service;
 use crate::server::error::ApiError;
@@ -124,7 +124,7 @@ enum Content {
     /// A cube that was made from token ids.
     TokenIds(Vec<u32>),
     /// Texts, some of which are moved to their places.
-    Linked(Vec<String>),
+    Linked(Vec<LinkedContent>),
 }
 
 /// An adapter that a call used.
@@ -248,7 +248,7 @@ impl CallMemory {
             cubes.push(view.cube);
         }
         let is_moved = recomputed.iter().any(Option::is_some);
-        let content = if is_moved { linked_texts(&cubes)? } else { content_of(&cubes)? };
+        let content = if is_moved { linked_contents(&cubes, app)? } else { content_of(&cubes)? };
         Ok(Some(Self { cubes, modes, recomputed, content, domain: domain.to_owned() }))
     }
 
@@ -256,34 +256,34 @@ impl CallMemory {
         matches!(self.content, Content::Linked(_))
     }
 
-    /// The text before which a template writes the head of a conversation with all the cubes in it.
-    pub(super) fn linked_text(&self) -> Option<&str> {
+    /// What the cubes are, one by one, when the KV of some is moved.
+    pub(super) fn linked(&self) -> Option<&[LinkedContent]> {
         match &self.content {
-            Content::Linked(texts) => texts.first().map(String::as_str),
+            Content::Linked(contents) => Some(contents),
             Content::Twin(_) | Content::TokenIds(_) => None,
         }
     }
 
-    /// Prompts that consist of `head`, the cubes' texts and one of `rests` each.
+    /// Prompts that consist of `head`, the cubes and one of `rests` each.
     pub(super) fn link(
         &self,
         tokenizer: &Tokenizer,
         head: Vec<u32>,
         rests: Vec<Vec<u32>>,
     ) -> Result<Prompts, ApiError> {
-        let Content::Linked(texts) = &self.content else { return Ok(Prompts::behind(&head, rests)) };
-        let linked = texts.iter().zip(&self.cubes).zip(&self.recomputed).map(|((text, cube), recomputed)| {
+        let Some(contents) = self.linked() else { return Ok(Prompts::behind(&head, rests)) };
+        let linked = contents.iter().zip(&self.cubes).zip(&self.recomputed).map(|((content, cube), recomputed)| {
             let activation = cube.payload.activation();
-            LinkedText {
-                text,
+            LinkedCube {
+                content,
                 stored: activation.map_or(&[], |activation| activation.token_ids()),
                 domain: activation.map_or(&self.domain, |activation| activation.binding().domain.as_str()),
                 recomputed: *recomputed,
             }
         });
         let mut composed = head;
-        let texts: Vec<LinkedText<'_>> = linked.collect();
-        let pieces = append_texts(tokenizer, &mut composed, &texts)?;
+        let cubes: Vec<LinkedCube<'_>> = linked.collect();
+        let pieces = append_cubes(tokenizer, &mut composed, &cubes)?;
         Ok(Prompts { pieces, num_cube_tokens: 0, ..Prompts::behind(&composed, rests) })
     }
 
@@ -392,11 +392,35 @@ fn recomputed_of(
     Ok(references.iter().zip(modes).map(recomputed).collect())
 }
 
-/// The texts of cubes, each for itself.
-fn linked_texts(cubes: &[Arc<Cube>]) -> Result<Content, ApiError> {
-    let text = |cube: &Arc<Cube>| cube.payload.twin().and_then(Twin::text).map(str::to_owned);
-    let texts: Option<Vec<String>> = cubes.iter().map(text).collect();
-    texts.map(Content::Linked).ok_or_else(|| invalid("Only cubes of text can be linked; use text or prefix."))
+/// What the cubes are, each for itself. Of what is no text the tokens are those that the cube has, which have to be of this
+/// model's vocabulary and, for messages, of its template.
+fn linked_contents(cubes: &[Arc<Cube>], app: &App) -> Result<Content, ApiError> {
+    let content = |cube: &Arc<Cube>| match (cube.payload.twin(), cube.payload.activation()) {
+        (Some(Twin::Text(text)), _) => Ok(LinkedContent::Text(text.clone())),
+        (twin, Some(activation)) => {
+            check_tokens(cube, activation.binding(), twin.is_some(), app)?;
+            Ok(twin.map_or(LinkedContent::TokenIds, |twin| LinkedContent::Messages(twin.clone())))
+        }
+        (_, None) => Err(invalid(format!(
+            "Cube `{}` has messages and no KV, so there is nothing to link; make it with kind=\"activation\".",
+            cube.name
+        ))),
+    };
+    Ok(Content::Linked(cubes.iter().map(content).collect::<Result<_, _>>()?))
+}
+
+fn check_tokens(cube: &Cube, binding: &Binding, is_rendered: bool, app: &App) -> Result<(), ApiError> {
+    let current = service(app)?.engine.binding()?;
+    let what = match (binding.tokenizer == current.tokenizer, binding.template == current.template) {
+        (false, _) => "vocabulary",
+        (true, false) if is_rendered => "chat template",
+        _ => return Ok(()),
+    };
+    let message = format!(
+        "The tokens of cube `{}` are of another {what} than this model's, so they cannot be linked; make the cube anew.",
+        cube.name
+    );
+    Err(ApiError::conflict(message).with_param("memory.cubes"))
 }
 
 /// All texts one after the other, or all messages.

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::link::LinkedContent;
 use super::memory::CallMemory;
 use super::prompt::Prompts;
 use crate::memory::{ChatSetting, CubePrompt, Twin, cube_prompt, cube_prompt_text};
@@ -120,10 +121,58 @@ impl ChatPrompt {
             let message = "continue_final_message cannot be combined with memory cubes.";
             return Err(ApiError::invalid_field("continue_final_message", message));
         }
-        match (memory.twin(), memory.linked_text()) {
+        match (memory.twin(), memory.linked()) {
             (Some(twin), _) => self.behind_twin(app, twin, tools),
-            (None, text) => self.behind_texts(app, memory, text.unwrap_or_default(), tools),
+            (None, contents) => self.behind_linked(app, memory, contents.unwrap_or_default(), tools),
         }
+    }
+
+    /// Where linked cubes stand in a chat depends on what they are.
+    fn behind_linked(
+        self,
+        app: &App,
+        memory: &CallMemory,
+        contents: &[LinkedContent],
+        tools: Option<&Value>,
+    ) -> Result<Prompts, ApiError> {
+        let is_text = |content: &LinkedContent| matches!(content, LinkedContent::Text(_));
+        let is_ids = |content: &LinkedContent| *content == LinkedContent::TokenIds;
+        let messages: Option<Vec<Map<String, Value>>> = contents.iter().try_fold(Vec::new(), |mut all, content| {
+            let LinkedContent::Messages(twin) = content else { return None };
+            all.extend_from_slice(twin.messages()?);
+            Some(all)
+        });
+        match (contents, messages) {
+            ([LinkedContent::Text(text), ..], _) if contents.iter().all(is_text) => {
+                self.behind_texts(app, memory, text, tools)
+            }
+            (_, Some(messages)) => self.behind_messages(app, memory, messages, tools),
+            _ if contents.iter().all(is_ids) => {
+                let rest = self.tokenize(app, tools)?;
+                memory.link(&app.model.tokenizer, Vec::new(), vec![rest])
+            }
+            _ => {
+                let message = "In a chat the cubes to link are all of text, all of messages or all of token ids: texts stand in \
+                               the system message, the others before it.";
+                Err(ApiError::invalid_field("memory", message))
+            }
+        }
+    }
+
+    /// The cubes' messages stand before those of the call.
+    fn behind_messages(
+        self,
+        app: &App,
+        memory: &CallMemory,
+        messages: Vec<Map<String, Value>>,
+        tools: Option<&Value>,
+    ) -> Result<Prompts, ApiError> {
+        let (template, tokenizer) = (app.model.template.as_ref().ok_or_else(no_template)?, &app.model.tokenizer);
+        let setting =
+            ChatSetting { tools, add_generation_prompt: self.add_generation_prompt, variables: &self.variables };
+        let CubePrompt { rest, .. } = cube_prompt_text(template, &Twin::Messages(messages), &self.messages, setting)
+            .map_err(|error| ApiError::from(error).with_param("messages"))?;
+        memory.link(tokenizer, Vec::new(), vec![tokenizer.encode(&rest, false)?])
     }
 
     /// The cubes' texts stand where the template writes the first of them.

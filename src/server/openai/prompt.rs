@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use super::link::LinkedContent;
 use super::memory::CallMemory;
 use crate::engine::request::Piece;
 use crate::memory::{Twin, completion_cube_tokens};
@@ -60,17 +61,24 @@ impl PromptInput {
         let Some(memory) = memory else {
             return Ok(Prompts::alone(self.tokenize(field, app, add_special_tokens)?));
         };
-        if memory.linked_text().is_some() {
-            let head = completion_cube_tokens(&app.model.tokenizer, "")?;
+        let of_messages = || {
+            let message = "A cube of messages stands before a chat, not before a plain completion.";
+            ApiError::invalid_field("memory", message)
+        };
+        if let Some(contents) = memory.linked() {
+            let head = match contents {
+                _ if contents.iter().any(|content| matches!(content, LinkedContent::Messages(_))) => {
+                    return Err(of_messages());
+                }
+                [LinkedContent::Text(_), ..] => completion_cube_tokens(&app.model.tokenizer, "")?,
+                _ => Vec::new(),
+            };
             return memory.link(&app.model.tokenizer, head, self.tokenize(field, app, false)?);
         }
         let cube = match (memory.twin(), memory.token_ids()) {
             (Some(Twin::Text(text)), _) => completion_cube_tokens(&app.model.tokenizer, text)?,
             (None, Some(ids)) => ids.to_vec(),
-            _ => {
-                let message = "A cube of messages stands before a chat, not before a plain completion.";
-                return Err(ApiError::invalid_field("memory", message));
-            }
+            _ => return Err(of_messages()),
         };
         Ok(Prompts::behind(&cube, self.tokenize(field, app, false)?))
     }
