@@ -29,4 +29,14 @@ impl<'a, T> DisjointSlice<'a, T> {
         // SAFETY: it lies inside the borrowed slice, and the caller promises that nobody else holds any of it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
+
+    /// Elements `[start, start + len)`, to be read.
+    ///
+    /// # Safety
+    /// No part that lives at the same time overlaps.
+    pub(super) unsafe fn read(&self, start: usize, len: usize) -> &[T] {
+        assert!(start <= self.len && len <= self.len - start, "a part lies outside its slice");
+        // SAFETY: it lies inside the borrowed slice, and the caller promises that nobody writes any of it.
+        unsafe { std::slice::from_raw_parts(self.start.add(start), len) }
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! Two passes. Shrink: `y = x A^T` for every row of every group, a task per group, few ranks and up to 64 rows. Expand:
 //! `out += scale y B^T`, a task per stripe of columns, which walks the groups in their order, so that no two threads
-//! write one number and a row's sums do not depend on how the work was cut. Of each row, a product of `A` is one chain in
+//! write one number and a row's sums do not depend on how the work was cut. Where no two groups have a row in common, and
+//! there are enough of them, one task does both for a group, and threads meet once. Of each row, a product of `A` is one chain in
 //! order of 32-number groups, a product of `B` one chain in order of rank; ranks are never filled up.
 
 #![allow(unsafe_code)]
@@ -34,6 +35,8 @@ const MIN_PARALLEL_PRODUCTS: usize = 64 * 1024;
 pub struct LoraScratch {
     shrunk: Vec<f32>,
     pieces: Vec<Piece>,
+    /// By row of the step, the group that has it.
+    owners: Vec<usize>,
 }
 
 /// Some rows of a group, under one part of its adapter.
@@ -142,37 +145,96 @@ impl<'u, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Run<'_, '_, G> {
 
     /// Runs both passes over the pieces so far.
     fn flush(&mut self) {
-        let LoraScratch { shrunk, pieces } = &mut *self.scratch;
-        let (work, isa) = (self.work, self.isa);
+        match self.scratch.pieces.len() >= 2 * self.pool.num_threads() && self.rows_are_disjoint() {
+            true => self.run_by_piece(),
+            false => self.run_by_pass(),
+        }
+        self.scratch.pieces.clear();
+        (self.num_tasks, self.num_shrunk, self.num_products) = (0, 0, 0);
+    }
+
+    /// Whether no row stands in two groups.
+    fn rows_are_disjoint(&mut self) -> bool {
+        let LoraScratch { pieces, owners, .. } = &mut *self.scratch;
+        owners.clear();
+        owners.resize(self.work.x.len() / self.work.num_inputs, usize::MAX);
+        pieces.iter().all(|piece| {
+            self.work.rows[piece.entries.clone()].iter().all(|row| {
+                let owner = &mut owners[*row as usize];
+                let is_free = *owner == usize::MAX || *owner == piece.group;
+                *owner = piece.group;
+                is_free
+            })
+        })
+    }
+
+    /// Both passes of a piece in one task: it has its columns of its rows to itself.
+    fn run_by_piece(&mut self) {
+        let LoraScratch { shrunk, pieces, .. } = &mut *self.scratch;
+        let passes = Passes::new(self.work, self.isa, &mut shrunk[..self.num_shrunk], self.out, self.num_outputs);
+        in_tasks(self.pool, pieces.len(), self.num_products < MIN_PARALLEL_PRODUCTS, |task| {
+            let piece = &pieces[task];
+            let Some(part) = passes.part_of(piece) else { return };
+            passes.shrink(piece, part, 0..part.rank);
+            passes.expand(piece, part, 0..part.num_outputs);
+        });
+    }
+
+    /// All groups through one pass, then through the other.
+    fn run_by_pass(&mut self) {
+        let LoraScratch { shrunk, pieces, .. } = &mut *self.scratch;
         let is_small = self.num_products < MIN_PARALLEL_PRODUCTS;
-        let part_of = |piece: &Piece| -> Option<&'u CpuLoraPart> {
-            (work.group)(piece.group).map(|found| &found.update.parts[piece.part])
-        };
-        let target = DisjointSlice::new(&mut shrunk[..self.num_shrunk]);
+        let passes = Passes::new(self.work, self.isa, &mut shrunk[..self.num_shrunk], self.out, self.num_outputs);
         in_tasks(self.pool, self.num_tasks, is_small, |task| {
             let piece = &pieces[pieces.partition_point(|piece| piece.first_task <= task) - 1];
-            let Some(part) = part_of(piece) else { return };
+            let Some(part) = passes.part_of(piece) else { return };
             let first = (task - piece.first_task) * TASK_RANKS;
-            let ranks = first..part.rank.min(first + TASK_RANKS);
-            let rows = &work.rows[piece.entries.clone()];
-            dispatch(isa, Shrink { work_x: work.x, rows, part, ranks, target: &target, target_at: piece.shrunk_at });
+            passes.shrink(piece, part, first..part.rank.min(first + TASK_RANKS));
         });
-        let widest = pieces.iter().filter_map(part_of).map(|part| part.num_outputs).max().unwrap_or(0);
-        let tiles = widest.div_ceil(TILE_COLUMNS);
+        let widths = pieces.iter().filter_map(|piece| passes.part_of(piece)).map(|part| part.num_outputs);
+        let tiles = widths.max().unwrap_or(0).div_ceil(TILE_COLUMNS);
         let tiles_per_task = tiles.div_ceil(4 * self.pool.num_threads()).max(1);
-        let out = DisjointSlice::new(self.out);
         in_tasks(self.pool, tiles.div_ceil(tiles_per_task), is_small, |task| {
             let columns = task * tiles_per_task * TILE_COLUMNS..(task + 1) * tiles_per_task * TILE_COLUMNS;
             for piece in pieces.iter() {
-                let Some(part) = part_of(piece) else { continue };
-                let shrunk = &shrunk[piece.shrunk_at..piece.shrunk_at + piece.entries.len() * part.rank];
-                let (rows, scales) = (&work.rows[piece.entries.clone()], &work.scales[piece.entries.clone()]);
-                let columns = columns.start..columns.end.min(part.num_outputs);
-                dispatch(isa, Expand { shrunk, rows, scales, part, columns, out: &out, out_row: self.num_outputs });
+                let Some(part) = passes.part_of(piece) else { continue };
+                passes.expand(piece, part, columns.start..columns.end.min(part.num_outputs));
             }
         });
-        pieces.clear();
-        (self.num_tasks, self.num_shrunk, self.num_products) = (0, 0, 0);
+    }
+}
+
+/// What tasks of either pass work on.
+struct Passes<'a, 'w, G> {
+    work: &'a LoraWork<'w, G>,
+    isa: Isa,
+    shrunk: DisjointSlice<'a, f32>,
+    out: DisjointSlice<'a, f32>,
+    num_outputs: usize,
+}
+
+impl<'a, 'u, 'w, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Passes<'a, 'w, G> {
+    fn new(work: &'a LoraWork<'w, G>, isa: Isa, shrunk: &'a mut [f32], out: &'a mut [f32], num_outputs: usize) -> Self {
+        Self { work, isa, shrunk: DisjointSlice::new(shrunk), out: DisjointSlice::new(out), num_outputs }
+    }
+
+    fn part_of(&self, piece: &Piece) -> Option<&'u CpuLoraPart> {
+        (self.work.group)(piece.group).map(|found| &found.update.parts[piece.part])
+    }
+
+    /// Some ranks of a piece, which no other task has.
+    fn shrink(&self, piece: &Piece, part: &CpuLoraPart, ranks: Range<usize>) {
+        let (work_x, rows) = (self.work.x, &self.work.rows[piece.entries.clone()]);
+        let (target, target_at) = (&self.shrunk, piece.shrunk_at);
+        dispatch(self.isa, Shrink { work_x, rows, part, ranks, target, target_at });
+    }
+
+    /// Some columns of a piece's part, in rows where no other task has them; all its ranks are shrunk.
+    fn expand(&self, piece: &Piece, part: &CpuLoraPart, columns: Range<usize>) {
+        // SAFETY: whoever shrank the piece is done, and nobody writes there now.
+        let shrunk = unsafe { self.shrunk.read(piece.shrunk_at, piece.entries.len() * part.rank) };
+        let (rows, scales) = (&self.work.rows[piece.entries.clone()], &self.work.scales[piece.entries.clone()]);
+        dispatch(self.isa, Expand { shrunk, rows, scales, part, columns, out: &self.out, out_row: self.num_outputs });
     }
 }
 

@@ -140,6 +140,26 @@ fn a_row_has_the_same_bits_alone_and_rows_without_adapters_keep_theirs() {
 }
 
 #[test]
+fn groups_without_common_rows_give_the_bits_of_those_with() {
+    let (adapters, all) = (adapters(), entries());
+    let loaded: Vec<CpuLora> = adapters.iter().map(|parts| load(parts, DType::BF16)).collect();
+    // Row 7 stands in three groups; without it nobody meets anybody.
+    let disjoint: Vec<_> =
+        all.iter().copied().filter(|(adapter, row, _)| *row != 7 && *row != 50 && (*adapter, *row) != (2, 0)).collect();
+    let mixed: Vec<_> = [disjoint.clone(), vec![(3, 148, 1.0)]].concat();
+    for isa in Isa::available() {
+        let wanted = run(isa, 2, &loaded, &all, 150);
+        for entries in [&disjoint, &mixed] {
+            let found = run(isa, 2, &loaded, entries, 150);
+            for row in [2usize, 3, 10, 49, 77, 139, 149] {
+                let columns = row * OUTPUTS..(row + 1) * OUTPUTS;
+                assert_eq!(found[columns.clone()], wanted[columns], "{isa}, row {row}");
+            }
+        }
+    }
+}
+
+#[test]
 fn bits_do_not_depend_on_pages() {
     let (adapters, entries) = (adapters(), entries());
     for dtype in [DType::BF16, DType::F32] {
