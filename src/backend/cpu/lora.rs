@@ -273,6 +273,10 @@ impl Shrink<'_, '_> {
         let mut rank = self.ranks.start;
         while rank < self.ranks.end {
             let count = TILE_RANKS.min(self.ranks.end - rank);
+            // Rows are too short for the hardware's prefetch: the next ones arrive while these are multiplied.
+            for next in rank + count..(rank + count + TILE_RANKS).min(self.ranks.end) {
+                self.part.shrink.row(next).prefetch::<BF16>(0, self.part.num_inputs.div_ceil(GROUP));
+            }
             let mut at = 0;
             while at < self.rows.len() {
                 if S::IS_WIDE && count == TILE_RANKS && at + 4 <= self.rows.len() {
@@ -366,6 +370,8 @@ impl Expand<'_> {
     #[inline(always)]
     fn run_as<S: Simd, const BF16: bool>(&self, s: S) {
         for column in self.columns.clone().step_by(TILE_COLUMNS) {
+            // Every tile reads a little of every row.
+            (0..self.part.rank).for_each(|step| self.part.expand.row(step).prefetch::<BF16>(column + TILE_COLUMNS, 2));
             let mut at = 0;
             while at < self.rows.len() {
                 if S::IS_WIDE && at + 4 <= self.rows.len() {

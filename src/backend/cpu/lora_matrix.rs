@@ -186,6 +186,23 @@ impl GroupedMatrix {
 pub(super) struct GroupedRow(*const u8);
 
 impl GroupedRow {
+    /// Asks for the lines of `num_groups` groups from `column` on. They need not exist.
+    #[inline(always)]
+    pub(super) fn prefetch<const BF16: bool>(self, column: usize, num_groups: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let number_bytes = if BF16 { 2 } else { 4 };
+            for line in 0..(num_groups * GROUP * number_bytes).div_ceil(64) {
+                let at = self.0.wrapping_add(column * number_bytes + line * 64);
+                // SAFETY: prefetching never faults, and every x86-64 has it.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (column, num_groups);
+    }
+
     /// Numbers `[column, column + 32)`; `column` is a multiple of 32 and `BF16` says how they are kept.
     ///
     /// # Safety
