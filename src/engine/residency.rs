@@ -38,15 +38,16 @@ struct Resident {
 }
 
 enum State {
-    Loading,
+    /// From where this handle says.
+    Loading(LoadedAdapter),
     Ready(DeviceAdapter),
     /// It could not be brought up, and its users have yet to be told.
     Failed,
 }
 
-/// An adapter that could not be brought up.
+/// An adapter that could not be brought up from where this handle says.
 pub(super) struct FailedLoad {
-    pub(super) digest: AdapterDigest,
+    pub(super) adapter: LoadedAdapter,
     pub(super) why: String,
 }
 
@@ -58,7 +59,7 @@ impl Resident {
 
     fn holds_pages(&self) -> bool {
         match self.state {
-            State::Loading => true,
+            State::Loading(_) => true,
             State::Ready(_) => self.num_users > 0 && !planted::is(Bug::AdapterNotPinned),
             State::Failed => false,
         }
@@ -104,7 +105,7 @@ impl Residency {
         let Some(resident) = self.residents.get_mut(&adapter.digest()) else { return self.start_load(pool, adapter) };
         resident.num_users += 1;
         resident.loaded = adapter.downgrade();
-        if resident.num_users == 1 && resident.holds_pages() && !matches!(resident.state, State::Loading) {
+        if resident.num_users == 1 && resident.holds_pages() && !matches!(resident.state, State::Loading(_)) {
             let is_there = pool.hold_group(resident.group);
             assert!(is_there, "adapters that were evicted are forgotten");
         }
@@ -124,7 +125,7 @@ impl Residency {
             return false;
         }
         self.num_loading += 1;
-        let (state, loaded) = (State::Loading, adapter.downgrade());
+        let (state, loaded) = (State::Loading(adapter.clone()), adapter.downgrade());
         self.residents.insert(adapter.digest(), Resident { group, num_pages, num_users: 1, state, loaded });
         true
     }
@@ -144,7 +145,7 @@ impl Residency {
             return;
         }
         match resident.state {
-            State::Loading => {}
+            State::Loading(_) => {}
             State::Ready(_) if held_pages => pool.release_group(resident.group),
             State::Ready(_) => {}
             State::Failed => drop(self.residents.remove(&digest)),
@@ -208,12 +209,15 @@ impl Residency {
                 self.metrics.adapters.load_failures.inc();
                 pool.release_group(group);
                 pool.end_group(group);
-                resident.state = State::Failed;
-                let is_wanted = resident.num_users > 0;
-                if !is_wanted {
+                let before = std::mem::replace(&mut resident.state, State::Failed);
+                if resident.num_users == 0 {
                     self.residents.remove(&digest);
+                    return None;
                 }
-                is_wanted.then(|| FailedLoad { digest, why: error.to_string() })
+                match before {
+                    State::Loading(adapter) => Some(FailedLoad { adapter, why: error.to_string() }),
+                    State::Ready(_) | State::Failed => None,
+                }
             }
         }
     }
@@ -253,7 +257,8 @@ impl Residency {
     pub(super) fn check_integrity(&self, num_holds: usize) {
         let found: usize = self.residents.values().map(|resident| resident.num_users).sum();
         assert_eq!(found, num_holds, "adapters are held by nobody");
-        let num_loading = self.residents.values().filter(|resident| matches!(resident.state, State::Loading)).count();
+        let num_loading =
+            self.residents.values().filter(|resident| matches!(resident.state, State::Loading(_))).count();
         assert_eq!(num_loading, self.num_loading, "loads under way are miscounted");
     }
 }

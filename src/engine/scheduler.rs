@@ -384,29 +384,32 @@ impl Scheduler {
 
     /// Lets go of a sequence's adapters.
     fn release_adapters(&mut self, sequence: &mut Sequence) {
-        if std::mem::take(&mut sequence.holds_adapters) {
-            let held = sequence.added_adapters().iter();
-            held.for_each(|applied| self.residency.release(&mut self.pool, applied.adapter.digest()));
-        }
+        let held = sequence.held_adapters().iter();
+        held.for_each(|applied| self.residency.release(&mut self.pool, applied.adapter.digest()));
+        sequence.holds_adapters = false;
     }
 
     /// Takes note of adapters that have arrived. Sequences whose adapters could not be brought up, and why.
     pub(super) fn absorb_adapters(&mut self) -> Vec<(Box<Sequence>, String)> {
         let mut failed = Vec::new();
-        while let Some(FailedLoad { digest, why }) = self.residency.poll(&mut self.pool) {
-            let wants_it = |sequence: &Sequence| {
-                let mut adapters = sequence.added_adapters().iter();
-                sequence.holds_adapters && adapters.any(|applied| applied.adapter.digest() == digest)
-            };
+        while let Some(FailedLoad { adapter, why }) = self.residency.poll(&mut self.pool) {
             let mut at = 0;
             while at < self.waiting.len() {
-                match wants_it(&self.waiting[at]).then(|| self.waiting.remove(at)).flatten() {
-                    Some(mut sequence) => {
+                let Some(mut sequence) = self.waiting.remove(at) else { break };
+                let its_own = sequence.held_adapters().iter().find(|it| it.adapter.digest() == adapter.digest());
+                let is_same = its_own.map(|it| it.adapter.folder() == adapter.folder());
+                match is_same {
+                    Some(true) => {
                         self.release(&mut sequence);
                         failed.push((sequence, why.clone()));
+                        continue;
                     }
-                    None => at += 1,
+                    // The same adapter may lie elsewhere, unharmed: it is asked for again.
+                    Some(false) => self.release_adapters(&mut sequence),
+                    None => {}
                 }
+                self.waiting.insert(at, sequence);
+                at += 1;
             }
         }
         failed
@@ -689,11 +692,11 @@ impl Scheduler {
         let num_held = queued.clone().map(|sequence| sequence.num_held_blocks()).sum::<usize>() + self.tiers.num_held();
         self.pool.check_integrity(num_held + self.residency.num_held());
         self.tiers.check_integrity();
-        let holders = queued.map(Box::as_ref).chain(self.tiers.waiting()).filter(|sequence| sequence.holds_adapters);
-        let num_holds = holders.map(|sequence| sequence.added_adapters().len()).sum::<usize>() + self.merging.len();
+        let holders = queued.map(Box::as_ref).chain(self.tiers.waiting());
+        let num_holds = holders.map(|sequence| sequence.held_adapters().len()).sum::<usize>() + self.merging.len();
         self.residency.check_integrity(num_holds);
-        let is_held = |sequence: &&Box<Sequence>| sequence.holds_adapters || sequence.added_adapters().is_empty();
-        assert!(self.running.iter().all(|sequence| is_held(&sequence)), "running sequences hold their adapters");
+        let is_held = self.running.iter().all(|it| it.held_adapters().len() == it.added_adapters().len());
+        assert!(is_held, "running sequences hold their adapters");
         assert!(self.running.is_sorted_by_key(|sequence| sequence.rank()), "running sequences are out of order");
         let is_anyone_active = !self.running.is_empty() || self.tiers.num_held() > 0;
         assert!(is_anyone_active || self.promised.is_empty(), "promises outlive their sequences");

@@ -205,6 +205,11 @@ impl Sequence {
         if self.is_merged() { &[] } else { &self.adapters }
     }
 
+    /// Those of them that it holds on the device, or on their way there.
+    pub(super) fn held_adapters(&self) -> &[AppliedAdapter] {
+        if self.holds_adapters { self.added_adapters() } else { &[] }
+    }
+
     /// Tokens of its next step, at the most. While it holds blocks of its pieces beside its own, the step ends with its
     /// prompt, because room for more was not promised.
     pub(super) fn num_next_tokens(&self) -> usize {

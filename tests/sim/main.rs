@@ -4,7 +4,8 @@
 //! too (`sharing.rs`).
 //!
 //! `MNEME_SIM_SEEDS=n` runs `n` seeds (500 otherwise), `MNEME_SIM_FIRST=n` begins with seed `n`; a failure names its seed.
-//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found (`MNEME_SIM_BUG=name`: one).
+//! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found (`MNEME_SIM_BUG=part`: those
+//! with that in their names).
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 

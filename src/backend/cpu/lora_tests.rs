@@ -149,7 +149,7 @@ fn bits_do_not_depend_on_pages() {
             run(Isa::best(), 2, &loaded, &entries, 150)
         };
         let wanted = run_in(1 << 20);
-        for page_bytes in [768, 1024, 4096, 12_288] {
+        for page_bytes in [2048, 2560, 4096, 12_288] {
             assert_eq!(run_in(page_bytes), wanted, "{dtype} in pages of {page_bytes}");
         }
     }
