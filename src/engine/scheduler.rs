@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::composition::Composition;
 use super::request::FinishReason;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for, claim};
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
 use crate::planted::{self, Bug};
@@ -395,9 +395,7 @@ impl Scheduler {
         for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
-            if sequence.erase_on_free {
-                self.pool.mark(block);
-            }
+            claim(&mut self.pool, sequence, index, block);
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
@@ -476,7 +474,8 @@ impl Scheduler {
             return false;
         }
         for _ in 0..num_missing {
-            let block = allocate_for(&mut self.pool, sequence).expect("free blocks were counted");
+            let index = sequence.blocks.len();
+            let block = allocate_for(&mut self.pool, sequence, index).expect("free blocks were counted");
             sequence.blocks.push(block);
         }
         true

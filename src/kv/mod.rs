@@ -2,10 +2,12 @@
 
 mod block;
 mod cached_pool;
+mod free_list;
 mod pool;
 mod prefix;
 
 pub use block::{BlockHash, BlockId, BlockTable};
 pub use cached_pool::CachedPool;
+pub use free_list::Level;
 pub use pool::BlockPool;
 pub use prefix::PrefixCache;
