@@ -54,6 +54,7 @@ fn main() -> anyhow::Result<()> {
         shared_prefix: None,
         adapters: Vec::new(),
         pieces: vec![],
+        level: Default::default(),
         erase_on_free: false,
     })?;
     let mut out = std::io::stdout().lock();

@@ -120,15 +120,14 @@ impl Deposit {
         while self.next < self.sequence.blocks.len() && self.next * block_size < num_computed {
             let Some((hash, tokens)) = block_of(&self.sequence, self.next, block_size) else { break };
             if self.pins.is_none() {
-                self.pins = pager.pins();
+                self.pins = pager.pins(self.sequence.level);
             }
             // What is pinned and there stays; what the pager believes may be older than an eviction.
             let is_there = self.pins.as_mut().is_some_and(|pins| pins.hold(self.next, hash));
             if !is_there {
                 pager.forget_on_disk(&hash);
-                let Some(ticket) = pager.save(hash, tokens, self.sequence.blocks[self.next], Tier::Disk) else {
-                    return;
-                };
+                let (block, level) = (self.sequence.blocks[self.next], self.sequence.level);
+                let Some(ticket) = pager.save(hash, tokens, block, Tier::Disk, level) else { return };
                 self.under_way.insert(ticket);
             }
             self.next += 1;
@@ -147,7 +146,7 @@ impl Deposit {
         let index = self.sequence.tokens.len() / block_size;
         let Some(block) = self.sequence.blocks.get(index) else { return false };
         let Some((hash, tokens)) = block_of(&self.sequence, index, block_size) else { return false };
-        let ticket = pager.save(hash, tokens, *block, Tier::Host);
+        let ticket = pager.save(hash, tokens, *block, Tier::Host, self.sequence.level);
         self.under_way.extend(ticket);
         ticket.is_some()
     }

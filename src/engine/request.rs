@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::adapters::AppliedAdapter;
-use crate::kv::BlockHash;
+use crate::kv::{BlockHash, Level};
 use crate::paging::{PinnedBlocks, Tier};
 use crate::text::grammar::GrammarState;
 
@@ -25,6 +25,9 @@ pub struct GenerateRequest {
     pub domain: String,
     /// A beginning of the prompt whose blocks belong to another domain, which the caller may read.
     pub shared_prefix: Option<SharedPrefix>,
+    /// How hard the blocks of its shared beginning, of the sources of its pieces, and all of a [`Task::Deposit`], are held on
+    /// to in memory once nobody uses them; a deposit gets room on disk accordingly.
+    pub level: Level,
     /// Whether its blocks, those that it shares included, are zeroed in memory as soon as nobody uses them; none is copied to
     /// a lower tier except by [`Task::Deposit`]. Only where there are tiers.
     pub erase_on_free: bool,

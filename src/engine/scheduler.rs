@@ -15,7 +15,7 @@ use super::composition::Composition;
 use super::request::FinishReason;
 use super::residency::{FailedLoad, Residency};
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for};
+use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for, claim};
 use crate::adapters::AdapterDigest;
 use crate::kv::{BlockHash, CachedPool};
 use crate::paging::{Pager, Tier};
@@ -516,9 +516,7 @@ impl Scheduler {
         for index in sequence.blocks.len()..num_shareable {
             let Some(hash) = sequence.chain.get(index) else { break };
             let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
-            if sequence.erase_on_free {
-                self.pool.mark(block);
-            }
+            claim(&mut self.pool, sequence, index, block);
             sequence.blocks.push(block);
             sequence.count_reuse(Tier::Device, index, block_size);
         }
@@ -597,7 +595,8 @@ impl Scheduler {
             return false;
         }
         for _ in 0..num_missing {
-            let block = allocate_for(&mut self.pool, sequence).expect("free blocks were counted");
+            let index = sequence.blocks.len();
+            let block = allocate_for(&mut self.pool, sequence, index).expect("free blocks were counted");
             sequence.blocks.push(block);
         }
         true
@@ -675,8 +674,9 @@ impl Scheduler {
     /// Takes the blocks and adapters of the waiting sequence of the last rank that has some, among those from place `first`
     /// on, and behind that those of a merge; `false` when there are none. What they hold stays cached for the time being.
     fn reclaim(&mut self, first: usize) -> bool {
-        let has_some = |sequence: &Box<Sequence>| sequence.num_held_blocks() > 0 || sequence.holds_adapters;
-        let Some(at) = self.waiting.iter().rposition(has_some).filter(|at| *at >= first) else {
+        let has_some = |sequence: &Sequence| sequence.num_held_blocks() > 0 || sequence.holds_adapters;
+        let last = self.waiting.iter().rposition(|sequence| has_some(sequence));
+        let Some(at) = last.filter(|at| *at >= first) else {
             return self.release_merging();
         };
         let Some(mut sequence) = self.waiting.remove(at) else { return false };

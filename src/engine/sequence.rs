@@ -10,7 +10,7 @@ use super::generation::Generation;
 use super::handle::OutputSink;
 use super::merge::MergedForm;
 use super::request::{BACKGROUND, FinishReason, OutputEvent, Reuse};
-use crate::kv::{BlockHash, BlockTable};
+use crate::kv::{BlockHash, BlockTable, Level};
 use crate::paging::Tier;
 use crate::planted::{self, Bug};
 
@@ -55,6 +55,9 @@ pub(super) struct Sequence {
     pub(super) reuse: Reuse,
     /// Whether lower tiers may be asked: not again after they failed it.
     pub(super) may_fetch: bool,
+    /// How hard blocks are held on to that others share with it on purpose: `[0, num_shared_blocks)` of its prompt.
+    pub(super) level: Level,
+    pub(super) num_shared_blocks: usize,
     /// Whether what it leaves in memory is zeroed, and goes nowhere by itself.
     pub(super) erase_on_free: bool,
     pub(super) blocks: BlockTable,
@@ -342,6 +345,12 @@ impl Sequence {
     /// Whether the KV of cached blocks would be enough for its prompt.
     pub(super) fn can_use_cached_blocks(&self) -> bool {
         !matches!(self.work, Work::Embed { .. }) && !self.wants_prompt_logits()
+    }
+
+    /// How hard its block `index` is held on to; `None` for what is its own, which leaves that as it is.
+    pub(super) fn level_of(&self, index: usize) -> Option<Level> {
+        let is_kept = matches!(self.work, Work::Deposit { .. } | Work::Source) || index < self.num_shared_blocks;
+        is_kept.then_some(self.level)
     }
 
     /// Whether it runs only while nothing else does.

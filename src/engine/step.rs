@@ -339,6 +339,8 @@ impl<B: Backend> Engine<B> {
             num_cached_tokens: None,
             reuse: Reuse::default(),
             may_fetch: true,
+            level: request.level,
+            num_shared_blocks: request.shared_prefix.map_or(0, |shared| shared.num_tokens / limits.block_size),
             erase_on_free: request.erase_on_free,
             blocks: Vec::with_capacity(max_blocks),
             shared_tail,

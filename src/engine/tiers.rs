@@ -240,7 +240,7 @@ impl Tiers {
             let tokens = sequence.block_tokens(index, self.block_size);
             let Some(&hash) = sequence.chain.get(index) else { break };
             let Some(tier) = self.pager.find(&hash, tokens) else { break };
-            let Some(block) = allocate_for(pool, &sequence) else { break };
+            let Some(block) = allocate_for(pool, &sequence, index) else { break };
             if !self.pager.load(ticket, hash, tokens, block) {
                 pool.release(block);
                 break;
@@ -273,7 +273,7 @@ impl Tiers {
     ) -> Option<FetchedBlock> {
         let WantedTail { hash, tokens, num_used } = sequence.wanted_tail(index, self.block_size)?;
         let tier = self.pager.find(&hash, tokens)?;
-        let block = allocate_for(pool, sequence)?;
+        let block = allocate_for(pool, sequence, index)?;
         if !self.pager.load(ticket, hash, tokens, block) {
             pool.release(block);
             return None;
@@ -328,7 +328,7 @@ impl Tiers {
             self.in_backlog[block.index()] = false;
             // What is to be zeroed here leaves no copies elsewhere.
             let Some((hash, tokens)) = pool.content(block).filter(|_| !pool.is_marked(block)) else { continue };
-            match self.pager.save(*hash, tokens, block, tier) {
+            match self.pager.save(*hash, tokens, block, tier, pool.level(block)) {
                 Some(ticket) => {
                     if !planted::is(Bug::SavedBlockFreed) {
                         pool.share(block);
@@ -486,11 +486,19 @@ impl Tiers {
     }
 }
 
-/// A block for a sequence, marked when what it leaves there is to be zeroed.
-pub(super) fn allocate_for(pool: &mut CachedPool, sequence: &Sequence) -> Option<BlockId> {
+/// A block for number `index` of a sequence's.
+pub(super) fn allocate_for(pool: &mut CachedPool, sequence: &Sequence, index: usize) -> Option<BlockId> {
     let block = pool.allocate()?;
+    claim(pool, sequence, index, block);
+    Some(block)
+}
+
+/// Has a block treated as its sequence wants once nobody uses it.
+pub(super) fn claim(pool: &mut CachedPool, sequence: &Sequence, index: usize, block: BlockId) {
     if sequence.erase_on_free {
         pool.mark(block);
     }
-    Some(block)
+    if let Some(level) = sequence.level_of(index) {
+        pool.set_level(block, level);
+    }
 }

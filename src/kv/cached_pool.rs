@@ -7,17 +7,18 @@
 //! free: nobody finds what it holds, and the pool keeps it to itself until its owner has zeroed it.
 
 use std::collections::{HashSet, VecDeque};
-
 use std::sync::Arc;
 
 use super::groups::{BlockGroups, GroupId};
-use super::{BlockHash, BlockId, BlockPool, PrefixCache};
+use super::{BlockHash, BlockId, BlockPool, Level, PrefixCache};
 use crate::planted::{self, Bug};
 
 /// A [`BlockPool`] whose free blocks can still be found by what they hold, until somebody takes them.
 pub struct CachedPool {
     pool: BlockPool,
     contents: PrefixCache,
+    /// By block: how hard it is held on to once it is free.
+    levels: Vec<Level>,
     /// By block: whether it is to be zeroed before anybody else gets it.
     is_marked: Vec<bool>,
     /// Marked blocks that nobody uses any more; each has one reference, the pool's own.
@@ -33,6 +34,7 @@ impl CachedPool {
         Self {
             pool: BlockPool::new(num_blocks),
             contents: PrefixCache::new(num_blocks, block_size),
+            levels: vec![Level::default(); num_blocks],
             is_marked: vec![false; num_blocks],
             to_wipe: VecDeque::new(),
             wiping: HashSet::new(),
@@ -55,7 +57,8 @@ impl CachedPool {
         self.contents.len()
     }
 
-    /// Takes the block that has been free longest; what it held cannot be found any more.
+    /// Takes a block that holds nothing or, of those that are held on to least, the one that has been free longest; what it
+    /// held cannot be found any more.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = self.pool.allocate()?;
         if !planted::is(Bug::OldContentKept) {
@@ -64,6 +67,7 @@ impl CachedPool {
         if let Some(group) = self.groups.take(block) {
             self.dissolve(group);
         }
+        self.levels[block.index()] = Level::default();
         Some(block)
     }
 
@@ -91,7 +95,7 @@ impl CachedPool {
     /// Gives the blocks of a group back, which stays whole until one of them is taken.
     pub fn release_group(&mut self, group: GroupId) {
         let blocks = self.groups.blocks(group).unwrap_or_default();
-        blocks.iter().for_each(|block| self.pool.release(*block));
+        blocks.iter().for_each(|block| self.pool.release(*block, Level::default()));
     }
 
     /// Ends a group that is free: its blocks are taken next.
@@ -108,6 +112,16 @@ impl CachedPool {
         let (blocks, dependents) = self.groups.remove(group);
         dependents.into_iter().for_each(|block| self.pool.demote(block));
         blocks.iter().rev().for_each(|block| self.pool.demote(*block));
+    }
+
+    /// Has a held block held on to this hard once it is free.
+    pub fn set_level(&mut self, block: BlockId, level: Level) {
+        self.levels[block.index()] = level;
+    }
+
+    /// How hard a block is held on to once it is free.
+    pub fn level(&self, block: BlockId) -> Level {
+        self.levels[block.index()]
     }
 
     /// Takes the block that holds `tokens` under `hash`, beside others who hold it.
@@ -129,7 +143,8 @@ impl CachedPool {
             self.contents.forget(block);
             self.to_wipe.push_back(block);
         } else {
-            self.pool.release(block);
+            let level = if self.content(block).is_some() { self.level(block) } else { Level::EMPTY };
+            self.pool.release(block, level);
         }
     }
 
@@ -166,7 +181,7 @@ impl CachedPool {
     pub fn finish_wipe(&mut self, block: BlockId) {
         assert!(self.wiping.remove(&block), "{block:?} was not being zeroed");
         self.is_marked[block.index()] = false;
-        self.pool.release(block);
+        self.pool.release(block, Level::EMPTY);
     }
 
     /// Blocks that nobody uses and that are not zeroed yet.
@@ -246,6 +261,21 @@ mod tests {
         pool.release(used);
         assert_eq!(pool.next_to_wipe(), Some(used));
         pool.check_integrity(0);
+    }
+
+    #[test]
+    fn what_is_held_on_to_least_goes_first_and_a_block_begins_anew_with_its_owner() {
+        let mut pool = CachedPool::new(4, 1);
+        let blocks: Vec<BlockId> = (0..4).filter_map(|_| pool.allocate()).collect();
+        for (number, priority) in [(0, 9), (1, 2), (2, 5)] {
+            pool.insert(hash(number), &[number as u32], blocks[number]);
+            pool.set_level(blocks[number], Level::of_priority(priority));
+        }
+        blocks.iter().for_each(|block| pool.release(*block));
+        assert_eq!(pool.allocate(), Some(blocks[3]), "it holds nothing");
+        assert_eq!(pool.allocate(), Some(blocks[1]));
+        assert_eq!(pool.level(blocks[1]), Level::default());
+        assert_eq!((pool.allocate(), pool.allocate()), (Some(blocks[2]), Some(blocks[0])));
     }
 
     proptest! {

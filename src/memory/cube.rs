@@ -177,6 +177,11 @@ impl Governance {
         }
     }
 
+    /// How hard the blocks are held on to: those of a frozen cube like those of a pinned one.
+    pub fn hold(&self) -> Priority {
+        if self.frozen { Priority::Pinned } else { self.priority }
+    }
+
     /// Sets the lifetime, beginning at `now`.
     pub(super) fn start_ttl(&mut self, ttl_s: Option<u64>, now: Timestamp) {
         self.ttl_s = ttl_s;

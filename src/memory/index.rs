@@ -77,8 +77,7 @@ struct Holders([u32; 11]);
 
 impl Holders {
     fn rank(governance: &Governance) -> usize {
-        match governance.priority {
-            _ if governance.frozen => 10,
+        match governance.hold() {
             Priority::Pinned => 10,
             Priority::Level(level) => usize::from(level.get()),
         }

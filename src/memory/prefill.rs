@@ -114,8 +114,7 @@ fn is_bound_to(entry: &Entry, identity: &Digest) -> bool {
 
 /// How hard a cube is held on to: levels, then pinned and frozen.
 fn hold_of(cube: &Cube) -> u8 {
-    match cube.governance.priority {
-        _ if cube.governance.frozen => u8::MAX,
+    match cube.governance.hold() {
         Priority::Pinned => u8::MAX,
         Priority::Level(level) => level.get(),
     }

@@ -16,7 +16,7 @@ use super::rates::Rates;
 use super::store::{BlockStore, PinnedBlocks};
 use super::{PagingConfig, Tier};
 use crate::backend::{Device, Transfer};
-use crate::kv::{BlockHash, BlockId, CachedPool};
+use crate::kv::{BlockHash, BlockId, CachedPool, Level};
 use crate::planted::{self, Bug};
 use crate::{Error, Result};
 
@@ -201,9 +201,10 @@ impl Pager {
         self.disk.contains(hash)
     }
 
-    /// A hold on blocks of the disk tier, when that is open.
-    pub fn pins(&self) -> Option<PinnedBlocks> {
-        self.io.as_ref()?.store.get().map(|store| PinnedBlocks::new(Arc::clone(store)))
+    /// A hold on blocks of the disk tier, when that is open. Those that are not there yet get room as if a cube held on to
+    /// them as hard as `level` says.
+    pub fn pins(&self, level: Level) -> Option<PinnedBlocks> {
+        self.io.as_ref()?.store.get().map(|store| PinnedBlocks::new(Arc::clone(store)).at_level(level.priority()))
     }
 
     /// Takes note that a block is not on disk, whatever was believed.
@@ -239,7 +240,15 @@ impl Pager {
 
     /// Starts copying `block`, which holds `tokens` under `hash`, down to `tier`. `None` when that is not possible now
     /// (no such tier, too many copies under way), or not needed: it is there or on its way.
-    pub fn save(&mut self, hash: BlockHash, tokens: &[u32], block: BlockId, tier: Tier) -> Option<Ticket> {
+    /// On the host it is held on to as hard as `level` says.
+    pub fn save(
+        &mut self,
+        hash: BlockHash,
+        tokens: &[u32],
+        block: BlockId,
+        tier: Tier,
+        level: Level,
+    ) -> Option<Ticket> {
         if !self.can_save() || self.saving.contains(&hash) {
             return None;
         }
@@ -248,6 +257,9 @@ impl Pager {
             Tier::Host if self.host.find(&hash, tokens).is_none() => Place::Host(self.host.allocate()?),
             _ => return None,
         };
+        if let Place::Host(slot) = place {
+            self.host.set_level(slot, level);
+        }
         let ticket = self.new_ticket();
         let copy = BlockCopy { ticket, hash, tokens: tokens.into(), block, place };
         if self.send(|io| &io.saves, Job::Save(copy)) {
@@ -506,100 +518,4 @@ fn open_vault(open: VaultOpener, store: &SharedStore, opened: &Sender<OpenedVaul
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::sim::SimBackend;
-
-    const BLOCK_BYTES: usize = 64;
-
-    /// A host tier of two slots, and block 0 of the device copied there.
-    struct World {
-        pager: Pager,
-        waker: Receiver<()>,
-        arena: Arc<HostArena>,
-        hash: BlockHash,
-    }
-
-    impl World {
-        fn new() -> Self {
-            let device = SimBackend::default();
-            let blocks = device.allocate(2 * BLOCK_BYTES).unwrap();
-            let fill = &mut |bytes: &mut [u8]| {
-                bytes.fill(7);
-                Ok(())
-            };
-            device.create_transfer().unwrap().fill(&blocks, 0, BLOCK_BYTES, fill).unwrap();
-            let (wake, waker) = bounded(1);
-            let config = PagingConfig {
-                block_bytes: BLOCK_BYTES,
-                block_size: 1,
-                layout: None,
-                num_host_blocks: 2,
-                num_threads: 1,
-                open: None,
-            };
-            let arena = Arc::new(HostArena::new(2));
-            let pager = Pager::start_over(&device, (&blocks, 2), Arc::clone(&arena), config, &wake).unwrap();
-            let hash = BlockHash::root(b"model", b"").child(&[1]);
-            let mut world = Self { pager, waker, arena, hash };
-            assert!(world.pager.save(hash, &[1], BlockId(0), Tier::Host).is_some());
-            world
-        }
-
-        fn next(&mut self) -> Completion {
-            loop {
-                match self.pager.poll() {
-                    Some(completion) => return completion,
-                    None => self.waker.recv().unwrap(),
-                }
-            }
-        }
-
-        fn set_bytes(&self) -> usize {
-            (0..2).map(|slot| self.arena.lock(BlockId(slot)).iter().filter(|byte| **byte != 0).count()).sum()
-        }
-    }
-
-    #[test]
-    fn an_erased_slot_is_zeroed_and_not_found() {
-        let mut world = World::new();
-        // On its way down: ask again later.
-        let hash = world.hash;
-        let _ = world.pager.erase(&hash);
-        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
-        assert_eq!((world.pager.find(&hash, &[1]), world.set_bytes()), (Some(Tier::Host), BLOCK_BYTES));
-        assert!(world.pager.erase(&hash));
-        assert_eq!(world.pager.find(&hash, &[1]), None);
-        while world.pager.num_unwiped() > 0 {
-            assert!(world.pager.poll().is_none());
-            world.pager.check_integrity(0, 0);
-        }
-        assert_eq!(world.set_bytes(), 0);
-    }
-
-    #[test]
-    fn a_slot_that_is_read_is_zeroed_afterwards() {
-        let mut world = World::new();
-        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
-        let (ticket, hash) = (world.pager.new_ticket(), world.hash);
-        assert!(world.pager.load(ticket, hash, &[1], BlockId(1)));
-        assert!(world.pager.erase(&hash));
-        assert!(matches!(world.next(), Completion::Loaded { is_whole: true, .. }));
-        while world.pager.num_unwiped() > 0 {
-            assert!(world.pager.poll().is_none());
-        }
-        assert_eq!(world.set_bytes(), 0);
-    }
-
-    #[test]
-    fn a_device_block_is_zeroed() {
-        let mut world = World::new();
-        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
-        assert!(world.pager.wipe(BlockId(0)));
-        assert!(matches!(world.next(), Completion::Wiped { block: BlockId(0) }));
-        let other = BlockHash::root(b"model", b"").child(&[2]);
-        assert!(world.pager.save(other, &[2], BlockId(0), Tier::Host).is_some());
-        assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
-        assert_eq!(world.set_bytes(), BLOCK_BYTES, "the one slot holds zeros, the other what was there before");
-    }
-}
+mod tests;

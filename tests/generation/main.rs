@@ -7,6 +7,7 @@ mod blend;
 mod composition;
 mod definitions;
 mod invariance;
+mod levels;
 mod lifecycle;
 mod link;
 mod merging;

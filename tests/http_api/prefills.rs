@@ -1,5 +1,7 @@
 //! Cubes that lost KV get it back while nobody wants anything, over a real engine with a tiny model.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

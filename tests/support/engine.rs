@@ -189,6 +189,7 @@ pub fn request(prompt: &[u32], task: Task) -> GenerateRequest {
         shared_prefix: None,
         adapters: Vec::new(),
         pieces: vec![],
+        level: Default::default(),
         erase_on_free: false,
     }
 }

@@ -68,6 +68,7 @@ impl InProcess {
             shared_prefix: None,
             adapters,
             pieces: vec![],
+            level: Default::default(),
             erase_on_free: false,
         };
         let watch = Stopwatch::start();

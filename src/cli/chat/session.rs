@@ -154,6 +154,7 @@ impl Session {
             shared_prefix: None,
             adapters: Vec::new(),
             pieces: vec![],
+            level: Default::default(),
             erase_on_free: false,
         };
         let options = DetokenizerOptions { skip_special: true, stop: self.stop.clone(), include_stop: false };

@@ -107,6 +107,8 @@ pub(super) struct Index {
     segments: BTreeMap<SegmentId, Segment>,
     foreign: Vec<ForeignSegment>,
     pins: HashMap<BlockHash, u32>,
+    /// Of pinned blocks, as what they count when they come in; of the others 5.
+    pin_levels: HashMap<BlockHash, u8>,
     /// Blocks that cubes hold on to, and how hard; here or not.
     levels: HashMap<BlockHash, u8>,
     sketch: FrequencySketch,
@@ -136,6 +138,7 @@ impl Index {
             segments: BTreeMap::new(),
             foreign: Vec::new(),
             pins: HashMap::new(),
+            pin_levels: HashMap::new(),
             levels: HashMap::new(),
             sketch: FrequencySketch::new(num_blocks),
             stride,
@@ -226,7 +229,8 @@ impl Index {
 
     /// How hard a block that is not stored yet will be held on to.
     pub(super) fn candidate_level(&self, hash: &BlockHash) -> Option<u8> {
-        self.levels.get(hash).copied().or_else(|| self.is_pinned(hash).then_some(PINNED_LEVEL))
+        let of_pin = || self.pin_levels.get(hash).copied().unwrap_or(PINNED_LEVEL);
+        self.levels.get(hash).copied().or_else(|| self.is_pinned(hash).then(of_pin))
     }
 
     /// Holds on to a block this hard, or no longer.
@@ -285,12 +289,19 @@ impl Index {
         }
     }
 
+    /// Has a pinned block come in as one of this level, or of a higher one that another pin wants.
+    pub(super) fn set_pin_level(&mut self, hash: &BlockHash, level: u8) {
+        let known = self.pin_levels.entry(*hash).or_insert(level);
+        *known = level.max(*known);
+    }
+
     /// Undoes one [`Index::pin`]; one more than there were does nothing.
     pub(super) fn unpin(&mut self, hash: &BlockHash) {
         let Some(count) = self.pins.get_mut(hash) else { return };
         *count -= 1;
         if *count == 0 {
             self.pins.remove(hash);
+            self.pin_levels.remove(hash);
             self.floor = None;
             self.count_pin(hash, -1);
         }

@@ -45,7 +45,7 @@ pub use pins::PinnedBlocks;
 
 use self::format::{BlockRecord, digest_of, read_header};
 use self::geometry::Geometry;
-use self::index::{Index, Located, PINNED_LEVEL, Place};
+use self::index::{Index, Located, Place};
 use self::segment::{SegmentId, SegmentWriter};
 use super::{FileHandle, Files};
 use crate::kv::BlockHash;
@@ -138,12 +138,12 @@ impl BlockStore {
     }
 
     /// Whether so many more blocks would find room without displacing others that are held on to as hard as `level` says, as
-    /// far as that can be said before it is tried. `None` is harder than all levels.
-    pub fn would_fit(&self, num_blocks: usize, level: Option<u8>) -> bool {
+    /// far as that can be said before it is tried.
+    pub fn would_fit(&self, num_blocks: usize, level: u8) -> bool {
         let index = self.index();
         let needed_bytes = num_blocks as u64 * self.geometry.format.stride();
         let free_bytes = self.geometry.resting_bytes().saturating_sub(index.total_bytes());
-        index.degraded.is_none() && needed_bytes <= free_bytes + index.displaceable_bytes(level.unwrap_or(PINNED_LEVEL))
+        index.degraded.is_none() && needed_bytes <= free_bytes + index.displaceable_bytes(level)
     }
 
     /// The blocks that can be read now, in no order.
@@ -367,6 +367,15 @@ impl BlockStore {
         hashes.iter().for_each(|hash| index.pin(hash));
     }
 
+    /// The same for one block, which gets room, if it is not here yet, as one of this level.
+    pub fn pin_at(&self, hash: BlockHash, level: Option<u8>) {
+        let mut index = self.index();
+        index.pin(&hash);
+        if let Some(level) = level {
+            index.set_pin_level(&hash, level);
+        }
+    }
+
     /// Undoes one [`BlockStore::pin`] of each.
     pub fn unpin(&self, hashes: &[BlockHash]) {
         let mut index = self.index();
@@ -374,7 +383,8 @@ impl BlockStore {
     }
 
     /// Holds on to blocks, whether they are here yet or not, as hard as `level` says, or no longer: they are evicted for blocks
-    /// of a higher level alone, and never for those without one. A pinned newcomer counts as one of level 5.
+    /// of a higher level alone, and never for those without one. A pinned newcomer counts as one of level 5 unless
+    /// its pin says otherwise.
     pub fn set_level(&self, hashes: &[BlockHash], level: Option<u8>) {
         let mut index = self.index();
         hashes.iter().for_each(|hash| index.set_level(hash, level));

@@ -10,12 +10,19 @@ use crate::kv::BlockHash;
 pub struct PinnedBlocks {
     store: Arc<BlockStore>,
     hashes: Vec<BlockHash>,
+    level: Option<u8>,
 }
 
 impl PinnedBlocks {
     /// A hold on nothing yet.
     pub fn new(store: Arc<BlockStore>) -> Self {
-        Self { store, hashes: Vec::new() }
+        Self { store, hashes: Vec::new(), level: None }
+    }
+
+    /// The same, whose blocks get room as those of a cube of this level; otherwise of level 5.
+    pub fn at_level(mut self, level: u8) -> Self {
+        self.level = Some(level);
+        self
     }
 
     /// Holds on to a block as number `number`, unless it does already, and says whether it is there now.
@@ -32,7 +39,7 @@ impl PinnedBlocks {
 
     /// Holds on to one more block, whether it is there yet or not.
     pub fn add(&mut self, hash: BlockHash) {
-        self.store.pin(&[hash]);
+        self.store.pin_at(hash, self.level);
         self.hashes.push(hash);
     }
 

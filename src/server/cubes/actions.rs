@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::content::{Content, ContentRequest, TokenizedContent};
+use super::content::{Content, ContentRequest, Keeping, TokenizedContent};
 use super::object::{CubeAnswer, Work};
 use super::service::{CubeService, Verified};
 use super::{blocking, service, snapshot};
@@ -149,7 +149,8 @@ async fn append(app: &AppRef, principal: Principal, name: CubeName, body: JsonBo
             let (known, shared) = (service.engine.binding()?, head.payload.clone());
             let is_current = known.tokenizer == activation.binding().tokenizer;
             let tokenized = app.prepare(body, move |app, body| behind(app, body, &shared, is_current)).await?;
-            tokenized.materialize(service, domain, true, head.governance.erase_on_free).await?
+            let (priority, erase_on_free) = (head.governance.hold(), head.governance.erase_on_free);
+            tokenized.materialize(service, Keeping { domain, durable: true, erase_on_free, priority }).await?
         }
     };
     let (catalog, asking, based_on) = (service.catalog.clone(), principal.clone(), head.version);

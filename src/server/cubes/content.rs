@@ -9,8 +9,8 @@ use super::service;
 use super::service::{BlockRequest, BlockSource, CubeService};
 use crate::engine::request::SharedPrefix;
 use crate::memory::{
-    Activation, Binding, Blocks, ChatSetting, Digest, Payload, Twin, chat_cube_tokens, completion_cube_tokens,
-    cube_prompt,
+    Activation, Binding, Blocks, ChatSetting, Digest, Payload, Priority, Twin, chat_cube_tokens,
+    completion_cube_tokens, cube_prompt,
 };
 use crate::server::App;
 use crate::server::config::ServedModel;
@@ -41,6 +41,16 @@ pub(super) enum Target {
     Chat,
     /// Prompts as they are.
     Completion,
+}
+
+/// How what is computed for a cube is kept.
+pub(super) struct Keeping {
+    /// The cache domain.
+    pub(super) domain: String,
+    /// Whether it would survive a crash when it is there.
+    pub(super) durable: bool,
+    pub(super) erase_on_free: bool,
+    pub(super) priority: Priority,
 }
 
 /// Checked content.
@@ -239,10 +249,9 @@ impl TokenizedContent {
     pub(super) async fn materialize(
         self,
         service: &CubeService,
-        domain: String,
-        durable: bool,
-        erase_on_free: bool,
+        keeping: Keeping,
     ) -> Result<(Payload, Work), ApiError> {
+        let Keeping { domain, durable, erase_on_free, priority } = keeping;
         let known = service.engine.binding()?;
         let binding = Binding { template: self.template, domain: domain.parse()?, ..known };
         let shared_prefix =
@@ -254,6 +263,7 @@ impl TokenizedContent {
             durable,
             source,
             erase_on_free,
+            priority,
             is_background: false,
         };
         let found = service.engine.materialize(wanted).await?;

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::change::ChangeRequest;
-use super::content::{Content, ContentRequest, TokenizedContent};
+use super::content::{Content, ContentRequest, Keeping, TokenizedContent};
 use super::object::{CubeAnswer, Work};
 use super::{blocking, domain_of, service};
 use crate::memory::{CubeChanges, CubeId, CubeName, Durability, Kind, NewCube, Origin, Payload, Principal};
@@ -82,8 +82,13 @@ pub(in crate::server) async fn create(
         Planned::Plaintext(payload) => (payload, Work::none("A plaintext cube has no KV.")),
         Planned::Activation(content) => {
             let durable = plan.durability == Durability::Synced;
-            let erase_on_free = plan.changes.erase_on_free.unwrap_or(false);
-            content.materialize(service, domain_of(&app, &plan.name), durable, erase_on_free).await?
+            let keeping = Keeping {
+                domain: domain_of(&app, &plan.name),
+                durable,
+                erase_on_free: plan.changes.erase_on_free.unwrap_or(false),
+                priority: plan.changes.priority.unwrap_or_default(),
+            };
+            content.materialize(service, keeping).await?
         }
     };
     let Plan { name, parents, origin, changes, durability, .. } = plan;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use super::holds::Holds;
+use super::holds::{Holds, level_of};
 use super::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, Materialized, Verified};
 use crate::engine::handle::EngineHandle;
 use crate::engine::request::{BACKGROUND, FinishReason, GenerateRequest, OutputEvent, Task};
@@ -49,8 +49,15 @@ impl VaultEngine {
 
     async fn deposit(&self, wanted: BlockRequest) -> Result<Materialized, ApiError> {
         let open = self.open()?;
-        let BlockRequest { token_ids, domain: kept_in, durable: is_durable, source, erase_on_free, is_background } =
-            wanted;
+        let BlockRequest {
+            token_ids,
+            domain: kept_in,
+            durable: is_durable,
+            source,
+            erase_on_free,
+            priority,
+            is_background,
+        } = wanted;
         let (domain, shared_prefix, kept_in) = match source {
             Some(BlockSource { domain, shared_prefix }) => (domain, shared_prefix, Some(kept_in)),
             None => (kept_in, None, None),
@@ -64,6 +71,7 @@ impl VaultEngine {
             shared_prefix,
             adapters: Vec::new(),
             pieces: vec![],
+            level: level_of(priority),
             erase_on_free,
         })?;
         let mut deposited = None;

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use crate::kv::BlockHash;
+use crate::kv::{BlockHash, Level};
 use crate::memory::{Catalog, Priority};
 use crate::paging::BlockStore;
 
@@ -89,6 +89,14 @@ impl From<Priority> for Hold {
             Priority::Pinned => Self::Pinned,
             Priority::Level(level) => Self::Level(level.get()),
         }
+    }
+}
+
+/// How hard memory holds on to blocks of a cube with this priority.
+pub(in crate::server) fn level_of(priority: Priority) -> Level {
+    match priority {
+        Priority::Pinned => Level::PINNED,
+        Priority::Level(level) => Level::of_priority(level.get()),
     }
 }
 

@@ -32,6 +32,7 @@ use crate::memory::{CubeName, Principal};
 pub use self::engine::{OpenBlocks, VaultEngine};
 pub use self::erase::finish_erasures;
 pub use self::holds::hold_all;
+pub(super) use self::holds::level_of;
 pub(super) use self::prefill::{PREFILL_INTERVAL, prefill};
 pub(super) use self::save::{CubeToSave, check_save, save};
 pub use self::service::{BlockRequest, BlockSource, BoxFuture, CubeEngine, CubeService, Materialized, Verified};

@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
+use super::holds::level_of;
 use super::service::{BlockRequest, CubeService};
 use super::{blocking, service};
-use crate::memory::{PrefillJob, Priority};
+use crate::memory::PrefillJob;
 use crate::server::error::ApiError;
 use crate::server::{App, AppRef};
 use crate::telemetry::PrefillOutcome;
@@ -59,10 +60,7 @@ fn reason_to_wait(app: &App, service: &CubeService, job: &PrefillJob) -> Option<
     if activation.token_ids().len() > app.model.engine.info().max_model_len {
         return Some("The cube is longer than this server's context.");
     }
-    let level = match job.cube.governance.priority {
-        Priority::Level(level) if !job.cube.governance.frozen => Some(level.get()),
-        _ => None,
-    };
+    let level = level_of(job.cube.governance.hold()).priority();
     let fits = service.engine.store().is_ok_and(|store| store.would_fit(job.num_missing, level));
     (!fits).then_some("The vault is full of what is held on to as hard; the next use computes the KV.")
 }
@@ -76,6 +74,7 @@ async fn compute(service: &CubeService, job: &PrefillJob) -> Result<(), ApiError
         durable: true,
         source: None,
         erase_on_free: job.cube.governance.erase_on_free,
+        priority: job.cube.governance.hold(),
         is_background: true,
     };
     let found = service.engine.materialize(wanted).await?;

@@ -4,8 +4,8 @@ use super::object::Work;
 use super::service::{BlockRequest, BlockSource};
 use super::{blocking, domain_of, service};
 use crate::memory::{
-    Activation, Binding, Blocks, Catalog, CubeAddress, CubeChanges, CubeName, CubeView, Durability, NewCube, Origin,
-    Payload, Principal,
+    Activation, Binding, Blocks, Catalog, CubeAddress, CubeChanges, CubeName, CubeView, Durability, Governance,
+    NewCube, Origin, Payload, Principal,
 };
 use crate::server::App;
 use crate::server::error::ApiError;
@@ -50,15 +50,16 @@ pub(in crate::server) async fn save(app: &App, cube: CubeToSave) -> Result<(Cube
     let domain = domain_of(app, &name);
     let binding = Binding { template: None, domain: domain.parse()?, ..service.engine.binding()? };
     let durable = durability == Durability::Synced;
-    let older = service.catalog.get(&principal, &CubeAddress::from(name.clone()));
-    let is_marked = older.is_ok_and(|view| view.cube.governance.erase_on_free);
-    let erase_on_free = is_marked || changes.erase_on_free.unwrap_or(false);
+    let older = service.catalog.get(&principal, &CubeAddress::from(name.clone())).ok();
+    let governance = older.as_ref().map(|view| &view.cube.governance);
+    let is_marked = governance.is_some_and(|governance| governance.erase_on_free);
     let wanted = BlockRequest {
         token_ids: token_ids.clone(),
         domain,
         durable,
         source: Some(source),
-        erase_on_free,
+        erase_on_free: is_marked || changes.erase_on_free.unwrap_or(false),
+        priority: governance.map(Governance::hold).or(changes.priority).unwrap_or_default(),
         is_background: false,
     };
     let found = service.engine.materialize(wanted).await?;

@@ -7,7 +7,7 @@ use super::blocking;
 use super::erase::erase_all;
 use crate::engine::request::SharedPrefix;
 use crate::kv::BlockHash;
-use crate::memory::{Binding, Catalog, CubeView, Ended, Erasure};
+use crate::memory::{Binding, Catalog, CubeView, Ended, Erasure, Priority};
 use crate::paging::BlockStore;
 use crate::server::error::ApiError;
 
@@ -57,6 +57,8 @@ pub struct BlockRequest {
     pub source: Option<BlockSource>,
     /// Whether the memory that they take is zeroed when nobody uses them.
     pub erase_on_free: bool,
+    /// How hard they are held on to in memory, and what they may displace on disk.
+    pub priority: Priority,
     /// Whether it is computed only while nothing else is to be.
     pub is_background: bool,
 }

@@ -13,14 +13,14 @@ use serde::Deserialize;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use utoipa::IntoParams;
 
-use super::content::{Target, TokenizedContent};
+use super::content::{Keeping, Target, TokenizedContent};
 use super::object::{CubeAnswer, Work};
 use super::read::parsed;
 use super::service::CubeService;
 use super::{PUBLIC_DOMAIN, blocking, domain_of, service};
 use crate::memory::{
     Binding, Catalog, CubeAddress, CubeName, Durability, Incoming, NewCube, Origin, Outgoing, Payload, PortableCube,
-    Principal,
+    Principal, Priority,
 };
 use crate::paging::PinnedBlocks;
 use crate::server::error::{ApiError, ErrorBody};
@@ -117,9 +117,9 @@ pub(in crate::server) async fn import(
         }
         Arrived::Foreign(cube, token_ids) => {
             let content = rebuilt(&app, &cube, token_ids)?;
-            let erase_on_free = cube.erase_on_free;
-            let domain = domain_of(&app, &name);
-            let (payload, work) = content.materialize(service, domain, true, erase_on_free).await?;
+            let (erase_on_free, domain) = (cube.erase_on_free, domain_of(&app, &name));
+            let keeping = Keeping { domain, durable: true, erase_on_free, priority: Priority::default() };
+            let (payload, work) = content.materialize(service, keeping).await?;
             (cube, payload, work)
         }
     };

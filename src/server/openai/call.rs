@@ -13,9 +13,10 @@ use super::unix_time;
 use super::usage::UsageCounter;
 use crate::engine::AppliedAdapter;
 use crate::engine::request::{BACKGROUND, SharedPrefix};
+use crate::kv::Level;
 use crate::memory::Principal;
 use crate::server::App;
-use crate::server::cubes::request_domain;
+use crate::server::cubes::{level_of, request_domain};
 use crate::server::error::ApiError;
 use crate::server::request_id::RequestId;
 
@@ -113,6 +114,12 @@ impl Call {
     /// Whether it names a cube that leaves nothing behind in memory.
     pub(super) fn is_erased(&self) -> bool {
         self.memory.iter().flat_map(CallMemory::cubes).any(|cube| cube.governance.erase_on_free)
+    }
+
+    /// How hard the blocks of its cubes are held on to: as those of the one that is held on to hardest.
+    pub(super) fn level(&self) -> Level {
+        let levels = self.memory.iter().flat_map(CallMemory::cubes).map(|cube| level_of(cube.governance.hold()));
+        levels.max().unwrap_or_default()
     }
 
     /// `memory` of the answer, when the call said anything about it.

@@ -142,6 +142,7 @@ fn submit(app: &App, call: &Call, inputs: Vec<Vec<u32>>) -> Result<Vec<OutputStr
             shared_prefix: None,
             adapters: call.adapters.clone(),
             pieces: vec![],
+            level: Default::default(),
             erase_on_free: false,
         };
         app.model.engine.submit(request).map_err(ApiError::from)

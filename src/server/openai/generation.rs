@@ -120,6 +120,7 @@ impl Generation {
             shared_prefix: call.shared_prefix(self.num_cube_tokens),
             adapters: call.adapters.clone(),
             pieces: self.pieces.clone(),
+            level: call.level(),
             erase_on_free: call.is_erased(),
         }
     }

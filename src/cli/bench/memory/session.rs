@@ -122,6 +122,7 @@ impl Session {
             shared_prefix: shared,
             adapters: vec![],
             pieces: vec![],
+            level: Default::default(),
             erase_on_free: false,
         };
         Ok(self.launched.handle.submit(request)?)

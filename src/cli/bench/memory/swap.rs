@@ -11,7 +11,7 @@ use mneme::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{Device, Transfer};
-use mneme::kv::{BlockHash, BlockId};
+use mneme::kv::{BlockHash, BlockId, Level};
 use mneme::paging::{
     BlockFormat, BlockStore, Completion, OpenedVault, Pager, PagingConfig, StoreConfig, SystemFiles, Tier,
 };
@@ -162,7 +162,7 @@ impl Mover {
         while num_done < plan.num_blocks {
             while next < plan.num_blocks && self.pager.can_save() {
                 let (hash, tokens) = name(set, next);
-                let ticket = self.pager.save(hash, &tokens, BlockId(next as u32), tier);
+                let ticket = self.pager.save(hash, &tokens, BlockId(next as u32), tier, Level::default());
                 ticket.with_context(|| format!("block {next} cannot be copied to {tier:?}"))?;
                 next += 1;
             }
