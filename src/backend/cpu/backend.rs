@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 use super::copy_stream::{CpuEvent, CpuStream};
 use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
 use super::transfer::CpuTransfer;
+use super::weight_memory::WeightArena;
 use super::{
     AttentionBatch, AttentionScratch, CpuLora, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
     KvStoreBatch, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut,
@@ -33,6 +34,7 @@ pub struct CpuBackend {
 
 struct Workers {
     pool: ThreadPool,
+    weights: WeightArena,
     gemm: GemmScratch,
     attention: AttentionScratch,
     lora: LoraScratch,
@@ -47,6 +49,7 @@ impl CpuBackend {
         let pool = ThreadPool::new(num_threads);
         let workers = Workers {
             pool,
+            weights: WeightArena::default(),
             gemm: GemmScratch::default(),
             attention: AttentionScratch::default(),
             lora: LoraScratch::default(),
@@ -167,8 +170,8 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<PackedMatrix> {
-        let Workers { pool, gemm, .. } = &mut *self.workers();
-        let matrix = PackedMatrix::pack(parts, dtype, pool)?;
+        let Workers { pool, weights, gemm, .. } = &mut *self.workers();
+        let matrix = PackedMatrix::pack_in(weights, parts, dtype, pool)?;
         gemm.note(self.isa, &matrix);
         Ok(matrix)
     }
@@ -193,7 +196,7 @@ impl Backend for CpuBackend {
     }
 
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
-        let Workers { pool, gemm, attention, lora } = &mut *self.workers();
+        let Workers { pool, gemm, attention, lora, weights: _ } = &mut *self.workers();
         gemm.reserve(bounds.max_tokens);
         lora.reserve();
         attention.reserve(self.isa, pool.num_threads(), bounds);

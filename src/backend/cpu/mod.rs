@@ -63,6 +63,7 @@ mod simd_avx2;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx512;
 mod transfer;
+mod weight_memory;
 
 pub use activation::{GateKind, gated};
 pub use argmax::argmax;

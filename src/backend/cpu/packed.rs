@@ -13,12 +13,11 @@
 #![allow(unsafe_code)]
 
 use half::{bf16, f16};
-use memmap2::MmapMut;
 
 use super::super::{DType, HostTensor};
 use super::dequantize::{Block, Term, code_bias, dequantize_row};
 use super::disjoint::DisjointSlice;
-use super::memory::map_memory;
+use super::weight_memory::{WeightArena, WeightMemory};
 use super::{ThreadPool, pool};
 use crate::{Error, Result, invalid, unsupported};
 
@@ -34,7 +33,7 @@ pub struct PackedMatrix {
     num_rows: usize,
     num_columns: usize,
     segments: Vec<Segment>,
-    storage: MmapMut,
+    storage: WeightMemory,
 }
 
 /// Rows of one type that lie together.
@@ -106,11 +105,21 @@ impl PackedMatrix {
     /// Packs `tensors`, stacked along their rows; all have the same number of columns. With a `target` (a plain type)
     /// every tensor is dequantised and rounded to it, to the nearest and ties to even; without, each keeps its type.
     pub fn pack(tensors: &[HostTensor], target: Option<DType>, pool: &mut ThreadPool) -> Result<Self> {
+        Self::pack_in(&mut WeightArena::default(), tensors, target, pool)
+    }
+
+    /// The same, with its memory from `arena`.
+    pub(super) fn pack_in(
+        arena: &mut WeightArena,
+        tensors: &[HostTensor],
+        target: Option<DType>,
+        pool: &mut ThreadPool,
+    ) -> Result<Self> {
         let num_columns = tensors.first().map_or(0, HostTensor::columns);
         let segments = plan_segments(tensors, target)?;
         let num_bytes = segments.last().map_or(0, |last| last.offset + last.num_panels() * last.panel_bytes);
         let num_rows = tensors.iter().map(HostTensor::rows).sum();
-        let mut storage = map_memory(num_bytes, "weights")?;
+        let mut storage = arena.take(num_bytes)?;
         for segment in &segments {
             let end = segment.offset + segment.num_panels() * segment.panel_bytes;
             fill_segment(segment, tensors, num_columns, &mut storage[segment.offset..end], pool);
@@ -120,7 +129,7 @@ impl PackedMatrix {
 
     /// A matrix of the same shape and types, all zeros.
     pub(super) fn zeroed_like(&self) -> Result<Self> {
-        let storage = map_memory(self.storage.len(), "merged weights")?;
+        let storage = WeightMemory::alone(self.storage.len())?;
         Ok(Self { num_rows: self.num_rows, num_columns: self.num_columns, segments: self.segments.clone(), storage })
     }
 
