@@ -2,13 +2,13 @@
 
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
 use futures_util::future::try_join_all;
-use mneme::engine::{AppliedAdapter, LoadedAdapter, MergeRule};
+use mneme::engine::{AppliedAdapter, EngineHandle, LoadedAdapter, MergeRule};
 use mneme::telemetry::MergeStage;
 use serde::Serialize;
 
@@ -85,6 +85,13 @@ struct Shares {
     products: f64,
 }
 
+/// What bystanders see of loads.
+struct Loading {
+    while_loading: Bystanders,
+    when_loaded: Bystanders,
+    num_loads: u64,
+}
+
 #[derive(Debug, Serialize)]
 struct LoraReport {
     shares: Shares,
@@ -95,6 +102,12 @@ struct LoraReport {
     while_merging: Bystanders,
     /// As many batches behind that.
     when_merged: Bystanders,
+    /// While an adapter is read and brought up for a request, once per batch.
+    while_loading: Bystanders,
+    /// Beside the same request, in as many batches, when the adapter is there.
+    when_loaded: Bystanders,
+    /// Times that the adapter was brought up.
+    num_loads: u64,
     rounds: Vec<Round>,
 }
 
@@ -120,6 +133,7 @@ fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraRepor
     let mut bench = Bench { engine, batch_size: args.batch_size.get(), next_index: 0 };
     let merged = adapters.first().context("no adapter")?.clone().with_merge_rule(MergeRule::Always);
     let metrics = &handle.metrics().merges;
+    let loading = bench.watch_loads(&args.adapters[0], args.rounds.get())?;
     let merged = [merged];
     let (while_merging, when_merged) = bench.watch_bystanders(&merged[0])?;
     wait_until_merged(engine)?;
@@ -141,7 +155,18 @@ fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraRepor
         }
     }
     anyhow::ensure!(metrics.stage() == MergeStage::Merged, "the copy was given up during the measurement");
-    Ok(LoraReport { shares, merged_bytes, build_seconds, while_merging, when_merged, rounds })
+    let Loading { while_loading, when_loaded, num_loads } = loading;
+    Ok(LoraReport {
+        shares,
+        merged_bytes,
+        build_seconds,
+        while_merging,
+        when_merged,
+        while_loading,
+        when_loaded,
+        num_loads,
+        rounds,
+    })
 }
 
 fn wait_until_merged(engine: &InProcess) -> anyhow::Result<()> {
@@ -186,6 +211,48 @@ impl Bench<'_> {
             behind.extend(self.timings(&[])?.1);
         }
         Ok((Bystanders::new(&during), Bystanders::new(&behind)))
+    }
+
+    /// Batches of the model alone beside one more request each, whose adapter is loaded for it in every second batch.
+    fn watch_loads(&mut self, folder: &Path, num_rounds: usize) -> anyhow::Result<Loading> {
+        let metrics = &self.engine.launched.handle.metrics().adapters;
+        let loads = || metrics.num_loads(false) + metrics.num_loads(true);
+        let (mut during, mut beside, mut num_loads) = (Vec::new(), Vec::new(), 0);
+        for number in 0..=num_rounds {
+            let before = loads();
+            let while_loading = self.beside_adapter(|handle| handle.load_adapter(folder))?;
+            let brought_up = loads() - before;
+            let resident = self.engine.launched.handle.load_adapter(folder)?;
+            self.timings(std::slice::from_ref(&resident))?;
+            let when_loaded = self.beside_adapter(|_| Ok(resident.clone()))?;
+            if number > 0 {
+                during.extend(while_loading);
+                beside.extend(when_loaded);
+                num_loads += brought_up;
+            }
+        }
+        let (while_loading, when_loaded) = (Bystanders::new(&during), Bystanders::new(&beside));
+        Ok(Loading { while_loading, when_loaded, num_loads })
+    }
+
+    /// A batch of the model alone, beside a request under an adapter that comes while they run.
+    fn beside_adapter(
+        &mut self,
+        adapter: impl FnOnce(&EngineHandle) -> mneme::Result<LoadedAdapter> + Send,
+    ) -> anyhow::Result<Vec<Timing>> {
+        let (engine, index) = (self.engine, self.next_index);
+        self.next_index += 1;
+        std::thread::scope(|scope| {
+            let other = scope.spawn(move || -> anyhow::Result<()> {
+                let adapter = adapter(&engine.launched.handle)?;
+                let request = engine.submit_with(index, vec![AppliedAdapter { adapter, scale: 1.0 }])?;
+                tokio::runtime::Builder::new_current_thread().build()?.block_on(request.finish())?;
+                Ok(())
+            });
+            let timings = self.timings(&[])?.1;
+            other.join().map_err(|_| anyhow::anyhow!("the thread of the adapter's request ended"))??;
+            Ok(timings)
+        })
     }
 
     fn run(&mut self, adapters: &[LoadedAdapter]) -> anyhow::Result<Batch> {
@@ -250,7 +317,14 @@ impl LoraReport {
             100.0 * shares.products
         )?;
         writeln!(out, "Copy: {merged_bytes} bytes, written in {build_seconds:.2} s; {} rounds", rounds.len())?;
-        for (what, found) in [("while merging", &self.while_merging), ("when merged", &self.when_merged)] {
+        let loads = format!("beside {} loads", self.num_loads);
+        let bystanders = [
+            ("while merging", &self.while_merging),
+            ("when merged", &self.when_merged),
+            (&*loads, &self.while_loading),
+            ("beside the same requests without loads", &self.when_loaded),
+        ];
+        for (what, found) in bystanders {
             let Bystanders { median_itl_ms, p99_itl_ms, max_itl_ms } = found;
             writeln!(
                 out,
@@ -296,7 +370,18 @@ mod tests {
         let rounds = vec![round(1.0, 1.01, 1.5), round(2.0, 2.02, 3.0), round(4.0, 4.4, 6.0)];
         let (while_merging, when_merged) = Default::default();
         let shares = Shares { bytes: 0.145, products: 0.036 };
-        let report = LoraReport { shares, merged_bytes: 7, build_seconds: 0.5, while_merging, when_merged, rounds };
+        let (while_loading, when_loaded) = Default::default();
+        let report = LoraReport {
+            shares,
+            merged_bytes: 7,
+            build_seconds: 0.5,
+            while_merging,
+            when_merged,
+            while_loading,
+            when_loaded,
+            num_loads: 3,
+            rounds,
+        };
         let mut text = Vec::new();
         report.write_table(&mut text).unwrap();
         let text = String::from_utf8(text).unwrap();
