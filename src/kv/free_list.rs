@@ -94,26 +94,27 @@ impl FreeList {
 
     /// Adds a block as the most recently freed one of its level.
     pub(super) fn push(&mut self, block: BlockId, level: Level) {
-        let list = &mut self.lists[usize::from(level.0)];
-        self.links[block.index()] = Link { previous: list.last, next: NIL, level };
-        match list.last {
-            NIL => list.first = block.0,
-            last => self.links[last as usize].next = block.0,
-        }
-        list.last = block.0;
-        list.len += 1;
-        self.num_free += 1;
+        let last = self.lists[usize::from(level.0)].last;
+        self.insert(block, Link { previous: last, next: NIL, level });
     }
 
     /// Adds a block as the one that is taken next.
     pub(super) fn push_first(&mut self, block: BlockId) {
-        let list = &mut self.lists[usize::from(Level::EMPTY.0)];
-        self.links[block.index()] = Link { previous: NIL, next: list.first, level: Level::EMPTY };
-        match list.first {
-            NIL => list.last = block.0,
-            first => self.links[first as usize].previous = block.0,
+        let (level, first) = (Level::EMPTY, self.lists[usize::from(Level::EMPTY.0)].first);
+        self.insert(block, Link { previous: NIL, next: first, level });
+    }
+
+    fn insert(&mut self, block: BlockId, link: Link) {
+        let list = &mut self.lists[usize::from(link.level.0)];
+        match link.previous {
+            NIL => list.first = block.0,
+            previous => self.links[previous as usize].next = block.0,
         }
-        list.first = block.0;
+        match link.next {
+            NIL => list.last = block.0,
+            next => self.links[next as usize].previous = block.0,
+        }
+        self.links[block.index()] = link;
         list.len += 1;
         self.num_free += 1;
     }

@@ -198,7 +198,7 @@ impl Backend for CpuBackend {
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
         let Workers { pool, gemm, attention, lora, weights: _ } = &mut *self.workers();
         gemm.reserve(bounds.max_tokens);
-        lora.reserve();
+        lora.reserve(bounds.max_tokens);
         attention.reserve(self.isa, pool.num_threads(), bounds);
         Ok(())
     }

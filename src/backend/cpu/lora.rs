@@ -78,8 +78,9 @@ pub struct LoraWork<'a, G> {
 }
 
 impl LoraScratch {
-    /// Takes the memory for any step.
-    pub(super) fn reserve(&mut self) {
+    /// Takes the memory for steps of up to `max_rows` rows.
+    pub(super) fn reserve(&mut self, max_rows: usize) {
+        self.owners.reserve_exact(max_rows.saturating_sub(self.owners.len()));
         self.shrunk.resize(MAX_SHRUNK, 0.0);
         self.pieces.reserve_exact(MAX_PIECES.saturating_sub(self.pieces.capacity()));
     }
@@ -94,7 +95,7 @@ pub fn add_lora<'a, G: Fn(usize) -> Option<LoraRows<'a>> + Sync>(
     out: &mut [f32],
     num_outputs: usize,
 ) {
-    scratch.reserve();
+    scratch.reserve(work.x.len() / work.num_inputs);
     let mut run = Run { pool, isa, scratch, work, out, num_outputs, num_tasks: 0, num_shrunk: 0, num_products: 0 };
     for group in 0..work.num_groups {
         let Some(LoraRows { update, entries }) = (work.group)(group) else { continue };
