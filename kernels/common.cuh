@@ -1,5 +1,6 @@
 // What every kernel is written with: the two 16-bit types, tensor-core and asynchronous-copy instructions of sm_80,
-// reductions whose order is fixed, and where the KV cache keeps a token. Includes nothing, so that NVRTC compiles it without an include path.
+// reductions whose order is fixed, and where the KV cache keeps a token and an adapter its rows. Includes nothing, so
+// that NVRTC compiles it without an include path.
 //
 // Where the bits of a result must not depend on which kernel computed it, products and sums are spelled with the
 // intrinsics __fmul_rn, __fadd_rn and __fmaf_rn, which the compiler neither fuses nor splits.
@@ -52,10 +53,12 @@ struct Eight {
     float at[8];
 };
 
-template <class T> __device__ __forceinline__ Eight load8(const T* source) {
-    const uint4 words = *reinterpret_cast<const uint4*>(source);
+template <class T> __device__ __forceinline__ Eight unpack8(const uint4& words) {
     const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
     return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
+}
+template <class T> __device__ __forceinline__ Eight load8(const T* source) {
+    return unpack8<T>(*reinterpret_cast<const uint4*>(source));
 }
 __device__ __forceinline__ Eight load8(const float* source) {
     const float4 a = *reinterpret_cast<const float4*>(source), b = *reinterpret_cast<const float4*>(source + 4);
@@ -183,4 +186,27 @@ __device__ __forceinline__ void rotate(Eight& low, Eight& high, const Eight& cos
         low.at[j] = __fmaf_rn(a, cos.at[j], -__fmul_rn(b, sine));
         high.at[j] = __fmaf_rn(b, cos.at[j], __fmul_rn(a, sine));
     }
+}
+
+// Where the rows of a matrix lie in an adapter's pages.
+struct PagedRows {
+    int first_slot, per_page;
+};
+
+// An adapter's update of some columns of a projection's output: a [rank, inputs], b [rank, num_columns], transposed.
+struct LoraFactors {
+    const u8* arena;
+    const int* pages;
+    PagedRows a, b;
+    float scaling;
+    int rank, first_column, num_columns;
+};
+
+// Row `row` of a matrix with so many columns.
+template <class T>
+__device__ __forceinline__ const T* find_row(const LoraFactors& lora, const PagedRows& rows, int row, int num_columns,
+                                             u64 page_bytes) {
+    const int slot = rows.first_slot + row, page = slot / rows.per_page;
+    const u8* start = lora.arena + static_cast<u64>(lora.pages[page]) * page_bytes;
+    return reinterpret_cast<const T*>(start) + static_cast<u64>(slot - page * rows.per_page) * num_columns;
 }

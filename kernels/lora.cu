@@ -28,17 +28,7 @@
 
 #include "common.cuh"
 
-// Where the rows of a matrix lie.
-struct PagedRows {
-    int first_slot, per_page;
-};
-
-struct LoraPiece {
-    const u8* arena;
-    const int* pages;
-    PagedRows a, b;
-    float scaling;
-    int rank, first_column, num_columns;
+struct LoraPiece : LoraFactors {
     int start, end;  // entries
     int shrunk_at, first_block;
 };
@@ -50,15 +40,6 @@ struct LoraPieces {
 };
 
 constexpr int TILE_ROWS = 16, TILE_RANKS = 16, SHRINK_WARPS = 8;
-
-// Row `row` of a matrix with so many columns.
-template <class T>
-__device__ __forceinline__ const T* find_row(const LoraPiece& piece, const PagedRows& rows, int row, int num_columns,
-                                             u64 page_bytes) {
-    const int slot = rows.first_slot + row, page = slot / rows.per_page;
-    const u8* start = piece.arena + static_cast<u64>(piece.pages[page]) * page_bytes;
-    return reinterpret_cast<const T*>(start) + static_cast<u64>(slot - page * rows.per_page) * num_columns;
-}
 
 __device__ __forceinline__ uint4 load16(const void* source) { return *reinterpret_cast<const uint4*>(source); }
 

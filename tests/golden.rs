@@ -12,6 +12,7 @@ use mneme::engine::{AppliedAdapter, GenerateRequest, MergeConfig, MergeRule, Out
 use mneme::telemetry::MergeStage;
 use support::engine::{Setup, TestEngine, collect, greedy, request};
 use support::golden;
+use support::peft::{self, Tolerance};
 
 /// How far bf16 arithmetic may move a logit; a reference margin below it decides nothing.
 const NOISE: f32 = 0.25;
@@ -159,4 +160,14 @@ fn compositions_match_peft() {
     let Some(parts) = &found.into_iter().collect::<Option<Vec<_>>>() else { return };
     composition_agrees("smollm2-135m+composed", Composition { parts, is_merged: false });
     composition_agrees("smollm2-135m+composed-merged", Composition { parts, is_merged: true });
+}
+
+/// PEFT's outputs for a tiny model, in f32: each adapter, both composed, all beside each other, added and merged.
+#[test]
+fn a_tiny_model_with_adapters_matches_peft() {
+    let isa = Isa::best().min(Isa::Avx512);
+    let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+    let tolerance = Tolerance { most: 5e-4, most_mean: 1e-4 };
+    peft::check_added(TestEngine::start_on_cpu(&peft::model(), setup.clone()), tolerance);
+    peft::check_merged(|| TestEngine::start_on_cpu(&peft::model(), peft::merging(setup.clone())), tolerance);
 }

@@ -30,7 +30,7 @@ pub use transfer::Transfer;
 
 use std::ops::Range;
 
-use crate::{Error, Result, invalid, unsupported};
+use crate::{Result, invalid};
 
 /// Raised whenever a kernel's results change in any bit, so that KV blocks from before are not taken for what they would
 /// be now.
@@ -115,30 +115,23 @@ pub trait Backend: Device {
     /// Bytes of a copy of `weight` that adapters can be merged into.
     ///
     /// # Errors
-    /// `Unsupported` where there can be none: quantised weights have no numbers that a sum could be rounded to. So it is
-    /// of a device without a kernel for it; there adapters are only ever applied.
-    fn merged_bytes(&self, _weight: &Self::Matrix) -> Result<usize> {
-        Err(cannot_merge(&self.name()))
-    }
+    /// `Unsupported` where there can be none: quantised weights have no numbers that a sum could be rounded to.
+    fn merged_bytes(&self, weight: &Self::Matrix) -> Result<usize>;
 
     /// Memory for such a copy. Each of its rows is to be written by [`merge_rows`](Self::merge_rows) before it is used.
-    fn allocate_merged(&self, _weight: &Self::Matrix) -> Result<Self::Matrix> {
-        Err(cannot_merge(&self.name()))
-    }
+    fn allocate_merged(&self, weight: &Self::Matrix) -> Result<Self::Matrix>;
 
     /// Writes rows `rows` of `target`, an [`allocate_merged`](Self::allocate_merged) of `weight`:
     /// `W + sum of scale * scaling * B A` over `updates`, in f32, the updates one after the other, rounded once to the
     /// type of the weights. The bits do not depend on how the rows are cut into calls, which come in ascending order.
     fn merge_rows(
         &self,
-        _stream: &Self::Stream,
-        _weight: &Self::Matrix,
-        _updates: &[ScaledUpdate<'_, <Self::LoraLoader as LoraLoader>::Lora>],
-        _rows: Range<usize>,
-        _target: &mut Self::Matrix,
-    ) -> Result<()> {
-        Err(cannot_merge(&self.name()))
-    }
+        stream: &Self::Stream,
+        weight: &Self::Matrix,
+        updates: &[ScaledUpdate<'_, <Self::LoraLoader as LoraLoader>::Lora>],
+        rows: Range<usize>,
+        target: &mut Self::Matrix,
+    ) -> Result<()>;
 
     /// Root-mean-square norm (arXiv 1910.07467) of each row of activations or f32; `out`, activations, is another buffer
     /// than `x`.
@@ -232,10 +225,6 @@ pub trait Backend: Device {
 
     /// The index of the largest number of each row of f32, the lowest of equals; `out` is `[1, rows]` i32.
     fn argmax(&self, stream: &Self::Stream, x: &Tensor<Self::Buffer>, out: &Tensor<Self::Buffer>) -> Result<()>;
-}
-
-fn cannot_merge(device: &str) -> Error {
-    unsupported!("adapters cannot be merged on {device}: it has no kernel for it")
 }
 
 /// The function before the product in a gated feed-forward layer (arXiv 2002.05202).

@@ -10,32 +10,34 @@ use mneme::backend::{
 use crate::gpu::{self, Gpu, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
 
-const SITE: LoraSite = LoraSite { layer: 0, projection: Projection::Qkv };
+pub const SITE: LoraSite = LoraSite { layer: 0, projection: Projection::Qkv };
 
 /// Of one row or of many.
-const PAGE_BYTES: usize = 2048;
+pub const PAGE_BYTES: usize = 2048;
 
 /// An update of some columns, its factors row-major.
 #[derive(Clone)]
-struct Part {
-    a: Vec<f32>,
-    b: Vec<f32>,
-    rank: usize,
-    first_column: usize,
-    num_columns: usize,
-    scaling: f32,
+pub struct Part {
+    /// `[rank, inputs]`.
+    pub a: Vec<f32>,
+    /// `[num_columns, rank]`.
+    pub b: Vec<f32>,
+    pub rank: usize,
+    pub first_column: usize,
+    pub num_columns: usize,
+    pub scaling: f32,
 }
 
 /// Which row has how much of which adapter.
 #[derive(Clone, Copy)]
-struct Entry {
-    adapter: usize,
-    row: usize,
-    scale: f32,
+pub struct Entry {
+    pub adapter: usize,
+    pub row: usize,
+    pub scale: f32,
 }
 
 /// A projection's input and output, and adapters for it.
-struct Case {
+pub struct Case {
     x: Vec<f32>,
     out: Vec<f32>,
     inputs: usize,
@@ -45,7 +47,7 @@ struct Case {
 
 impl Case {
     /// An adapter has an update of each module whose rank is not 0.
-    fn random(
+    pub fn random(
         gpu: &Gpu,
         random: &mut Random,
         num_tokens: usize,
@@ -56,20 +58,7 @@ impl Case {
         let outputs = modules.iter().sum();
         let mut out = gpu.numbers(random, num_tokens * outputs, 1.0);
         out.iter_mut().step_by(5).for_each(|number| *number = -0.0);
-        let mut part = |rank: usize, first_column: usize, num_columns: usize| Part {
-            a: gpu.numbers(random, rank * inputs, 1.0 / (inputs as f64).sqrt()),
-            b: gpu.numbers(random, num_columns * rank, 1.0 / (rank as f64).sqrt()),
-            rank,
-            first_column,
-            num_columns,
-            scaling: 0.5 + rank as f32 / 16.0,
-        };
-        let mut adapter = |ranks: &&[usize]| {
-            let firsts = modules.iter().scan(0, |next, columns| Some(std::mem::replace(next, *next + columns)));
-            let placed = ranks.iter().zip(firsts.zip(modules)).filter(|(rank, _)| **rank > 0);
-            placed.map(|(rank, (first, columns))| part(*rank, first, *columns)).collect()
-        };
-        let adapters = ranks.iter().map(&mut adapter).collect();
+        let adapters = ranks.iter().map(|ranks| random_parts(gpu, random, inputs, modules, ranks)).collect();
         Self { x: gpu.numbers(random, num_tokens * inputs, 1.0), out, inputs, outputs, adapters }
     }
 
@@ -81,12 +70,12 @@ impl Case {
         self.load_in_pages_of(gpu, PAGE_BYTES)
     }
 
-    fn load_in_pages_of(&self, gpu: &Gpu, page_bytes: usize) -> Vec<Arc<LoraAdapter<CudaLora>>> {
+    pub fn load_in_pages_of(&self, gpu: &Gpu, page_bytes: usize) -> Vec<Arc<LoraAdapter<CudaLora>>> {
         self.adapters.iter().map(|parts| Arc::new(load(gpu, parts, gpu.dtype(), page_bytes))).collect()
     }
 
     /// Adds the entries, which are in order of adapter and row, and gives what is then in the output.
-    fn run(&self, gpu: &Gpu, loaded: &[Arc<LoraAdapter<CudaLora>>], entries: &[Entry]) -> Vec<u8> {
+    pub fn run(&self, gpu: &Gpu, loaded: &[Arc<LoraAdapter<CudaLora>>], entries: &[Entry]) -> Vec<u8> {
         let rows: Vec<i32> = entries.iter().map(|entry| entry.row as i32).collect();
         let scales: Vec<f32> = entries.iter().map(|entry| entry.scale).collect();
         let groups: Vec<_> = entries
@@ -152,8 +141,23 @@ fn dot<N: Into<f64>>(a: &[f32], b: impl Iterator<Item = N>) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * b.into()).sum()
 }
 
+/// An adapter's updates of those modules whose rank is not 0.
+pub fn random_parts(gpu: &Gpu, random: &mut Random, inputs: usize, modules: &[usize], ranks: &[usize]) -> Vec<Part> {
+    let mut part = |rank: usize, first_column: usize, num_columns: usize| Part {
+        a: gpu.numbers(random, rank * inputs, 1.0 / (inputs as f64).sqrt()),
+        b: gpu.numbers(random, num_columns * rank, 1.0 / (rank as f64).sqrt()),
+        rank,
+        first_column,
+        num_columns,
+        scaling: 0.5 + rank as f32 / 16.0,
+    };
+    let firsts = modules.iter().scan(0, |next, columns| Some(std::mem::replace(next, *next + columns)));
+    let placed = ranks.iter().zip(firsts.zip(modules)).filter(|(rank, _)| **rank > 0);
+    placed.map(|(rank, (first, columns))| part(*rank, first, *columns)).collect()
+}
+
 /// In pages that lie here and there, in another order.
-fn load(gpu: &Gpu, parts: &[Part], dtype: DType, page_bytes: usize) -> LoraAdapter<CudaLora> {
+pub fn load(gpu: &Gpu, parts: &[Part], dtype: DType, page_bytes: usize) -> LoraAdapter<CudaLora> {
     let loader = gpu.backend.create_lora_loader().unwrap();
     let mut image = PageImage::new(page_bytes);
     let packed = loader.pack(&stored(parts, dtype), &mut image).unwrap();

@@ -10,6 +10,7 @@ mod elementwise;
 mod gpu;
 mod linear;
 mod lora;
+mod lora_merge;
 mod raw;
 #[path = "../support/mod.rs"]
 mod support;

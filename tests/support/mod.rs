@@ -6,6 +6,7 @@ pub mod composed;
 pub mod engine;
 pub mod golden;
 pub mod models;
+pub mod peft;
 pub mod random;
 pub mod reference;
 #[cfg(feature = "cuda")]

@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -16,14 +17,15 @@ use super::driver::{driver_error, open};
 use super::kernels::{Kernel, Kernels};
 use super::launch::{Arguments, Grid};
 use super::lora::{self, LoraScratch};
-use super::lora_loader::CudaLoraLoader;
+use super::lora_loader::{CudaLora, CudaLoraLoader};
+use super::lora_merge;
 use super::memory::CudaBuffer;
 use super::stream::{CudaStream, EventPool};
 use super::upload::Uploader;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
-    KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, Tensor,
+    KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, ScaledUpdate, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -259,6 +261,25 @@ impl Backend for CudaBackend {
         out: &CudaTensor,
     ) -> Result<()> {
         lora::add_lora(self, stream, x, batch, site, out)
+    }
+
+    fn merged_bytes(&self, weight: &CudaMatrix) -> Result<usize> {
+        Ok(weight.tensor().num_bytes())
+    }
+
+    fn allocate_merged(&self, weight: &CudaMatrix) -> Result<CudaMatrix> {
+        weight.zeroed_like(&self.context)
+    }
+
+    fn merge_rows(
+        &self,
+        stream: &CudaStream,
+        weight: &CudaMatrix,
+        updates: &[ScaledUpdate<'_, CudaLora>],
+        rows: Range<usize>,
+        target: &mut CudaMatrix,
+    ) -> Result<()> {
+        lora_merge::merge_rows(self, stream, weight, updates, rows, target)
     }
 
     fn rms_norm(

@@ -69,6 +69,7 @@ pub(super) struct Kernels {
     pub(super) kv_deviation: Kernel,
     pub(super) lora_shrink: Kernel,
     pub(super) lora_expand: Kernel,
+    pub(super) lora_merge: Kernel,
     pub(super) attention: Vec<AttentionKernels>,
     pub(super) attention_combine: Kernel,
     /// Outputs in the element type of the inputs.
@@ -99,6 +100,7 @@ impl Kernels {
             kv_deviation: plain("kv_deviation", format!("kv_deviation_{dtype}"))?,
             lora_shrink: plain("lora", format!("lora_shrink_{dtype}"))?,
             lora_expand: plain("lora", format!("lora_expand_{dtype}"))?,
+            lora_merge: plain("lora_merge", format!("lora_merge_{dtype}"))?,
             attention: HEAD_DIMS
                 .into_iter()
                 .map(|head_dim| AttentionKernels::find(&modules, dtype, head_dim))

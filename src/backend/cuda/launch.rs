@@ -122,3 +122,9 @@ impl<'a> Arguments<'a> {
         launched.map_err(|error| driver_error(&format!("launch {name} on {grid:?}"))(error))
     }
 }
+
+/// Two neighbouring `int`s of a structure.
+pub(super) fn ints(first: usize, second: usize) -> Result<u64> {
+    let int = |value: usize| i32::try_from(value).map_err(|_| invalid!("{value} does not fit into a kernel's int"));
+    Ok(int(first)? as u64 | (int(second)? as u64) << 32)
+}

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use cudarc::driver::CudaContext;
 
 use super::backend::{CudaBackend, CudaTensor, expect_vectors};
-use super::launch::Arguments;
-use super::lora_loader::{CudaLora, CudaLoraPart};
+use super::launch::{Arguments, ints};
+use super::lora_loader::{CudaLora, CudaLoraPart, FACTOR_WORDS};
 use super::memory::CudaBuffer;
 use super::stream::CudaStream;
 use crate::backend::{LoraBatch, LoraSite};
@@ -21,7 +21,7 @@ use crate::{Result, invalid, unsupported};
 /// Pieces in the arguments of one launch, as in `lora.cu`.
 const LAUNCH_PIECES: usize = 32;
 /// 64-bit words of a piece.
-const PIECE_WORDS: usize = 8;
+const PIECE_WORDS: usize = FACTOR_WORDS + 2;
 /// Rows, and ranks, of a block of the first kernel.
 const SHRINK_TILE: usize = 16;
 /// Rows and columns of a block of the second.
@@ -224,26 +224,12 @@ impl LaunchPieces {
     }
 
     fn push(&mut self, update: &CudaLora, part: &CudaLoraPart, entries: &Range<usize>, shrunk_at: usize) -> Result<()> {
-        let rank = part.a.num_rows;
-        let piece = [
-            update.arena.address(0, update.arena.len())?,
-            update.table,
-            ints(part.a.first_slot, part.a.rows_per_page)?,
-            ints(part.b.first_slot, part.b.rows_per_page)?,
-            u64::from(part.scaling.to_bits()) | ints(0, rank)?,
-            ints(part.first_column, part.num_columns)?,
-            ints(entries.start, entries.end)?,
-            ints(shrunk_at, self.num_blocks)?,
-        ];
-        self.words[self.len * PIECE_WORDS..][..PIECE_WORDS].copy_from_slice(&piece);
+        let piece = &mut self.words[self.len * PIECE_WORDS..][..PIECE_WORDS];
+        piece[..FACTOR_WORDS].copy_from_slice(&update.factor_words(part, part.scaling)?);
+        piece[FACTOR_WORDS] = ints(entries.start, entries.end)?;
+        piece[FACTOR_WORDS + 1] = ints(shrunk_at, self.num_blocks)?;
         self.len += 1;
-        self.num_blocks += entries.len().div_ceil(SHRINK_TILE) * rank.div_ceil(SHRINK_TILE);
+        self.num_blocks += entries.len().div_ceil(SHRINK_TILE) * part.a.num_rows.div_ceil(SHRINK_TILE);
         Ok(())
     }
-}
-
-/// Two neighbouring `int`s.
-fn ints(first: usize, second: usize) -> Result<u64> {
-    let int = |value: usize| i32::try_from(value).map_err(|_| invalid!("{value} does not fit into a kernel's int"));
-    Ok(int(first)? as u64 | (int(second)? as u64) << 32)
 }

@@ -1,10 +1,14 @@
 //! Adapters as the kernels read them: the factors of an update in the type of activations, in pages.
 
 use super::backend::expect_vectors;
+use super::launch::ints;
 use super::memory::CudaBuffer;
 use super::weights::round;
 use crate::backend::{DType, HostTensor, LoraLoader, LoraPages, LoraPart, PageImage, RowRun, dequantize_row};
 use crate::{Result, unsupported};
+
+/// 64-bit words of `LoraFactors`.
+pub(super) const FACTOR_WORDS: usize = 6;
 
 /// An adapter's update of one projection, on the device.
 pub struct CudaLora {
@@ -26,6 +30,20 @@ pub(super) struct CudaLoraPart {
     pub(super) num_columns: usize,
     pub(super) scaling: f32,
     pub(super) first_column: usize,
+}
+
+impl CudaLora {
+    /// One of its parts as `LoraFactors` of `common.cuh`.
+    pub(super) fn factor_words(&self, part: &CudaLoraPart, scaling: f32) -> Result<[u64; FACTOR_WORDS]> {
+        Ok([
+            self.arena.address(0, self.arena.len())?,
+            self.table,
+            ints(part.a.first_slot, part.a.rows_per_page)?,
+            ints(part.b.first_slot, part.b.rows_per_page)?,
+            u64::from(scaling.to_bits()) | ints(0, part.a.num_rows)?,
+            ints(part.first_column, part.num_columns)?,
+        ])
+    }
 }
 
 /// An update of one projection, arranged.

@@ -12,6 +12,7 @@ mod kernels;
 mod launch;
 mod lora;
 mod lora_loader;
+mod lora_merge;
 mod memory;
 mod modules;
 mod stream;

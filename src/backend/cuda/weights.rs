@@ -1,5 +1,8 @@
 //! Weights and tables on the device.
 
+use std::sync::Arc;
+
+use cudarc::driver::CudaContext;
 use half::{bf16, f16};
 
 use super::backend::CudaBackend;
@@ -21,6 +24,13 @@ impl CudaMatrix {
     /// The matrix as a tensor.
     pub(super) fn tensor(&self) -> &Tensor<CudaBuffer> {
         &self.0
+    }
+
+    /// Zeros in its shape.
+    pub(super) fn zeroed_like(&self, context: &Arc<CudaContext>) -> Result<Self> {
+        let like = self.tensor();
+        let buffer = CudaBuffer::allocate(context, like.num_bytes())?;
+        Ok(Self(Tensor::new(buffer, 0, like.rows(), like.columns(), like.dtype())))
     }
 
     pub(super) fn load(backend: &CudaBackend, parts: &[HostTensor], wanted: Option<DType>) -> Result<Self> {

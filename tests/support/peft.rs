@@ -1,0 +1,134 @@
+//! The tiny model of `tests/data/peft` with its adapters: what an engine computes with them against what PEFT does.
+
+use std::path::PathBuf;
+
+use mneme::engine::{
+    AppliedAdapter, GenerateRequest, LoadedAdapter, MergeConfig, MergeRule, OutputStream, SamplingParams, Task,
+};
+use mneme::telemetry::MergeStage;
+
+use super::engine::{Output, Setup, TestEngine, collect, greedy, request};
+use super::golden::{self, Record};
+
+/// Adapters by name, with their scales.
+type Composition = &'static [(&'static str, f32)];
+
+const VOCAB: usize = 160;
+const ADAPTERS: [&str; 2] = ["first", "second"];
+
+/// Compositions by the names of their golden data: the model, each adapter, and both as `add_weighted_adapter` adds them.
+const COMPOSITIONS: [(&str, Composition); 4] = [
+    ("base", &[]),
+    ("first", &[("first", 1.0)]),
+    ("second", &[("second", 1.0)]),
+    ("composed", &[("first", 0.7), ("second", -0.5)]),
+];
+
+/// How far a log-probability may be off, at worst and on average.
+#[derive(Debug, Clone, Copy)]
+pub struct Tolerance {
+    pub most: f32,
+    pub most_mean: f32,
+}
+
+fn folder(name: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests/data/peft", name].iter().collect()
+}
+
+/// The folder of the model.
+pub fn model() -> PathBuf {
+    folder("base")
+}
+
+/// The setup with merging, which adapters may then be exempted from.
+pub fn merging(setup: Setup) -> Setup {
+    Setup { merge: MergeConfig { is_enabled: true, ..MergeConfig::default() }, ..setup }
+}
+
+/// Outputs of the model and of all compositions, computed in the same steps.
+pub fn check_added(engine: TestEngine, tolerance: Tolerance) {
+    let adapted = Adapted::new(engine, MergeRule::Never);
+    let submitted = COMPOSITIONS.map(|(name, composition)| {
+        let records = golden::load(&format!("peft/{name}")).records;
+        let streams: Vec<_> = records.iter().map(|record| adapted.submit(record, composition)).collect();
+        (name, records, streams)
+    });
+    for (name, records, streams) in submitted {
+        let outputs: Vec<Output> = streams.into_iter().map(collect).collect();
+        assert!(outputs.iter().all(|output| !output.reuse.is_merged));
+        check(name, &records, &outputs, tolerance);
+    }
+}
+
+/// Outputs of all compositions, each merged into a copy of the weights by an engine of its own.
+pub fn check_merged(start: impl Fn() -> TestEngine, tolerance: Tolerance) {
+    for (name, composition) in &COMPOSITIONS[1..] {
+        let adapted = Adapted::new(start(), MergeRule::Always);
+        let records = golden::load(&format!("peft/{name}")).records;
+        drop(collect(adapted.submit(&records[0], composition)));
+        while adapted.engine.handle.metrics().merges.stage() != MergeStage::Merged {
+            std::thread::yield_now();
+        }
+        let streams: Vec<_> = records.iter().map(|record| adapted.submit(record, composition)).collect();
+        let outputs: Vec<Output> = streams.into_iter().map(collect).collect();
+        assert!(outputs.iter().all(|output| output.reuse.is_merged));
+        check(&format!("{name}, merged"), &records, &outputs, tolerance);
+    }
+}
+
+struct Adapted {
+    engine: TestEngine,
+    loaded: [LoadedAdapter; 2],
+}
+
+impl Adapted {
+    fn new(engine: TestEngine, rule: MergeRule) -> Self {
+        let loaded = ADAPTERS.map(|name| engine.handle.load_adapter(&folder(name)).unwrap().with_merge_rule(rule));
+        Self { engine, loaded }
+    }
+
+    fn submit(&self, record: &Record, composition: Composition) -> OutputStream {
+        let applied = |(name, scale): &(&str, f32)| {
+            let at = ADAPTERS.iter().position(|other| other == name).unwrap();
+            AppliedAdapter { adapter: self.loaded[at].clone(), scale: *scale }
+        };
+        let sampling =
+            SamplingParams { logprobs: Some(VOCAB), prompt_logprobs: Some(0), ..greedy(record.greedy_ids.len()) };
+        let task = Task::Generate(Box::new(sampling));
+        let adapters = composition.iter().map(applied).collect();
+        self.engine.handle.submit(GenerateRequest { adapters, ..request(&record.prompt_ids, task) }).unwrap()
+    }
+}
+
+/// Logits, log-probabilities of prompts and greedy tokens; and that the model without adapters says something else.
+fn check(name: &str, records: &[Record], outputs: &[Output], tolerance: Tolerance) {
+    let (worst, mean) = worst_and_mean(records, outputs);
+    eprintln!("{name}: worst {worst:.6}, mean {mean:.6}");
+    assert!(worst < tolerance.most && mean < tolerance.most_mean, "{name}: off by {worst}, {mean} on average");
+    for (record, output) in records.iter().zip(outputs) {
+        assert_eq!(output.tokens.len(), record.greedy_ids.len());
+        let differs = record.greedy_ids.iter().zip(&output.tokens).position(|(wanted, found)| wanted != found);
+        if let Some(step) = differs {
+            let gap = record.gap[step];
+            assert!(gap < 2.0 * tolerance.most, "{name}, {}: differs at step {step}, gap {gap}", record.prompt);
+        }
+    }
+    if name != "base" {
+        let (_, without) = worst_and_mean(&golden::load("peft/base").records, outputs);
+        assert!(without > 5.0 * tolerance.most_mean, "{name}: only {without} on average from no adapters");
+    }
+}
+
+/// How far the log-probabilities behind the prompts, and of the prompts' tokens, are from those of the records.
+fn worst_and_mean(records: &[Record], outputs: &[Output]) -> (f32, f32) {
+    assert_eq!(records.len(), outputs.len());
+    let mut off = Vec::new();
+    for (record, output) in records.iter().zip(outputs) {
+        let found = |id: u32| output.logprobs[0].top.iter().find(|top| top.id == id).unwrap().logprob;
+        off.extend(record.top.iter().map(|(id, logit)| (logit - record.lse - found(*id)).abs()));
+        let prompt = output.prompt_logprobs.iter().skip(1).map(|found| found.as_ref().unwrap().chosen.logprob);
+        assert_eq!(prompt.len(), record.prompt_logprobs.len());
+        off.extend(prompt.zip(&record.prompt_logprobs).map(|(found, wanted)| (found - wanted).abs()));
+    }
+    (off.iter().copied().fold(0.0, f32::max), off.iter().sum::<f32>() / off.len() as f32)
+}
