@@ -6,6 +6,7 @@ pub mod adapters;
 pub mod backend;
 pub mod engine;
 pub mod error;
+pub mod gguf;
 pub mod hub;
 pub mod kv;
 pub mod memory;

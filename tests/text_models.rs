@@ -10,7 +10,7 @@ mod support;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use mneme::models::gguf::Gguf;
+use mneme::gguf::Gguf;
 use mneme::text::{ChatTemplate, Detokenizer, DetokenizerOptions, Grammar, GrammarEngine, Tokenizer, ToolFormat};
 use serde::Deserialize;
 

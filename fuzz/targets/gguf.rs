@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use mneme::models::ModelConfig;
-use mneme::models::gguf::Gguf;
+use mneme::gguf::Gguf;
 use mneme::text::{ChatTemplate, Tokenizer};
 
 fuzz_target!(init: panics::let_the_code_catch(), |bytes: &[u8]| {

@@ -36,6 +36,34 @@ impl Module {
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|module| module.name() == name)
     }
+
+    /// The module's name inside a layer in GGUF files.
+    pub fn gguf_name(self) -> &'static str {
+        match self {
+            Self::Q => "attn_q",
+            Self::K => "attn_k",
+            Self::V => "attn_v",
+            Self::O => "attn_output",
+            Self::Gate => "ffn_gate",
+            Self::Up => "ffn_up",
+            Self::Down => "ffn_down",
+        }
+    }
+
+    /// The module of that name in GGUF files.
+    pub fn from_gguf_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|module| module.gguf_name() == name)
+    }
+}
+
+/// What GGUF files say of a model, and how their rows differ from the model's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GgufConventions {
+    /// `general.architecture`.
+    pub architecture: &'static str,
+    /// Numbers of query heads and of key heads, where files keep the rows of q and k in the order of ggml's interleaved
+    /// RoPE.
+    pub interleaved_heads: Option<[usize; 2]>,
 }
 
 /// The linear modules of a model. All layers are alike.
@@ -51,6 +79,8 @@ pub struct BaseShapes {
     pub q_size: usize,
     /// Numbers in all key heads of a token.
     pub kv_size: usize,
+    /// What GGUF files of the model are like.
+    pub gguf: GgufConventions,
 }
 
 impl BaseShapes {

@@ -1,4 +1,5 @@
-//! An adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes them, read whole.
+//! An adapter's files, read whole: `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them, or one GGUF
+//! file (`gguf_lora.rs`).
 //!
 //! A file is copied before it is looked at, so that whatever happens to it later changes nothing; everything is checked
 //! before anything is used.
@@ -14,6 +15,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorInfo};
 
 use super::base::{BaseShapes, Module};
+use super::gguf_lora;
 use super::peft_config::PeftConfig;
 use crate::backend::{DType, HostTensor, SharedBytes};
 use crate::{Error, Result, malformed, unsupported};
@@ -57,50 +59,91 @@ pub struct Update {
     pub scaling: f32,
 }
 
+impl Update {
+    pub(super) fn new(a: HostTensor, b: HostTensor, scaling: f32) -> Result<Self> {
+        match scaling.is_finite() {
+            true => Ok(Self { a, b, scaling }),
+            false => Err(malformed!("{}: alpha and rank give the factor {scaling}", a.name())),
+        }
+    }
+}
+
+/// A module of a layer.
+pub(super) type Place = (usize, Module);
+
 /// An adapter that fits its model, in memory.
 pub struct Adapter {
     digest: AdapterDigest,
-    updates: BTreeMap<(usize, Module), Update>,
+    updates: BTreeMap<Place, Update>,
     num_bytes: usize,
 }
 
+/// What was found of a module.
 #[derive(Default)]
-struct Halves {
+pub(super) struct Halves {
     a: Option<HostTensor>,
     b: Option<HostTensor>,
 }
 
+/// One of the two factors.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Half {
+#[allow(missing_docs)]
+pub(super) enum Half {
     A,
     B,
 }
 
+impl Halves {
+    /// Adds a factor, of which there is one.
+    pub(super) fn insert(&mut self, half: Half, tensor: HostTensor) -> Result<()> {
+        let slot = if half == Half::A { &mut self.a } else { &mut self.b };
+        match slot.replace(tensor) {
+            Some(other) => Err(malformed!("the adapter has {:?} twice, under different names", other.name())),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Adapter {
-    /// Reads a folder. Weights of more than `max_bytes` are refused.
+    /// Reads a folder as PEFT writes it, or a GGUF file. Weights of more than `max_bytes` are refused.
     ///
     /// # Errors
     /// `NotFound` when a file is missing, `Format` when one is damaged or does not fit the model, `Unsupported` when it
     /// holds something other than a plain LoRA.
-    pub fn read(folder: &Path, shapes: &BaseShapes, max_bytes: u64) -> Result<Self> {
-        let config = read_file(&folder.join("adapter_config.json"), MAX_CONFIG_BYTES)?;
-        let weights = read_file(&folder.join("adapter_model.safetensors"), max_bytes)?;
+    pub fn read(path: &Path, shapes: &BaseShapes, max_bytes: u64) -> Result<Self> {
+        if path.is_file() {
+            return Self::parse_gguf(read_file(path, max_bytes)?, shapes);
+        }
+        let config = read_file(&path.join("adapter_config.json"), MAX_CONFIG_BYTES)?;
+        let weights = read_file(&path.join("adapter_model.safetensors"), max_bytes)?;
         Self::parse(&config, weights, shapes)
     }
 
-    /// The same from the bytes of both files.
+    /// The same from the bytes of a GGUF file.
+    pub fn parse_gguf(file: Vec<u8>, shapes: &BaseShapes) -> Result<Self> {
+        let num_bytes = file.len();
+        Ok(Self::new(gguf_lora::read_updates(file, shapes)?, num_bytes))
+    }
+
+    /// The same from the bytes of PEFT's files.
     pub fn parse(config: &[u8], weights: Vec<u8>, shapes: &BaseShapes) -> Result<Self> {
         let config = std::str::from_utf8(config).map_err(|_| malformed!("adapter_config.json is not UTF-8"))?;
         let config = PeftConfig::parse(config)?;
         let num_bytes = weights.len();
         let mut updates = BTreeMap::new();
         for (place, halves) in read_halves(weights)? {
-            updates.insert(place, join(place, halves, &config, shapes)?);
+            let name = module_name(place);
+            let (a, b) = join(place, halves, Some(config.rank(&name)), shapes)?;
+            updates.insert(place, Update::new(a, b, config.scaling(&name))?);
         }
         if updates.is_empty() {
             return Err(malformed!("adapter_model.safetensors has no lora_A and lora_B of any module"));
         }
-        Ok(Self { digest: digest(&updates), updates, num_bytes })
+        Ok(Self::new(updates, num_bytes))
+    }
+
+    fn new(updates: BTreeMap<Place, Update>, num_bytes: usize) -> Self {
+        Self { digest: digest(&updates), updates, num_bytes }
     }
 
     /// Its identity.
@@ -144,7 +187,7 @@ fn read_file(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
 }
 
 /// All tensors of a file, by module.
-fn read_halves(bytes: Vec<u8>) -> Result<BTreeMap<(usize, Module), Halves>> {
+fn read_halves(bytes: Vec<u8>) -> Result<BTreeMap<Place, Halves>> {
     let header_bytes = bytes.first_chunk().map(|length| u64::from_le_bytes(*length));
     if let Some(length) = header_bytes.filter(|length| *length > MAX_HEADER_BYTES) {
         return Err(malformed!("the header of adapter_model.safetensors claims {length} bytes"));
@@ -152,22 +195,18 @@ fn read_halves(bytes: Vec<u8>) -> Result<BTreeMap<(usize, Module), Halves>> {
     let (header_bytes, metadata) = SafeTensors::read_metadata(&bytes)
         .map_err(|error| malformed!("adapter_model.safetensors is not a safetensors file: {error}"))?;
     let source: SharedBytes = Arc::new(bytes);
-    let mut found: BTreeMap<(usize, Module), Halves> = BTreeMap::new();
+    let mut found: BTreeMap<Place, Halves> = BTreeMap::new();
     for (name, info) in metadata.tensors() {
         let (place, half) = parse_name(&name)?;
         let tensor = host_tensor(&name, info, &source, header_bytes + 8)?;
-        let halves = found.entry(place).or_default();
-        let slot = if half == Half::A { &mut halves.a } else { &mut halves.b };
-        if slot.replace(tensor).is_some() {
-            return Err(malformed!("adapter_model.safetensors has {name:?} twice, under different names"));
-        }
+        found.entry(place).or_default().insert(half, tensor)?;
     }
     Ok(found)
 }
 
 /// `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`, with or without the first two and with or without
 /// the adapter's name before `weight`.
-fn parse_name(name: &str) -> Result<((usize, Module), Half)> {
+fn parse_name(name: &str) -> Result<(Place, Half)> {
     let inner = name.strip_prefix("base_model.model.").unwrap_or(name);
     for (marker, half) in [(".lora_A.", Half::A), (".lora_B.", Half::B)] {
         let Some((module, last)) = inner.split_once(marker) else { continue };
@@ -187,7 +226,7 @@ fn parse_name(name: &str) -> Result<((usize, Module), Half)> {
     Err(unsupported!("the adapter has a tensor {name:?}; {advice}"))
 }
 
-fn parse_module(name: &str) -> Option<(usize, Module)> {
+fn parse_module(name: &str) -> Option<Place> {
     let (layer, module) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let is_plain = layer.bytes().all(|byte| byte.is_ascii_digit()) && (layer == "0" || !layer.starts_with('0'));
     Some((layer.parse().ok().filter(|_| is_plain)?, Module::from_name(module)?))
@@ -205,9 +244,15 @@ fn host_tensor(name: &str, info: &TensorInfo, source: &SharedBytes, data_start: 
     };
     let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
     let tensor = HostTensor::new(name, source.clone(), range, dtype, rows, columns)?;
-    match is_finite(&tensor) {
-        true => Ok(tensor),
-        false => Err(malformed!("tensor {name:?} holds NaN or infinity")),
+    expect_finite(&tensor)?;
+    Ok(tensor)
+}
+
+/// An error when a number of a tensor in f32, f16 or bf16 is none.
+pub(super) fn expect_finite(tensor: &HostTensor) -> Result<()> {
+    match is_finite(tensor) {
+        true => Ok(()),
+        false => Err(malformed!("tensor {:?} holds NaN or infinity", tensor.name())),
     }
 }
 
@@ -227,10 +272,20 @@ fn is_finite(tensor: &HostTensor) -> bool {
     }
 }
 
-/// Checks the halves of one module against each other, the configuration and the model.
-fn join(place: (usize, Module), halves: Halves, config: &PeftConfig, shapes: &BaseShapes) -> Result<Update> {
+/// What the model calls a module.
+fn module_name((layer, module): Place) -> String {
+    format!("model.layers.{layer}.{}", module.name())
+}
+
+/// The halves of one module, after a look at each other, at the rank that is `said` elsewhere, and at the model.
+pub(super) fn join(
+    place: Place,
+    halves: Halves,
+    said: Option<usize>,
+    shapes: &BaseShapes,
+) -> Result<(HostTensor, HostTensor)> {
     let (layer, module) = place;
-    let name = format!("model.layers.{layer}.{}", module.name());
+    let name = module_name(place);
     if layer >= shapes.num_layers {
         return Err(malformed!("the adapter changes {name}, the model has {} layers", shapes.num_layers));
     }
@@ -239,12 +294,10 @@ fn join(place: (usize, Module), halves: Halves, config: &PeftConfig, shapes: &Ba
         Halves { a: Some(_), .. } => return Err(malformed!("{name} has lora_A and no lora_B")),
         Halves { .. } => return Err(malformed!("{name} has lora_B and no lora_A")),
     };
-    let rank = config.rank(&name);
+    let rank = said.unwrap_or_else(|| b.columns());
     if (a.rows(), b.columns()) != (rank, rank) {
         let (found_a, found_b) = (a.rows(), b.columns());
-        return Err(malformed!(
-            "{name}: the configuration says rank {rank}, lora_A has {found_a} and lora_B has {found_b}"
-        ));
+        return Err(malformed!("{name}: wanted rank {rank}, lora_A has {found_a} and lora_B has {found_b}"));
     }
     if rank == 0 || rank > MAX_RANK {
         return Err(unsupported!("{name} has rank {rank}; 1 to {MAX_RANK} are supported"));
@@ -257,14 +310,10 @@ fn join(place: (usize, Module), halves: Halves, config: &PeftConfig, shapes: &Ba
              made for another base model"
         ));
     }
-    let scaling = config.scaling(&name);
-    match scaling.is_finite() {
-        true => Ok(Update { a, b, scaling }),
-        false => Err(malformed!("{name}: alpha and rank give the factor {scaling}")),
-    }
+    Ok((a, b))
 }
 
-fn digest(updates: &BTreeMap<(usize, Module), Update>) -> AdapterDigest {
+fn digest(updates: &BTreeMap<Place, Update>) -> AdapterDigest {
     let mut hasher = blake3::Hasher::new_derive_key("mneme lora adapter v1");
     for ((layer, module), update) in updates {
         let Update { a, b, scaling } = update;

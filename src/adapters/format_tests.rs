@@ -3,9 +3,12 @@
 use half::{bf16, f16};
 use serde_json::{Value, json};
 
+use super::super::base::GgufConventions;
 use super::*;
 
-const SHAPES: BaseShapes = BaseShapes { num_layers: 2, hidden_size: 8, intermediate_size: 12, q_size: 16, kv_size: 4 };
+const GGUF: GgufConventions = GgufConventions { architecture: "llama", interleaved_heads: None };
+const SHAPES: BaseShapes =
+    BaseShapes { num_layers: 2, hidden_size: 8, intermediate_size: 12, q_size: 16, kv_size: 4, gguf: GGUF };
 
 struct Tensor {
     name: String,

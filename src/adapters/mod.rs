@@ -5,12 +5,13 @@ mod base;
 mod device;
 mod format;
 mod fuse;
+mod gguf_lora;
 mod host;
 mod low_rank;
 mod peft_config;
 mod peft_writer;
 
-pub use base::{BaseShapes, Module};
+pub use base::{BaseShapes, GgufConventions, Module};
 pub use device::PackedAdapter;
 pub use format::{Adapter, AdapterDigest, MAX_ADAPTER_BYTES, MAX_RANK};
 pub use fuse::{FuseMethod, Fused, MAX_PARTS, Part, fuse};

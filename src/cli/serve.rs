@@ -45,8 +45,8 @@ pub(crate) struct ServeArgs {
     /// The key that loads and unloads adapters; without it everyone who is let in may
     #[arg(long, env = "MNEME_ADMIN_API_KEY", hide_env_values = true)]
     admin_api_key: Option<String>,
-    /// Adapters to start with, as NAME=FOLDER; a request names one, or several: model+a:0.7+b:0.3
-    #[arg(long, num_args = 1.., value_name = "NAME=FOLDER", value_parser = parse_lora_module)]
+    /// Adapters to start with, as NAME=FOLDER or NAME=FILE.gguf; a request names one, or several: model+a:0.7+b:0.3
+    #[arg(long, num_args = 1.., value_name = "NAME=PATH", value_parser = parse_lora_module)]
     lora_modules: Vec<(String, PathBuf)>,
     /// A folder under which clients may load adapters through /v1/load_lora_adapter; without any they may not
     #[arg(long, value_name = "DIR")]
@@ -113,8 +113,8 @@ impl ServeArgs {
     fn adapters(&self, launched: &Launched) -> anyhow::Result<AdapterRegistry> {
         let registry =
             AdapterRegistry::new(launched.handle.clone(), &self.lora_root)?.with_merge_rules(self.engine.merge.rules());
-        for (name, folder) in &self.lora_modules {
-            registry.load(name, folder, false).with_context(|| format!("cannot load the adapter {name}"))?;
+        for (name, path) in &self.lora_modules {
+            registry.load(name, path, false).with_context(|| format!("cannot load the adapter {name}"))?;
         }
         Ok(registry)
     }
@@ -142,8 +142,8 @@ impl ServeArgs {
 }
 
 fn parse_lora_module(text: &str) -> Result<(String, PathBuf), String> {
-    let (name, folder) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=FOLDER"))?;
-    Ok((name.to_owned(), PathBuf::from(folder)))
+    let (name, path) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=PATH"))?;
+    Ok((name.to_owned(), PathBuf::from(path)))
 }
 
 /// Builds what all grammars share, so that the first structured request does not hold up others.

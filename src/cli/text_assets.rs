@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use mneme::engine::SamplingParams;
+use mneme::gguf::Gguf;
 use mneme::models::Checkpoint;
-use mneme::models::gguf::Gguf;
 use mneme::text::chat_template::template_in_folder;
 use mneme::text::{ChatTemplate, Tokenizer};
 use serde::Deserialize;

@@ -1,7 +1,7 @@
 //! The adapters of an engine below its device: read and checked when somebody brings them, kept in the host's memory as far
 //! as a budget goes, read again from their files otherwise.
 //!
-//! Of an adapter that is in use nowhere no more stays than its digest and the name of its folder, so there may be
+//! Of an adapter that is in use nowhere no more stays than its digest and the name of its folder or file, so there may be
 //! thousands. Files are read rather than mapped: a mapped file that somebody cuts short would end the process. Used by
 //! threads that may wait; the engine's own is none of them.
 
@@ -75,27 +75,27 @@ impl<L: LoraLoader> AdapterStore<L> {
         if let Some(packed) = self.lock().copies.find(&wanted.digest()) {
             return Ok((packed, Tier::Host));
         }
-        let folder = wanted.folder();
-        let adapter = self.read(folder).map_err(|error| in_folder(folder, error))?;
+        let path = wanted.path();
+        let adapter = self.read(path).map_err(|error| at_path(path, error))?;
         if adapter.digest() != wanted.digest() && !planted::is(Bug::AdapterChangeIgnored) {
             return Err(malformed!(
                 "the adapter in {} has changed since it was loaded: it is {:?}, wanted {:?}; load it again to use what is \
                  there now",
-                folder.display(),
+                path.display(),
                 adapter.digest(),
                 wanted.digest()
             ));
         }
         let packed = self.pack(&adapter)?;
         if packed.num_pages() != wanted.num_pages() {
-            return Err(malformed!("the adapter in {} takes other pages than before", folder.display()));
+            return Err(malformed!("the adapter in {} takes other pages than before", path.display()));
         }
         self.keep(wanted, &packed);
         Ok((packed, Tier::Disk))
     }
 
-    fn read(&self, folder: &Path) -> Result<Adapter> {
-        Adapter::read(folder, &self.space.shapes, MAX_ADAPTER_BYTES)
+    fn read(&self, path: &Path) -> Result<Adapter> {
+        Adapter::read(path, &self.space.shapes, MAX_ADAPTER_BYTES)
     }
 
     fn pack(&self, adapter: &Adapter) -> Result<Arc<PackedAdapter<L>>> {
@@ -117,8 +117,8 @@ impl<L: LoraLoader> AdapterStore<L> {
 }
 
 impl<L: LoraLoader> AdapterLoader for AdapterStore<L> {
-    fn load(&self, folder: &Path) -> Result<LoadedAdapter> {
-        let adapter = self.read(folder)?;
+    fn load(&self, path: &Path) -> Result<LoadedAdapter> {
+        let adapter = self.read(path)?;
         let packed = self.pack(&adapter)?;
         let (wanted, found) = (packed.num_pages(), self.space.num_pages);
         if wanted > found {
@@ -128,16 +128,16 @@ impl<L: LoraLoader> AdapterLoader for AdapterStore<L> {
                  {found}; give more --kv-cache-memory-bytes"
             )));
         }
-        let loaded = LoadedAdapter::new(&adapter, wanted, folder, self.id);
+        let loaded = LoadedAdapter::new(&adapter, wanted, path, self.id);
         self.keep(&loaded, &packed);
         Ok(loaded)
     }
 }
 
 /// The same error, which says which adapter it is about.
-fn in_folder(folder: &Path, error: Error) -> Error {
+fn at_path(path: &Path, error: Error) -> Error {
     match error {
-        Error::Format(why) => malformed!("the adapter in {} cannot be read again: {why}", folder.display()),
+        Error::Format(why) => malformed!("the adapter in {} cannot be read again: {why}", path.display()),
         Error::NotFound(why) => Error::NotFound(format!("an adapter is gone since it was loaded: {why}")),
         other => other,
     }

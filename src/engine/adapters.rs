@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use uuid::Uuid;
 
 use super::merge::MergeRule;
-use crate::adapters::{Adapter, AdapterDigest, BaseShapes};
+use crate::adapters::{Adapter, AdapterDigest, BaseShapes, GgufConventions};
 use crate::models::ModelConfig;
 use crate::planted::{self, Bug};
 use crate::{Result, invalid};
@@ -30,8 +30,8 @@ pub(super) struct Loaded {
     max_rank: usize,
     /// Pages that it takes on the device.
     num_pages: usize,
-    /// Where it was read.
-    folder: PathBuf,
+    /// Where it was read: a folder or a GGUF file.
+    path: PathBuf,
     /// Which store read it.
     store: Uuid,
     /// Whether new requests find it merged, alone or with others.
@@ -62,19 +62,19 @@ impl AppliedAdapter {
 
 /// Reads adapters, so that an engine can use them.
 pub trait AdapterLoader: Send + Sync {
-    /// Reads a folder, while the engine runs.
-    fn load(&self, folder: &Path) -> Result<LoadedAdapter>;
+    /// Reads a folder or a GGUF file, while the engine runs.
+    fn load(&self, path: &Path) -> Result<LoadedAdapter>;
 }
 
 impl LoadedAdapter {
-    /// What `store` has read from a folder.
-    pub(super) fn new(adapter: &Adapter, num_pages: usize, folder: &Path, store: Uuid) -> Self {
+    /// What `store` has read from a folder or a file.
+    pub(super) fn new(adapter: &Adapter, num_pages: usize, path: &Path, store: Uuid) -> Self {
         let loaded = Loaded {
             digest: adapter.digest(),
             num_bytes: adapter.num_bytes(),
             max_rank: adapter.max_rank(),
             num_pages,
-            folder: folder.to_owned(),
+            path: path.to_owned(),
             store,
             is_merged: AtomicBool::new(false),
         };
@@ -122,8 +122,8 @@ impl LoadedAdapter {
     }
 
     /// Where it was read, and will be again.
-    pub fn folder(&self) -> &Path {
-        &self.loaded.folder
+    pub fn path(&self) -> &Path {
+        &self.loaded.path
     }
 
     /// Which store read it.
@@ -140,6 +140,10 @@ pub fn base_shapes(config: &ModelConfig) -> BaseShapes {
         intermediate_size: config.intermediate_size,
         q_size: config.num_heads * config.head_dim,
         kv_size: config.num_kv_heads * config.head_dim,
+        gguf: GgufConventions {
+            architecture: config.architecture.gguf_name(),
+            interleaved_heads: config.interleaved_heads(),
+        },
     }
 }
 
@@ -208,7 +212,7 @@ pub(super) fn sample(digest: u8, num_pages: usize) -> LoadedAdapter {
         num_bytes: 0,
         max_rank: 1,
         num_pages,
-        folder: PathBuf::new(),
+        path: PathBuf::new(),
         store: Uuid::nil(),
         is_merged: AtomicBool::new(false),
     };

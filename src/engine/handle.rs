@@ -116,14 +116,14 @@ impl EngineHandle {
         self
     }
 
-    /// Reads an adapter's folder and brings it onto the engine's device. Takes as long as reading does, on the calling
+    /// Reads an adapter's folder or GGUF file and brings it onto the engine's device. Takes as long as reading does, on the calling
     /// thread; the engine goes on meanwhile.
     ///
     /// # Errors
     /// Those of [`Adapter::read`](crate::adapters::Adapter::read), and `Unsupported` where the device cannot apply any.
-    pub fn load_adapter(&self, folder: &Path) -> CrateResult<LoadedAdapter> {
+    pub fn load_adapter(&self, path: &Path) -> CrateResult<LoadedAdapter> {
         match &self.adapters {
-            Some(loader) => loader.load(folder),
+            Some(loader) => loader.load(path),
             None => Err(unsupported!("this engine takes no adapters")),
         }
     }

@@ -451,7 +451,7 @@ impl Scheduler {
             while at < self.waiting.len() {
                 let Some(mut sequence) = self.waiting.remove(at) else { break };
                 let its_own = sequence.held_adapters().iter().find(|it| it.adapter.digest() == adapter.digest());
-                let is_same = its_own.map(|it| it.adapter.folder() == adapter.folder());
+                let is_same = its_own.map(|it| it.adapter.path() == adapter.path());
                 match is_same {
                     Some(true) => {
                         self.release(&mut sequence);

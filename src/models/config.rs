@@ -16,6 +16,11 @@ pub enum Architecture {
     Gemma3,
 }
 
+impl Architecture {
+    /// Every family.
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3];
+}
+
 /// Shapes and constants of a decoder.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {

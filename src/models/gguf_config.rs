@@ -1,14 +1,32 @@
 //! The same from the metadata of a GGUF file, and what the file calls its tensors.
 
 use super::config::{Architecture, ModelConfig, SlidingWindow};
-use super::gguf::Gguf;
 use crate::backend::{Activation, RopeConfig, RopeScaling, dequantize_row};
+use crate::gguf::Gguf;
 use crate::{Result, malformed, unsupported};
 
 impl ModelConfig {
     /// Reads the metadata of a GGUF file.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         GgufConfig::new(gguf)?.normalise()?.validate()
+    }
+
+    /// Numbers of query heads and of key heads where GGUF files keep the rows of q and k in the order of ggml's
+    /// interleaved RoPE: those of the Llama architecture do.
+    pub fn interleaved_heads(&self) -> Option<[usize; 2]> {
+        (self.architecture == Architecture::Llama).then_some([self.num_heads, self.num_kv_heads])
+    }
+}
+
+impl Architecture {
+    /// What GGUF files call it in `general.architecture`.
+    pub fn gguf_name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Gemma3 => "gemma3",
+        }
     }
 }
 
@@ -21,17 +39,11 @@ struct GgufConfig<'a> {
 impl<'a> GgufConfig<'a> {
     fn new(gguf: &'a Gguf) -> Result<Self> {
         let prefix = gguf.get_str("general.architecture")?;
-        let architecture = match prefix.as_str() {
-            "llama" => Architecture::Llama,
-            "qwen2" => Architecture::Qwen2,
-            "qwen3" => Architecture::Qwen3,
-            "gemma3" => Architecture::Gemma3,
-            other => {
-                return Err(unsupported!(
-                    "GGUF architecture {other:?} is not supported; llama, qwen2, qwen3, gemma3 are"
-                ));
-            }
-        };
+        let architecture = Architecture::ALL.into_iter().find(|known| known.gguf_name() == prefix);
+        let architecture = architecture.ok_or_else(|| {
+            let known = Architecture::ALL.map(Architecture::gguf_name).join(", ");
+            unsupported!("GGUF architecture {prefix:?} is not supported; {known} are")
+        })?;
         Ok(Self { gguf, prefix, architecture })
     }
 
@@ -145,4 +157,32 @@ fn gguf_stem(architecture: Architecture, stem: &str) -> Option<&'static str> {
         "post_feedforward_layernorm" => "post_ffw_norm",
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::gguf::writer::Writer;
+
+    /// Stored keys are moved by rotations, which change no length; and angles must be proportional to the position.
+    #[test]
+    fn rope_scalings_that_cannot_be_moved_are_refused() {
+        let error = |key: &str, code: u32, payload: &[u8]| {
+            let mut writer = Writer::new().string("general.architecture", "llama");
+            for key in
+                ["embedding_length", "attention.head_count", "block_count", "feed_forward_length", "context_length"]
+            {
+                writer = writer.entry(&format!("llama.{key}"), 4, &64u32.to_le_bytes());
+            }
+            let bytes = writer.entry(key, code, payload).tensor("token_embd.weight", &[64, 2], 0, &[0; 512]).finish();
+            ModelConfig::from_gguf(&Gguf::parse(Arc::new(bytes)).unwrap()).map_err(|error| error.to_string())
+        };
+        let factor = |factor: f32| error("llama.rope.scaling.attn_factor", 6, &factor.to_le_bytes());
+        assert!(factor(1.19).unwrap_err().contains("attention factor 1.19"));
+        assert!(factor(1.0).err().is_none_or(|error| !error.contains("attention factor")));
+        let kind = [&4u64.to_le_bytes()[..], b"yarn"].concat();
+        assert!(error("llama.rope.scaling.type", 8, &kind).unwrap_err().contains("yarn"));
+    }
 }

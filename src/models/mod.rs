@@ -4,7 +4,6 @@
 mod batch;
 mod config;
 mod gemma;
-pub mod gguf;
 mod gguf_config;
 mod hf_config;
 mod identity;

@@ -12,10 +12,10 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 
-use super::config::{Architecture, ModelConfig};
-use super::gguf::Gguf;
+use super::config::ModelConfig;
 use super::gguf_config::gguf_name;
 use crate::backend::{DType, HostTensor, RowOrder, SharedBytes};
+use crate::gguf::Gguf;
 use crate::{Error, Result, malformed, unsupported};
 
 /// Larger JSON files beside a model are not read.
@@ -204,15 +204,13 @@ impl Checkpoint {
     }
 }
 
-/// GGUF files of the Llama architecture keep q and k rows in the order ggml's interleaved RoPE wants.
+/// Heads of the rows of a tensor that GGUF files keep in another order.
 fn interleaved_heads(config: &ModelConfig, name: &str) -> Option<usize> {
-    if config.architecture != Architecture::Llama {
-        return None;
-    }
+    let [num_heads, num_kv_heads] = config.interleaved_heads()?;
     if name.contains("self_attn.q_proj") {
-        Some(config.num_heads)
+        Some(num_heads)
     } else if name.contains("self_attn.k_proj") {
-        Some(config.num_kv_heads)
+        Some(num_kv_heads)
     } else {
         None
     }

@@ -49,7 +49,7 @@ impl MergeRules {
 pub struct AdapterRegistry {
     engine: EngineHandle,
     named: RwLock<Vec<NamedAdapter>>,
-    /// Folders, resolved, under which adapters may be loaded over HTTP; none means that nobody may.
+    /// Folders, resolved, under which adapters may be read over HTTP; none means that nobody may.
     roots: Vec<PathBuf>,
     merge_rules: MergeRules,
     /// One adapter is read at a time.
@@ -97,20 +97,20 @@ impl AdapterRegistry {
         named.iter().find(|known| known.name == name).cloned()
     }
 
-    /// Reads a folder and gives it a name; a name that is taken is replaced when `replaces`, and then in one moment.
+    /// Reads a folder or a GGUF file and gives it a name; a name that is taken is replaced when `replaces`, and then in one moment.
     ///
     /// # Errors
     /// `Invalid` for a bad name, `Conflict` for one that is taken, `Exhausted` when there are too many or this one is
     /// too large, and those of loading.
-    pub fn load(&self, name: &str, folder: &Path, replaces: bool) -> crate::Result<()> {
+    pub fn load(&self, name: &str, path: &Path, replaces: bool) -> crate::Result<()> {
         check_name(name)?;
         let _one_at_a_time = self.loading.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if !replaces && self.find(name).is_some() {
             return Err(Error::Conflict(taken(name)));
         }
-        let adapter = self.engine.load_adapter(folder)?.with_merge_rule(self.merge_rules.of(name));
+        let adapter = self.engine.load_adapter(path)?.with_merge_rule(self.merge_rules.of(name));
         let created = std::time::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_secs());
-        let new = NamedAdapter { name: name.to_owned(), path: folder.display().to_string(), created, adapter };
+        let new = NamedAdapter { name: name.to_owned(), path: path.display().to_string(), created, adapter };
         let mut named = self.named.write().unwrap_or_else(|poisoned| poisoned.into_inner());
         let is_new = named.iter().all(|known| known.name != name);
         if is_new && named.len() >= MAX_ADAPTERS {
@@ -161,13 +161,17 @@ impl AdapterRegistry {
         }
     }
 
-    /// The folder that a client means, if it and its files lie under a root. Symbolic links are followed first.
-    fn folder(&self, path: &str) -> Option<PathBuf> {
+    /// The folder or file that a client means, if it and what it holds lie under a root. Symbolic links are followed
+    /// first.
+    fn place(&self, path: &str) -> Option<PathBuf> {
         let is_inside = |path: &Path| self.roots.iter().any(|root| path.starts_with(root));
         let candidates = self.roots.iter().map(|root| root.join(path));
-        let folder = candidates.filter_map(|path| path.canonicalize().ok()).find(|path| is_inside(path))?;
-        let files = ["adapter_config.json", "adapter_model.safetensors"].map(|name| folder.join(name).canonicalize());
-        files.into_iter().all(|file| file.is_ok_and(|file| is_inside(&file))).then_some(folder)
+        let place = candidates.filter_map(|path| path.canonicalize().ok()).find(|path| is_inside(path))?;
+        if place.is_file() {
+            return Some(place);
+        }
+        let files = ["adapter_config.json", "adapter_model.safetensors"].map(|name| place.join(name).canonicalize());
+        files.into_iter().all(|file| file.is_ok_and(|file| is_inside(&file))).then_some(place)
     }
 }
 
@@ -193,7 +197,7 @@ fn taken(name: &str) -> String {
 pub(super) struct LoadLoraRequest {
     /// The name it is to have.
     lora_name: String,
-    /// A folder as PEFT writes it, under a root of the server.
+    /// A folder as PEFT writes it, or a GGUF file, under a root of the server.
     lora_path: String,
     /// Replace what has that name.
     load_inplace: Option<bool>,
@@ -226,8 +230,8 @@ pub(super) async fn load(State(app): State<AppRef>, headers: HeaderMap, body: Js
         move || -> Result<(), ApiError> {
             let registry = app.model.adapters.as_ref().ok_or_else(closed)?;
             let missing = || ApiError::not_found(format!("No adapter found for '{lora_name}' at '{lora_path}'."));
-            let folder = registry.folder(&lora_path).ok_or_else(missing)?;
-            registry.load(&lora_name, &folder, replaces).map_err(|error| load_error(error, missing))
+            let place = registry.place(&lora_path).ok_or_else(missing)?;
+            registry.load(&lora_name, &place, replaces).map_err(|error| load_error(error, missing))
         }
     });
     match load.await {

@@ -12,7 +12,7 @@ use crate::kinds;
 use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, request};
 use crate::support::random::Random;
 use crate::support::tiny_adapter::{ALL, TinyAdapter};
-use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::support::tiny_model::{Family, HEAD_DIM, TinyModel, VOCAB};
 
 /// Adapters of a request, by number.
 type Composition = &'static [(usize, f32)];
@@ -91,6 +91,27 @@ fn mixed(seed: u64) -> Vec<(Vec<u32>, Composition)> {
         (prompt, COMPOSITIONS[at % COMPOSITIONS.len()])
     };
     (0..14).map(make).collect()
+}
+
+/// A file of llama.cpp's converter has the rows of q and k in another order, which the model alone says.
+#[test]
+fn a_gguf_file_is_the_same_adapter_as_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("adapter.gguf");
+    let model = TinyModel::new(Family::Llama, 12);
+    let [adapter, ..] = adapters(&model);
+    adapter.write_gguf(&path, HEAD_DIM);
+    let written = model.write();
+    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let loaded = engine.handle.load_adapter(&path).unwrap();
+    assert_eq!(loaded.digest(), load(&engine, &adapter).digest());
+    let unturned = folder.path().join("unturned.gguf");
+    adapter.write_gguf(&unturned, 2);
+    assert_ne!(engine.handle.load_adapter(&unturned).unwrap().digest(), loaded.digest());
+    let written = TinyModel::new(Family::Qwen2, 12).write();
+    let qwen = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let refused = qwen.handle.load_adapter(&path).err().unwrap().to_string();
+    assert!(refused.contains("another base model"), "{refused}");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use mneme::adapters::BaseShapes;
+use mneme::adapters::{BaseShapes, GgufConventions};
 use mneme::backend::sim::SimLoraLoader;
 use mneme::engine::{AdapterSpace, AdapterStore, MergeRule};
 use mneme::server::{AdapterRegistry, MergeRules, ServedModel, ServerConfig, ServerThread};
@@ -18,7 +18,9 @@ use crate::fake_engine::{self, Script};
 use crate::support::tiny_adapter::TinyAdapter;
 use crate::{TestServer, served_model};
 
-const SHAPES: BaseShapes = BaseShapes { num_layers: 1, hidden_size: 8, intermediate_size: 16, q_size: 8, kv_size: 8 };
+const GGUF: GgufConventions = GgufConventions { architecture: "llama", interleaved_heads: None };
+const SHAPES: BaseShapes =
+    BaseShapes { num_layers: 1, hidden_size: 8, intermediate_size: 16, q_size: 8, kv_size: 8, gguf: GGUF };
 const PAGE_BYTES: usize = 1024;
 const NUM_PAGES: usize = 4;
 
@@ -218,6 +220,27 @@ fn adapters_come_and_go_below_the_root() {
     assert_eq!((reply.status, reply.text()), (200, "Success: LoRA adapter 'mine' removed successfully."));
     assert_eq!(unload().status, 404);
     assert_eq!(setup.server.complete(json!({ "model": "mine" })).status, 404);
+}
+
+#[test]
+fn gguf_files_are_adapters_too() {
+    let setup = Setup::new(true);
+    adapter(4, 2).write_gguf(&setup.root.path().join("c.gguf"), 2);
+    let load = |name: &str, path: &str| setup.load(json!({ "lora_name": name, "lora_path": path }));
+    let reply = load("gguf", "c.gguf");
+    assert_eq!((reply.status, reply.text()), (200, "Success: LoRA adapter 'gguf' added successfully."));
+    assert_eq!(load("folder", "c").status, 200);
+    let card = setup.server.get("/v1/models/gguf").json();
+    assert_eq!(card["root"], setup.root.path().canonicalize().unwrap().join("c.gguf").display().to_string());
+    let outside = tempfile::tempdir().unwrap();
+    adapter(4, 2).write_gguf(&outside.path().join("d.gguf"), 2);
+    std::os::unix::fs::symlink(outside.path().join("d.gguf"), setup.root.path().join("link.gguf")).unwrap();
+    assert_eq!(load("x", "link.gguf").status, 404);
+    assert_eq!(load("x", "nowhere.gguf").status, 404);
+    std::fs::write(setup.root.path().join("bad.gguf"), b"GGUF\x03\0\0\0").unwrap();
+    let damaged = load("x", "bad.gguf");
+    assert_eq!(damaged.status, 400, "{}", damaged.text());
+    assert!(message(&damaged).contains("cut short"), "{}", damaged.text());
 }
 
 #[test]

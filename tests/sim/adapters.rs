@@ -173,7 +173,7 @@ impl Names {
         let known = &self.loaded[name];
         known.is_harmed.store(true, Ordering::SeqCst);
         // The folders are in order of loading: the name's own is the last that was made for its adapter.
-        let Some(folder) = self.folders.iter().find(|folder| folder.path() == known.adapter.folder()) else { return };
+        let Some(folder) = self.folders.iter().find(|folder| folder.path() == known.adapter.path()) else { return };
         let weights = folder.path().join(FILES[1]);
         match random.below(4) {
             // Somebody may have been here before.

@@ -1,4 +1,4 @@
-//! Random LoRA adapters for tiny models, written the way PEFT does.
+//! Random LoRA adapters for tiny models, written the way PEFT and llama.cpp do.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::random::Random;
+use super::tiny_gguf::{gguf_name, interleaved, text};
 use super::tiny_model::TinyModel;
 
 /// Every module that adapters change.
@@ -107,5 +108,38 @@ impl TinyAdapter {
         text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
         let file = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &data].concat();
         std::fs::write(folder.join("adapter_model.safetensors"), file).unwrap();
+    }
+
+    /// One GGUF file in bf16 for a model of the Llama architecture with heads of `head_dim`.
+    pub fn write_gguf(&self, path: &Path, head_dim: usize) {
+        let (mut table, mut data, mut metadata) = (Vec::new(), Vec::new(), Vec::new());
+        for (key, value) in [("general.type", "adapter"), ("general.architecture", "llama"), ("adapter.type", "lora")] {
+            text(&mut metadata, key);
+            metadata.extend(8u32.to_le_bytes());
+            text(&mut metadata, value);
+        }
+        text(&mut metadata, "adapter.lora.alpha");
+        metadata.extend(6u32.to_le_bytes());
+        metadata.extend((self.alpha as f32).to_le_bytes());
+        for (name, (a, b)) in &self.updates {
+            let b_values = interleaved(name, &b.values, b.columns, head_dim);
+            for (half, matrix, values) in [("a", a, &a.values), ("b", b, &b_values)] {
+                text(&mut table, &format!("{}.weight.lora_{half}", gguf_name(name)));
+                table.extend(2u32.to_le_bytes());
+                [matrix.columns, matrix.rows].iter().for_each(|&extent| table.extend((extent as u64).to_le_bytes()));
+                table.extend(30u32.to_le_bytes());
+                table.extend((data.len() as u64).to_le_bytes());
+                data.extend(values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()));
+                data.resize(data.len().next_multiple_of(32), 0);
+            }
+        }
+        let mut file = b"GGUF\x03\0\0\0".to_vec();
+        file.extend((2 * self.updates.len() as u64).to_le_bytes());
+        file.extend(4u64.to_le_bytes());
+        file.extend(metadata);
+        file.extend(table);
+        file.resize(file.len().next_multiple_of(32), 0);
+        file.extend(data);
+        std::fs::write(path, file).unwrap();
     }
 }

@@ -108,7 +108,7 @@ impl TinyModel {
     }
 }
 
-fn text(bytes: &mut Vec<u8>, text: &str) {
+pub(super) fn text(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend((text.len() as u64).to_le_bytes());
     bytes.extend(text.as_bytes());
 }
@@ -140,7 +140,7 @@ fn metadata() -> (usize, Vec<u8>) {
     (1 + sizes.len() + numbers.len(), bytes)
 }
 
-fn gguf_name(name: &str) -> String {
+pub(super) fn gguf_name(name: &str) -> String {
     let whole = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("model.layers", "blk")];
     let parts = [
         ("input_layernorm", "attn_norm"),
@@ -157,10 +157,15 @@ fn gguf_name(name: &str) -> String {
 }
 
 fn stored_rows(name: &str, weights: &Weights) -> Vec<f32> {
+    interleaved(name, &weights.values, weights.columns, HEAD_DIM)
+}
+
+/// Rows of `columns` numbers in the order in which files of the Llama architecture have those of q and k.
+pub(super) fn interleaved(name: &str, values: &[f32], columns: usize, head_dim: usize) -> Vec<f32> {
     if !name.contains("q_proj") && !name.contains("k_proj") {
-        return weights.values.clone();
+        return values.to_vec();
     }
-    let row = |row: usize| &weights.values[row * weights.columns..(row + 1) * weights.columns];
-    let source_of = |at: usize| at / HEAD_DIM * HEAD_DIM + at % 2 * (HEAD_DIM / 2) + at % HEAD_DIM / 2;
-    (0..weights.rows).flat_map(|at| row(source_of(at)).to_vec()).collect()
+    let row = |row: usize| &values[row * columns..(row + 1) * columns];
+    let source_of = |at: usize| at / head_dim * head_dim + at % 2 * (head_dim / 2) + at % head_dim / 2;
+    (0..values.len() / columns).flat_map(|at| row(source_of(at)).to_vec()).collect()
 }

@@ -32,7 +32,7 @@ const MAX_BUILD: Duration = Duration::from_secs(600);
 pub(super) struct LoraBenchArgs {
     #[command(flatten)]
     engine: EngineArgs,
-    /// A folder with a LoRA adapter in PEFT's form; may be given again
+    /// A folder with a LoRA adapter in PEFT's form, or a GGUF file of one; may be given again
     #[arg(long = "adapter", required = true)]
     adapters: Vec<PathBuf>,
     /// Tokens of a prompt
@@ -129,7 +129,7 @@ pub(super) fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
 
 fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraReport> {
     let handle = &engine.launched.handle;
-    let adapters = args.adapters.iter().map(|folder| handle.load_adapter(folder)).collect::<Result<Vec<_>, _>>()?;
+    let adapters = args.adapters.iter().map(|path| handle.load_adapter(path)).collect::<Result<Vec<_>, _>>()?;
     let mut bench = Bench { engine, batch_size: args.batch_size.get(), next_index: 0 };
     let merged = adapters.first().context("no adapter")?.clone().with_merge_rule(MergeRule::Always);
     let metrics = &handle.metrics().merges;

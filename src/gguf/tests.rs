@@ -5,88 +5,9 @@ use std::sync::Arc;
 use candle_core::quantized::gguf_file::{Content, Value};
 use proptest::prelude::*;
 
+use super::writer::Writer;
 use super::*;
 use crate::backend::DType;
-use crate::models::ModelConfig;
-
-/// Writes GGUF files field by field, as the specification lists them.
-struct Writer {
-    num_tensors: u64,
-    num_entries: u64,
-    metadata: Vec<u8>,
-    infos: Vec<u8>,
-    data: Vec<u8>,
-}
-
-impl Writer {
-    fn new() -> Self {
-        Self { num_tensors: 0, num_entries: 0, metadata: vec![], infos: vec![], data: vec![] }
-    }
-
-    fn text(out: &mut Vec<u8>, text: &str) {
-        out.extend((text.len() as u64).to_le_bytes());
-        out.extend(text.as_bytes());
-    }
-
-    fn entry(mut self, key: &str, code: u32, payload: &[u8]) -> Self {
-        self.num_entries += 1;
-        Self::text(&mut self.metadata, key);
-        self.metadata.extend(code.to_le_bytes());
-        self.metadata.extend(payload);
-        self
-    }
-
-    fn string(self, key: &str, value: &str) -> Self {
-        let mut payload = vec![];
-        Self::text(&mut payload, value);
-        self.entry(key, 8, &payload)
-    }
-
-    fn strings(self, key: &str, values: &[&str]) -> Self {
-        let mut payload = 8u32.to_le_bytes().to_vec();
-        payload.extend((values.len() as u64).to_le_bytes());
-        values.iter().for_each(|value| Self::text(&mut payload, value));
-        self.entry(key, 9, &payload)
-    }
-
-    fn floats(self, key: &str, values: &[f32]) -> Self {
-        let mut payload = 6u32.to_le_bytes().to_vec();
-        payload.extend((values.len() as u64).to_le_bytes());
-        values.iter().for_each(|value| payload.extend(value.to_le_bytes()));
-        self.entry(key, 9, &payload)
-    }
-
-    fn info(mut self, name: &str, dims: &[u64], code: u32, offset: u64) -> Self {
-        self.num_tensors += 1;
-        Self::text(&mut self.infos, name);
-        self.infos.extend((dims.len() as u32).to_le_bytes());
-        dims.iter().for_each(|dim| self.infos.extend(dim.to_le_bytes()));
-        self.infos.extend(code.to_le_bytes());
-        self.infos.extend(offset.to_le_bytes());
-        self
-    }
-
-    fn tensor(mut self, name: &str, dims: &[u64], code: u32, bytes: &[u8]) -> Self {
-        self.data.resize(self.data.len().next_multiple_of(32), 0);
-        let offset = self.data.len() as u64;
-        self.data.extend(bytes);
-        self.info(name, dims, code, offset)
-    }
-
-    fn finish(self) -> Vec<u8> {
-        let mut out = b"GGUF".to_vec();
-        out.extend(3u32.to_le_bytes());
-        out.extend(self.num_tensors.to_le_bytes());
-        out.extend(self.num_entries.to_le_bytes());
-        out.extend(self.metadata);
-        out.extend(self.infos);
-        if self.num_tensors > 0 {
-            out.resize(out.len().next_multiple_of(32), 0);
-        }
-        out.extend(self.data);
-        out
-    }
-}
 
 fn sample() -> Vec<u8> {
     let bytes: Vec<u8> = (0..=255).cycle().take(4 * 3 * 2).collect();
@@ -265,25 +186,6 @@ fn unknown_tensor_types_are_unsupported() {
 fn bad_alignment_is_refused() {
     let zero = Writer::new().entry("general.alignment", 4, &0u32.to_le_bytes()).finish();
     assert!(message(zero).contains("power of two"));
-}
-
-/// Stored keys are moved by rotations, which change no length; and angles must be proportional to the position.
-#[test]
-fn rope_scalings_that_cannot_be_moved_are_refused() {
-    let error = |key: &str, code: u32, payload: &[u8]| {
-        let mut writer = Writer::new().string("general.architecture", "llama");
-        for key in ["embedding_length", "attention.head_count", "block_count", "feed_forward_length", "context_length"]
-        {
-            writer = writer.entry(&format!("llama.{key}"), 4, &64u32.to_le_bytes());
-        }
-        let bytes = writer.entry(key, code, payload).tensor("token_embd.weight", &[64, 2], 0, &[0; 512]).finish();
-        ModelConfig::from_gguf(&parse(bytes).unwrap()).map_err(|error| error.to_string())
-    };
-    let factor = |factor: f32| error("llama.rope.scaling.attn_factor", 6, &factor.to_le_bytes());
-    assert!(factor(1.19).unwrap_err().contains("attention factor 1.19"));
-    assert!(factor(1.0).err().is_none_or(|error| !error.contains("attention factor")));
-    let kind = [&4u64.to_le_bytes()[..], b"yarn"].concat();
-    assert!(error("llama.rope.scaling.type", 8, &kind).unwrap_err().contains("yarn"));
 }
 
 /// Touches everything a parsed file offers, so that a lazy decoder cannot hide a panic.

@@ -1,13 +1,15 @@
 //! Reading GGUF (versions 2 and 3, little-endian) from bytes that may be hostile.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Nothing is allocated by a declared length
-//! before that length was compared with the bytes that are there. Opening and mapping the file is left to the weights
-//! loader; the meaning of keys and tensor names to the model families.
+//! before that length was compared with the bytes that are there. Opening and reading the file is left to who loads
+//! weights or adapters; so is the meaning of keys and tensor names.
 
 mod cursor;
 mod metadata;
 mod tensors;
 mod vocabulary;
+#[cfg(test)]
+pub(crate) mod writer;
 
 use std::collections::HashMap;
 
@@ -123,7 +125,7 @@ impl Gguf {
     }
 
     /// The whole file.
-    pub(in crate::models) fn shared_bytes(&self) -> &SharedBytes {
+    pub(crate) fn shared_bytes(&self) -> &SharedBytes {
         &self.bytes
     }
 
