@@ -10,6 +10,7 @@ mod invariance;
 mod levels;
 mod lifecycle;
 mod link;
+mod merged_weights;
 mod merging;
 mod parameters;
 #[path = "../support/mod.rs"]
@@ -23,6 +24,9 @@ use support::engine::{Setup, TestEngine};
 
 /// Random workloads for every family, instruction set and kind of numbers.
 const NUM_WORKLOADS: u64 = 10;
+
+/// Tokens of an answer that a merge beside it takes less time than.
+const LONG_ANSWER: usize = 900;
 
 /// Starts an engine on the device that these tests are about.
 fn start(path: &Path, setup: Setup) -> TestEngine {

@@ -1,67 +1,72 @@
-//! Merged adapters: what is computed is what adding them computes, but for the rounding of the sum; who does not use the
-//! copy does not notice it, bit for bit; and no KV crosses from one form to the other.
+//! Merged adapters: who does not use the copy does not notice it, bit for bit, and no KV crosses from one form to the
+//! other. Run on every device; what is computed with a copy is for each device's own tests.
 
-use mneme::backend::DType;
-use mneme::backend::cpu::Isa;
+use std::path::Path;
+
 use mneme::engine::{
     AppliedAdapter, GenerateRequest, LoadedAdapter, MergeConfig, MergeRule, OutputStream, SamplingParams, Task,
 };
 use mneme::telemetry::{MergeMetrics, MergeRefusal, MergeStage};
 
-use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
 use crate::invariance::{Fingerprint, fingerprint};
-use crate::kinds;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_adapter::{ALL, TinyAdapter};
-use crate::support::tiny_gguf::Storage;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::{LONG_ANSWER, kinds};
 
 /// Few tokens are enough to decide by.
-const MERGING: MergeConfig =
-    MergeConfig { is_enabled: true, max_bytes: 1 << 30, merge_share: 0.9, unmerge_share: 0.5, window_tokens: 200 };
+pub const MERGING: MergeConfig = MergeConfig {
+    is_enabled: true,
+    max_bytes: 1 << 30,
+    merge_share: 0.9,
+    unmerge_share: 0.5,
+    window_tokens: WINDOW_TOKENS,
+};
+
+/// What recent means: more than a step has of one composition among several.
+const WINDOW_TOKENS: usize = 200;
 
 /// What is merged where there are others.
 const MERGED: &[(usize, f32)] = &[(0, 1.0)];
 
-fn adapters(model: &TinyModel) -> [TinyAdapter; 2] {
+pub fn adapters(model: &TinyModel) -> [TinyAdapter; 2] {
     [TinyAdapter::of(model, &ALL, 5, 1), TinyAdapter::of(model, &["self_attn.v_proj", "mlp.down_proj"], 40, 3)]
 }
 
-fn merging(setup: Setup) -> Setup {
+pub fn merging(setup: Setup) -> Setup {
     Setup { merge: MERGING, ..setup }
 }
 
 /// An engine and the adapters, which are merged when they are used.
-struct Served {
-    engine: TestEngine,
+pub struct Served {
+    pub engine: TestEngine,
     loaded: Vec<LoadedAdapter>,
 }
 
 impl Served {
-    fn start(model: &TinyModel, rule: MergeRule, setup: Setup) -> Self {
-        let engine = TestEngine::start_on_cpu(model.write().path(), setup);
-        Self::with(engine, model, rule)
+    pub fn start(model: &TinyModel, rule: MergeRule, setup: Setup) -> Self {
+        Self::with(crate::start(model.write().path(), setup), model, rule)
     }
 
-    fn with(engine: TestEngine, model: &TinyModel, rule: MergeRule) -> Self {
+    pub fn with(engine: TestEngine, model: &TinyModel, rule: MergeRule) -> Self {
         let load = |adapter: &TinyAdapter| engine.handle.load_adapter(adapter.write().path()).unwrap();
         let loaded = adapters(model).iter().map(|adapter| load(adapter).with_merge_rule(rule)).collect();
         Self { engine, loaded }
     }
 
-    fn metrics(&self) -> &MergeMetrics {
+    pub fn metrics(&self) -> &MergeMetrics {
         &self.engine.handle.metrics().merges
     }
 
-    fn submit(&self, prompt: &[u32], sampling: SamplingParams, composition: &[(usize, f32)]) -> OutputStream {
+    pub fn submit(&self, prompt: &[u32], sampling: SamplingParams, composition: &[(usize, f32)]) -> OutputStream {
         let applied = |&(at, scale): &(usize, f32)| AppliedAdapter { adapter: self.loaded[at].clone(), scale };
         let adapters = composition.iter().map(applied).collect();
         let task = Task::Generate(Box::new(sampling));
         self.engine.handle.submit(GenerateRequest { adapters, ..request(prompt, task) }).unwrap()
     }
 
-    fn run(&self, prompt: &[u32], composition: &[(usize, f32)]) -> Output {
+    pub fn run(&self, prompt: &[u32], composition: &[(usize, f32)]) -> Output {
         collect(self.submit(prompt, sampling(), composition))
     }
 
@@ -72,7 +77,7 @@ impl Served {
     }
 
     /// Uses a composition that has to be merged, and waits until it is.
-    fn merge(&self, composition: &[(usize, f32)]) {
+    pub fn merge(&self, composition: &[(usize, f32)]) {
         let output = self.run(&[1, 2, 3], composition);
         assert!(!output.reuse.is_merged, "nothing is merged before it was used");
         self.wait_for(MergeStage::Merged);
@@ -81,55 +86,6 @@ impl Served {
 
 fn sampling() -> SamplingParams {
     SamplingParams { logprobs: Some(3), ..greedy(12) }
-}
-
-#[test]
-fn merged_logits_are_those_of_weights_with_the_updates_added() {
-    for family in [Family::Llama, Family::Qwen2, Family::Gemma3] {
-        let model = TinyModel::new(family, 11);
-        let prompt = Random::new(3).tokens(60, VOCAB);
-        for isa in Isa::available() {
-            let exact = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
-            for composition in [&[(0, 1.0)][..], &[(0, 0.7), (1, -0.5)]] {
-                let served = Served::start(&model, MergeRule::Always, merging(exact.clone()));
-                served.merge(composition);
-                let output = collect(served.submit(&prompt, everything(), composition));
-                assert!(output.reuse.is_merged);
-                let mut merged = model.clone();
-                for (at, scale) in composition {
-                    adapters(&model)[*at].merge_into(&mut merged, f64::from(*scale));
-                }
-                let (worst, _) = differences_of(&output, &merged, &prompt, false);
-                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
-                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
-                let (without, _) = differences_of(&output, &model, &prompt, false);
-                assert!(without > 10.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
-            }
-        }
-    }
-}
-
-/// In bf16 a merged weight is a rounded sum, so the forms differ by roundings, and by no more.
-#[test]
-fn forms_differ_by_the_rounding_of_weights() {
-    let model = TinyModel::new(Family::Llama, 12);
-    let prompt = Random::new(4).tokens(60, VOCAB);
-    let setup = Setup { dtype: Some(DType::BF16), ..Setup::default() };
-    let (added, merged) = (
-        Served::start(&model, MergeRule::Never, merging(setup.clone())),
-        Served::start(&model, MergeRule::Always, merging(setup)),
-    );
-    merged.merge(&[(0, 1.0)]);
-    let logits = |served: &Served| {
-        let sampling = SamplingParams { logprobs: Some(VOCAB), ..greedy(1) };
-        let output = collect(served.submit(&prompt, sampling, &[(0, 1.0)]));
-        let mut top = output.logprobs[0].top.clone();
-        top.sort_by_key(|top| top.id);
-        top.iter().map(|top| top.logprob).collect::<Vec<_>>()
-    };
-    let worst = logits(&added).iter().zip(logits(&merged)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst > 0.0 && worst < 0.1, "the forms differ by {worst}");
-    assert_eq!(added.metrics().stage(), MergeStage::None);
 }
 
 /// A prompt, and the adapters by number with their scales.
@@ -155,6 +111,12 @@ fn run_together(served: &Served, requests: &[Asked]) -> Vec<Output> {
     streams.into_iter().map(collect).collect()
 }
 
+/// Some tokens of a composition, by four requests at once.
+fn generate(served: &Served, num_tokens: usize, composition: &[(usize, f32)]) -> Vec<Vec<u32>> {
+    let streams = [1, 2, 3, 4].map(|last| served.submit(&[5, 6, 7, last], greedy(num_tokens / 4), composition));
+    streams.map(|stream| collect(stream).tokens).to_vec()
+}
+
 #[test]
 fn bystanders_have_the_bits_of_an_engine_that_never_merges() {
     for (isa, dtype, kv_dtype) in kinds() {
@@ -173,9 +135,9 @@ fn bystanders_have_the_bits_of_an_engine_that_never_merges() {
             }
         };
         check(&run_together(&merges, &requests), "before");
-        // While the copy is written; the last of these tokens begins it.
-        let begin = collect(merges.submit(&[5, 6, 7], greedy(600), MERGED));
-        assert_eq!(begin.tokens, collect(never.submit(&[5, 6, 7], greedy(600), MERGED)).tokens, "it keeps its form");
+        // While the copy is written; the last of these tokens begin it.
+        let begin = generate(&merges, 5 * WINDOW_TOKENS / 2, MERGED);
+        assert_eq!(begin, generate(&never, 5 * WINDOW_TOKENS / 2, MERGED), "they keep their form");
         let mut during = Served::start(&model, MergeRule::Always, merging(setup));
         during.loaded[1] = during.loaded[1].clone().with_merge_rule(MergeRule::Auto);
         check(&run_together(&during, &requests), "during");
@@ -195,7 +157,7 @@ fn bystanders_have_the_bits_of_an_engine_that_never_merges() {
             assert_eq!(fingerprint(&alone.run(prompt, composition)), fingerprint(output), "{isa}: alone");
         }
         // Others take over, the copy goes, and everything is as if it had never been.
-        drop(collect(merges.submit(&[9], greedy(300), &[])));
+        generate(&merges, WINDOW_TOKENS, &[]);
         merges.wait_for(MergeStage::None);
         assert_eq!((merges.metrics().merges.get(), merges.metrics().unmerges.get()), (1, 1));
         assert_eq!(merges.metrics().merged_bytes.get(), 0);
@@ -213,7 +175,7 @@ fn a_sequence_keeps_the_form_it_began_with() {
         Served::start(&model, MergeRule::Always, merging(Setup::default())),
     );
     let prompt = Random::new(5).tokens(30, VOCAB);
-    let long = merges.submit(&prompt, greedy(900), &[(0, 1.0)]);
+    let long = merges.submit(&prompt, greedy(LONG_ANSWER), &[(0, 1.0)]);
     let mut late = Output::default();
     // Asked for again and again, until it is merged beside the long one.
     while !late.reuse.is_merged {
@@ -221,8 +183,8 @@ fn a_sequence_keeps_the_form_it_began_with() {
     }
     let long = collect(long);
     assert!(!long.reuse.is_merged);
-    assert_eq!(long.tokens, collect(never.submit(&prompt, greedy(900), &[(0, 1.0)])).tokens);
-    assert!(merges.metrics().num_tokens(true) > 0 && merges.metrics().num_tokens(false) >= 900);
+    assert_eq!(long.tokens, collect(never.submit(&prompt, greedy(LONG_ANSWER), &[(0, 1.0)])).tokens);
+    assert!(merges.metrics().num_tokens(true) > 0 && merges.metrics().num_tokens(false) >= LONG_ANSWER as u64);
 }
 
 #[test]
@@ -249,27 +211,24 @@ fn kv_is_never_shared_across_forms() {
 }
 
 #[test]
-fn what_cannot_be_merged_is_added_and_says_so() {
+fn what_has_no_room_is_added_and_says_so() {
     let model = TinyModel::new(Family::Llama, 1);
-    let quantised = model.write_gguf(|name| if name.contains("norm") { Storage::F32 } else { Storage::Q8_0 });
-    let small = Setup { merge: MergeConfig { max_bytes: 1000, ..MERGING }, ..Setup::default() };
-    let written = model.write();
-    let cases = [
-        (quantised.path(), merging(Setup::default()), MergeRefusal::Unsupported),
-        (written.path(), small, MergeRefusal::NoRoom),
-    ];
-    for (path, setup, why) in cases {
-        let never = Setup { merge: MergeConfig::default(), ..setup.clone() };
-        let never = Served::with(TestEngine::start_on_cpu(path, never), &model, MergeRule::Always);
-        let merges = Served::with(TestEngine::start_on_cpu(path, setup), &model, MergeRule::Always);
-        let prompt = Random::new(6).tokens(40, VOCAB);
-        for _ in 0..3 {
-            let (found, wanted) = (merges.run(&prompt, &[(0, 1.0)]), never.run(&prompt, &[(0, 1.0)]));
-            assert_eq!((found.reuse.is_merged, fingerprint(&found)), (false, fingerprint(&wanted)), "{why:?}");
-        }
-        assert_eq!((merges.metrics().stage(), merges.metrics().num_refusals(why)), (MergeStage::None, 1), "{why:?}");
-        assert_eq!(never.metrics().num_refusals(why), 0, "an engine that never merges does not try");
+    let setup = Setup { merge: MergeConfig { max_bytes: 1000, ..MERGING }, ..Setup::default() };
+    check_refused(&model, model.write().path(), setup, MergeRefusal::NoRoom);
+}
+
+/// Every request is answered as by an engine that never merges, and the reason is counted once.
+pub fn check_refused(model: &TinyModel, path: &Path, setup: Setup, why: MergeRefusal) {
+    let never = Setup { merge: MergeConfig::default(), ..setup.clone() };
+    let never = Served::with(crate::start(path, never), model, MergeRule::Always);
+    let merges = Served::with(crate::start(path, setup), model, MergeRule::Always);
+    let prompt = Random::new(6).tokens(40, VOCAB);
+    for _ in 0..3 {
+        let (found, wanted) = (merges.run(&prompt, &[(0, 1.0)]), never.run(&prompt, &[(0, 1.0)]));
+        assert_eq!((found.reuse.is_merged, fingerprint(&found)), (false, fingerprint(&wanted)), "{why:?}");
     }
+    assert_eq!((merges.metrics().stage(), merges.metrics().num_refusals(why)), (MergeStage::None, 1), "{why:?}");
+    assert_eq!(never.metrics().num_refusals(why), 0, "an engine that never merges does not try");
 }
 
 /// A deterministic engine does not do what it is told to do always, because it could not always do it.
@@ -279,7 +238,7 @@ fn nothing_is_merged_unless_enabled() {
     let served = Served::start(&model, MergeRule::Always, Setup::default());
     let prompt = Random::new(6).tokens(40, VOCAB);
     let first = fingerprint(&served.run(&prompt, &[(0, 1.0)]));
-    drop(collect(served.submit(&[5], greedy(500), &[(0, 1.0)])));
+    generate(&served, 3 * WINDOW_TOKENS, &[(0, 1.0)]);
     let last = served.run(&prompt, &[(0, 1.0)]);
     assert_eq!((last.reuse.is_merged, fingerprint(&last)), (false, first));
     assert_eq!((served.metrics().stage(), served.metrics().merges.get()), (MergeStage::None, 0));

@@ -52,8 +52,8 @@ impl Case {
         read(gpu, &target, self.outputs, self.inputs)
     }
 
-    fn whole(&self) -> [Range<usize>; 1] {
-        [0..self.outputs]
+    fn whole(&self) -> impl Iterator<Item = Range<usize>> {
+        std::iter::once(0..self.outputs)
     }
 
     /// The definition, number by number.

@@ -14,6 +14,7 @@ mod lora_merge;
 mod raw;
 #[path = "../support/mod.rs"]
 mod support;
+mod traffic;
 
 /// Orders of work that are all allowed: streams that run only when waited for, blocks and warps shuffled by a seed.
 #[test]

@@ -1,4 +1,5 @@
-//! SmolLM2-135M on the software GPU: the tokens of the CPU backend, up to one that rounding may decide.
+//! Golden data on the software GPU: a tiny model with adapters against PEFT, and the tokens of SmolLM2-135M against the
+//! CPU backend, which real golden data is for.
 
 use std::io::Write;
 
@@ -6,6 +7,7 @@ use mneme::backend::DType;
 use mneme::engine::SamplingParams;
 
 use crate::support::engine::{Setup, TestEngine, collect, greedy, limits};
+use crate::support::peft::{self, Tolerance};
 use crate::support::{golden, models};
 
 /// How far bf16 arithmetic may move a logit; a margin below it decides nothing.
@@ -32,5 +34,17 @@ fn smollm2_generates_the_tokens_of_the_cpu() {
     if let Some(step) = found.iter().zip(&wanted.tokens).position(|(a, b)| a != b) {
         let [best, second] = [0, 1].map(|rank| wanted.logprobs[step].top[rank].logprob);
         assert!(best - second <= NOISE, "differs at step {step}, where the CPU's margin is {}", best - second);
+    }
+}
+
+/// Each adapter, both composed, all beside each other, added and merged.
+#[test]
+fn a_tiny_model_with_adapters_matches_peft() {
+    // Two layers of random weights pass on each rounding of an activation as it is.
+    for (dtype, most) in [(DType::BF16, 0.8), (DType::F16, 0.1)] {
+        let tolerance = Tolerance { most, most_mean: most / 10.0 };
+        let setup = Setup { kv_dtype: dtype, ..Setup::default() };
+        peft::check_added(TestEngine::start_on_softgpu(&peft::model(), setup.clone()), tolerance);
+        peft::check_merged(|| TestEngine::start_on_softgpu(&peft::model(), peft::merging(setup.clone())), tolerance);
     }
 }

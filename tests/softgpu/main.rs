@@ -15,6 +15,9 @@ mod golden;
 mod invariance;
 #[path = "../generation/lifecycle.rs"]
 mod lifecycle;
+mod merged;
+#[path = "../generation/merging.rs"]
+mod merging;
 #[path = "../paging/deposits.rs"]
 mod paging_deposits;
 #[path = "../paging/tiers.rs"]
@@ -36,6 +39,9 @@ use support::tiny_model::Family;
 
 /// Random workloads for every family: a step takes thousands of times longer than on a GPU.
 const NUM_WORKLOADS: u64 = 1;
+
+/// Tokens of an answer that a merge beside it takes less time than.
+const LONG_ANSWER: usize = 150;
 
 /// Starts an engine on the device that these tests are about.
 fn start(path: &Path, setup: Setup) -> TestEngine {
@@ -67,4 +73,10 @@ fn families_are_the_cpus_in_other_schedules() {
 #[test]
 fn adapters_are_the_cpus_in_other_schedules() {
     support::softgpu::pass_in_other_schedules("adapters::", "other_schedules");
+}
+
+/// A copy is written between steps, from pages that another stream has brought.
+#[test]
+fn copies_are_the_cpus_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("merged::llama", "other_schedules");
 }

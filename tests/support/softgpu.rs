@@ -15,12 +15,16 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{DType, find_gpus, kernel_source};
+use serde_json::Value;
 
 /// Names another library than the one Cargo built: a build with other options, or the driver of a real GPU.
 const LIBRARY_VARIABLE: &str = "MNEME_TEST_LIBCUDA";
 
 /// Set where the kernels must be there: a run without them then fails.
 const REQUIRE_VARIABLE: &str = "MNEME_REQUIRE_CUDA_TESTS";
+
+/// Names the file for what every kernel did.
+const REPORT_VARIABLE: &str = "SOFTGPU_REPORT";
 
 /// Orders blocks and warps.
 const SEED_VARIABLE: &str = "SOFTGPU_SEED";
@@ -70,6 +74,25 @@ pub fn pass_in_other_schedules(wanted: &str, skipped: &str) {
         assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}");
         assert!(!text.contains("running 0 tests"), "no test is called {wanted:?}");
     }
+}
+
+/// What each kernel does in `work`, as the software GPU counts it: it counts for a whole program, so this program runs
+/// `test`, the one that calls, again and alone. `None` in that run, and where nobody counts.
+pub fn count(test: &str, work: impl FnOnce()) -> Option<Value> {
+    load();
+    if std::env::var_os(REPORT_VARIABLE).is_some() {
+        work();
+        return None;
+    }
+    if std::env::var_os(SEED_VARIABLE).is_some() || std::env::var_os(LIBRARY_VARIABLE).is_some() {
+        return None;
+    }
+    let report = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let output = command.args(["--exact", test]).env(REPORT_VARIABLE, report.path()).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{test}: {text}");
+    Some(serde_json::from_slice(&std::fs::read(report.path()).unwrap()).unwrap())
 }
 
 /// Ends the program when there are no kernels. The message goes past the capture of test output.

@@ -1,0 +1,64 @@
+//! What the kernels of adapters move on shapes that models have: hardly more than every byte once, in whole sectors.
+
+use mneme::backend::{Backend, DType};
+use serde_json::Value;
+
+use crate::gpu::{Gpu, host_tensor};
+use crate::lora::{self, Case, Entry};
+use crate::lora_merge;
+use crate::support::random::Random;
+use crate::support::softgpu;
+
+/// Features of a model of 8 billion weights, and the rank that most adapters have. The output of attention has as many
+/// inputs as outputs. Where modules are stacked, each has the inputs read for itself.
+const HIDDEN: usize = 4096;
+const RANK: usize = 16;
+
+/// Requests in decode, four for each adapter.
+fn decode(gpu: &Gpu) {
+    const NUM_REQUESTS: usize = 16;
+    let ranks: [&[usize]; 4] = [&[RANK]; 4];
+    let case = Case::random(gpu, &mut Random::new(1), NUM_REQUESTS, HIDDEN, &[HIDDEN], &ranks);
+    let entry = |at: usize| Entry { adapter: at / 4, row: at % 4 * 4 + at / 4, scale: 1.0 };
+    let entries: Vec<Entry> = (0..NUM_REQUESTS).map(entry).collect();
+    drop(case.run(gpu, &case.load_in_pages_of(gpu, lora::PAGE_BYTES << 4), &entries));
+}
+
+/// All rows of the weights.
+fn merge(gpu: &Gpu) {
+    let ones = vec![0x3f; HIDDEN * HIDDEN * 2];
+    let weight = gpu.backend.load_matrix(&[host_tensor(&ones, HIDDEN, HIDDEN, DType::BF16)], None).unwrap();
+    let parts = lora::random_parts(gpu, &mut Random::new(2), HIDDEN, &[HIDDEN], &[RANK]);
+    let loaded = [(lora::load(gpu, &parts, gpu.dtype(), lora::PAGE_BYTES << 4), 1.0)];
+    let mut target = gpu.backend.allocate_merged(&weight).unwrap();
+    gpu.backend.merge_rows(&gpu.stream, &weight, &lora_merge::updates(&loaded), 0..HIDDEN, &mut target).unwrap();
+    gpu.synchronize();
+}
+
+#[test]
+fn kernels_of_adapters_move_hardly_more_than_they_must() {
+    let counted = softgpu::count("traffic::kernels_of_adapters_move_hardly_more_than_they_must", || {
+        let gpu = Gpu::new(DType::BF16);
+        decode(&gpu);
+        merge(&gpu);
+    });
+    let Some(counted) = counted else { return };
+    let kernels = ["lora_shrink_bf16", "lora_expand_bf16", "lora_merge_bf16"];
+    let found = kernels.map(|kernel| traffic(&counted[kernel]));
+    for (kernel, (over_least, efficiency)) in kernels.iter().zip(found) {
+        eprintln!("{kernel}: {over_least:.3} of the least, sector efficiency {efficiency:.3}");
+    }
+    for (kernel, (over_least, efficiency)) in kernels.iter().zip(found) {
+        assert!(over_least <= 1.05, "{kernel} moves {over_least:.3} times the least");
+        assert!(efficiency >= 0.95, "{kernel} uses {efficiency:.3} of the sectors it touches");
+    }
+}
+
+/// Bytes moved over the least, and over those of the sectors they lie in.
+fn traffic(counters: &Value) -> (f64, f64) {
+    let both = |what: &str| -> f64 {
+        let number = |of: &str| counters[format!("global_{of}_{what}")].as_f64().unwrap();
+        number("load") + number("store")
+    };
+    (both("bytes") / both("footprint_bytes"), both("bytes") / (32.0 * both("sectors")))
+}
