@@ -68,11 +68,15 @@ pub enum Bug {
     AdapterNotPinned,
     /// An adapter is taken from its files whatever is in them by now.
     AdapterChangeIgnored,
+    /// A step does not wait for one of the layers of blocks that are on their way up.
+    LayerNotAwaited,
+    /// Blocks on their way up are held by the sequence alone that uses them already.
+    LandingNotHeld,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 30] = [
+    pub const ALL: [Bug; 32] = [
         Bug::IdentityIgnored,
         Bug::DomainIgnored,
         Bug::ParentIgnored,
@@ -103,6 +107,8 @@ impl Bug {
         Bug::AdapterReadEarly,
         Bug::AdapterNotPinned,
         Bug::AdapterChangeIgnored,
+        Bug::LayerNotAwaited,
+        Bug::LandingNotHeld,
     ];
 }
 

@@ -73,6 +73,10 @@ struct State {
     is_busy: bool,
     has_worker: bool,
     error: Option<u32>,
+    /// Kernels launched.
+    num_launches: u64,
+    /// How many these must be before copies to the device run.
+    held_until: u64,
     rng: Rng,
     /// The stream that ran last.
     last: usize,
@@ -116,6 +120,8 @@ impl Streams {
             is_busy: false,
             has_worker: false,
             error: None,
+            num_launches: 0,
+            held_until: 0,
             rng: Rng::new(seed),
             last: 0,
         };
@@ -142,6 +148,14 @@ impl Streams {
     /// Makes the device fail with `code` from now on.
     pub fn set_error(&self, code: u32) {
         self.lock().error.get_or_insert(code);
+    }
+
+    /// Lets copies to the device run only when `launches` more kernels have been launched: a test sees that a program
+    /// launches them without waiting for the copies.
+    pub fn hold_copies(&self, launches: u64) {
+        let mut state = self.lock();
+        state.held_until = state.num_launches + launches;
+        self.changed.notify_all();
     }
 
     /// A new stream; `is_blocking` ones wait for the default stream and it for them.
@@ -502,6 +516,7 @@ impl State {
             _ if self.streams[index].is_blocking => vec![0],
             _ => Vec::new(),
         };
+        self.num_launches += u64::from(matches!(work, Work::Launch { .. }));
         let mut clock = std::mem::take(&mut self.streams[index].clock);
         for stream in others.into_iter().filter(|&s| s != index) {
             after.push(Position { stream, number: self.streams[stream].issued });
@@ -523,7 +538,12 @@ impl State {
     }
 
     fn is_runnable(&self, index: usize) -> bool {
-        self.streams[index].queue.front().is_some_and(|item| item.after.iter().all(|p| self.is_done(p)))
+        let is_free = |item: &Item| item.after.iter().all(|p| self.is_done(p)) && !self.is_held(item);
+        self.streams[index].queue.front().is_some_and(is_free)
+    }
+
+    fn is_held(&self, item: &Item) -> bool {
+        self.num_launches < self.held_until && matches!(item.work, Work::ToDevice(..))
     }
 
     /// A stream whose first item may run, each in turn.
@@ -545,7 +565,7 @@ impl State {
             let item = self.streams[at].queue.front()?;
             match item.after.iter().find(|p| !self.is_done(p)) {
                 Some(blocker) => at = blocker.stream,
-                None => return Some(at),
+                None => return (!self.is_held(item)).then_some(at),
             }
         }
         None

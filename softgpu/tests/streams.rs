@@ -3,7 +3,7 @@
 //! The device is one per process and its mode comes from the environment, so each case runs in a process of its own: the
 //! test starts itself again with the name of the case.
 
-use softgpu::driver::{context::*, event::*, graph::*, identity::*, memory::*, module::*, stream::*};
+use softgpu::driver::{context::*, event::*, graph::*, identity::*, memory::*, module::*, stream::*, tools::*};
 use softgpu::report;
 use std::ffi::c_void;
 use std::process::Command;
@@ -265,7 +265,74 @@ fn host_address() {
     assert!(report::message().contains("host address"), "{}", report::message());
 }
 
-const CASES: [(&str, fn()); 13] = [
+/// The middle words of four rows of eight, to rows twice as long.
+fn rows_to_the_device() {
+    let (a, s, source) = (allocate(), stream(), pinned());
+    (0..).zip(source.iter_mut()).for_each(|(at, word)| *word = at);
+    let copy = Copy2D {
+        source_x: 8,
+        source_y: 1,
+        source_type: 1,
+        source_host: source.as_ptr().cast(),
+        source_device: 0,
+        source_array: 0,
+        source_pitch: 32,
+        target_x: 4,
+        target_y: 0,
+        target_type: 2,
+        target_host: null_mut(),
+        target_device: a,
+        target_array: 0,
+        target_pitch: 64,
+        width: 16,
+        height: 4,
+    };
+    // SAFETY: handles and addresses of this case.
+    unsafe {
+        ok(cuMemsetD32_v2(a, 99, WORDS));
+        ok(cuCtxSynchronize());
+        ok(cuMemcpy2DAsync_v2(&copy, s));
+        ok(cuStreamSynchronize(s));
+        let wide = Copy2D { width: 25, ..copy };
+        assert_eq!(cuMemcpy2DAsync_v2(&wide, s), 1, "a row is longer than its pitch");
+    }
+    let mut wanted = vec![99; WORDS];
+    for row in 0..4 {
+        (0..4).for_each(|word| wanted[16 * row + 1 + word] = (8 * (row + 1) + 2 + word) as u32);
+    }
+    assert_eq!(read(a), wanted);
+}
+
+/// Held copies run when enough kernels are launched, which do not wait for them.
+fn held_copies() {
+    let (a, copies, compute, done) = (allocate(), stream(), stream(), event());
+    let (mut module, mut kernel) = (0, 0);
+    let text = std::ffi::CString::new(include_str!("ptx/vector_add.ptx")).expect("no zero in the text");
+    let (mut pa, mut pb, mut pc, mut n) = (allocate(), allocate(), allocate(), WORDS as i32);
+    let source = pinned();
+    source.fill(4);
+    // SAFETY: handles and addresses of this case; the arguments are those of the kernel.
+    unsafe {
+        ok(cuModuleLoadData(&mut module, text.as_ptr().cast()));
+        ok(cuModuleGetFunction(&mut kernel, module, c"vadd".as_ptr()));
+        ok(cuMemsetD32_v2(pa, 0, WORDS));
+        ok(cuMemsetD32_v2(pb, 0, WORDS));
+        ok(cuCtxSynchronize());
+        ok(softgpu_hold_copies(2));
+        ok(cuMemcpyHtoDAsync_v2(a, source.as_ptr().cast(), BYTES, copies));
+        ok(cuEventRecord(done, copies));
+        for _ in 0..2 {
+            (0..8).for_each(|_| assert_eq!(cuEventQuery(done), NOT_READY));
+            let mut args: [*mut c_void; 4] =
+                [(&raw mut pa).cast(), (&raw mut pb).cast(), (&raw mut pc).cast(), (&raw mut n).cast()];
+            ok(cuLaunchKernel(kernel, 8, 1, 1, 128, 1, 1, 0, compute, args.as_mut_ptr(), null_mut()));
+        }
+        ok(cuEventSynchronize(done));
+    }
+    assert_eq!(read(a), [4; WORDS]);
+}
+
+const CASES: [(&str, fn()); 15] = [
     ("ordered_by_an_event", ordered_by_an_event),
     ("copy_without_an_event", copy_without_an_event),
     ("kernel_without_an_event", kernel_without_an_event),
@@ -279,6 +346,8 @@ const CASES: [(&str, fn()); 13] = [
     ("graph_replays", graph_replays),
     ("launch_shape", launch_shape),
     ("host_address", host_address),
+    ("rows_to_the_device", rows_to_the_device),
+    ("held_copies", held_copies),
 ];
 
 #[test]

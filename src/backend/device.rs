@@ -31,13 +31,19 @@ pub trait Device: Send + 'static {
     /// A point in a stream.
     type Event: Send + 'static;
     /// One I/O thread's way to and from device memory.
-    type Transfer: Transfer<Buffer = Self::Buffer>;
+    type Transfer: Transfer<Buffer = Self::Buffer, HostBuffer = Self::HostBuffer, Event = Self::Event>;
 
     /// `bytes` of zeroed device memory.
     fn allocate(&self, bytes: usize) -> Result<Self::Buffer>;
 
     /// `bytes` of zeroed host memory.
     fn allocate_host(&self, bytes: usize) -> Result<Self::HostBuffer>;
+
+    /// Zeroed host memory of so many blocks of `block_bytes`, from which they can be brought up layer by layer
+    /// ([`Transfer::land`]); `None` where that has no advantage.
+    fn allocate_host_blocks(&self, _num_blocks: usize, _block_bytes: usize) -> Result<Option<Vec<Self::HostBuffer>>> {
+        Ok(None)
+    }
 
     /// A way to device memory for a thread of its own.
     fn create_transfer(&self) -> Result<Self::Transfer>;

@@ -14,6 +14,8 @@
 //! across lanes. In bf16 a 32-bit word is a pair: its low half becomes an f32 by a shift, its high half by a mask, and
 //! dot-product instructions take the word as it is. The f32 tiles are the same pairs, apart.
 
+use std::ops::Range;
+
 use super::DType;
 use crate::{Result, invalid};
 
@@ -143,6 +145,12 @@ impl KvLayout {
         self.k_tile_offset(layer, kv_head) + self.tile_bytes()
     }
 
+    /// The bytes in a block of layers `[first, end)`; what a block is rounded up by belongs to the last one.
+    pub fn layer_bytes(&self, first: usize, end: usize) -> Range<usize> {
+        let start = |layer: usize| layer * self.num_kv_heads * 2 * self.tile_bytes();
+        start(first)..if end == self.num_layers { self.block_bytes() } else { start(end) }
+    }
+
     /// Byte offset in a K tile of one number.
     pub fn k_offset(&self, token: usize, dim: usize) -> usize {
         match self.order {
@@ -247,6 +255,15 @@ mod tests {
         let layout = KvLayout::new(1, 1, 64, 16, DType::BF16).unwrap();
         assert_eq!((layout.tile_bytes(), layout.block_bytes()), (2048, 4096));
         assert_eq!(KvLayout::new(1, 1, 80, 16, DType::BF16).unwrap().block_bytes(), 8192);
+    }
+
+    #[test]
+    fn the_bytes_of_all_layers_are_those_of_the_block() {
+        let layout = KvLayout::new(3, 1, 48, 16, DType::BF16).unwrap();
+        let ranges = [0, 1, 2].map(|layer| layout.layer_bytes(layer, layer + 1));
+        assert_eq!(ranges, [0..3072, 3072..6144, 6144..12288]);
+        assert_eq!((layout.layer_bytes(0, 2), layout.layer_bytes(1, 3)), (0..6144, 3072..12288));
+        assert_eq!(layout.block_bytes(), 12288);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! needs to predict it without any of this code.
 //!
 //! Copies on a copy stream run only when somebody waits for them or, one at a time, asks whether they are done. Transfers
-//! of a [`SimBackend::slow`] take a while, each another one, so that copies overtake each other, and so may its steps.
+//! of a [`SimBackend::slow`] take a while, each another one, so that copies overtake each other, and so may its steps. Blocks
+//! that land layer by layer do so on a copy stream: whose step does not wait for a layer's event finds what was there before.
 
 mod checks;
 mod device;
@@ -50,6 +51,11 @@ impl SimBackend {
     /// longer the more tokens it has.
     pub fn slow(seed: u64) -> Self {
         Self { delays: Some(Arc::new(Delays::new(seed))), ..Self::default() }
+    }
+
+    /// Whether steps may begin on blocks of the host that are still on their way.
+    fn lands_by_layer(&self) -> bool {
+        self.delays.as_ref().is_none_or(|delays| delays.lands_by_layer())
     }
 
     /// All its memory, for who looks what is left there.

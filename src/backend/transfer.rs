@@ -1,13 +1,17 @@
 //! The way bytes of device memory take to and from the host's files and tiers, beside the engine's thread.
 
-use super::KvLayout;
-use crate::Result;
+use super::{KvLayout, Landing, LandingBlock};
+use crate::{Result, unsupported};
 
 /// Moves runs of bytes between device memory and code on the host, on the thread that calls it. Each I/O thread has one
 /// of its own. Nobody else touches the run meanwhile: who owns the blocks sees to that.
 pub trait Transfer: Send + 'static {
     /// Device memory.
     type Buffer;
+    /// Host memory that copies can reach.
+    type HostBuffer: AsRef<[u8]> + AsMut<[u8]>;
+    /// A point in this thread's copies.
+    type Event: Send + 'static;
 
     /// Lets `write` fill `bytes` of host memory, which then are bytes `[offset, offset + bytes)` of `target`. Returns
     /// when they are there; after an error, the target's or `write`'s own, the run holds anything.
@@ -18,6 +22,30 @@ pub trait Transfer: Send + 'static {
         bytes: usize,
         write: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()>;
+
+    /// Queues copies of whole blocks, the lowest layers of all of them first, and returns before they are done: a step that
+    /// waits for an event may use the layers up to it. Nobody touches the sources before [`finish`](Self::finish) has
+    /// returned, also after an error.
+    ///
+    /// # Errors
+    /// `Unsupported` on devices without [`allocate_host_blocks`](super::Device::allocate_host_blocks); otherwise the blocks
+    /// hold anything once `finish` has returned.
+    fn land(
+        &mut self,
+        _target: &Self::Buffer,
+        _layout: &KvLayout,
+        _blocks: &[LandingBlock<'_, Self::HostBuffer>],
+    ) -> Result<Landing<Self::Event>> {
+        Err(unsupported!("this device does not bring up blocks layer by layer; fill them"))
+    }
+
+    /// Returns when everything that was queued is there.
+    ///
+    /// # Errors
+    /// When it is not, which is the device's own failure: steps may have used what is there instead.
+    fn finish(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Zeroes what a block holds behind its first `num_tokens` tokens, in host memory.
     fn clear_behind(layout: &KvLayout, block: &mut [u8], num_tokens: usize) {

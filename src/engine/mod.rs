@@ -7,6 +7,7 @@ mod composition;
 mod credit;
 mod deposit;
 mod erasure;
+mod fetch;
 mod generation;
 pub mod handle;
 mod lora_groups;

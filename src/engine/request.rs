@@ -231,6 +231,8 @@ pub enum FetchDecision {
     NothingBelow,
     /// They were brought up.
     Fetched,
+    /// They were used layer by layer while they came up.
+    Attached,
     /// They would have taken longer than computing, by the rates measured so far.
     RecomputeIsCheaper,
     /// They did not arrive in time.

@@ -18,8 +18,9 @@ use super::sequence::{Sequence, SequenceStatus, Work};
 use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for, claim};
 use crate::adapters::AdapterDigest;
 use crate::kv::{BlockHash, CachedPool};
-use crate::paging::{Pager, Tier};
+use crate::paging::{DeviceLanding, Pager, Tier};
 use crate::planted::{self, Bug};
+use crate::{Error, Result};
 
 /// Waiting sequences whose adapters are brought to the device before there is a place for them.
 const MAX_PREFETCHING: usize = 16;
@@ -148,6 +149,12 @@ impl Scheduler {
 
     pub(super) fn scheduled(&self) -> &[ScheduledSequence] {
         &self.scheduled
+    }
+
+    /// Blocks on their way up to sequences that are scheduled.
+    pub(super) fn landings(&self) -> impl Iterator<Item = &DeviceLanding> {
+        let is_scheduled = |number| self.scheduled.iter().any(|entry| self.running[entry.index].number == number);
+        self.tiers.landings(is_scheduled)
     }
 
     pub(super) fn probing(&self) -> &[ScheduledSequence] {
@@ -500,7 +507,9 @@ impl Scheduler {
         let block_size = self.limits.block_size;
         let sequence = &mut self.waiting[at];
         sequence.chain.extend(&sequence.tokens, block_size);
-        (0..sequence.num_shareable_blocks(block_size))
+        // Those that it has may be on their way up, and then nobody finds them.
+        let num_full = sequence.blocks.len() - usize::from(sequence.attached_tail.is_some());
+        (num_full..sequence.num_shareable_blocks(block_size))
             .filter_map(|index| Some((index, sequence.chain.get(index)?)))
             .find(|(index, hash)| self.pool.find(hash, sequence.block_tokens(*index, block_size)).is_none())
             .is_some_and(|(_, hash)| self.promised.contains(hash))
@@ -641,7 +650,10 @@ impl Scheduler {
 
     /// Takes note of what has become of copies between tiers. Sequences whose blocks are there wait in the queue again;
     /// the model's identity is returned when it has become known.
-    pub(super) fn absorb_arrivals(&mut self) -> Option<Vec<u8>> {
+    ///
+    /// # Errors
+    /// When blocks did not come up that steps may have used already.
+    pub(super) fn absorb_arrivals(&mut self) -> Result<Option<Vec<u8>>> {
         let mut identity = None;
         while let Some(arrival) = self.tiers.poll(&mut self.pool) {
             match arrival {
@@ -650,13 +662,24 @@ impl Scheduler {
                     sequence.note_attached(self.limits.block_size);
                     self.add(sequence);
                 }
-                Arrival::Abandoned(promised) => self.break_promises(&promised),
+                Arrival::Attached(mut sequence) => {
+                    sequence.note_attached(self.limits.block_size);
+                    self.add(sequence);
+                }
+                Arrival::Landed(promised) | Arrival::Abandoned(promised) => self.break_promises(&promised),
+                // Of a device's own copies none fails without the device: nothing that it has computed since is sure.
+                Arrival::NeverLanded => {
+                    return Err(Error::Device(
+                        "KV blocks did not come up from the host, behind a step that waited for them; start again"
+                            .into(),
+                    ));
+                }
                 Arrival::Ended(mut sequence) => self.release(&mut sequence),
                 Arrival::Opened(found) => identity = Some(found),
             }
         }
         self.pump_copies();
-        identity
+        Ok(identity)
     }
 
     /// Starts as many copies down as may be under way, and zeroing what is to be zeroed.

@@ -164,7 +164,7 @@ impl<B: Backend> Engine<B> {
 
     fn serve(&mut self) -> Result<()> {
         loop {
-            self.absorb_arrivals();
+            self.absorb_arrivals()?;
             self.accept_submissions();
             if self.scheduler.has_queued() && self.step()? {
                 continue;
@@ -216,20 +216,21 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Takes note of copies that have ended, and of what is to be erased. Once the model's identity is known, what comes is hashed under it.
-    fn absorb_arrivals(&mut self) {
+    fn absorb_arrivals(&mut self) -> Result<()> {
         self.erasures.try_iter().for_each(|erasure| self.scheduler.tiers_mut().start_erasure(erasure));
         for (mut sequence, why) in self.scheduler.absorb_adapters() {
             let reason = FinishReason::Error(why);
             count_end(&self.metrics, &sequence, &reason);
             sequence.finish(reason);
         }
-        if let Some(identity) = self.scheduler.absorb_arrivals() {
+        if let Some(identity) = self.scheduler.absorb_arrivals()? {
             tracing::debug!("the vault is open");
             self.is_identified = true;
             if !planted::is(Bug::IdentityNotTaken) {
                 self.hash_identity = identity;
             }
         }
+        Ok(())
     }
 
     fn accept_submissions(&mut self) {
@@ -403,11 +404,13 @@ impl<B: Backend> Engine<B> {
         }
         self.probe()?;
         let started_at = Instant::now();
-        self.runner.run(self.scheduler.running(), self.scheduler.scheduled(), self.scheduler.residency())?;
+        let Self { scheduler, runner, .. } = self;
+        let waits = scheduler.landings().next().is_some();
+        runner.run(scheduler.running(), scheduler.scheduled(), scheduler.residency(), scheduler.landings())?;
         let took = started_at.elapsed();
         self.follow_with_merge(took)?;
         self.commit()?;
-        self.record_step(took);
+        self.record_step(took, waits);
         if cfg!(debug_assertions) {
             self.scheduler.check_integrity();
         }
@@ -560,11 +563,14 @@ impl<B: Backend> Engine<B> {
         self.metrics.kv_cache_usage_perc.set(1.0 - pool.num_free() as f64 / pool.num_blocks() as f64);
     }
 
-    fn record_step(&mut self, took: Duration) {
+    /// Takes note of a step; how long one took that waited for blocks says nothing about computing.
+    fn record_step(&mut self, took: Duration, waited: bool) {
         let num_tokens_of = |entries: &[ScheduledSequence]| entries.iter().map(|entry| entry.num_tokens).sum::<usize>();
         let num_tokens = num_tokens_of(self.scheduler.scheduled());
         let num_probed_tokens = num_tokens_of(self.scheduler.probing());
-        self.scheduler.tiers_mut().pager_mut().observe_step(num_tokens, took);
+        if !waited {
+            self.scheduler.tiers_mut().pager_mut().observe_step(num_tokens, took);
+        }
         self.record_usage();
         let metrics = &self.metrics;
         metrics.count_step(num_tokens + num_probed_tokens);

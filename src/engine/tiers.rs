@@ -3,6 +3,10 @@
 //! A block under way is held: nobody else gets it before its copy has ended. A sequence whose blocks come up is not
 //! scheduled; when they are there, late or lost it goes back into the queue with what has arrived, and computes the
 //! rest. Only full, published blocks move, found again by content, so a preempted sequence needs no record of its own.
+//!
+//! Where the device can bring up blocks of the host layer by layer, the sequence goes back as soon as the copies are queued,
+//! and its steps wait for them on the device. Until they have ended the blocks are held here as well, whatever becomes of
+//! the sequence, and nobody else finds them.
 
 #![allow(clippy::vec_box)] // sequences move between the queues, by pointer
 
@@ -11,10 +15,11 @@ use std::time::{Duration, Instant};
 
 use super::deposit::Deposit;
 use super::erasure::Erasure;
+use super::fetch::{self, Fetch, FetchedBlock};
 use super::request::FetchDecision;
-use super::sequence::{AttachedTail, Sequence, WantedTail, Work};
+use super::sequence::{Sequence, WantedTail, Work};
 use crate::kv::{BlockHash, BlockId, CachedPool};
-use crate::paging::{Completion, Pager, Ticket, Tier, VaultOpener};
+use crate::paging::{Completion, DeviceLanding, Pager, Ticket, Tier, VaultOpener};
 use crate::planted::{self, Bug};
 
 /// A fetch that takes longer than this is not waited for, whatever it was expected to take.
@@ -65,28 +70,6 @@ pub(super) struct Tiers {
     block_size: usize,
 }
 
-/// Blocks on their way up for one sequence.
-struct Fetch {
-    ticket: Ticket,
-    /// `None` when it has gone away or waits no longer.
-    sequence: Option<Box<Sequence>>,
-    blocks: Vec<FetchedBlock>,
-    /// What others wait for as long as this sequence does.
-    promised: Vec<BlockHash>,
-    num_pending: usize,
-    started_at: Instant,
-    deadline: Instant,
-}
-
-struct FetchedBlock {
-    block: BlockId,
-    hash: BlockHash,
-    tier: Tier,
-    is_whole: bool,
-    /// Of a partial block, how many of its tokens are of use.
-    num_tail_tokens: Option<usize>,
-}
-
 /// What a lower tier could give a sequence, and whether to take it.
 pub(super) enum Plan {
     Compute,
@@ -100,12 +83,20 @@ pub(super) struct Fetchable {
     num_blocks: usize,
     /// Whether the partial block behind them is there as well.
     has_tail: bool,
+    /// Whether they come up layer by layer.
+    by_layer: bool,
 }
 
 /// What has come to pass.
 pub(super) enum Arrival {
     /// The blocks of a sequence are there, or are not waited for any longer; those it waited for.
     Ready(Box<Sequence>, Vec<BlockHash>),
+    /// The blocks of a sequence are on their way, and its steps wait for them by themselves.
+    Attached(Box<Sequence>),
+    /// Such blocks are there.
+    Landed(Vec<BlockHash>),
+    /// Such blocks did not come up, and steps may have used what lay there.
+    NeverLanded,
     /// The blocks of a sequence are kept, or cannot be, and its caller knows.
     Ended(Box<Sequence>),
     /// Nobody computes or fetches these any more.
@@ -211,8 +202,11 @@ impl Tiers {
             None => {}
         }
         let num_tokens = num_blocks * self.block_size + tail.map_or(0, |(_, num_tokens)| num_tokens);
+        // The tokens of a composed prompt's pieces are moved, by all layers, before any step.
+        let by_layer = num_disk == 0 && self.pager.can_land() && sequence.composition.is_none();
         let rates = self.pager.rates();
-        let fetch_ms = rates.fetch_ms(num_host, num_disk, self.pager.num_threads());
+        let num_threads = if by_layer { 1 } else { self.pager.num_threads() };
+        let fetch_ms = rates.fetch_ms(num_host, num_disk, num_threads);
         let recompute_ms = rates.recompute_ms(num_tokens);
         let is_dear = matches!((fetch_ms, recompute_ms), (Some(fetch), Some(compute)) if fetch > compute);
         if is_dear && self.num_declined < DECLINED_BEFORE_RETRY {
@@ -221,7 +215,7 @@ impl Tiers {
             return Plan::Compute;
         }
         self.num_declined = 0;
-        Plan::Fetch(Fetchable { num_blocks, has_tail: tail.is_some() })
+        Plan::Fetch(Fetchable { num_blocks, has_tail: tail.is_some(), by_layer })
     }
 
     /// Where the partial block lies that follows `num_blocks` full ones, and how many of its tokens are of use.
@@ -232,53 +226,64 @@ impl Tiers {
 
     /// Starts bringing up what follows the blocks of a sequence, which waits here until then.
     pub(super) fn start_fetch(&mut self, pool: &mut CachedPool, sequence: Box<Sequence>, found: Fetchable) {
-        let Fetchable { num_blocks, has_tail } = found;
         let ticket = self.pager.new_ticket();
-        let first = sequence.blocks.len();
-        let mut blocks = Vec::with_capacity(num_blocks);
-        for index in first..first + num_blocks {
-            let tokens = sequence.block_tokens(index, self.block_size);
-            let Some(&hash) = sequence.chain.get(index) else { break };
-            let Some(tier) = self.pager.find(&hash, tokens) else { break };
-            let Some(block) = allocate_for(pool, &sequence, index) else { break };
-            if !self.pager.load(ticket, hash, tokens, block) {
-                pool.release(block);
-                break;
-            }
-            if planted::is(Bug::FetchPublishedEarly) {
-                pool.insert(hash, tokens, block);
-            }
-            blocks.push(FetchedBlock { block, hash, tier, is_whole: false, num_tail_tokens: None });
-        }
-        let promised = blocks.iter().map(|fetched| fetched.hash).collect();
-        if has_tail && blocks.len() == num_blocks {
-            blocks.extend(self.load_tail(pool, &sequence, first + num_blocks, ticket));
-        }
+        let mut blocks = self.reserve(pool, &sequence, found);
+        let num_started = self.start_copies(ticket, &blocks, found.by_layer);
+        blocks.drain(num_started..).for_each(|fetched| pool.release(fetched.block));
+        let full = blocks.iter().filter(|fetched| fetched.num_tail_tokens.is_none());
+        let promised = full.map(|fetched| fetched.hash).collect();
         let started_at = Instant::now();
         let expected_ms = self.pager.rates().recompute_ms(blocks.len() * self.block_size);
         let wait = expected_ms.map_or(MAX_WAIT, |ms| Duration::from_secs_f64(ms * 2e-3).clamp(MIN_WAIT, MAX_WAIT));
         let num_pending = blocks.len();
         let deadline = started_at + wait.min(self.max_wait);
         let sequence = Some(sequence);
-        self.fetches.push(Fetch { ticket, sequence, blocks, promised, num_pending, started_at, deadline });
+        let landing = None;
+        self.fetches.push(Fetch { ticket, sequence, blocks, promised, num_pending, started_at, deadline, landing });
     }
 
-    /// Starts copying a partial block into one that is the sequence's own: it goes on there.
-    fn load_tail(
-        &mut self,
+    /// Takes blocks for what a sequence is to be brought, the last perhaps for a partial block: it goes on in its own copy.
+    fn reserve(&self, pool: &mut CachedPool, sequence: &Sequence, found: Fetchable) -> Vec<FetchedBlock> {
+        let first = sequence.blocks.len();
+        let mut blocks = Vec::with_capacity(found.num_blocks + 1);
+        for index in first..first + found.num_blocks {
+            let tokens = sequence.block_tokens(index, self.block_size);
+            let Some(&hash) = sequence.chain.get(index) else { return blocks };
+            let Some(fetched) = self.reserve_one(pool, sequence, index, (hash, tokens)) else { return blocks };
+            if planted::is(Bug::FetchPublishedEarly) {
+                pool.insert(hash, tokens, fetched.block);
+            }
+            blocks.push(fetched);
+        }
+        let index = first + found.num_blocks;
+        if let Some(tail) = sequence.wanted_tail(index, self.block_size).filter(|_| found.has_tail)
+            && let Some(fetched) = self.reserve_one(pool, sequence, index, (tail.hash, tail.tokens))
+        {
+            blocks.push(FetchedBlock { num_tail_tokens: Some(tail.num_used), ..fetched });
+        }
+        blocks
+    }
+
+    fn reserve_one(
+        &self,
         pool: &mut CachedPool,
         sequence: &Sequence,
         index: usize,
-        ticket: Ticket,
+        (hash, tokens): (BlockHash, &[u32]),
     ) -> Option<FetchedBlock> {
-        let WantedTail { hash, tokens, num_used } = sequence.wanted_tail(index, self.block_size)?;
         let tier = self.pager.find(&hash, tokens)?;
         let block = allocate_for(pool, sequence, index)?;
-        if !self.pager.load(ticket, hash, tokens, block) {
-            pool.release(block);
-            return None;
+        Some(FetchedBlock { block, hash, tokens: tokens.into(), tier, is_whole: false, num_tail_tokens: None })
+    }
+
+    /// How many of the copies into these blocks could be started.
+    fn start_copies(&mut self, ticket: Ticket, blocks: &[FetchedBlock], by_layer: bool) -> usize {
+        if by_layer {
+            let wanted = blocks.iter().map(|fetched| (fetched.hash, &*fetched.tokens, fetched.block));
+            return if self.pager.land(ticket, wanted) { blocks.len() } else { 0 };
         }
-        Some(FetchedBlock { block, hash, tier, is_whole: false, num_tail_tokens: Some(num_used) })
+        let mut start = |fetched: &FetchedBlock| self.pager.load(ticket, fetched.hash, &fetched.tokens, fetched.block);
+        blocks.iter().take_while(|fetched| start(fetched)).count()
     }
 
     /// Blocks that the fetch which was started last will bring.
@@ -373,6 +378,11 @@ impl Tiers {
                         _ => {}
                     }
                 }
+                Completion::Landing { ticket, landing } => {
+                    if let Some(arrival) = self.attach(pool, ticket, landing) {
+                        return Some(arrival);
+                    }
+                }
                 Completion::Loaded { ticket, block, is_whole } => {
                     if let Some(arrival) = self.absorb_loaded(pool, ticket, block, is_whole) {
                         return Some(arrival);
@@ -387,6 +397,28 @@ impl Tiers {
         }
         self.seal_when_due();
         self.poll_empty_fetch(pool).or_else(|| self.poll_deposits()).or_else(|| self.poll_late(Instant::now()))
+    }
+
+    /// The copies of a fetch are queued: its sequence, if it still waits, goes on with blocks that arrive while it is computed.
+    fn attach(&mut self, pool: &mut CachedPool, ticket: Ticket, landing: DeviceLanding) -> Option<Arrival> {
+        let fetch = self.fetches.iter_mut().find(|fetch| fetch.ticket == ticket)?;
+        let mut sequence = fetch.sequence.take()?;
+        fetch.landing = Some((sequence.number, landing));
+        for fetched in &fetch.blocks {
+            if !planted::is(Bug::LandingNotHeld) {
+                pool.share(fetched.block);
+            }
+            fetched.attach_to(&mut sequence, self.block_size);
+        }
+        sequence.reuse.decision = FetchDecision::Attached;
+        sequence.reuse.fetch_ms += fetch.started_at.elapsed().as_secs_f64() * 1e3;
+        Some(Arrival::Attached(sequence))
+    }
+
+    /// What steps of sequences whose numbers are `wanted` have to wait for.
+    pub(super) fn landings(&self, wanted: impl Fn(u64) -> bool) -> impl Iterator<Item = &DeviceLanding> {
+        let landings = self.fetches.iter().filter_map(|fetch| fetch.landing.as_ref());
+        landings.filter(move |(number, _)| wanted(*number)).map(|(_, landing)| landing)
     }
 
     fn absorb_loaded(
@@ -414,7 +446,11 @@ impl Tiers {
 
     /// All copies of a fetch have ended: its sequence gets what is whole up to the first block that is not.
     fn finish(&mut self, pool: &mut CachedPool, at: usize) -> Arrival {
-        let Fetch { sequence, blocks, promised, started_at, .. } = self.fetches.swap_remove(at);
+        let Fetch { sequence, blocks, promised, started_at, landing, .. } = self.fetches.swap_remove(at);
+        if landing.is_some() {
+            let is_whole = fetch::finish_landing(pool, blocks);
+            return if is_whole { Arrival::Landed(promised) } else { Arrival::NeverLanded };
+        }
         let Some(mut sequence) = sequence else {
             if !planted::is(Bug::AbandonedFetchLeaks) {
                 blocks.iter().for_each(|fetched| pool.release(fetched.block));
@@ -425,14 +461,9 @@ impl Tiers {
         for (number, fetched) in blocks.iter().enumerate() {
             if number >= num_whole {
                 pool.release(fetched.block);
-            } else if let Some(num_tokens) = fetched.num_tail_tokens {
-                sequence.blocks.push(fetched.block);
-                sequence.attached_tail = Some(AttachedTail { tier: fetched.tier, num_tokens });
             } else {
-                let index = sequence.blocks.len();
-                pool.insert(fetched.hash, sequence.block_tokens(index, self.block_size), fetched.block);
-                sequence.blocks.push(fetched.block);
-                sequence.count_reuse(fetched.tier, index, self.block_size);
+                fetched.publish(pool);
+                fetched.attach_to(&mut sequence, self.block_size);
             }
         }
         let is_complete = num_whole == blocks.len() && num_whole > 0;

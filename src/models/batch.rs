@@ -1,13 +1,13 @@
 //! What one forward pass runs on: the tokens of a step and the buffers between its layers.
 
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, KvLayout, Tensor};
+use crate::backend::{AttentionMetadata, Backend, DType, KvLayout, Landing, Tensor};
 
 use super::config::ModelConfig;
 
 /// The tokens of a step, flattened over its sequences. All arrays are i32 on the device.
 #[derive(Debug, Clone)]
-pub struct ForwardBatch<B> {
+pub struct ForwardBatch<'a, B, E> {
     /// `[1, T]`: token ids.
     pub input_ids: Tensor<B>,
     /// Where the tokens belong.
@@ -16,6 +16,8 @@ pub struct ForwardBatch<B> {
     pub output_rows: Tensor<B>,
     /// How many of them want logits.
     pub num_logits: usize,
+    /// Blocks of their contexts that are still on their way up: each layer waits for its own part of them, on the device.
+    pub landings: &'a [&'a Landing<E>],
 }
 
 /// Tokens that go through the lowest layers alone, to see how far the KV that is stored at their places is from theirs.

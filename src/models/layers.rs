@@ -8,8 +8,8 @@ use super::merged::{Adapted, MergedRows};
 use super::weights::Checkpoint;
 use crate::Result;
 use crate::backend::{
-    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, LoraSite, Norm,
-    Projection, Tensor,
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, Landing,
+    LoraSite, Norm, Projection, Tensor,
 };
 use crate::planted::{self, Bug};
 
@@ -20,6 +20,8 @@ pub(super) struct Pass<'a, B: Backend> {
     pub(super) buffers: &'a Workspace<B::Buffer>,
     pub(super) kv: &'a KvCache<B::Buffer>,
     pub(super) metadata: &'a AttentionMetadata<B::Buffer>,
+    /// Blocks that are still on their way up.
+    pub(super) landings: &'a [&'a Landing<B::Event>],
     pub(super) adapted: Option<&'a Adapted<'a, B>>,
     /// The rows that are wanted of the last layer; `None` for all.
     pub(super) outputs: Option<&'a OutputRows<'a, B>>,
@@ -44,13 +46,22 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// What goes on behind the attention of this layer.
     pub(super) fn behind_attention(&self, layer: usize) -> Result<Pass<'a, B>> {
-        let Pass { backend, stream, buffers, kv, metadata, adapted, outputs } = *self;
+        let Pass { backend, stream, buffers, outputs, .. } = *self;
         let Some(OutputRows { rows, buffers: kept, .. }) = outputs.filter(|outputs| outputs.layer == layer) else {
             return Ok(Pass { ..*self });
         };
         backend.gather_rows(stream, &buffers.residual, rows, &kept.residual)?;
         backend.gather_rows(stream, &buffers.attended, rows, &kept.attended)?;
-        Ok(Pass { backend, stream, buffers: kept, kv, metadata, adapted, outputs: None })
+        Ok(Pass { buffers: kept, outputs: None, ..*self })
+    }
+
+    /// Has the KV of a layer touched only when what is on its way up for this layer is there. The host waits for nothing.
+    fn await_landings(&self, layer: usize) -> Result<()> {
+        if planted::is(Bug::LayerNotAwaited) && layer == 1 {
+            return Ok(());
+        }
+        let mut events = self.landings.iter().filter_map(|landing| landing.event_before(layer));
+        events.try_for_each(|event| self.backend.wait(self.stream, event))
     }
 
     /// `out = x W^T + bias`, and what adapters add to some of the rows.
@@ -251,6 +262,8 @@ impl<B: Backend> Attention<B> {
         };
         let qkv = Linear { weight: &self.qkv_proj, bias: self.qkv_bias.as_ref() };
         pass.project(self.site(Projection::Qkv), &buffers.normed, qkv, &buffers.qkv)?;
+        // Of a partial block that comes up, the tokens behind it are written here.
+        pass.await_landings(self.layer)?;
         backend.rope_and_store_kv(stream, &buffers.qkv, &heads, &self.kv(pass), metadata)
     }
 

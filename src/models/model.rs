@@ -114,7 +114,8 @@ impl<B: Backend> Model<B> {
         workspace: &Workspace<B::Buffer>,
     ) -> Result<()> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted, outputs: None };
+        let metadata = &batch.attention;
+        let pass = Pass { backend, stream, buffers, kv, metadata, landings: &[], adapted, outputs: None };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         self.layers.forward(&pass, batch.layer)?;
         let metadata = &AttentionMetadata { slot_mapping: batch.no_slots.clone(), ..batch.attention.clone() };
@@ -129,7 +130,7 @@ impl<B: Backend> Model<B> {
         &self,
         backend: &B,
         stream: &B::Stream,
-        batch: &ForwardBatch<B::Buffer>,
+        batch: &ForwardBatch<'_, B::Buffer, B::Event>,
         adapted: Option<&Adapted<'_, B>>,
         kv: &KvCache<B::Buffer>,
         workspace: &Workspace<B::Buffer>,
@@ -144,7 +145,8 @@ impl<B: Backend> Model<B> {
         // Adapters name rows of the step.
         let is_cut = num_outputs == 0 || (num_outputs < num_tokens && adapted.is_none());
         let outputs = is_cut.then_some(&outputs);
-        let pass = Pass { backend, stream, buffers, kv, metadata: &batch.attention, adapted, outputs };
+        let (metadata, landings) = (&batch.attention, batch.landings);
+        let pass = Pass { backend, stream, buffers, kv, metadata, landings, adapted, outputs };
         backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
         self.layers.forward(&pass, self.config.num_layers)?;
         if !is_cut {

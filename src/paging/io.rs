@@ -1,22 +1,26 @@
 //! The I/O threads: they alone touch files and copy between tiers. Jobs come in over a bounded queue, what became of
 //! them goes back over another one that has room for every job in flight.
 
+use std::any::Any;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
 use super::Tier;
-use super::host::HostArena;
+use super::host::{HostArena, Slot};
 use super::store::{BlockStore, Found, Stored};
-use crate::backend::{KvLayout, Transfer};
+use crate::backend::{KvLayout, Landing, LandingBlock, Transfer};
 use crate::kv::{BlockHash, BlockId};
 use crate::planted::{self, Bug};
-use crate::{Error, Result};
+use crate::{Error, Result, invalid};
 
 /// Which copy a job belongs to, for whoever asked for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
+
+/// A [`Landing`] with the events of the device, which only who has that device knows.
+pub type DeviceLanding = Box<dyn Any + Send>;
 
 /// The disk tier, once it is open.
 pub(super) type SharedStore = Arc<OnceLock<Arc<BlockStore>>>;
@@ -33,6 +37,14 @@ impl Place {
         match self {
             Place::Host(_) => Tier::Host,
             Place::Disk => Tier::Disk,
+        }
+    }
+
+    /// Where it is on the host.
+    pub(super) fn slot(self) -> Option<BlockId> {
+        match self {
+            Place::Host(slot) => Some(slot),
+            Place::Disk => None,
         }
     }
 }
@@ -56,6 +68,8 @@ pub(super) enum Job {
     Save(BlockCopy),
     /// Up to the device.
     Load(BlockCopy),
+    /// All of them, of one ticket, up from the host layer by layer.
+    Land(Vec<BlockCopy>),
     /// Zero what lies there.
     Wipe(Wiped),
     /// Make what was saved before durable.
@@ -72,10 +86,25 @@ pub(super) enum Wiped {
 /// What became of a job.
 #[derive(Debug)]
 pub(super) enum Done {
-    Saved { copy: BlockCopy, is_there: bool },
-    Loaded { copy: BlockCopy, is_whole: bool, took: Duration },
+    Saved {
+        copy: BlockCopy,
+        is_there: bool,
+    },
+    /// Queued; a `Loaded` of each block follows.
+    Landing {
+        ticket: Ticket,
+        landing: DeviceLanding,
+    },
+    Loaded {
+        copy: BlockCopy,
+        is_whole: bool,
+        took: Duration,
+    },
     Wiped(Wiped),
-    Sealed { ticket: Ticket, is_durable: bool },
+    Sealed {
+        ticket: Ticket,
+        is_durable: bool,
+    },
 }
 
 /// The way back to the engine.
@@ -100,7 +129,7 @@ pub(super) struct IoThread<T: Transfer> {
     pub(super) blocks: T::Buffer,
     pub(super) block_bytes: usize,
     pub(super) layout: Option<KvLayout>,
-    pub(super) host: Arc<HostArena>,
+    pub(super) host: Arc<HostArena<T::HostBuffer>>,
     pub(super) store: SharedStore,
 }
 
@@ -111,13 +140,14 @@ impl<T: Transfer> IoThread<T> {
     }
 
     /// Does what it is asked, and tells what came of it.
-    pub(super) fn run(&mut self, job: Job) -> Done {
-        match job {
+    pub(super) fn run(&mut self, job: Job, done: &Completions) {
+        done.send(match job {
             Job::Save(copy) => self.save(copy),
             Job::Load(copy) => self.load(copy),
+            Job::Land(copies) => return self.land(copies, done),
             Job::Wipe(place) => self.wipe(place),
             Job::Seal(ticket) => self.seal(ticket),
-        }
+        });
     }
 
     fn save(&mut self, copy: BlockCopy) -> Done {
@@ -136,8 +166,7 @@ impl<T: Transfer> IoThread<T> {
         let mut target = self.host.lock(slot);
         let (offset, num_bytes) = self.place(copy.block);
         self.transfer.show(&self.blocks, offset, num_bytes, &mut |bytes| {
-            target.clear();
-            target.extend_from_slice(bytes);
+            target.write(bytes);
             Ok(())
         })?;
         Ok(true)
@@ -171,9 +200,9 @@ impl<T: Transfer> IoThread<T> {
         let (offset, num_bytes) = self.place(copy.block);
         let result = self.transfer.fill(&self.blocks, offset, num_bytes, &mut |target| match copy.place {
             Place::Host(BlockId(slot)) if planted::is(Bug::WrongHostSlot) => {
-                copy_whole(&self.host.lock(BlockId(slot.saturating_sub(1))), target)
+                copy_whole(self.host.lock(BlockId(slot.saturating_sub(1))).bytes(), target)
             }
-            Place::Host(slot) => copy_whole(&self.host.lock(slot), target),
+            Place::Host(slot) => copy_whole(self.host.lock(slot).bytes(), target),
             Place::Disk => read_whole(&self.store, &copy, target),
         });
         if let Err(error) = &result {
@@ -182,9 +211,48 @@ impl<T: Transfer> IoThread<T> {
         Done::Loaded { copy, is_whole: result.is_ok(), took: started_at.elapsed() }
     }
 
+    /// Has blocks of the host come up layer by layer, and tells when that is queued and when it is done.
+    fn land(&mut self, mut copies: Vec<BlockCopy>, done: &Completions) {
+        let started_at = Instant::now();
+        // In the order of their slots: blocks that lie one behind the other move together, and threads lock in one order.
+        copies.sort_unstable_by_key(|copy| copy.place.slot().map(BlockId::index));
+        let queued = self.queue_landing(&copies).map_err(|error| tracing::warn!(%error, "KV blocks cannot come up"));
+        let is_queued = queued.is_ok();
+        if let (Ok(landing), Some(BlockCopy { ticket, .. })) = (queued, copies.first()) {
+            done.send(Done::Landing { ticket: *ticket, landing });
+        }
+        // Whatever was queued runs, and nobody is to touch the blocks meanwhile.
+        let result = self.transfer.finish();
+        if let Err(error) = &result {
+            tracing::error!(%error, "KV blocks did not come up");
+        }
+        let took = started_at.elapsed().div_f64(copies.len().max(1) as f64);
+        for copy in copies {
+            done.send(Done::Loaded { copy, is_whole: is_queued && result.is_ok(), took });
+        }
+    }
+
+    fn queue_landing(&mut self, copies: &[BlockCopy]) -> Result<DeviceLanding> {
+        let layout = self.layout.ok_or_else(|| invalid!("where layers lie in a block is not known here"))?;
+        let mut slots: Vec<BlockId> = copies.iter().filter_map(|copy| copy.place.slot()).collect();
+        if planted::is(Bug::WrongHostSlot) {
+            slots.reverse();
+        }
+        let locked: Vec<_> = slots.into_iter().map(|slot| self.host.lock(slot)).collect();
+        let mut blocks = Vec::with_capacity(copies.len());
+        for (slot, copy) in locked.iter().zip(copies) {
+            let Slot::Pinned(source) = &**slot else {
+                return Err(invalid!("the host tier lies where the device cannot reach it"));
+            };
+            blocks.push(LandingBlock { source, target_offset: self.place(copy.block).0 });
+        }
+        let landing: Landing<T::Event> = self.transfer.land(&self.blocks, &layout, &blocks)?;
+        Ok(Box::new(landing))
+    }
+
     fn wipe(&mut self, wiped: Wiped) -> Done {
         match wiped {
-            Wiped::Host(slot) => self.host.lock(slot).fill(0),
+            Wiped::Host(slot) => self.host.lock(slot).clear(),
             Wiped::Device(block) => {
                 let (offset, num_bytes) = self.place(block);
                 let zero = &mut |target: &mut [u8]| {

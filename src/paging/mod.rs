@@ -12,7 +12,7 @@ mod store;
 
 pub use archive::{Archive, ArchivedBlocks, MAX_HEADER_BYTES, read_exact};
 pub use files::{FileHandle, Files, SystemFiles};
-pub use io::Ticket;
+pub use io::{DeviceLanding, Ticket};
 pub use pager::{Completion, OpenedVault, Pager, VaultOpener};
 pub use rates::Rates;
 pub use store::{BlockFormat, BlockStore, Found, OpenReport, PinnedBlocks, StoreConfig, StoreStats, Stored};

@@ -11,7 +11,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, bounded, select};
 
 use super::host::HostArena;
-use super::io::{BlockCopy, Completions, Done, IoThread, Job, Place, SharedStore, Ticket, Wiped};
+use super::io::{BlockCopy, Completions, DeviceLanding, Done, IoThread, Job, Place, SharedStore, Ticket, Wiped};
 use super::rates::Rates;
 use super::store::{BlockStore, PinnedBlocks};
 use super::{PagingConfig, Tier};
@@ -50,6 +50,14 @@ pub enum Completion {
         tier: Tier,
         /// Whether the copy is there.
         is_there: bool,
+    },
+    /// The blocks that were asked for by `land` are on their way: who waits for `landing`, layer by layer, may use them. Of
+    /// each a `Loaded` follows.
+    Landing {
+        /// As `land` was given it.
+        ticket: Ticket,
+        /// What steps wait for.
+        landing: DeviceLanding,
     },
     /// `block` holds what was asked for, or anything.
     Loaded {
@@ -103,6 +111,8 @@ struct Io {
     store: SharedStore,
     threads: Vec<JoinHandle<()>>,
     num_threads: usize,
+    /// Whether blocks of the host can land layer by layer.
+    can_land: bool,
 }
 
 impl Pager {
@@ -137,14 +147,14 @@ impl Pager {
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
-        let arena = Arc::new(HostArena::new(config.num_host_blocks));
+        let arena = Arc::new(HostArena::new(device, config.num_host_blocks, config.block_bytes)?);
         Self::start_over(device, (blocks, num_blocks), arena, config, waker)
     }
 
     fn start_over<D: Device>(
         device: &D,
         (blocks, num_blocks): (&D::Buffer, usize),
-        arena: Arc<HostArena>,
+        arena: Arc<HostArena<D::HostBuffer>>,
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
@@ -156,10 +166,12 @@ impl Pager {
         let max_loads = num_blocks + num_host_blocks;
         let (loads, load_jobs) = bounded(max_loads);
         let (saves, save_jobs) = bounded(MAX_SAVES + MAX_SEALS);
-        let (done_sender, done) = bounded(max_loads + MAX_SAVES + MAX_SEALS);
+        // Blocks that land together have a completion of their own.
+        let (done_sender, done) = bounded(2 * max_loads + MAX_SAVES + MAX_SEALS);
         let completions = Completions { done: done_sender, waker: waker.clone() };
         let (opened_sender, opened) = bounded(1);
         let store = SharedStore::default();
+        let can_land = layout.is_some() && arena.is_pinned();
         let mut threads = Vec::with_capacity(num_threads + 1);
         for _ in 0..num_threads.max(1) {
             let thread = IoThread {
@@ -177,7 +189,7 @@ impl Pager {
             let (store, waker) = (Arc::clone(&store), waker.clone());
             threads.push(spawn("mneme-vault", move || open_vault(open, &store, &opened_sender, &waker))?);
         }
-        let io = Io { loads, saves, done, opened, store, threads, num_threads: num_threads.max(1) };
+        let io = Io { loads, saves, done, opened, store, threads, num_threads: num_threads.max(1), can_land };
         Ok(Self::new(Some(io), CachedPool::new(num_host_blocks, block_size)))
     }
 
@@ -293,6 +305,31 @@ impl Pager {
         is_sent
     }
 
+    /// Whether blocks of the host can be used while they come up.
+    pub fn can_land(&self) -> bool {
+        self.io.as_ref().is_some_and(|io| io.can_land)
+    }
+
+    /// Starts bringing blocks up from the host, the lowest layers of all of them first; `false`, and none is under way, when
+    /// the host does not hold them all.
+    pub fn land<'a>(&mut self, ticket: Ticket, blocks: impl Iterator<Item = (BlockHash, &'a [u32], BlockId)>) -> bool {
+        let copy = |(hash, tokens, block): (BlockHash, &[u32], BlockId)| {
+            let place = self.place_of(&hash, tokens).filter(|place| place.tier() == Tier::Host)?;
+            Some(BlockCopy { ticket, hash, tokens: tokens.into(), block, place })
+        };
+        let Some(copies) = blocks.map(copy).collect::<Option<Vec<_>>>() else { return false };
+        let slots: Vec<BlockId> = copies.iter().filter_map(|copy| copy.place.slot()).collect();
+        slots.iter().for_each(|slot| self.pin_slot(*slot));
+        let is_sent = !slots.is_empty() && self.send(|io| &io.loads, Job::Land(copies));
+        if is_sent {
+            self.num_loads += slots.len();
+            self.num_host_copies += slots.len();
+        } else {
+            slots.into_iter().for_each(|slot| self.unpin_slot(slot));
+        }
+        is_sent
+    }
+
     /// Starts zeroing a device block; `false` where nobody could.
     pub fn wipe(&mut self, block: BlockId) -> bool {
         self.send(|io| &io.loads, Job::Wipe(Wiped::Device(block)))
@@ -375,6 +412,7 @@ impl Pager {
     fn absorb(&mut self, done: Done) -> Option<Completion> {
         Some(match done {
             Done::Saved { copy, is_there } => self.absorb_saved(&copy, is_there),
+            Done::Landing { ticket, landing } => Completion::Landing { ticket, landing },
             Done::Loaded { copy, is_whole, took } => self.absorb_loaded(&copy, is_whole, took),
             Done::Wiped(Wiped::Device(block)) => Completion::Wiped { block },
             Done::Wiped(Wiped::Host(slot)) => {
@@ -497,9 +535,9 @@ fn serve<T: Transfer>(mut thread: IoThread<T>, loads: &Receiver<Job>, saves: &Re
             Err(_) => select! { recv(loads) -> job => job, recv(saves) -> job => job },
         };
         match job {
-            Ok(job) => done.send(thread.run(job)),
+            Ok(job) => thread.run(job, done),
             // One queue has ended, and with it the pager: what the other one still has is done, then it is over.
-            Err(_) => break loads.iter().chain(saves.iter()).for_each(|job| done.send(thread.run(job))),
+            Err(_) => break loads.iter().chain(saves.iter()).for_each(|job| thread.run(job, done)),
         }
     }
 }

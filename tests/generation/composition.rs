@@ -84,6 +84,7 @@ impl Runner {
             attention: self.attention(positions),
             output_rows: self.numbers(0..num_tokens),
             num_logits: num_tokens,
+            landings: &[],
         };
         self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace).unwrap();
         let logits = self.download(&self.workspace.logits(num_tokens));

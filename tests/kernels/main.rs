@@ -8,6 +8,7 @@ mod attention;
 mod compose;
 mod elementwise;
 mod gpu;
+mod landing;
 mod linear;
 mod lora;
 mod lora_merge;

@@ -164,7 +164,7 @@ impl Simulation {
         let output = collect(engine.handle.submit(request_for(&asked, Task::Generate(Box::new(greedy(1))))).unwrap());
         assert_eq!(output.tokens, Oracle::continuation(asked.prompt(), 1));
         match output.reuse.decision {
-            FetchDecision::Fetched => {
+            FetchDecision::Fetched | FetchDecision::Attached => {
                 let (num_cached, num_tail) = (output.cached_tokens, self.machine.limits.block_size - 1);
                 assert_eq!(num_cached, output.reuse.disk_tokens);
                 // Who continues another deposit may find more than full blocks, too.
@@ -326,6 +326,7 @@ impl Simulation {
         reached.num_cached_tokens += output.cached_tokens;
         reached.num_host_tokens += output.reuse.host_tokens;
         reached.num_disk_tokens += output.reuse.disk_tokens;
+        reached.num_attached += usize::from(output.reuse.decision == FetchDecision::Attached);
         reached.num_late += usize::from(output.reuse.decision == FetchDecision::Late);
         reached.num_lost += usize::from(output.reuse.decision == FetchDecision::Lost);
         if asked.shared.as_ref().is_some_and(|shared| shared.domain != asked.domain) {

@@ -14,6 +14,8 @@ pub struct Reached {
     /// Restarts after a crash in the middle of a life.
     pub num_crashes: usize,
     pub num_restored_tokens: usize,
+    /// Requests that were computed while their blocks came up.
+    pub num_attached: usize,
     pub num_late: usize,
     pub num_lost: usize,
     pub num_deposits: usize,
@@ -84,6 +86,7 @@ impl std::ops::AddAssign for Reached {
         self.num_restarts += other.num_restarts;
         self.num_crashes += other.num_crashes;
         self.num_restored_tokens += other.num_restored_tokens;
+        self.num_attached += other.num_attached;
         self.num_late += other.num_late;
         self.num_lost += other.num_lost;
         self.num_deposits += other.num_deposits;
@@ -131,6 +134,7 @@ impl Reached {
             (self.num_restored_tokens, 100),
             (self.num_restarts - self.num_crashes, 50),
             (self.num_crashes, 50),
+            (self.num_attached, 50),
             (self.num_late, 20),
             (self.num_lost, 5),
             (self.num_deposits, 500),

@@ -13,6 +13,7 @@ mod gate;
 mod golden;
 #[path = "../generation/invariance.rs"]
 mod invariance;
+mod landing;
 #[path = "../generation/lifecycle.rs"]
 mod lifecycle;
 mod merged;
@@ -67,6 +68,12 @@ fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
 #[test]
 fn families_are_the_cpus_in_other_schedules() {
     support::softgpu::pass_in_other_schedules("families::", "other_schedules");
+}
+
+/// Copies of layers, the waits for them and the step that uses them come from different threads.
+#[test]
+fn blocks_land_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("landing::", "other_schedules");
 }
 
 /// Adapters come from another thread and another stream than those that use them.

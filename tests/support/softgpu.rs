@@ -45,6 +45,25 @@ pub fn backend(dtype: DType) -> CudaBackend {
     CudaBackend::new(0, dtype).unwrap()
 }
 
+/// Whether another library was named in its place, perhaps the driver of a GPU, which reports nothing.
+pub fn is_replaced() -> bool {
+    std::env::var_os(LIBRARY_VARIABLE).is_some()
+}
+
+/// Has the software GPU run copies to the device only when so many more kernels have been launched.
+pub fn hold_copies(num_launches: u64) {
+    load();
+    if is_replaced() {
+        return;
+    }
+    // SAFETY: the library is loaded already, and the function takes this number and gives an error code.
+    let code = unsafe {
+        let library = Library::open(Some(library()), RTLD_NOW).unwrap();
+        library.get::<unsafe extern "C" fn(u64) -> u32>(b"softgpu_hold_copies").unwrap()(num_launches)
+    };
+    assert_eq!(code, 0);
+}
+
 /// Loads the library, once.
 fn load() {
     static LOADED: OnceLock<()> = OnceLock::new();

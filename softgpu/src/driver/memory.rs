@@ -8,6 +8,32 @@ use crate::report;
 use crate::work::{HostSource, HostTarget, Work};
 use std::ffi::{c_int, c_uint, c_ulonglong, c_void};
 
+/// `CU_MEMORYTYPE_HOST` and `CU_MEMORYTYPE_DEVICE`.
+const HOST: c_uint = 1;
+const DEVICE: c_uint = 2;
+
+/// `CUDA_MEMCPY2D`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Copy2D {
+    pub source_x: usize,
+    pub source_y: usize,
+    pub source_type: c_uint,
+    pub source_host: *const c_void,
+    pub source_device: u64,
+    pub source_array: usize,
+    pub source_pitch: usize,
+    pub target_x: usize,
+    pub target_y: usize,
+    pub target_type: c_uint,
+    pub target_host: *mut c_void,
+    pub target_device: u64,
+    pub target_array: usize,
+    pub target_pitch: usize,
+    pub width: usize,
+    pub height: usize,
+}
+
 /// The default pool's handle.
 const POOL: usize = 0x900;
 
@@ -156,6 +182,26 @@ entries! {
         need()?;
         let source = host_source(source, bytes, stream);
         device().streams.push(stream, Work::ToDevice(source, target, bytes as u64)).map(drop)
+    }
+
+    // Rows from the host to the device, each an operation of its own.
+    fn cuMemcpy2DAsync_v2(copy: *const Copy2D, stream: usize) {
+        need()?;
+        let copy = copy.as_ref().ok_or(INVALID_VALUE)?;
+        if (copy.source_type, copy.target_type) != (HOST, DEVICE) {
+            return refuse(NOT_SUPPORTED, "copies of two dimensions other than from the host to the device are not supported");
+        }
+        let is_cut = |x: usize, pitch: usize| copy.height > 1 && x.saturating_add(copy.width) > pitch;
+        if is_cut(copy.source_x, copy.source_pitch) || is_cut(copy.target_x, copy.target_pitch) {
+            return Err(INVALID_VALUE);
+        }
+        for row in 0..copy.height {
+            let offset = (copy.source_y + row) * copy.source_pitch + copy.source_x;
+            let source = host_source(copy.source_host.byte_add(offset), copy.width, stream);
+            let target = copy.target_device + ((copy.target_y + row) * copy.target_pitch + copy.target_x) as u64;
+            device().streams.push(stream, Work::ToDevice(source, target, copy.width as u64))?;
+        }
+        Ok(())
     }
 
     fn cuMemcpyDtoH_v2(target: *mut c_void, source: u64, bytes: usize) {

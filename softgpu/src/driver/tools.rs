@@ -47,6 +47,12 @@ entries! {
         put(counters, found.ok_or(NOT_FOUND)?)
     }
 
+    // Copies from the host to the device run only when the program has launched so many more kernels.
+    fn softgpu_hold_copies(launches: u64) {
+        device().streams.hold_copies(launches);
+        Ok(())
+    }
+
     // All kernels as JSON.
     fn softgpu_report(buffer: *mut c_char, length: usize, needed: *mut usize) {
         copy_text(&report::json(), buffer, length, needed)

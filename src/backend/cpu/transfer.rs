@@ -2,7 +2,8 @@
 
 #![allow(unsafe_code)]
 
-use super::memory::CpuBuffer;
+use super::copy_stream::CpuEvent;
+use super::memory::{CpuBuffer, CpuHostBuffer};
 use crate::backend::Transfer;
 use crate::{Result, invalid};
 
@@ -11,6 +12,8 @@ pub struct CpuTransfer;
 
 impl Transfer for CpuTransfer {
     type Buffer = CpuBuffer;
+    type HostBuffer = CpuHostBuffer;
+    type Event = CpuEvent;
 
     fn fill(
         &mut self,

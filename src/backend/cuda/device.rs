@@ -29,8 +29,12 @@ impl Device for CudaBackend {
         CudaHostBuffer::allocate(self.context(), bytes)
     }
 
+    fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<CudaHostBuffer>>> {
+        CudaHostBuffer::allocate_row(self.context(), num_blocks, block_bytes).map(Some)
+    }
+
     fn create_transfer(&self) -> Result<CudaTransfer> {
-        CudaTransfer::new(self.context())
+        CudaTransfer::new(self.context(), self.events())
     }
 
     fn create_stream(&self, _kind: StreamKind) -> Result<CudaStream> {

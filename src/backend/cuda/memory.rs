@@ -67,17 +67,45 @@ pub(super) fn address(tensor: &Tensor<CudaBuffer>) -> Result<sys::CUdeviceptr> {
 
 /// Page-locked memory of the host, cached by the processor: results are read from it.
 pub struct CudaHostBuffer {
-    context: Arc<CudaContext>,
     start: *mut u8,
     bytes: usize,
+    /// What it is a part of.
+    _pinned: Arc<Pinned>,
 }
 
 // SAFETY: it is plain memory with one owner.
 unsafe impl Send for CudaHostBuffer {}
 
+/// What was page-locked at once.
+struct Pinned {
+    context: Arc<CudaContext>,
+    start: *mut u8,
+}
+
+// SAFETY: whoever holds one touches no byte through it.
+unsafe impl Send for Pinned {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Pinned {}
+
 impl CudaHostBuffer {
     /// Zeroed memory.
     pub(super) fn allocate(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
+        let pinned = Arc::new(Pinned::allocate(context, bytes)?);
+        Ok(Self { start: pinned.start, bytes, _pinned: pinned })
+    }
+
+    /// `count` buffers of so many bytes, one behind the other.
+    pub(super) fn allocate_row(context: &Arc<CudaContext>, count: usize, bytes: usize) -> Result<Vec<Self>> {
+        let total = count.checked_mul(bytes).ok_or_else(|| invalid!("{count} host blocks of {bytes} bytes"))?;
+        let pinned = Arc::new(Pinned::allocate(context, total)?);
+        // SAFETY: so many bytes were allocated.
+        let part = |at: usize| unsafe { pinned.start.add(at * bytes) };
+        Ok((0..count).map(|at| Self { start: part(at), bytes, _pinned: Arc::clone(&pinned) }).collect())
+    }
+}
+
+impl Pinned {
+    fn allocate(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
         let action = format!("get {bytes} bytes of pinned host memory");
         let error = driver_error(&action);
         context.bind_to_thread().map_err(&error)?;
@@ -85,11 +113,11 @@ impl CudaHostBuffer {
         let start = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(&error)?.cast::<u8>();
         // SAFETY: the range was just allocated.
         unsafe { start.write_bytes(0, bytes.max(1)) };
-        Ok(Self { context: Arc::clone(context), start, bytes })
+        Ok(Self { context: Arc::clone(context), start })
     }
 }
 
-impl Drop for CudaHostBuffer {
+impl Drop for Pinned {
     fn drop(&mut self) {
         // A copy may still be queued.
         self.context.record_err(self.context.synchronize());

@@ -68,6 +68,33 @@ struct PendingCopy {
     target_offset: usize,
 }
 
+impl SimStream {
+    pub(super) fn new(kind: StreamKind) -> Self {
+        Self { kind, queue: Arc::default() }
+    }
+
+    /// Queues the copy of bytes that are known already.
+    pub(super) fn push(&self, source: Vec<u8>, target: &SimBuffer, target_offset: usize) {
+        let (source_range, source) = (0..source.len(), SimBuffer::new(source));
+        let mut queue = lock(&self.queue);
+        queue.num_submitted += 1;
+        queue.pending.push_back(PendingCopy { source, target: target.clone(), source_range, target_offset });
+    }
+
+    pub(super) fn record(&self) -> SimEvent {
+        let after = lock(&self.queue).num_submitted;
+        SimEvent { queue: Arc::clone(&self.queue), after }
+    }
+
+    /// Runs the oldest copy; `false` when there was none.
+    pub(super) fn run_one(&self) -> bool {
+        let mut queue = lock(&self.queue);
+        let has_one = !queue.pending.is_empty();
+        queue.run_one();
+        has_one
+    }
+}
+
 impl CopyQueue {
     fn run_one(&mut self) {
         if let Some(copy) = self.pending.pop_front() {
@@ -97,12 +124,17 @@ impl Device for SimBackend {
         Ok(vec![0; bytes])
     }
 
+    fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<Vec<u8>>>> {
+        let blocks = || (0..num_blocks).map(|_| vec![0; block_bytes]).collect();
+        Ok(self.lands_by_layer().then(blocks))
+    }
+
     fn create_transfer(&self) -> Result<SimTransfer> {
         Ok(SimTransfer::new(self.delays.clone()))
     }
 
     fn create_stream(&self, kind: StreamKind) -> Result<SimStream> {
-        Ok(SimStream { kind, queue: Arc::default() })
+        Ok(SimStream::new(kind))
     }
 
     fn upload(&self, _stream: &SimStream, source: &Vec<u8>, target: &SimBuffer, range: Range<usize>) -> Result<()> {
@@ -139,8 +171,7 @@ impl Device for SimBackend {
     }
 
     fn record(&self, stream: &SimStream) -> Result<SimEvent> {
-        let after = lock(&stream.queue).num_submitted;
-        Ok(SimEvent { queue: Arc::clone(&stream.queue), after })
+        Ok(stream.record())
     }
 
     fn wait(&self, _stream: &SimStream, event: &SimEvent) -> Result<()> {

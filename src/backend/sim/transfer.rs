@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::super::{KvLayout, Transfer};
-use super::SimBuffer;
+use super::super::{KvLayout, Landing, LandingBlock, StreamKind, Transfer};
+use super::device::{SimBuffer, SimEvent, SimStream};
 use super::payload::{PAYLOAD_BYTES, mix};
 use crate::Result;
 
@@ -34,6 +34,11 @@ impl Delays {
         }
     }
 
+    /// Whether blocks of the host land layer by layer: two in three doubles have that form.
+    pub(super) fn lands_by_layer(&self) -> bool {
+        !self.seed.is_multiple_of(3)
+    }
+
     /// Of a transfer. Most often hardly at all.
     fn wait(&self) {
         let drawn = mix(self.seed, self.num_drawn.fetch_add(1, Ordering::Relaxed));
@@ -44,14 +49,15 @@ impl Delays {
 }
 
 /// Transfers of the double.
-#[derive(Default)]
 pub struct SimTransfer {
     delays: Option<Arc<Delays>>,
+    /// Copies of blocks that land layer by layer: each runs when somebody waits for it, or in its own time.
+    landing: SimStream,
 }
 
 impl SimTransfer {
     pub(super) fn new(delays: Option<Arc<Delays>>) -> Self {
-        Self { delays }
+        Self { delays, landing: SimStream::new(StreamKind::Copy) }
     }
 
     fn wait(&self) {
@@ -61,6 +67,8 @@ impl SimTransfer {
 
 impl Transfer for SimTransfer {
     type Buffer = SimBuffer;
+    type HostBuffer = Vec<u8>;
+    type Event = SimEvent;
 
     fn fill(
         &mut self,
@@ -75,6 +83,32 @@ impl Transfer for SimTransfer {
         write(&mut staging)?;
         self.wait();
         target.lock()[offset..offset + bytes].copy_from_slice(&staging);
+        Ok(())
+    }
+
+    /// Each layer has an event of its own.
+    fn land(
+        &mut self,
+        target: &SimBuffer,
+        layout: &KvLayout,
+        blocks: &[LandingBlock<'_, Vec<u8>>],
+    ) -> Result<Landing<SimEvent>> {
+        let layer_bytes = layout.block_size() * PAYLOAD_BYTES;
+        Landing::queue(layout, layout.num_layers(), |first, end| {
+            for LandingBlock { source, target_offset } in blocks {
+                let end = if end == layout.num_layers() { source.len() } else { end * layer_bytes };
+                let start = first * layer_bytes;
+                self.landing.push(source[start..end].to_vec(), target, target_offset + start);
+            }
+            Ok(self.landing.record())
+        })
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.wait();
+        while self.landing.run_one() {
+            self.wait();
+        }
         Ok(())
     }
 

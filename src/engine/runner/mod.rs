@@ -18,10 +18,10 @@ use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
-    AttentionMetadata, Backend, DType, Device, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor,
+    AttentionMetadata, Backend, DType, Device, Landing, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor,
 };
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
-use crate::paging::{Pager, PagingConfig};
+use crate::paging::{DeviceLanding, Pager, PagingConfig};
 
 /// Runs the model. Owns the KV blocks, the buffers of a step and the stream they are used on.
 pub(super) struct ModelRunner<B: Backend> {
@@ -207,18 +207,21 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    /// Computes the scheduled tokens, if there are any, and waits for the results.
-    pub(super) fn run(
+    /// Computes the scheduled tokens, if there are any, and waits for the results. Some of their sequences' blocks may still
+    /// be on their way up.
+    pub(super) fn run<'a>(
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
         residency: &Residency,
+        landings: impl Iterator<Item = &'a DeviceLanding>,
     ) -> Result<()> {
         if scheduled.is_empty() {
             return Ok(());
         }
         self.gather(running, scheduled)?;
-        let batch = self.prepare(running, scheduled);
+        let landings: Vec<&Landing<B::Event>> = landings.map(known_landing).collect();
+        let batch = self.prepare(running, scheduled, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
@@ -267,7 +270,12 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Flattens the step's tokens.
-    fn prepare(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> ForwardBatch<B::Buffer> {
+    fn prepare<'a>(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        landings: &'a [&'a Landing<B::Event>],
+    ) -> ForwardBatch<'a, B::Buffer, B::Event> {
         self.inputs.len = 0;
         self.assign_outputs(running, scheduled);
         let attention = self.write_tokens(running, scheduled);
@@ -290,7 +298,7 @@ impl<B: Backend> ModelRunner<B> {
             }
         }
         let (attention, input_ids) = attention;
-        ForwardBatch { input_ids, attention, output_rows, num_logits }
+        ForwardBatch { input_ids, attention, output_rows, num_logits, landings }
     }
 
     /// Which rows are adapted by what; `None` when none is.
@@ -396,7 +404,7 @@ impl<B: Backend> ModelRunner<B> {
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
-        batch: &ForwardBatch<B::Buffer>,
+        batch: &ForwardBatch<'_, B::Buffer, B::Event>,
     ) -> Result<()> {
         self.num_row_bytes = 0;
         if batch.num_logits > 0 {
@@ -433,6 +441,10 @@ impl<B: Backend> ModelRunner<B> {
         }
         Ok(())
     }
+}
+
+fn known_landing<E: 'static>(landing: &DeviceLanding) -> &Landing<E> {
+    landing.downcast_ref().expect("the pager was started with the runner's device")
 }
 
 /// The rows of a step that use the copy, which are its last ones.

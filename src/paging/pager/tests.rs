@@ -1,7 +1,8 @@
-//! What is erased is zeroed on the host and on the device, whatever is under way.
+//! Blocks of the host land before they are whole, and what is erased is zeroed there and on the device, whatever is under way.
 
 use super::*;
-use crate::backend::sim::SimBackend;
+use crate::backend::sim::{SimBackend, SimEvent};
+use crate::backend::{DType, KvLayout, Landing};
 
 const BLOCK_BYTES: usize = 64;
 
@@ -9,29 +10,27 @@ const BLOCK_BYTES: usize = 64;
 struct World {
     pager: Pager,
     waker: Receiver<()>,
-    arena: Arc<HostArena>,
+    arena: Arc<HostArena<Vec<u8>>>,
     hash: BlockHash,
 }
 
 impl World {
     fn new() -> Self {
+        Self::with(BLOCK_BYTES, None)
+    }
+
+    fn with(block_bytes: usize, layout: Option<KvLayout>) -> Self {
         let device = SimBackend::default();
-        let blocks = device.allocate(2 * BLOCK_BYTES).unwrap();
+        let blocks = device.allocate(2 * block_bytes).unwrap();
         let fill = &mut |bytes: &mut [u8]| {
             bytes.fill(7);
             Ok(())
         };
-        device.create_transfer().unwrap().fill(&blocks, 0, BLOCK_BYTES, fill).unwrap();
+        device.create_transfer().unwrap().fill(&blocks, 0, block_bytes, fill).unwrap();
         let (wake, waker) = bounded(1);
-        let config = PagingConfig {
-            block_bytes: BLOCK_BYTES,
-            block_size: 1,
-            layout: None,
-            num_host_blocks: 2,
-            num_threads: 1,
-            open: None,
-        };
-        let arena = Arc::new(HostArena::new(2));
+        let config =
+            PagingConfig { block_bytes, block_size: 1, layout, num_host_blocks: 2, num_threads: 1, open: None };
+        let arena = Arc::new(HostArena::new(&device, 2, block_bytes).unwrap());
         let pager = Pager::start_over(&device, (&blocks, 2), Arc::clone(&arena), config, &wake).unwrap();
         let hash = BlockHash::root(b"model", b"").child(&[1]);
         let mut world = Self { pager, waker, arena, hash };
@@ -49,8 +48,32 @@ impl World {
     }
 
     fn set_bytes(&self) -> usize {
-        (0..2).map(|slot| self.arena.lock(BlockId(slot)).iter().filter(|byte| **byte != 0).count()).sum()
+        (0..2).map(|slot| self.arena.lock(BlockId(slot)).bytes().iter().filter(|byte| **byte != 0).count()).sum()
     }
+}
+
+#[test]
+fn blocks_that_land_can_be_used_before_they_are_whole() {
+    let layout = KvLayout::new(2, 1, 16, 16, DType::BF16).unwrap();
+    let mut world = World::with(layout.block_bytes(), Some(layout));
+    assert!(matches!(world.next(), Completion::Saved { is_there: true, .. }));
+    let (ticket, hash) = (world.pager.new_ticket(), world.hash);
+    let unknown = hash.child(&[2]);
+    assert!(!world.pager.land(ticket, [(hash, &[1][..], BlockId(1)), (unknown, &[2], BlockId(0))].into_iter()));
+    world.pager.check_integrity(0, 0);
+    assert!(world.pager.land(ticket, [(hash, &[1][..], BlockId(1))].into_iter()));
+    world.pager.check_integrity(0, 1);
+    let Completion::Landing { landing, .. } = world.next() else { panic!("blocks that land say so first") };
+    let landing = landing.downcast::<Landing<SimEvent>>().unwrap();
+    assert!([0, 1].iter().all(|layer| landing.event_before(*layer).is_some()));
+    assert!(matches!(world.next(), Completion::Loaded { block: BlockId(1), is_whole: true, .. }));
+    world.pager.check_integrity(0, 0);
+}
+
+/// Where nobody knows how a block is divided it comes up whole.
+#[test]
+fn nothing_lands_without_a_layout() {
+    assert!(!World::new().pager.can_land());
 }
 
 #[test]

@@ -445,6 +445,7 @@ fn decision_text(decision: FetchDecision) -> &'static str {
     match decision {
         FetchDecision::NothingBelow => "nothing_below",
         FetchDecision::Fetched => "fetched",
+        FetchDecision::Attached => "attached",
         FetchDecision::RecomputeIsCheaper => "recompute_is_cheaper",
         FetchDecision::Late => "late",
         FetchDecision::Lost => "lost",

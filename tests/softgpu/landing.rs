@@ -1,0 +1,121 @@
+//! Blocks of the host that come up layer by layer, beside the step that uses them.
+
+use std::path::Path;
+
+use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
+
+use crate::paging_tiers::bits;
+use crate::support::engine::{Output, Setup, TestEngine, collect, limits};
+use crate::support::random::Random;
+use crate::support::softgpu;
+use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::vault::Tiers;
+
+/// Three blocks, all of which may be on their way down at a time.
+const NUM_SHARED: usize = 48;
+const NUM_BLOCKS: usize = 24;
+
+/// Kernels up to behind the attention of the second layer of two.
+const LAUNCHES_TO_LAST_LAYER: u64 = 15;
+
+/// Two prompts that begin alike.
+fn prompts() -> [Vec<u32>; 2] {
+    let mut random = Random::new(5);
+    let shared = random.tokens(NUM_SHARED, VOCAB);
+    [(); 2].map(|()| [&shared[..], &random.tokens(5, VOCAB)].concat())
+}
+
+fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
+    let sampling = SamplingParams { temperature: 0.0, max_tokens: 4, logprobs: Some(VOCAB), ..Default::default() };
+    collect(engine.submit(prompt, sampling))
+}
+
+/// An engine whose host tier, and nothing else, has what both prompts begin with.
+fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> TestEngine {
+    let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
+    let setup = Setup { limits, ..Setup::default() };
+    let host_bytes = 100 * Tiers::new(family).block_bytes();
+    let tiers = TierConfig { host_bytes, num_io_threads: 2, ..TierConfig::default() };
+    let engine = crate::start_with_tiers(model, setup, tiers);
+    ask(&engine, &prompts()[0]);
+    for seed in 100..103 {
+        engine.greedy(&Random::new(seed).tokens(200, VOCAB), 1);
+    }
+    engine
+}
+
+fn attached(model: &Path, family: Family, num_launches_before: u64) -> Output {
+    let engine = engine_with_blocks_on_the_host(model, family);
+    softgpu::hold_copies(num_launches_before);
+    let found = ask(&engine, &prompts()[1]);
+    assert_eq!((found.reuse.decision, found.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
+    found
+}
+
+/// The same prompt computed, and with its beginning from the device, from the host layer by layer and from disk block by
+/// block.
+#[test]
+fn blocks_that_land_layer_by_layer_give_the_same_bits() {
+    for family in [Family::Llama, Family::Gemma3] {
+        let model = TinyModel::new(family, 3).write();
+        let [first, second] = prompts();
+        let mut tiers = Tiers::new(family);
+        tiers.setup.limits.num_blocks = 64;
+        let wanted = bits(&ask(&tiers.start(model.path()), &second));
+        tiers.files = mneme::paging::faulty::FaultyFiles::new(2);
+        let engine = tiers.start(model.path());
+        ask(&engine, &first);
+        let from_device = ask(&engine, &second);
+        assert_eq!((from_device.reuse.device_tokens, bits(&from_device)), (NUM_SHARED, wanted.clone()), "{family:?}");
+        drop(engine);
+        tiers.files.restart();
+        let whole = ask(&tiers.start(model.path()), &first);
+        assert_eq!((whole.reuse.decision, whole.reuse.disk_tokens), (FetchDecision::Fetched, NUM_SHARED));
+        let again = ask(&engine_with_blocks_on_the_host(model.path(), family), &first);
+        assert_eq!((again.reuse.decision, again.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
+        assert_eq!(bits(&again), bits(&whole), "{family:?}");
+        assert_eq!(bits(&attached(model.path(), family, 0)), wanted, "{family:?}");
+    }
+}
+
+/// No byte of them moves before the step that uses them is queued as far as the last layer.
+#[test]
+fn a_step_is_queued_before_its_blocks_are_there() {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let wanted = bits(&attached(model.path(), Family::Llama, 0));
+    assert_eq!(bits(&attached(model.path(), Family::Llama, LAUNCHES_TO_LAST_LAYER)), wanted);
+}
+
+/// The software GPU sees it when a step leaves out the wait for a single layer.
+#[cfg(feature = "planted-bugs")]
+mod planted {
+    use std::process::Command;
+
+    use mneme::planted::{Bug, plant};
+
+    use super::*;
+
+    /// Set in the process that is to fail.
+    const VARIABLE: &str = "MNEME_TEST_WITHOUT_WAIT";
+
+    #[test]
+    fn a_layer_that_is_not_awaited_is_reported() {
+        if std::env::var_os(VARIABLE).is_some() {
+            let model = TinyModel::new(Family::Llama, 3).write();
+            let engine = engine_with_blocks_on_the_host(model.path(), Family::Llama);
+            plant(Some(Bug::LayerNotAwaited));
+            softgpu::hold_copies(LAUNCHES_TO_LAST_LAYER);
+            ask(&engine, &prompts()[1]);
+            return;
+        }
+        softgpu::end_without_kernels();
+        if softgpu::is_replaced() {
+            return;
+        }
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["a_layer_that_is_not_awaited_is_reported", "--nocapture"]).env(VARIABLE, "1");
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains("StreamOrder"), "{text}");
+    }
+}
