@@ -8,25 +8,21 @@
 
 #![allow(clippy::vec_box)] // sequences move between the queues, by pointer
 
+mod adapters;
+mod blocks;
+mod copies;
+
 use std::collections::{HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use super::composition::Composition;
 use super::request::FinishReason;
-use super::residency::{FailedLoad, Residency};
+use super::residency::Residency;
 use super::sequence::{Sequence, SequenceStatus, Work};
-use super::tiers::{Arrival, Fetchable, Plan, Tiers, allocate_for, claim};
+use super::tiers::{Plan, Tiers};
 use crate::adapters::AdapterDigest;
 use crate::kv::{BlockHash, CachedPool};
-use crate::paging::{DeviceLanding, Pager, Tier};
+use crate::paging::{DeviceLanding, Pager};
 use crate::planted::{self, Bug};
-use crate::{Error, Result};
-
-/// Waiting sequences whose adapters are brought to the device before there is a place for them.
-const MAX_PREFETCHING: usize = 16;
-
-/// Of the pool, one block in so many is left to running sequences when adapters are brought up ahead of their time.
-const POOL_SHARE_KEPT_FREE: usize = 8;
 
 /// Bounds of a step and of the queue.
 #[derive(Debug, Clone, Copy)]
@@ -338,11 +334,6 @@ impl Scheduler {
         false
     }
 
-    /// Blocks that are free, now or once they are zeroed.
-    fn num_available(&self) -> usize {
-        self.pool.num_free() + self.pool.num_unwiped()
-    }
-
     fn schedule_waiting(&mut self, budget: &mut Budget) {
         let mut at = 0;
         while at < self.waiting.len() && self.has_place() && budget.tokens > 0 {
@@ -407,210 +398,6 @@ impl Scheduler {
         Admission::Admitted
     }
 
-    /// Holds the adapters of a waiting sequence on the device, or has them brought there, at the cost of those behind it;
-    /// `false` while there is no room for them.
-    fn hold_adapters(&mut self, at: usize) -> bool {
-        let sequence = &self.waiting[at];
-        if sequence.holds_adapters || sequence.added_adapters().is_empty() {
-            return true;
-        }
-        // A block for each that runs, lest they are preempted for what is only beginning.
-        while !self.try_hold_adapters(at, self.running.len()) {
-            if !self.reclaim(at + 1) {
-                return false;
-            }
-        }
-        true
-    }
-
-    fn try_hold_adapters(&mut self, at: usize, num_kept_free: usize) -> bool {
-        let num_reserved = self.num_reserved() + num_kept_free;
-        let Self { waiting, residency, pool, .. } = self;
-        let sequence = &mut waiting[at];
-        sequence.holds_adapters = residency.hold(pool, sequence.added_adapters(), num_reserved);
-        sequence.holds_adapters
-    }
-
-    /// Brings up the adapters of the next waiting sequences, as far as there is room that nobody needs now.
-    fn prefetch_adapters(&mut self) {
-        let num_kept_free = self.limits.num_blocks / POOL_SHARE_KEPT_FREE;
-        for at in 0..self.waiting.len().min(MAX_PREFETCHING) {
-            let sequence = &self.waiting[at];
-            let wants_some = !sequence.holds_adapters && !sequence.added_adapters().is_empty();
-            if wants_some && !self.try_hold_adapters(at, num_kept_free) {
-                break;
-            }
-        }
-    }
-
-    /// Lets go of a sequence's adapters.
-    fn release_adapters(&mut self, sequence: &mut Sequence) {
-        let held = sequence.held_adapters().iter();
-        held.for_each(|applied| self.residency.release(&mut self.pool, applied.adapter.digest()));
-        sequence.holds_adapters = false;
-    }
-
-    /// Takes note of adapters that have arrived. Sequences whose adapters could not be brought up, and why.
-    pub(super) fn absorb_adapters(&mut self) -> Vec<(Box<Sequence>, String)> {
-        let mut failed = Vec::new();
-        while let Some(FailedLoad { adapter, why }) = self.residency.poll(&mut self.pool) {
-            let mut at = 0;
-            while at < self.waiting.len() {
-                let Some(mut sequence) = self.waiting.remove(at) else { break };
-                let its_own = sequence.held_adapters().iter().find(|it| it.adapter.digest() == adapter.digest());
-                let is_same = its_own.map(|it| it.adapter.path() == adapter.path());
-                match is_same {
-                    Some(true) => {
-                        self.release(&mut sequence);
-                        failed.push((sequence, why.clone()));
-                        continue;
-                    }
-                    // The same adapter may lie elsewhere, unharmed: it is asked for again.
-                    Some(false) => self.release_adapters(&mut sequence),
-                    None => {}
-                }
-                self.waiting.insert(at, sequence);
-                at += 1;
-            }
-        }
-        failed
-    }
-
-    /// Where adapters are.
-    pub(super) fn residency(&self) -> &Residency {
-        &self.residency
-    }
-
-    /// Holds adapters that running sequences hold as well, and none of those that were held for a merge before.
-    pub(super) fn hold_for_merge(&mut self, adapters: &[AdapterDigest]) {
-        if self.merging != adapters {
-            self.release_merging();
-            adapters.iter().for_each(|digest| self.residency.hold_again(*digest));
-            self.merging.extend_from_slice(adapters);
-        }
-    }
-
-    /// Whether adapters are held for a merge: not any more when sequences needed the room.
-    pub(super) fn holds_for_merge(&self) -> bool {
-        !self.merging.is_empty()
-    }
-
-    /// Lets go of adapters that were held for a merge; `false` when none was.
-    pub(super) fn release_merging(&mut self) -> bool {
-        let held = std::mem::take(&mut self.merging);
-        held.iter().for_each(|digest| self.residency.release(&mut self.pool, *digest));
-        !held.is_empty()
-    }
-
-    /// Whether the first block that the cache lacks is being computed by somebody.
-    fn is_promised(&mut self, at: usize) -> bool {
-        let block_size = self.limits.block_size;
-        let sequence = &mut self.waiting[at];
-        sequence.chain.extend(&sequence.tokens, block_size);
-        // Those that it has may be on their way up, and then nobody finds them.
-        let num_full = sequence.blocks.len() - usize::from(sequence.attached_tail.is_some());
-        (num_full..sequence.num_shareable_blocks(block_size))
-            .filter_map(|index| Some((index, sequence.chain.get(index)?)))
-            .find(|(index, hash)| self.pool.find(hash, sequence.block_tokens(*index, block_size)).is_none())
-            .is_some_and(|(_, hash)| self.promised.contains(hash))
-    }
-
-    /// Shares the blocks of the longest cached prefix. One token at least is left to compute, for its logits.
-    fn attach_cached_blocks(&mut self, sequence: &mut Sequence) {
-        let block_size = self.limits.block_size;
-        sequence.chain.extend(&sequence.tokens, block_size);
-        self.replace_tail(sequence);
-        let num_shareable =
-            if sequence.attached_tail.is_some() { 0 } else { sequence.num_shareable_blocks(block_size) };
-        for index in sequence.blocks.len()..num_shareable {
-            let Some(hash) = sequence.chain.get(index) else { break };
-            let Some(block) = self.pool.share_found(hash, sequence.block_tokens(index, block_size)) else { break };
-            claim(&mut self.pool, sequence, index, block);
-            sequence.blocks.push(block);
-            sequence.count_reuse(Tier::Device, index, block_size);
-        }
-        sequence.note_attached(block_size);
-    }
-
-    /// Gives the copy of a partial block back when the full block that begins like it can be shared by now.
-    fn replace_tail(&mut self, sequence: &mut Sequence) {
-        let block_size = self.limits.block_size;
-        let Some(index) = sequence.attached_tail.and(sequence.blocks.len().checked_sub(1)) else { return };
-        let is_full = index < sequence.num_shareable_blocks(block_size)
-            && sequence
-                .chain
-                .get(index)
-                .is_some_and(|hash| self.pool.find(hash, sequence.block_tokens(index, block_size)).is_some());
-        if is_full && let Some(block) = sequence.blocks.pop() {
-            self.pool.release(block);
-            sequence.attached_tail = None;
-        }
-    }
-
-    fn promise_blocks(&mut self, sequence: &mut Sequence) {
-        sequence.count_cached();
-        if !self.limits.prefix_caching {
-            return;
-        }
-        for index in sequence.chain.num_published..sequence.chain.len() {
-            if let Some(hash) = sequence.chain.get(index) {
-                self.promised.insert(*hash);
-            }
-        }
-        sequence.chain.num_promised = sequence.chain.len();
-    }
-
-    /// Takes note that `num_tokens` more of a running sequence are computed; full blocks can be found from now on.
-    pub(super) fn advance(&mut self, index: usize, num_tokens: usize) {
-        let block_size = self.limits.block_size;
-        self.release_sources(index);
-        let sequence = &mut self.running[index];
-        sequence.num_computed_tokens = sequence.end_of_next(num_tokens);
-        if !self.limits.prefix_caching {
-            return;
-        }
-        let num_early = if planted::is(Bug::PublishedEarly) { block_size / 2 } else { 0 };
-        let num_full = (sequence.num_computed_tokens + num_early).min(sequence.tokens.len()) / block_size;
-        sequence.chain.extend(&sequence.tokens[..num_full * block_size], block_size);
-        for at in sequence.chain.num_published..num_full {
-            if let Some(hash) = sequence.chain.get(at) {
-                self.pool.insert(*hash, sequence.block_tokens(at, block_size), sequence.blocks[at]);
-                self.promised.remove(hash);
-            }
-        }
-        sequence.chain.num_published = sequence.chain.num_published.max(num_full);
-    }
-
-    /// Takes note of the deviations of the next tokens of a composed prompt. Its pieces' blocks are not needed any more.
-    pub(super) fn take_deviations(&mut self, index: usize, deviations: &[f32]) {
-        self.release_sources(index);
-        self.running[index].take_deviations(deviations);
-    }
-
-    /// Blocks that a running sequence lacks for `num_tokens` more.
-    fn num_missing_for(&self, index: usize, num_tokens: usize) -> usize {
-        let sequence = &self.running[index];
-        // What is copied into a prompt may lie anywhere in it.
-        let least = if sequence.composition.is_some() { sequence.num_prompt_tokens } else { 0 };
-        let wanted = sequence.end_of_next(num_tokens).max(least).div_ceil(self.limits.block_size);
-        wanted.saturating_sub(sequence.blocks.len())
-    }
-
-    /// Gives a running sequence the blocks for `num_tokens` more; `false` when there are not enough, and then none.
-    fn ensure_blocks(&mut self, index: usize, num_tokens: usize) -> bool {
-        let num_missing = self.num_missing_for(index, num_tokens);
-        let sequence = &mut self.running[index];
-        if num_missing > self.pool.num_free() {
-            return false;
-        }
-        for _ in 0..num_missing {
-            let index = sequence.blocks.len();
-            let block = allocate_for(&mut self.pool, sequence, index).expect("free blocks were counted");
-            sequence.blocks.push(block);
-        }
-        true
-    }
-
     /// Puts the running sequence of the last rank back into the queue.
     fn preempt_last(&mut self) {
         if let Some(sequence) = self.running.pop() {
@@ -626,72 +413,9 @@ impl Scheduler {
         self.add(sequence);
     }
 
-    /// Free blocks that sequences need which hold those of some pieces. Without that two of them could take each other's
-    /// room again and again.
-    fn num_reserved(&self) -> usize {
-        let queued = self.running.iter().chain(&self.waiting).map(Box::as_ref).chain(self.tiers.fetching());
-        queued.map(|sequence| sequence.num_reserved_blocks(self.limits.block_size)).sum()
-    }
-
     /// Whether another sequence may begin, those that wait for blocks counted.
     fn has_place(&self) -> bool {
         self.running.len() + self.tiers.num_fetching() < self.limits.max_num_seqs
-    }
-
-    fn plan_fetch(&mut self, sequence: &mut Sequence) -> Plan {
-        let num_shareable = sequence.num_shareable_blocks(self.limits.block_size);
-        self.tiers.plan(sequence, num_shareable)
-    }
-
-    fn start_fetch(&mut self, sequence: Box<Sequence>, found: Fetchable) {
-        self.tiers.start_fetch(&mut self.pool, sequence, found);
-        self.promised.extend(self.tiers.last_promised());
-    }
-
-    /// Takes note of what has become of copies between tiers. Sequences whose blocks are there wait in the queue again;
-    /// the model's identity is returned when it has become known.
-    ///
-    /// # Errors
-    /// When blocks did not come up that steps may have used already.
-    pub(super) fn absorb_arrivals(&mut self) -> Result<Option<Vec<u8>>> {
-        let mut identity = None;
-        while let Some(arrival) = self.tiers.poll(&mut self.pool) {
-            match arrival {
-                Arrival::Ready(mut sequence, promised) => {
-                    self.break_promises(&promised);
-                    sequence.note_attached(self.limits.block_size);
-                    self.add(sequence);
-                }
-                Arrival::Attached(mut sequence) => {
-                    sequence.note_attached(self.limits.block_size);
-                    self.add(sequence);
-                }
-                Arrival::Landed(promised) | Arrival::Abandoned(promised) => self.break_promises(&promised),
-                // Of a device's own copies none fails without the device: nothing that it has computed since is sure.
-                Arrival::NeverLanded => {
-                    return Err(Error::Device(
-                        "KV blocks did not come up from the host, behind a step that waited for them; start again"
-                            .into(),
-                    ));
-                }
-                Arrival::Ended(mut sequence) => self.release(&mut sequence),
-                Arrival::Opened(found) => identity = Some(found),
-            }
-        }
-        self.pump_copies();
-        Ok(identity)
-    }
-
-    /// Starts as many copies down as may be under way, and zeroing what is to be zeroed.
-    pub(super) fn pump_copies(&mut self) {
-        self.tiers.pump_saves(&mut self.pool);
-        self.tiers.pump_wipes(&mut self.pool);
-    }
-
-    fn break_promises(&mut self, promised: &[BlockHash]) {
-        for hash in promised {
-            self.promised.remove(hash);
-        }
     }
 
     /// Takes the blocks and adapters of the waiting sequence of the last rank that has some, among those from place `first`
@@ -710,74 +434,6 @@ impl Scheduler {
         true
     }
 
-    /// Copies between tiers, and what they cost.
-    pub(super) fn tiers(&self) -> &Tiers {
-        &self.tiers
-    }
-
-    /// The same, to change.
-    pub(super) fn tiers_mut(&mut self) -> &mut Tiers {
-        &mut self.tiers
-    }
-
-    /// What it has not computed by now others need not wait for.
-    fn withdraw_promises(&mut self, sequence: &mut Sequence) {
-        if planted::is(Bug::PromiseKept) {
-            return;
-        }
-        for index in sequence.chain.num_published..sequence.chain.num_promised {
-            if let Some(hash) = sequence.chain.get(index) {
-                self.promised.remove(hash);
-            }
-        }
-        sequence.chain.num_promised = sequence.chain.num_promised.min(sequence.chain.num_published);
-    }
-
-    /// Gives back all blocks, the last first, so that the beginnings of prompts stay cached longest, and has them copied
-    /// down.
-    fn release(&mut self, sequence: &mut Sequence) {
-        self.withdraw_promises(sequence);
-        let wants_saves = sequence.composition.as_ref().is_none_or(|composition| composition.wants_saves());
-        let needs = sequence.holds_adapters.then(|| self.residency.groups_of(sequence.added_adapters()));
-        while let Some(block) = sequence.blocks.pop() {
-            if let Some(groups) = &needs {
-                self.pool.set_needs(block, groups);
-            }
-            self.pool.release(block);
-            if wants_saves {
-                self.tiers.queue_save(block);
-            }
-        }
-        if let Some(composition) = &mut sequence.composition {
-            release_held(&mut self.pool, &mut self.tiers, composition);
-        }
-        // Behind its blocks, so that these are taken first.
-        self.release_adapters(sequence);
-    }
-
-    /// Gives back the blocks of a sequence that has not run since it got them. They are not copied down: the copies would
-    /// hold them, and a sequence that needs every block would find one missing whenever it looks.
-    fn give_back(&mut self, sequence: &mut Sequence) {
-        self.withdraw_promises(sequence);
-        while let Some(block) = sequence.blocks.pop() {
-            self.pool.release(block);
-        }
-        if let Some(composition) = &mut sequence.composition {
-            while let Some(block) = composition.pop_held_block() {
-                self.pool.release(block);
-            }
-        }
-    }
-
-    /// What a running sequence takes from its pieces has been copied, so their blocks are not needed any more.
-    fn release_sources(&mut self, index: usize) {
-        let composition = self.running[index].composition.as_mut();
-        if let Some(composition) = composition.filter(|composition| composition.wants_gather()) {
-            composition.set_gathered();
-            release_held(&mut self.pool, &mut self.tiers, composition);
-        }
-    }
-
     /// Panics where block tables, reference counts and promises disagree. For tests and debug builds.
     pub(super) fn check_integrity(&self) {
         let queued = self.running.iter().chain(&self.waiting);
@@ -792,16 +448,6 @@ impl Scheduler {
         assert!(self.running.is_sorted_by_key(|sequence| sequence.rank()), "running sequences are out of order");
         let is_anyone_active = !self.running.is_empty() || self.tiers.num_held() > 0;
         assert!(is_anyone_active || self.promised.is_empty(), "promises outlive their sequences");
-    }
-}
-
-/// Gives back the blocks that are held of pieces.
-fn release_held(pool: &mut CachedPool, tiers: &mut Tiers, composition: &mut Composition) {
-    while let Some(block) = composition.pop_held_block() {
-        pool.release(block);
-        if composition.wants_saves() {
-            tiers.queue_save(block);
-        }
     }
 }
 
