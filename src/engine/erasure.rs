@@ -56,13 +56,52 @@ impl ErasureQueue {
 }
 
 impl Erasure {
-    /// Does what can be done now; whether there is nothing left to wait for. Blocks in use are zeroed by who uses them last.
-    pub(super) fn advance(&mut self, pool: &mut CachedPool, pager: &mut Pager) -> bool {
-        let mut is_settled = true;
+    /// Does what can be done now; whether there is nothing left to wait for. Blocks in use are zeroed by who uses them last;
+    /// those that are on their way up can be found, and erased, when they are there.
+    pub(super) fn advance(
+        &mut self,
+        pool: &mut CachedPool,
+        pager: &mut Pager,
+        is_coming: impl Fn(&BlockHash) -> bool,
+    ) -> bool {
+        let mut is_settled = !self.hashes.iter().any(is_coming);
         for hash in &self.hashes {
             self.blocks.extend(pool.erase(hash));
             is_settled &= pager.erase(hash);
         }
         is_settled && pager.num_unwiped() == 0 && !self.blocks.iter().any(|block| pool.is_wiping(*block))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Device;
+    use crate::backend::sim::SimBackend;
+    use crate::paging::PagingConfig;
+
+    #[test]
+    fn blocks_on_their_way_up_are_erased_when_they_are_there() {
+        const BLOCK_BYTES: usize = 64;
+        let device = SimBackend::default();
+        let blocks = device.allocate(2 * BLOCK_BYTES).unwrap();
+        let (wake, _waker) = bounded(1);
+        let config = PagingConfig {
+            block_bytes: BLOCK_BYTES,
+            block_size: 1,
+            layout: None,
+            num_host_blocks: 0,
+            num_threads: 1,
+            open: None,
+        };
+        let mut pager = Pager::start(&device, &blocks, 2, config, &wake).unwrap();
+        let mut pool = CachedPool::new(2, 1);
+        let hash = BlockHash::root(b"model", b"").child(&[1]);
+        let mut erasure = Erasure { hashes: vec![hash], blocks: vec![], _ended: bounded(0).0 };
+        assert!(!erasure.advance(&mut pool, &mut pager, |coming| *coming == hash), "it waits for what is on its way");
+        let block = pool.allocate().unwrap();
+        pool.insert(hash, &[1], block);
+        assert!(erasure.advance(&mut pool, &mut pager, |_| false));
+        assert_eq!(pool.find(&hash, &[1]), None, "and finds it when it is there");
     }
 }

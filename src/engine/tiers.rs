@@ -353,8 +353,9 @@ impl Tiers {
 
     /// Starts zeroing the blocks that wait for it, and ends what erasures have come to their end.
     pub(super) fn pump_wipes(&mut self, pool: &mut CachedPool) {
-        let Self { erasures, pager, .. } = self;
-        erasures.retain_mut(|erasure| !erasure.advance(pool, pager));
+        let Self { erasures, pager, fetches, .. } = self;
+        let is_coming = |hash: &BlockHash| fetches.iter().any(|fetch| fetch.promised.contains(hash));
+        erasures.retain_mut(|erasure| !erasure.advance(pool, pager, is_coming));
         while let Some(block) = pool.next_to_wipe() {
             assert!(self.pager.wipe(block), "the queue has room for every block, and nothing is marked without one");
         }

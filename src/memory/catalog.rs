@@ -206,6 +206,11 @@ impl Catalog {
         self.read().cubes.len()
     }
 
+    /// Whether there is a cube that is an adapter, of whomever: who looks for one may have to read files.
+    pub fn has_parameters(&self) -> bool {
+        self.read().num_parameters > 0
+    }
+
     /// Notes that a request used a cube, whose blocks are in memory now.
     pub fn note_use(&self, id: CubeId) {
         let (mut index, now) = (self.write(), self.clock.now());

@@ -17,7 +17,7 @@ use super::name::{CubeAddress, CubeName, Version};
 use super::payload::Payload;
 use super::timestamp::Timestamp;
 use crate::kv::BlockHash;
-use crate::{Error, Result};
+use crate::{Error, Result, invalid};
 
 /// A cube that is to be made.
 #[derive(Debug, Clone)]
@@ -107,6 +107,16 @@ impl CubeChanges {
     }
 }
 
+/// The files of an adapter are not the vault's to overwrite.
+fn check_erasable(cube: &Cube) -> Result<()> {
+    match cube.governance.erase_on_free && cube.payload.parameter().is_some() {
+        true => {
+            Err(invalid!("Cube `{}` is an adapter, whose files are not kept here; erase_on_free is for KV.", cube.name))
+        }
+        false => Ok(()),
+    }
+}
+
 fn set<T>(field: &mut T, value: Option<T>) {
     if let Some(value) = value {
         *field = value;
@@ -136,6 +146,7 @@ impl Catalog {
             payload: Arc::new(new.payload),
         };
         new.changes.apply(&mut cube, now);
+        check_erasable(&cube)?;
         self.commit(&mut writer, cube, durability, EventKind::Created, Some(principal), now)
     }
 
@@ -180,7 +191,7 @@ impl Catalog {
             }
             self.advance(cube)?;
             cube.payload = Arc::new(payload);
-            Ok(())
+            check_erasable(cube)
         };
         self.edit(principal, name, Access::Write, EventKind::Appended, edit)
     }
@@ -206,7 +217,7 @@ impl Catalog {
                 return Err(denied(name, access));
             }
             changes.apply(cube, now);
-            Ok(())
+            check_erasable(cube)
         };
         self.edit(principal, name, Access::Read, EventKind::Changed, edit)
     }

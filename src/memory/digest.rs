@@ -5,10 +5,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapters::AdapterDigest;
 use crate::kv::BlockHash;
 use crate::{Error, Result, malformed};
 
-/// A BLAKE3 digest: of weights, of a tokenizer, of a file.
+/// A BLAKE3 digest: of weights, of a tokenizer, of a file, of an adapter.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Digest([u8; 32]);
@@ -79,6 +80,12 @@ impl TryFrom<String> for Digest {
 
     fn try_from(text: String) -> Result<Self> {
         text.parse()
+    }
+}
+
+impl From<AdapterDigest> for Digest {
+    fn from(digest: AdapterDigest) -> Self {
+        Self(digest.0)
     }
 }
 

@@ -61,6 +61,8 @@ pub(super) struct Index {
     pub(super) unerased: BTreeMap<CubeId, Unerased>,
     references: HashMap<BlockHash, Holders>,
     pub(super) num_payload_bytes: usize,
+    /// Versions that are adapters.
+    pub(super) num_parameters: usize,
     pub(super) events: EventLog,
 }
 
@@ -149,6 +151,7 @@ impl Index {
             unerased: BTreeMap::new(),
             references: HashMap::new(),
             num_payload_bytes: 0,
+            num_parameters: 0,
             events,
         }
     }
@@ -246,6 +249,7 @@ impl Index {
     /// Counts the blocks and bytes of a version.
     pub(super) fn reference(&mut self, cube: &Cube) {
         self.num_payload_bytes += cube.payload.num_index_bytes();
+        self.num_parameters += usize::from(cube.payload.parameter().is_some());
         for hash in cube.payload.blocks() {
             self.references.entry(*hash).or_default().0[Holders::rank(&cube.governance)] += 1;
         }
@@ -263,6 +267,7 @@ impl Index {
 
     fn release(&mut self, payload: &Payload, rank: usize, freed: &mut Vec<BlockHash>) {
         self.num_payload_bytes -= payload.num_index_bytes();
+        self.num_parameters -= usize::from(payload.parameter().is_some());
         for hash in payload.blocks() {
             let holders = self.references.get_mut(hash).expect("a cube's blocks are counted");
             holders.0[rank] -= 1;
@@ -300,6 +305,8 @@ impl Index {
             blocks.for_each(|hash| counts.entry(*hash).or_default().0[rank] += 1);
         }
         assert_eq!(counts, self.references);
+        let versions = self.cubes.values().flat_map(Entry::versions);
+        assert!(versions.filter(|cube| cube.payload.parameter().is_some()).count() <= self.num_parameters);
     }
 }
 

@@ -233,9 +233,12 @@ mod tests {
 
     #[test]
     fn manifests_and_tombstones_come_back() {
-        for cube in
-            [samples::activation("ana/notes"), samples::plaintext("ana/text"), samples::conversation("ana/talk")]
-        {
+        for cube in [
+            samples::activation("ana/notes"),
+            samples::plaintext("ana/text"),
+            samples::conversation("ana/talk"),
+            samples::parameter("ana/style"),
+        ] {
             let name = FileName::Manifest(cube.id, cube.version);
             assert_eq!(name.to_string().parse::<FileName>().unwrap(), name);
             let bytes = encode_manifest(&cube).unwrap();

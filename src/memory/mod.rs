@@ -18,6 +18,7 @@ mod lifecycle;
 mod lineage;
 mod manifest;
 mod name;
+mod parameter;
 mod payload;
 mod plaintext;
 mod portable;
@@ -46,6 +47,7 @@ pub use self::lifecycle::{State, Usage};
 pub use self::lineage::{Lineage, Relative};
 pub use self::manifest::{Ending, Tombstone};
 pub use self::name::{CubeAddress, CubeName, Version};
+pub use self::parameter::{AdapterSource, Parameter};
 pub use self::payload::{Activation, Binding, Blocks, Form, Kind, Payload, Twin};
 pub use self::plaintext::{
     ChatSetting, CubePrompt, chat_cube_tokens, completion_cube_tokens, completion_prompt, cube_prompt, cube_prompt_text,

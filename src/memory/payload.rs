@@ -1,11 +1,13 @@
-//! What a version of a cube holds: text, and for an activation cube the tokens, the model that they were run through and
-//! the names of the KV blocks. The blocks themselves are the vault's segments'.
+//! What a version of a cube holds: text; of an activation cube the tokens, the model that they were run through and the
+//! names of the KV blocks; of a parameter cube which adapter (`parameter.rs`). The blocks themselves are the vault's
+//! segments'.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::digest::Digest;
 use super::label::Label;
+use super::parameter::Parameter;
 use crate::kv::BlockHash;
 use crate::{Error, Result, invalid};
 
@@ -29,6 +31,8 @@ pub enum Payload {
     Plaintext(Twin),
     /// Tokens and their blocks.
     Activation(Box<Activation>),
+    /// An adapter.
+    Parameter(Box<Parameter>),
 }
 
 /// What people wrote, from which blocks can be computed again.
@@ -192,6 +196,7 @@ impl Payload {
         match self {
             Self::Plaintext(_) => Kind::Plaintext,
             Self::Activation(_) => Kind::Activation,
+            Self::Parameter(_) => Kind::Parameter,
         }
     }
 
@@ -200,14 +205,23 @@ impl Payload {
         match self {
             Self::Plaintext(twin) => Some(twin),
             Self::Activation(activation) => activation.twin.as_ref(),
+            Self::Parameter(_) => None,
         }
     }
 
     /// The tokens and blocks, if there are any.
     pub fn activation(&self) -> Option<&Activation> {
         match self {
-            Self::Plaintext(_) => None,
             Self::Activation(activation) => Some(activation),
+            Self::Plaintext(_) | Self::Parameter(_) => None,
+        }
+    }
+
+    /// The adapter, if it is one.
+    pub fn parameter(&self) -> Option<&Parameter> {
+        match self {
+            Self::Parameter(parameter) => Some(parameter),
+            Self::Plaintext(_) | Self::Activation(_) => None,
         }
     }
 
@@ -220,7 +234,8 @@ impl Payload {
     pub fn num_index_bytes(&self) -> usize {
         let twin = self.twin().map_or(0, Twin::num_bytes);
         let tokens = self.activation().map_or(0, |activation| activation.token_ids.len() * 4);
-        twin + tokens + self.blocks().count() * 32
+        let parameter = self.parameter().map_or(0, Parameter::num_index_bytes);
+        twin + tokens + parameter + self.blocks().count() * 32
     }
 }
 

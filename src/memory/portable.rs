@@ -89,6 +89,12 @@ impl PortableCube {
 impl Outgoing {
     /// A cube with its blocks in `store`, which a cube of text needs not. [`Error::Conflict`] when some are not there.
     pub fn new(cube: &Cube, store: Option<Arc<BlockStore>>) -> Result<Self> {
+        if let Some(parameter) = cube.payload.parameter() {
+            let (name, source) = (&cube.name, parameter.source.as_str());
+            return Err(Error::Conflict(format!(
+                "Cube `{name}` is an adapter, which lies in files of its own ({source}); copy those and make a cube of them."
+            )));
+        }
         let note = serde_json::to_string(&PortableCube::of(cube)).expect("headers have text keys only");
         let Some(activation) = cube.payload.activation() else {
             return Ok(Self { archive: Archive { note, blocks: None }, store: None });

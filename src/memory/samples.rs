@@ -6,6 +6,7 @@ use super::cube::{Cube, CubeId, Governance, Origin, SemanticType};
 use super::digest::Digest;
 use super::label::{Label, Labels};
 use super::name::Version;
+use super::parameter::{AdapterSource, Parameter};
 use super::payload::{Activation, Binding, Blocks, Form, Payload, Twin};
 use super::timestamp::Timestamp;
 use crate::kv::BlockHash;
@@ -69,6 +70,23 @@ pub(super) fn activation(name: &str) -> Cube {
 
 pub(super) fn plaintext(name: &str) -> Cube {
     cube(name, 3, Payload::Plaintext(Twin::Text("A text with \"quotes\" and \u{e9}\n".to_owned())))
+}
+
+/// An adapter at `source`, which it is called after.
+pub(super) fn parameter_payload(source: &str) -> Payload {
+    let Binding { weights, architecture, .. } = binding();
+    Payload::Parameter(Box::new(Parameter {
+        digest: Digest::of(source.as_bytes()),
+        source: AdapterSource::try_from(source.to_owned()).expect("a path"),
+        weights,
+        architecture,
+        rank: 16,
+        num_bytes: 1 << 20,
+    }))
+}
+
+pub(super) fn parameter(name: &str) -> Cube {
+    cube(name, 5, parameter_payload("/adapters/style"))
 }
 
 pub(super) fn conversation(name: &str) -> Cube {

@@ -2,7 +2,7 @@
 //!
 //! A name is replaced at once: calls that were resolved before keep the adapter they found.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, RwLock};
 
@@ -14,8 +14,10 @@ use utoipa::ToSchema;
 use super::error::{ApiError, ErrorBody};
 use super::{AppRef, JsonBody};
 use crate::Error;
+use crate::adapters::AdapterDigest;
 use crate::engine::handle::EngineHandle;
 use crate::engine::{AppliedAdapter, LoadedAdapter, MergeRule};
+use crate::memory::{Digest, Parameter};
 
 /// Adapters under names, at most.
 const MAX_ADAPTERS: usize = 4096;
@@ -52,9 +54,14 @@ pub struct AdapterRegistry {
     /// Folders, resolved, under which adapters may be read over HTTP; none means that nobody may.
     roots: Vec<PathBuf>,
     merge_rules: MergeRules,
+    /// Those of parameter cubes, which have no name here; the ones read last at the end.
+    of_cubes: Mutex<VecDeque<LoadedAdapter>>,
     /// One adapter is read at a time.
     loading: Mutex<()>,
 }
+
+/// Finds an adapter by its name, where this registry has none of that name.
+pub(super) type Elsewhere<'a> = &'a dyn Fn(&str) -> Result<Option<LoadedAdapter>, ApiError>;
 
 /// An adapter under a name.
 #[derive(Clone)]
@@ -78,7 +85,7 @@ impl AdapterRegistry {
         let resolve = |root: &PathBuf| root.canonicalize().map_err(|error| Error::io("find the folder", root, error));
         let roots = roots.iter().map(resolve).collect::<crate::Result<_>>()?;
         let (named, merge_rules) = (RwLock::default(), MergeRules::default());
-        Ok(Self { engine, named, roots, merge_rules, loading: Mutex::default() })
+        Ok(Self { engine, named, roots, merge_rules, of_cubes: Mutex::default(), loading: Mutex::default() })
     }
 
     /// The same, where these rules hold of what is loaded.
@@ -97,7 +104,8 @@ impl AdapterRegistry {
         named.iter().find(|known| known.name == name).cloned()
     }
 
-    /// Reads a folder or a GGUF file and gives it a name; a name that is taken is replaced when `replaces`, and then in one moment.
+    /// Reads a folder or a GGUF file and gives it a name; a name that is taken is replaced when `replaces`, and then in one
+    /// moment.
     ///
     /// # Errors
     /// `Invalid` for a bad name, `Conflict` for one that is taken, `Exhausted` when there are too many or this one is
@@ -134,29 +142,107 @@ impl AdapterRegistry {
         named.len() < num_before
     }
 
+    /// Reads what lies at `path` below a root, and says where that is. It gets no name.
+    pub(super) fn read(&self, path: &str) -> Result<(PathBuf, LoadedAdapter), ApiError> {
+        if self.roots.is_empty() {
+            return Err(closed());
+        }
+        let missing = || ApiError::not_found(format!("No adapter found at '{path}'."));
+        let place = self.place(path).ok_or_else(missing)?;
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let adapter = self.engine.load_adapter(&place).map_err(|error| load_error(error, missing))?;
+        self.keep(&adapter);
+        Ok((place, adapter))
+    }
+
+    /// The adapter of the parameter cube `name`: one that is known by its content, else what its files hold.
+    ///
+    /// # Errors
+    /// `Format` when that is something else by now, and those of reading.
+    pub(super) fn of_cube(&self, name: &str, parameter: &Parameter) -> crate::Result<LoadedAdapter> {
+        let rule = self.merge_rules.of(name);
+        if let Some(known) = self.known(&parameter.digest) {
+            return Ok(known.with_merge_rule(rule));
+        }
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(known) = self.known(&parameter.digest) {
+            return Ok(known.with_merge_rule(rule));
+        }
+        let adapter = self.engine.load_adapter(parameter.source.path())?;
+        let (found, wanted) = (Digest::from(adapter.digest()), parameter.digest);
+        if found != wanted {
+            let source = parameter.source.as_str();
+            return Err(crate::malformed!(
+                "{source} has changed since the cube was made: it holds {found}, wanted {wanted}. Put the old files back, or \
+                 append what is there now as a new version."
+            ));
+        }
+        self.keep(&adapter);
+        Ok(adapter.with_merge_rule(rule))
+    }
+
+    /// What an adapter's files hold now.
+    pub(super) fn digest_at(&self, path: &Path) -> crate::Result<AdapterDigest> {
+        let _one_at_a_time = self.loading.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.engine.load_adapter(path).map(|adapter| adapter.digest())
+    }
+
+    fn known(&self, digest: &Digest) -> Option<LoadedAdapter> {
+        let is_it = |adapter: &LoadedAdapter| Digest::from(adapter.digest()) == *digest;
+        let named = self.named.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let named = named.iter().map(|known| &known.adapter).find(|adapter| is_it(adapter)).cloned();
+        named.or_else(|| {
+            let of_cubes = self.of_cubes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            of_cubes.iter().find(|adapter| is_it(adapter)).cloned()
+        })
+    }
+
+    /// Keeps an adapter that has no name, in the place of the one that was read longest ago where there are too many.
+    fn keep(&self, adapter: &LoadedAdapter) {
+        let mut of_cubes = self.of_cubes.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        of_cubes.retain(|kept| kept.digest() != adapter.digest());
+        if of_cubes.len() >= MAX_ADAPTERS {
+            of_cubes.pop_front();
+        }
+        of_cubes.push_back(adapter.clone());
+    }
+
     /// The adapters that `model` means: none for a name of the model itself, one for an adapter's name, several for
-    /// `base+a:0.7+b:0.3`. `None` when it means nothing.
-    pub(super) fn resolve(&self, model: &str, base_names: &[String]) -> Result<Option<Vec<AppliedAdapter>>, ApiError> {
+    /// `base+a:0.7+b:0.3`. `None` when it means nothing, here or `elsewhere`.
+    pub(super) fn resolve(
+        &self,
+        model: &str,
+        base_names: &[String],
+        elsewhere: Elsewhere<'_>,
+    ) -> Result<Option<Vec<AppliedAdapter>>, ApiError> {
         if base_names.iter().any(|name| name == model) {
             return Ok(Some(Vec::new()));
         }
-        if let Some(found) = self.find(model) {
-            return Ok(Some(vec![AppliedAdapter { adapter: found.adapter, scale: 1.0 }]));
+        if let Some(adapter) = self.find_or(model, elsewhere)? {
+            return Ok(Some(vec![AppliedAdapter { adapter, scale: 1.0 }]));
         }
         let terms = base_names.iter().find_map(|name| model.strip_prefix(name.as_str())?.strip_prefix('+'));
         let Some(terms) = terms else { return Ok(None) };
-        terms.split('+').map(|term| self.resolve_term(term)).collect()
+        terms.split('+').map(|term| self.resolve_term(term, elsewhere)).collect()
+    }
+
+    /// The adapter of a name, here or `elsewhere`.
+    pub(super) fn find_or(&self, name: &str, elsewhere: Elsewhere<'_>) -> Result<Option<LoadedAdapter>, ApiError> {
+        match self.find(name) {
+            Some(found) => Ok(Some(found.adapter)),
+            None => elsewhere(name),
+        }
     }
 
     /// `name` or `name:scale`; `None` when there is no such adapter.
-    fn resolve_term(&self, term: &str) -> Result<Option<AppliedAdapter>, ApiError> {
-        if let Some(found) = self.find(term) {
-            return Ok(Some(AppliedAdapter { adapter: found.adapter, scale: 1.0 }));
+    fn resolve_term(&self, term: &str, elsewhere: Elsewhere<'_>) -> Result<Option<AppliedAdapter>, ApiError> {
+        if let Some(adapter) = self.find_or(term, elsewhere)? {
+            return Ok(Some(AppliedAdapter { adapter, scale: 1.0 }));
         }
         let Some((name, scale)) = term.rsplit_once(':') else { return Ok(None) };
-        let Some(found) = self.find(name) else { return Ok(None) };
+        let Some(adapter) = self.find_or(name, elsewhere)? else { return Ok(None) };
         match scale.parse::<f32>() {
-            Ok(scale) if scale.is_finite() => Ok(Some(AppliedAdapter { adapter: found.adapter, scale })),
+            Ok(scale) if scale.is_finite() => Ok(Some(AppliedAdapter { adapter, scale })),
             _ => Err(ApiError::invalid_field("model", format!("{scale:?} is no scale for the adapter {name}."))),
         }
     }

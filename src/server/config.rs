@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::adapters::AdapterRegistry;
+use super::adapters::{AdapterRegistry, Elsewhere};
 use super::cubes::{CubeService, PREFILL_INTERVAL};
 use super::error::ApiError;
 use super::limits::{ConnectionLimits, RequestLimits};
@@ -50,14 +50,19 @@ impl ServedModel {
 
     /// Refuses a model that is not served. A request that names none means the one there is.
     pub fn check_name(&self, requested: Option<&str>) -> Result<(), ApiError> {
-        self.adapters_of(requested).map(drop)
+        self.adapters_of(requested, &|_| Ok(None)).map(drop)
     }
 
-    /// The adapters that a model's name means: none for the model itself.
-    pub(super) fn adapters_of(&self, requested: Option<&str>) -> Result<Vec<AppliedAdapter>, ApiError> {
+    /// The adapters that a model's name means: none for the model itself. What has no name here is looked for
+    /// `elsewhere`.
+    pub(super) fn adapters_of(
+        &self,
+        requested: Option<&str>,
+        elsewhere: Elsewhere<'_>,
+    ) -> Result<Vec<AppliedAdapter>, ApiError> {
         let Some(name) = requested else { return Ok(Vec::new()) };
         let found = match &self.adapters {
-            Some(registry) => registry.resolve(name, &self.names)?,
+            Some(registry) => registry.resolve(name, &self.names, elsewhere)?,
             None => self.names.iter().any(|known| known == name).then(Vec::new),
         };
         found.ok_or_else(|| ApiError::unknown_model(name))

@@ -94,13 +94,14 @@ impl App {
         Ok(CallGuard(Arc::clone(self)))
     }
 
-    /// Parses and plans a request: here when it is small, on another thread when it would hold up running streams.
+    /// Parses and plans a request: here when it is small, on another thread when it would hold up running streams or wait
+    /// for files.
     async fn prepare<T: Send + 'static>(
         self: &Arc<Self>,
         body: JsonBody,
         plan: impl FnOnce(&App, &JsonBody) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        if body.len() <= self.config.request_limits.max_inline_bytes {
+        if body.len() <= self.config.request_limits.max_inline_bytes && !self.may_wait_for_files() {
             return plan(self, &body);
         }
         let app = Arc::clone(self);
@@ -108,6 +109,11 @@ impl App {
             Ok(planned) => planned,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
+    }
+
+    /// Whether planning a call may read an adapter's files, because a cube can be one.
+    fn may_wait_for_files(&self) -> bool {
+        self.model.cubes.as_ref().is_some_and(|cubes| cubes.catalog.has_parameters())
     }
 
     /// Remembers that the engine's thread went away in the middle of a request.

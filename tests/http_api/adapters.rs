@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use mneme::adapters::{BaseShapes, GgufConventions};
 use mneme::backend::sim::SimLoraLoader;
+use mneme::engine::handle::EngineHandle;
 use mneme::engine::{AdapterSpace, AdapterStore, MergeRule};
 use mneme::server::{AdapterRegistry, MergeRules, ServedModel, ServerConfig, ServerThread};
 use mneme::telemetry::EngineMetrics;
@@ -29,7 +30,14 @@ struct Setup {
     root: TempDir,
 }
 
-fn adapter(rank: usize, seed: u64) -> TinyAdapter {
+/// The same engine, which reads adapters for [`SHAPES`].
+pub(crate) fn takes_adapters(engine: EngineHandle) -> EngineHandle {
+    let space = AdapterSpace { shapes: SHAPES, page_bytes: PAGE_BYTES, num_pages: NUM_PAGES, host_bytes: 1 << 20 };
+    let metrics = Arc::new(EngineMetrics::new("tiny", 16, NUM_PAGES));
+    engine.with_adapters(Arc::new(AdapterStore::new(SimLoraLoader, space, metrics)))
+}
+
+pub(crate) fn adapter(rank: usize, seed: u64) -> TinyAdapter {
     TinyAdapter::new(&[("model.layers.0.self_attn.q_proj".into(), 8, 8)], rank, seed)
 }
 
@@ -47,10 +55,7 @@ impl Setup {
             adapter(4, seed as u64).write_into(&folder);
         }
         let fake = fake_engine::start(Script::say("a"), 64);
-        let space = AdapterSpace { shapes: SHAPES, page_bytes: PAGE_BYTES, num_pages: NUM_PAGES, host_bytes: 1 << 20 };
-        let metrics = Arc::new(EngineMetrics::new("tiny", 16, NUM_PAGES));
-        let store = Arc::new(AdapterStore::new(SimLoraLoader, space, metrics));
-        let engine = fake.handle.with_adapters(store);
+        let engine = takes_adapters(fake.handle);
         let roots: Vec<PathBuf> = is_open.then(|| root.path().to_owned()).into_iter().collect();
         let mut rules = MergeRules::default();
         rules.set(Some("b"), MergeRule::Always);

@@ -302,7 +302,7 @@ fn bad_requests_reach_no_engine() {
         ("token_ids", 400, json!({ "name": "ana/b", "token_ids": [VOCAB_SIZE] })),
         ("token_ids", 400, json!({ "name": "ana/b", "token_ids": [1], "kind": "plaintext" })),
         ("kind", 400, json!({ "name": "ana/b", "text": "x", "kind": "music" })),
-        ("kind", 501, json!({ "name": "ana/b", "text": "x", "kind": "parameter" })),
+        ("adapter", 400, json!({ "name": "ana/b", "text": "x", "kind": "parameter" })),
         ("target", 400, json!({ "name": "ana/b", "text": "x", "target": "radio" })),
         ("parents[0]", 400, json!({ "name": "ana/b", "text": "x", "parents": ["ana/a"] })),
         ("", 409, json!({ "name": "ana/a", "text": "x" })),

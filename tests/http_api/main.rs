@@ -12,6 +12,7 @@ mod cubes;
 mod embeddings;
 mod errors;
 mod hosts;
+mod parameters;
 mod prefills;
 mod saves;
 mod snapshots;

@@ -35,7 +35,7 @@ pub(crate) struct CubeArgs {
 
 #[derive(Debug, Subcommand)]
 enum CubeCommand {
-    /// Make a cube of a text, and compute its KV
+    /// Make a cube of a text, and compute its KV; or of an adapter
     Create(CreateArgs),
     /// List cubes, in order of name
     List(ListArgs),
@@ -51,7 +51,7 @@ enum CubeCommand {
     Rename(TwoNamesArgs),
     /// Make a cube of your own from another
     Fork(TwoNamesArgs),
-    /// Add text to the end of a cube, as a new version
+    /// Add text to the end of a cube, as a new version; or give an adapter's cube another adapter
     Append(AppendArgs),
     /// Read a cube's blocks and compare their digests
     Verify(NameArgs),
@@ -148,6 +148,9 @@ struct ContentArgs {
     /// A file with a conversation: a JSON list of messages
     #[arg(long)]
     messages: Option<PathBuf>,
+    /// An adapter, as the server finds it below its --lora-root: a folder as PEFT writes it, or a GGUF file
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["text", "file", "messages"])]
+    adapter: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -157,10 +160,10 @@ struct CreateArgs {
     #[command(flatten)]
     content: ContentArgs,
     /// Keep the text alone, without KV
-    #[arg(long)]
+    #[arg(long, conflicts_with = "adapter")]
     plaintext: bool,
     /// What kind of request it is for [default: chat, where the model has a template]
-    #[arg(long)]
+    #[arg(long, conflicts_with = "adapter")]
     target: Option<Target>,
     /// A word to find it by; may be given several times
     #[arg(long)]
@@ -338,7 +341,12 @@ impl CreateArgs {
     fn body(&self) -> anyhow::Result<Value> {
         let mut body = self.content.body()?;
         body.insert("name".into(), self.cube.name.clone().into());
-        body.insert("kind".into(), if self.plaintext { "plaintext" } else { "activation" }.into());
+        let kind = match (&self.content.adapter, self.plaintext) {
+            (Some(_), _) => "parameter",
+            (None, true) => "plaintext",
+            (None, false) => "activation",
+        };
+        body.insert("kind".into(), kind.into());
         body.insert("durable".into(), (!self.no_durable).into());
         body.insert("tags".into(), self.tag.clone().into());
         if let Some(target) = self.target {
@@ -362,6 +370,10 @@ impl ContentArgs {
     /// The content as fields of a body.
     fn body(&self) -> anyhow::Result<Map<String, Value>> {
         let mut body = Map::new();
+        if let Some(path) = &self.adapter {
+            body.insert("adapter".into(), path.clone().into());
+            return Ok(body);
+        }
         if let Some(path) = &self.messages {
             let messages: Value = serde_json::from_str(&read(path)?)
                 .with_context(|| format!("{} is no JSON list of messages", path.display()))?;
@@ -430,6 +442,14 @@ mod tests {
             "target": "chat", "ttl_s": 60, "acl": { "visibility": "public" }
         });
         assert_eq!(args.body().unwrap(), wanted);
+        let CubeCommand::Create(args) = command("cube create ana/style --adapter style.gguf --tag x") else {
+            panic!("another command")
+        };
+        let wanted = json!({
+            "name": "ana/style", "kind": "parameter", "adapter": "style.gguf", "durable": true, "tags": ["x"]
+        });
+        assert_eq!(args.body().unwrap(), wanted);
+        assert!(Command::try_parse_from("cube create ana/style --adapter a --text b".split(' ')).is_err());
         let CubeCommand::List(args) = command("cube list --namespace ana --query tea --limit 5") else {
             panic!("another command")
         };
@@ -442,9 +462,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         std::fs::write(&file, r#"[{"role": "user", "content": "Hi"}]"#).unwrap();
-        let text = ContentArgs { text: None, file: Some(file.clone()), messages: None };
+        let text = ContentArgs { text: None, file: Some(file.clone()), messages: None, adapter: None };
         assert!(text.body().unwrap()["text"].as_str().unwrap().starts_with("[{"));
-        let messages = ContentArgs { text: None, file: None, messages: Some(file.clone()) };
+        let messages = ContentArgs { text: None, file: None, messages: Some(file.clone()), adapter: None };
         assert_eq!(messages.body().unwrap()["messages"][0]["content"], "Hi");
         std::fs::write(&file, "{").unwrap();
         let error = messages.body().unwrap_err().to_string();

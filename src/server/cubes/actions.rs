@@ -1,18 +1,21 @@
 //! `POST /v1/memcubes/{name}/{action}`: what can be done with a cube besides making, changing and deleting it.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::{Extension, FromRequest, Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::adapter::{check_files, read_adapter};
 use super::content::{Content, ContentRequest, Keeping, TokenizedContent};
 use super::object::{CubeAnswer, Work};
 use super::service::{CubeService, Verified};
 use super::{blocking, service, snapshot};
 use crate::kv::BlockHash;
-use crate::memory::{Catalog, CubeAddress, CubeName, CubeView, Payload, Principal};
+use crate::memory::{Catalog, Cube, CubeAddress, CubeName, CubeView, Payload, Principal};
 use crate::server::error::{ApiError, ErrorBody};
 use crate::server::json::JsonBody;
 use crate::server::{App, AppRef};
@@ -29,8 +32,14 @@ struct NameRequest {
     name: String,
 }
 
-/// Body of `.../rename` and `.../fork` (`name`), of `.../restore` (`snapshot`) and of `.../append` (one content); the
-/// others have none.
+/// Body of `.../append` to a parameter cube.
+#[derive(Debug, Deserialize)]
+struct AdapterRequest {
+    adapter: Option<String>,
+}
+
+/// Body of `.../rename` and `.../fork` (`name`), of `.../restore` (`snapshot`) and of `.../append` (one content, or
+/// `adapter`); the others have none.
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "documents the body, which is read part by part")]
 pub(in crate::server) struct ActionRequest {
@@ -38,6 +47,8 @@ pub(in crate::server) struct ActionRequest {
     name: Option<String>,
     /// The id of a snapshot.
     snapshot: Option<String>,
+    /// The path of an adapter, below a `--lora-root`.
+    adapter: Option<String>,
     #[serde(flatten)]
     content: ContentRequest,
 }
@@ -83,7 +94,10 @@ pub(in crate::server) async fn act(
     let unknown = || ApiError::not_found("Expected an action behind the cube's name: append, fork, rename, ...");
     let (name, action) = rest.rsplit_once('/').ok_or_else(unknown)?;
     match action {
-        "append" => append(&app, principal, name.parse()?, JsonBody::from_request(request, &app).await?).await,
+        "append" => {
+            let headers = request.headers().clone();
+            append(&app, principal, &headers, name.parse()?, JsonBody::from_request(request, &app).await?).await
+        }
         "fork" => fork(&app, principal, name.parse()?, new_name(&app, request).await?).await,
         "rename" => rename(&app, principal, name.parse()?, new_name(&app, request).await?).await,
         "freeze" => toggle(&app, principal, name.parse()?, Catalog::freeze).await,
@@ -133,7 +147,13 @@ async fn fork(app: &App, principal: Principal, source: CubeAddress, name: CubeNa
     Ok(answer(StatusCode::CREATED, &view, &principal, Work::none("The fork shares the blocks of its source.")))
 }
 
-async fn append(app: &AppRef, principal: Principal, name: CubeName, body: JsonBody) -> Result<Response, ApiError> {
+async fn append(
+    app: &AppRef,
+    principal: Principal,
+    headers: &HeaderMap,
+    name: CubeName,
+    body: JsonBody,
+) -> Result<Response, ApiError> {
     let _call = app.begin_call()?;
     let service = service(app)?;
     let address = CubeAddress::from(name.clone());
@@ -151,6 +171,12 @@ async fn append(app: &AppRef, principal: Principal, name: CubeName, body: JsonBo
             let tokenized = app.prepare(body, move |app, body| behind(app, body, &shared, is_current)).await?;
             let (priority, erase_on_free) = (head.governance.hold(), head.governance.erase_on_free);
             tokenized.materialize(service, Keeping { domain, durable: true, erase_on_free, priority }).await?
+        }
+        Payload::Parameter(_) => {
+            let missing =
+                || ApiError::invalid_field("adapter", "This cube is an adapter; its next version is one, too.");
+            let path = body.parse::<AdapterRequest>()?.adapter.ok_or_else(missing)?;
+            (read_adapter(app, headers, path).await?, Work::none("An adapter has no KV."))
         }
     };
     let (catalog, asking, based_on) = (service.catalog.clone(), principal.clone(), head.version);
@@ -171,9 +197,12 @@ fn behind(app: &App, body: &JsonBody, payload: &Payload, is_current: bool) -> Re
     content.tokenize_behind(activation, app)
 }
 
-async fn verify(app: &App, principal: &Principal, address: CubeAddress) -> Result<Response, ApiError> {
+async fn verify(app: &AppRef, principal: &Principal, address: CubeAddress) -> Result<Response, ApiError> {
     let service: &CubeService = service(app)?;
     let cube = service.catalog.get(principal, &address)?.cube;
+    if cube.payload.parameter().is_some() {
+        return verify_adapter(app, cube).await;
+    }
     let blocks: Vec<BlockHash> = cube.payload.blocks().copied().collect();
     let token_ids = cube.payload.activation().map_or(&[][..], |activation| activation.token_ids());
     let Verified { whole, missing, damaged } = service.engine.verify(token_ids, &blocks).await;
@@ -182,8 +211,31 @@ async fn verify(app: &App, principal: &Principal, address: CubeAddress) -> Resul
         (_, 0) => "All blocks are whole.",
         _ => "Some blocks must be computed again at the next use.",
     };
-    let (name, version) = (cube.name.to_string(), cube.version.get());
-    let object = "memcube.verification";
-    let verified = VerifiedCube { object, name, version, whole, missing, damaged, restored_tokens: 0, reason };
-    Ok(Json(verified).into_response())
+    Ok(Json(VerifiedCube::new(&cube, Verified { whole, missing, damaged }, reason)).into_response())
+}
+
+/// An adapter counts as one block.
+async fn verify_adapter(app: &AppRef, cube: Arc<Cube>) -> Result<Response, ApiError> {
+    let checking = tokio::task::spawn_blocking({
+        let (app, cube) = (AppRef::clone(app), Arc::clone(&cube));
+        move || cube.payload.parameter().map(|parameter| check_files(&app, parameter)).transpose()
+    });
+    let checked = checking.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+    let (verified, reason) = match checked.flatten() {
+        Some(true) => (Verified { whole: 1, ..Verified::default() }, "The adapter's files hold what they held."),
+        Some(false) => (
+            Verified { damaged: 1, ..Verified::default() },
+            "The adapter's files hold something else by now; put the old ones back or append what is there.",
+        ),
+        None => (Verified { missing: 1, ..Verified::default() }, "The adapter's files are gone."),
+    };
+    Ok(Json(VerifiedCube::new(&cube, verified, reason)).into_response())
+}
+
+impl VerifiedCube {
+    fn new(cube: &Cube, verified: Verified, reason: &'static str) -> Self {
+        let Verified { whole, missing, damaged } = verified;
+        let (name, version) = (cube.name.to_string(), cube.version.get());
+        Self { object: "memcube.verification", name, version, whole, missing, damaged, restored_tokens: 0, reason }
+    }
 }

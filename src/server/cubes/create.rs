@@ -2,11 +2,12 @@
 
 use axum::Json;
 use axum::extract::{Extension, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
+use super::adapter::read_adapter;
 use super::change::ChangeRequest;
 use super::content::{Content, ContentRequest, Keeping, TokenizedContent};
 use super::object::{CubeAnswer, Work};
@@ -21,9 +22,11 @@ use crate::server::{App, AppRef};
 struct NewCubeRequest {
     /// `namespace/path`.
     name: String,
-    /// `activation` (text with its KV, the default) or `plaintext` (text alone).
+    /// `activation` (text with its KV, the default), `plaintext` (text alone) or `parameter` (an adapter).
     #[schema(value_type = Option<String>)]
     kind: Option<Kind>,
+    /// Of a parameter cube: a folder as PEFT writes it or a GGUF file, below a `--lora-root`.
+    adapter: Option<String>,
     /// Answer only when the cube would survive a crash; on unless turned off.
     durable: Option<bool>,
     /// Ids of the cubes it was made from.
@@ -60,6 +63,8 @@ struct Plan {
 enum Planned {
     Plaintext(Payload),
     Activation(TokenizedContent),
+    /// Where it lies.
+    Adapter(String),
 }
 
 /// Makes a cube. The answer comes when its KV is computed and, unless `durable` is false, on disk.
@@ -72,6 +77,7 @@ enum Planned {
 pub(in crate::server) async fn create(
     State(app): State<AppRef>,
     Extension(principal): Extension<Principal>,
+    headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let _call = app.begin_call()?;
@@ -80,6 +86,7 @@ pub(in crate::server) async fn create(
     let service = service(&app)?;
     let (payload, work) = match plan.content {
         Planned::Plaintext(payload) => (payload, Work::none("A plaintext cube has no KV.")),
+        Planned::Adapter(path) => (read_adapter(&app, &headers, path).await?, Work::none("An adapter has no KV.")),
         Planned::Activation(content) => {
             let durable = plan.durability == Durability::Synced;
             let keeping = Keeping {
@@ -103,17 +110,27 @@ fn plan(app: &App, body: &JsonBody, principal: &Principal) -> Result<Plan, ApiEr
     let request = body.parse::<NewCubeRequest>()?;
     let name: CubeName = request.name.parse().map_err(|error| ApiError::from(error).with_param("name"))?;
     let changes = body.parse::<ChangeRequest>()?.check()?;
-    if request.kind == Some(Kind::Parameter) {
-        return Err(ApiError::not_implemented("Parameter cubes cannot be made yet.").with_param("kind"));
-    }
     // Before anything is computed for a name that will be refused.
     service(app)?.catalog.check_name(principal, &name)?;
-    let content: Content = body.parse::<ContentRequest>()?.check(app)?;
-    let content = match request.kind {
-        Some(Kind::Plaintext) => Planned::Plaintext(content.into_plaintext()?),
-        _ => Planned::Activation(content.tokenize(app)?),
-    };
+    let content = planned(app, body, request.kind, request.adapter)?;
     let durability = if request.durable.unwrap_or(true) { Durability::Synced } else { Durability::Unsynced };
     let (parents, origin) = (request.parents.unwrap_or_default(), request.origin.unwrap_or_default());
     Ok(Plan { name, content, durability, parents, origin, changes })
+}
+
+fn planned(app: &App, body: &JsonBody, kind: Option<Kind>, adapter: Option<String>) -> Result<Planned, ApiError> {
+    match (kind, adapter) {
+        (Some(Kind::Parameter), Some(path)) => Ok(Planned::Adapter(path)),
+        (Some(Kind::Parameter), None) => {
+            Err(ApiError::invalid_field("adapter", "A parameter cube needs adapter, the path of one."))
+        }
+        (_, Some(_)) => Err(ApiError::invalid_field("adapter", "Only a cube of kind=\"parameter\" takes an adapter.")),
+        (kind, None) => {
+            let content: Content = body.parse::<ContentRequest>()?.check(app)?;
+            match kind {
+                Some(Kind::Plaintext) => Ok(Planned::Plaintext(content.into_plaintext()?)),
+                _ => Ok(Planned::Activation(content.tokenize(app)?)),
+            }
+        }
+    }
 }

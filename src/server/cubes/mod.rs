@@ -11,6 +11,7 @@ pub(super) mod events;
 pub(super) mod read;
 pub(super) mod transfer;
 
+mod adapter;
 mod content;
 mod engine;
 mod erase;
@@ -29,6 +30,7 @@ use super::error::ApiError;
 use super::{App, AppRef};
 use crate::memory::{CubeName, Principal};
 
+pub(super) use self::adapter::{adapter_of, find_adapter};
 pub use self::engine::{OpenBlocks, VaultEngine};
 pub use self::erase::finish_erasures;
 pub use self::holds::hold_all;

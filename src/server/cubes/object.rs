@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use super::service::Materialized;
 use crate::memory::{
     Access, AclLists, Activation, Binding, CubeId, CubeName, CubeView, Digest, Form, Gap, Governance, Kind, Label,
-    Labels, Origin, Payload, Principal, Priority, SemanticType, State, Timestamp, Twin, Version, Visibility,
+    Labels, Origin, Parameter, Payload, Principal, Priority, SemanticType, State, Timestamp, Twin, Version, Visibility,
 };
 
 /// A cube: its header, and its content when `include=payload` asks for it.
@@ -59,7 +59,10 @@ pub(in crate::server) struct CubeObject {
     last_used_at: Option<Timestamp>,
     heat: f64,
     binding: Option<BindingObject>,
-    /// Bytes of the KV blocks.
+    /// Of a parameter cube.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<AdapterObject>,
+    /// Bytes of the KV blocks, or of the adapter's numbers.
     bytes: u64,
     /// What of the KV is not on disk; null when all is, as far as was looked. It is computed when nothing else is to be, or at
     /// the next use.
@@ -85,6 +88,23 @@ struct BindingObject {
     form: Form,
     #[schema(value_type = String)]
     domain: Label,
+}
+
+/// An adapter, and where it is read.
+#[derive(Serialize, ToSchema)]
+struct AdapterObject {
+    /// Of its factors and numbers.
+    #[schema(value_type = String)]
+    digest: Digest,
+    /// A folder or a GGUF file.
+    source: String,
+    /// The largest rank of its updates.
+    rank: u32,
+    /// Digest of the weights that it is for.
+    #[schema(value_type = String)]
+    weights: Digest,
+    #[schema(value_type = String)]
+    architecture: Label,
 }
 
 /// KV that a cube has lost.
@@ -162,7 +182,7 @@ impl CubeObject {
     pub(super) fn new(view: &CubeView, principal: &Principal, with_payload: bool) -> Self {
         let (cube, governance) = (&view.cube, view.cube.governance.clone());
         let acl = ShownAcl::new(view, principal);
-        let activation = cube.payload.activation();
+        let (activation, parameter) = (cube.payload.activation(), cube.payload.parameter());
         let Governance { owner, ttl_s, expires_at, half_life_s, priority, sensitivity, erase_on_free, .. } = governance;
         Self {
             object: "memcube",
@@ -190,9 +210,22 @@ impl CubeObject {
             last_used_at: view.usage.last_used_at,
             heat: view.heat,
             binding: activation.map(BindingObject::new),
-            bytes: activation.map_or(0, Activation::num_bytes),
+            adapter: parameter.map(AdapterObject::new),
+            bytes: activation.map_or(0, Activation::num_bytes) + parameter.map_or(0, |parameter| parameter.num_bytes),
             missing: view.gap.as_ref().map(MissingObject::new),
             payload: with_payload.then(|| PayloadObject::new(&cube.payload)),
+        }
+    }
+}
+
+impl AdapterObject {
+    fn new(parameter: &Parameter) -> Self {
+        Self {
+            digest: parameter.digest,
+            source: parameter.source.as_str().to_owned(),
+            rank: parameter.rank,
+            weights: parameter.weights,
+            architecture: parameter.architecture.clone(),
         }
     }
 }

@@ -1,9 +1,12 @@
-//! The adapters of a call: what its model's name means, and the fields by which other servers take them.
+//! The adapters of a call: what its model's name means, and the fields by which other servers take them. A name may be
+//! that of a parameter cube.
 
 use serde::Deserialize;
 use utoipa::ToSchema;
 
 use crate::engine::{AppliedAdapter, MAX_APPLIED};
+use crate::memory::Principal;
+use crate::server::cubes::find_adapter;
 use crate::server::error::ApiError;
 use crate::server::{AdapterRegistry, App};
 
@@ -63,8 +66,14 @@ pub(super) struct AdapterFields {
 }
 
 /// Everything a call applies: `model` without its cubes, then the fields in their order.
-pub(super) fn adapters_of(app: &App, model: &str, fields: AdapterFields) -> Result<Vec<AppliedAdapter>, ApiError> {
-    let mut adapters = app.model.adapters_of(Some(model).filter(|name| !name.is_empty()))?;
+pub(super) fn adapters_of(
+    app: &App,
+    principal: &Principal,
+    model: &str,
+    fields: AdapterFields,
+) -> Result<Vec<AppliedAdapter>, ApiError> {
+    let in_cubes = |name: &str| find_adapter(app, principal, name);
+    let mut adapters = app.model.adapters_of(Some(model).filter(|name| !name.is_empty()), &in_cubes)?;
     let known = app.model.adapters.as_ref().map(AdapterRegistry::list).unwrap_or_default();
     for LoraScale { id, scale } in fields.lora {
         let missing =
@@ -74,8 +83,12 @@ pub(super) fn adapters_of(app: &App, model: &str, fields: AdapterFields) -> Resu
     }
     let named = |name: &str, scale: f32, param: &'static str| {
         let missing = || ApiError::not_found(format!("The adapter `{name}` does not exist.")).with_param(param);
-        let found = known.iter().find(|known| known.name == name).ok_or_else(missing)?;
-        Ok::<_, ApiError>(AppliedAdapter { adapter: found.adapter.clone(), scale })
+        let found = known.iter().find(|known| known.name == name).map(|known| known.adapter.clone());
+        let found = match found {
+            Some(adapter) => Some(adapter),
+            None => in_cubes(name).map_err(|error| error.with_param(param))?,
+        };
+        Ok::<_, ApiError>(AppliedAdapter { adapter: found.ok_or_else(missing)?, scale })
     };
     if let Some(name) = fields.lora_path {
         adapters.push(named(&name, 1.0, "lora_path")?);
@@ -90,7 +103,6 @@ pub(super) fn adapters_of(app: &App, model: &str, fields: AdapterFields) -> Resu
         };
         adapters.push(named(&name, scale, "memory.adapters")?);
     }
-    check_all(&adapters)?;
     Ok(adapters)
 }
 
@@ -113,7 +125,8 @@ impl MergedAdapters {
     }
 }
 
-fn check_all(adapters: &[AppliedAdapter]) -> Result<(), ApiError> {
+/// Whether a call may apply all of them.
+pub(super) fn check_all(adapters: &[AppliedAdapter]) -> Result<(), ApiError> {
     if adapters.len() > MAX_APPLIED {
         let message = format!("A call may use {MAX_APPLIED} adapters, this one uses {}.", adapters.len());
         return Err(ApiError::invalid_field("model", message));

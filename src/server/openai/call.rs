@@ -5,7 +5,7 @@ use axum::http::request::Parts;
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-use super::adapters::{AdapterFields, LoraScale, MergedAdapters, adapters_of};
+use super::adapters::{AdapterFields, LoraScale, MergedAdapters, adapters_of, check_all};
 use super::memory::{CallMemory, MemoryAnswer, MemoryRequest, split_model};
 use super::prompt::Truncation;
 use super::save::{SavePlan, SavedCube};
@@ -153,15 +153,19 @@ impl CallRequest {
             merged: self.merged_adapters,
             referenced: self.memory.as_mut().map(MemoryRequest::take_adapters).unwrap_or_default(),
         };
-        let tells_adapters = !fields.referenced.is_empty();
-        let mut adapters = adapters_of(app, name, fields)?;
-        if self.memory.as_ref().is_some_and(MemoryRequest::forbids_merge) {
-            adapters.iter_mut().for_each(AppliedAdapter::forbid_merge);
-        }
+        let mut tells_adapters = !fields.referenced.is_empty();
+        let mut adapters = adapters_of(app, &caller.principal, name, fields)?;
+        let forbids_merge = self.memory.as_ref().is_some_and(MemoryRequest::forbids_merge);
         let salt = check_salt(self.cache_salt)?;
         let domain = request_domain(app, &caller.principal, salt.as_deref());
         let save = self.memory.as_mut().and_then(MemoryRequest::take_save);
-        let memory = CallMemory::resolve(self.memory, cubes, app, &caller.principal, &domain)?;
+        let (memory, in_cubes) = CallMemory::resolve(self.memory, cubes, app, &caller.principal, &domain)?;
+        tells_adapters |= !in_cubes.is_empty();
+        adapters.extend(in_cubes);
+        check_all(&adapters)?;
+        if forbids_merge {
+            adapters.iter_mut().for_each(AppliedAdapter::forbid_merge);
+        }
         let sources = memory.iter().flat_map(CallMemory::cubes);
         let save = save.map(|save| save.check(app, &caller.principal, sources)).transpose()?;
         let stream = self.stream.unwrap_or(false);

@@ -12,11 +12,11 @@ use super::link::{LinkedContent, LinkedCube, Recomputed, append_cubes};
 use super::prompt::Prompts;
 use super::save::{SaveRequest, SavedCube};
 use super::usage::UsageCounter;
-use crate::engine::AppliedAdapter;
 use crate::engine::request::{FetchDecision, SharedPrefix};
+use crate::engine::{AppliedAdapter, LoadedAdapter};
 use crate::memory::{Binding, Cube, CubeAddress, Principal, Twin};
 use crate::server::App;
-use crate::server::cubes::service;
+use crate::server::cubes::{adapter_of, service};
 use crate::server::error::ApiError;
 use crate::text::Tokenizer;
 
@@ -35,7 +35,7 @@ const DEFAULT_SHARE: f64 = 0.15;
 /// What a call wants of memory.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct MemoryRequest {
-    /// Cubes whose content stands before the prompt, in order.
+    /// Cubes whose content stands before the prompt, in order; of parameter cubes the updates are added.
     #[serde(default)]
     cubes: Vec<CubeReference>,
     /// Adapters whose updates are added, beside those that other fields name.
@@ -218,38 +218,41 @@ impl CallMemory {
         self.cubes.iter().map(Arc::as_ref)
     }
 
-    /// Finds the cubes named in `model` and in the `memory` object; `None` when there are none.
+    /// Finds the cubes named in `model` and in the `memory` object; `None` when there are none. Those that are adapters are
+    /// answered as such: they stand before nothing.
     pub(super) fn resolve<'a>(
         request: Option<MemoryRequest>,
         in_model: impl Iterator<Item = &'a str>,
         app: &App,
         principal: &Principal,
         domain: &str,
-    ) -> Result<Option<Self>, ApiError> {
+    ) -> Result<(Option<Self>, Vec<AppliedAdapter>), ApiError> {
         let mut request = request.unwrap_or_default();
         let named = in_model.map(|name| CubeReference::Name(name.to_owned()));
         let references: Vec<CubeReference> = named.chain(std::mem::take(&mut request.cubes)).collect();
-        if references.is_empty() {
-            return Ok(None);
-        }
         if references.len() > MAX_CUBES {
             return Err(invalid(format!("A call may name {MAX_CUBES} cubes, this one names {}.", references.len())));
         }
-        let modes = modes_of(&references, request.compose)?;
-        let recomputed = recomputed_of(&references, &modes, &request)?;
-        let catalog = &service(app)?.catalog;
-        let mut cubes = Vec::with_capacity(references.len());
-        for reference in &references {
-            let address: CubeAddress =
-                reference.name().parse().map_err(|error| ApiError::from(error).with_param("memory.cubes"))?;
-            let view =
-                catalog.get(principal, &address).map_err(|error| ApiError::from(error).with_param("memory.cubes"))?;
-            catalog.note_use(view.cube.id);
-            cubes.push(view.cube);
+        let (mut kept, mut cubes, mut adapters) = (Vec::new(), Vec::new(), Vec::new());
+        for reference in references {
+            let found = find_cube(&reference, app, principal).map_err(|error| error.with_param("memory.cubes"))?;
+            match found {
+                FoundCube::Adapter(adapter) => adapters.push(AppliedAdapter { adapter, scale: 1.0 }),
+                FoundCube::Content(cube) => {
+                    kept.push(reference);
+                    cubes.push(cube);
+                }
+            }
         }
+        if cubes.is_empty() {
+            return Ok((None, adapters));
+        }
+        let modes = modes_of(&kept, request.compose)?;
+        let recomputed = recomputed_of(&kept, &modes, &request)?;
         let is_moved = recomputed.iter().any(Option::is_some);
         let content = if is_moved { linked_contents(&cubes, app)? } else { content_of(&cubes)? };
-        Ok(Some(Self { cubes, modes, recomputed, content, domain: domain.to_owned() }))
+        let memory = Self { cubes, modes, recomputed, content, domain: domain.to_owned() };
+        Ok((Some(memory), adapters))
     }
 
     fn is_linked(&self) -> bool {
@@ -348,6 +351,26 @@ impl MemoryAnswer {
 
 fn invalid(message: impl Into<String>) -> ApiError {
     ApiError::invalid_field("memory", message)
+}
+
+/// What a name in `memory.cubes` stands for.
+enum FoundCube {
+    Content(Arc<Cube>),
+    Adapter(LoadedAdapter),
+}
+
+fn find_cube(reference: &CubeReference, app: &App, principal: &Principal) -> Result<FoundCube, ApiError> {
+    let (catalog, address) = (&service(app)?.catalog, reference.name().parse::<CubeAddress>()?);
+    let cube = catalog.get(principal, &address)?.cube;
+    let Some(parameter) = cube.payload.parameter() else {
+        catalog.note_use(cube.id);
+        return Ok(FoundCube::Content(cube));
+    };
+    if reference.mode().is_some() || reference.share().is_some() {
+        let message = format!("Cube `{}` is an adapter, which has no mode; memory.adapters takes a scale.", cube.name);
+        return Err(ApiError::bad_request(message));
+    }
+    adapter_of(app, &cube, parameter).map(FoundCube::Adapter)
 }
 
 /// The mode of every cube: its own, else the call's, else what goes with the others'.
