@@ -134,7 +134,7 @@ impl Runner {
         let attention = self.attention(positions)?;
         let input_ids = self.indices(positions.iter().map(|at| tokens[*at] as usize))?;
         let output_rows = self.indices(positions.len() - num_logits..positions.len())?;
-        let batch = ForwardBatch { input_ids, attention, output_rows, num_logits };
+        let batch = ForwardBatch { input_ids, attention, output_rows, num_logits, landings: &[] };
         self.model.forward(&self.backend, &self.stream, &batch, None, &self.kv, &self.workspace)?;
         let logits = self.workspace.logits(num_logits);
         Ok(self.download(&logits)?.chunks(self.model.config().vocab_size).map(<[f32]>::to_vec).collect())
