@@ -134,7 +134,7 @@ impl Reached {
             (self.num_restored_tokens, 100),
             (self.num_restarts - self.num_crashes, 50),
             (self.num_crashes, 50),
-            (self.num_attached, 50),
+            (self.num_attached, 10),
             (self.num_late, 20),
             (self.num_lost, 5),
             (self.num_deposits, 500),
