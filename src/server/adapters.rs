@@ -187,7 +187,8 @@ impl AdapterRegistry {
         self.engine.load_adapter(path).map(|adapter| adapter.digest())
     }
 
-    fn known(&self, digest: &Digest) -> Option<LoadedAdapter> {
+    /// An adapter that has been read, by its content.
+    pub(super) fn known(&self, digest: &Digest) -> Option<LoadedAdapter> {
         let is_it = |adapter: &LoadedAdapter| Digest::from(adapter.digest()) == *digest;
         let named = self.named.read().unwrap_or_else(|poisoned| poisoned.into_inner());
         let named = named.iter().map(|known| &known.adapter).find(|adapter| is_it(adapter)).cloned();

@@ -48,13 +48,8 @@ impl ServedModel {
         self.template.as_ref().and_then(|template| template.source()).and_then(ToolFormat::detect)
     }
 
-    /// Refuses a model that is not served. A request that names none means the one there is.
-    pub fn check_name(&self, requested: Option<&str>) -> Result<(), ApiError> {
-        self.adapters_of(requested, &|_| Ok(None)).map(drop)
-    }
-
-    /// The adapters that a model's name means: none for the model itself. What has no name here is looked for
-    /// `elsewhere`.
+    /// The adapters that a model's name means: none for the model itself, which is also what a request means that names
+    /// none. What has no name here is looked for `elsewhere`.
     pub(super) fn adapters_of(
         &self,
         requested: Option<&str>,

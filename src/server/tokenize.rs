@@ -1,15 +1,17 @@
 //! `/tokenize` and `/detokenize`: what a prompt is to the model, without running it.
 
-use axum::Json;
 use axum::extract::State;
+use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::cubes::find_adapter;
 use super::error::{ApiError, ErrorBody};
 use super::json::JsonBody;
 use super::openai::{ChatPromptRequest, check_token_ids};
 use super::{App, AppRef};
+use crate::memory::Principal;
 
 /// Body of `POST /tokenize`: `prompt`, or `messages` with the fields that a chat has for them.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -55,13 +57,17 @@ pub(super) struct DetokenizeResponse {
     request_body = TokenizeRequest,
     responses((status = 200, body = TokenizeResponse), (status = "4XX", body = ErrorBody))
 )]
-pub(super) async fn tokenize(State(app): State<AppRef>, body: JsonBody) -> Result<Json<TokenizeResponse>, ApiError> {
-    Ok(Json(app.prepare(body, tokens_of).await?))
+pub(super) async fn tokenize(
+    State(app): State<AppRef>,
+    Extension(principal): Extension<Principal>,
+    body: JsonBody,
+) -> Result<Json<TokenizeResponse>, ApiError> {
+    Ok(Json(app.prepare(body, move |app, body| tokens_of(app, &principal, body)).await?))
 }
 
-fn tokens_of(app: &App, body: &JsonBody) -> Result<TokenizeResponse, ApiError> {
+fn tokens_of(app: &App, principal: &Principal, body: &JsonBody) -> Result<TokenizeResponse, ApiError> {
     let request = body.parse::<TokenizeRequest>()?;
-    app.model.check_name(request.model.as_deref())?;
+    check_model(app, principal, request.model.as_deref())?;
     let tokenizer = &app.model.tokenizer;
     let tokens = match request.prompt {
         Some(prompt) => tokenizer.encode(&prompt, request.add_special_tokens.unwrap_or(true))?,
@@ -88,14 +94,20 @@ fn tokens_of(app: &App, body: &JsonBody) -> Result<TokenizeResponse, ApiError> {
 )]
 pub(super) async fn detokenize(
     State(app): State<AppRef>,
+    Extension(principal): Extension<Principal>,
     body: JsonBody,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
-    Ok(Json(app.prepare(body, text_of).await?))
+    Ok(Json(app.prepare(body, move |app, body| text_of(app, &principal, body)).await?))
 }
 
-fn text_of(app: &App, body: &JsonBody) -> Result<DetokenizeResponse, ApiError> {
+fn text_of(app: &App, principal: &Principal, body: &JsonBody) -> Result<DetokenizeResponse, ApiError> {
     let request = body.parse::<DetokenizeRequest>()?;
-    app.model.check_name(request.model.as_deref())?;
+    check_model(app, principal, request.model.as_deref())?;
     check_token_ids("tokens", &request.tokens, app.model.tokenizer.vocab_size())?;
     Ok(DetokenizeResponse { prompt: app.model.tokenizer.decode(&request.tokens, false)? })
+}
+
+/// Refuses a model that is not served.
+fn check_model(app: &App, principal: &Principal, requested: Option<&str>) -> Result<(), ApiError> {
+    app.model.adapters_of(requested, &|name| find_adapter(app, principal, name)).map(drop)
 }

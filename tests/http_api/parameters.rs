@@ -123,6 +123,31 @@ fn an_adapter_is_a_cube_and_its_name_an_adapters() {
 }
 
 #[test]
+fn who_may_read_a_cube_finds_it_among_the_models() {
+    let keys = ["ana".to_owned(), "bob".to_owned()].to_vec();
+    let setup = Setup::with_config(ServerConfig { api_keys: keys, ..ServerConfig::default() });
+    let body = json!({ "name": "ana/style", "kind": "parameter", "adapter": "a" });
+    assert_eq!(setup.send("POST", "/v1/memcubes", "ana", &body).status, 201);
+    let ids = |key: &str| -> Vec<String> {
+        let list = setup.send("GET", "/v1/models", key, &json!({})).json();
+        list["data"].as_array().unwrap().iter().map(|card| card["id"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(ids("ana").last().unwrap(), "ana/style");
+    assert!(!ids("bob").contains(&"ana/style".to_owned()));
+    for name in ["ana/style", "ana/style@1"] {
+        let card = setup.send("GET", &format!("/v1/models/{name}"), "ana", &json!({})).json();
+        assert_eq!((&card["id"], &card["parent"], &card["merged"]), (&json!(name), &json!("tiny"), &json!(false)));
+        assert!(card["root"].as_str().unwrap().ends_with("/a") && card["created"].as_u64().unwrap() > 1 << 30);
+        assert_eq!(setup.send("GET", &format!("/v1/models/{name}"), "bob", &json!({})).status, 404);
+        let body = json!({ "model": name, "prompt": "Tea." });
+        for (path, body) in [("/tokenize", body), ("/detokenize", json!({ "model": name, "tokens": [1] }))] {
+            assert_eq!(setup.send("POST", path, "ana", &body).status, 200);
+            assert_eq!(setup.send("POST", path, "bob", &body).status, 404);
+        }
+    }
+}
+
+#[test]
 fn text_and_adapters_go_together_in_one_call() {
     let setup = Setup::new();
     let wanted = digest(&setup.create("ana/style", "a").json());

@@ -1,17 +1,60 @@
-//! Parameter cubes: how an adapter becomes one, and which adapter a call means that names one.
+//! Parameter cubes: how an adapter becomes one, who is shown which, and which adapter a call means that names one.
 //!
 //! A cube says who may use an adapter, and by its digest and its place which one; what is in memory is the registry's. An
 //! adapter that has not been needed yet is read by the call that does, so whoever asks may have to wait for the disk.
+
+use std::sync::Arc;
 
 use axum::http::HeaderMap;
 
 use super::service;
 use crate::Error;
 use crate::engine::LoadedAdapter;
-use crate::memory::{AdapterSource, Cube, CubeAddress, Digest, Parameter, Payload, Principal};
+use crate::memory::{AdapterSource, Cube, CubeAddress, CubeFilter, Digest, Kind, Parameter, Payload, Principal};
 use crate::server::adapters::AdapterRegistry;
 use crate::server::error::ApiError;
 use crate::server::{App, AppRef};
+
+/// A cube that is an adapter for the model that is served.
+pub(in crate::server) struct AdapterCube(Arc<Cube>);
+
+impl AdapterCube {
+    /// `None` for a cube of another kind, or made for other weights.
+    fn new(app: &App, cube: Arc<Cube>) -> Option<Self> {
+        let binding = service(app).ok()?.engine.binding().ok()?;
+        let fits = cube.payload.parameter()?.check_base(&cube.name, &binding).is_ok();
+        fits.then_some(Self(cube))
+    }
+
+    pub(in crate::server) fn name(&self) -> &str {
+        self.0.name.as_str()
+    }
+
+    /// In seconds since 1970.
+    pub(in crate::server) fn created(&self) -> u64 {
+        self.0.created_at.millis() / 1000
+    }
+
+    pub(in crate::server) fn parameter(&self) -> &Parameter {
+        self.0.payload.parameter().expect("looked at when it was made")
+    }
+}
+
+/// Those that `principal` may read, in order of name; no more than a list of cubes has at once.
+pub(in crate::server) fn adapter_cubes(app: &App, principal: &Principal) -> Vec<AdapterCube> {
+    let Some(service) = app.model.cubes.as_ref().filter(|cubes| cubes.catalog.has_parameters()) else {
+        return Vec::new();
+    };
+    let filter = CubeFilter { kind: Some(Kind::Parameter), limit: usize::MAX, ..CubeFilter::default() };
+    let page = service.catalog.list(principal, &filter);
+    page.cubes.into_iter().filter_map(|view| AdapterCube::new(app, view.cube)).collect()
+}
+
+/// The one of that name, if `principal` may read it.
+pub(in crate::server) fn adapter_cube(app: &App, principal: &Principal, name: &str) -> Option<AdapterCube> {
+    let view = app.model.cubes.as_ref()?.catalog.get(principal, &name.parse::<CubeAddress>().ok()?).ok()?;
+    AdapterCube::new(app, view.cube)
+}
 
 /// The payload of a cube of the adapter at `path`, which lies below a root. For those who may load adapters.
 pub(super) async fn read_adapter(app: &AppRef, headers: &HeaderMap, path: String) -> Result<Payload, ApiError> {

@@ -30,7 +30,7 @@ use super::error::ApiError;
 use super::{App, AppRef};
 use crate::memory::{CubeName, Principal};
 
-pub(super) use self::adapter::{adapter_of, find_adapter};
+pub(super) use self::adapter::{AdapterCube, adapter_cube, adapter_cubes, adapter_of, find_adapter};
 pub use self::engine::{OpenBlocks, VaultEngine};
 pub use self::erase::finish_erasures;
 pub use self::holds::hold_all;
