@@ -4,6 +4,10 @@
 //! its source for NVRTC. nvcc is looked for in `MNEME_NVCC`, on the `PATH`, in `CUDA_HOME` and in `target/nvcc`
 //! (`kernels/install-nvcc`). One that `MNEME_NVCC` names must work; another that does not is reported and left alone.
 //! `MNEME_NVCC=none` embeds sources.
+//!
+//! Kernels that nvcc 13 assembles need a driver of that version. Where the assembler of CUDA 12 lies beside nvcc, as
+//! `ptxas-12`, it assembles the same PTX for older drivers, and the PTX that is embedded says that it is older: the kernels
+//! use nothing that is new. `MIN_DRIVER` is the CUDA version that a driver then has to support.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -17,6 +21,13 @@ const TARGETS: [&str; 4] = ["-no-compress", "-fatbin", "-gencode", "arch=compute
 
 /// A kernel that spills registers is an error.
 const GATES: [&str; 4] = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror"];
+
+/// CUDA versions that a driver supports: what machine code and PTX of nvcc 13 want, and those of `ptxas-12` (R525).
+const NEW_DRIVER: (i32, i32) = (13, 0);
+const OLD_DRIVER: (i32, i32) = (12, 0);
+
+/// The version of PTX that the oldest driver of CUDA 12 reads.
+const OLD_PTX: &str = ".version 7.8";
 
 const HEADER: &str = "/// A kernel file as it was embedded.
 #[allow(dead_code)]
@@ -36,6 +47,20 @@ struct Compiler {
     is_named: bool,
 }
 
+/// What assembles kernels for older drivers.
+struct Assembler {
+    ptxas: PathBuf,
+    fatbinary: PathBuf,
+}
+
+impl Assembler {
+    /// Both programs lie beside nvcc, or there is none.
+    fn beside(nvcc: &Path) -> Option<Self> {
+        let beside = |name: &str| Some(nvcc.with_file_name(name)).filter(|path| path.is_file());
+        Some(Self { ptxas: beside("ptxas-12")?, fatbinary: beside("fatbinary")? })
+    }
+}
+
 fn main() -> Result<()> {
     let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(env::var("OUT_DIR")?);
@@ -47,23 +72,32 @@ fn main() -> Result<()> {
     for variable in ["MNEME_NVCC", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    let mut fatbins = None;
+    // What NVRTC needs is its own matter.
+    let (mut fatbins, mut min_driver) = (None, (0, 0));
     if let Some(compiler) = find_compiler(&root)? {
         println!("cargo:rerun-if-changed={}", compiler.nvcc.display());
-        fatbins = match compile_all(&compiler.nvcc, &sources, &out) {
+        let assembler = Assembler::beside(&compiler.nvcc);
+        fatbins = match compile_all(&compiler.nvcc, assembler.as_ref(), &sources, &out) {
             Err(error) if compiler.is_named => return Err(error),
             Err(error) => {
                 println!("cargo:warning=kernels are embedded as sources: {}", error.to_string().replace('\n', " | "));
                 None
             }
-            Ok(fatbins) => Some(fatbins),
+            Ok(fatbins) => {
+                min_driver = if assembler.is_some() { OLD_DRIVER } else { NEW_DRIVER };
+                Some(fatbins)
+            }
         };
     }
     let entries = match fatbins {
         Some(fatbins) => fatbins.iter().map(|path| entry(path, "Fatbin(include_bytes")).collect::<Result<String>>()?,
         None => embed_sources(&sources, &root.join("kernels/common.cuh"), &out)?,
     };
-    Ok(fs::write(out.join("kernels.rs"), format!("{HEADER}{entries}];\n"))?)
+    let driver = format!(
+        "/// The CUDA version that a driver has to support; 0 where NVRTC decides it.\n\
+         pub(in crate::backend) const MIN_DRIVER: (i32, i32) = {min_driver:?};\n"
+    );
+    Ok(fs::write(out.join("kernels.rs"), format!("{HEADER}{entries}];\n\n{driver}"))?)
 }
 
 /// All `.cu` files in order of name; tells cargo to watch them.
@@ -94,26 +128,73 @@ fn find_compiler(root: &Path) -> Result<Option<Compiler>> {
 }
 
 /// Compiles every source, all at a time: two of them take most of it.
-fn compile_all<'a>(nvcc: &'a Path, sources: &'a [PathBuf], out: &'a Path) -> Result<Vec<PathBuf>> {
+fn compile_all<'a>(
+    nvcc: &'a Path,
+    assembler: Option<&'a Assembler>,
+    sources: &'a [PathBuf],
+    out: &'a Path,
+) -> Result<Vec<PathBuf>> {
     thread::scope(|scope| {
-        let spawn = |source: &'a PathBuf| scope.spawn(move || compile(nvcc, source, out));
+        let compile = move |source: &'a PathBuf| match assembler {
+            Some(assembler) => compile_for_older_drivers(nvcc, assembler, source, out),
+            None => compile(nvcc, source, out),
+        };
+        let spawn = |source: &'a PathBuf| scope.spawn(move || compile(source));
         let running: Vec<_> = sources.iter().map(spawn).collect();
         running.into_iter().map(|thread| thread.join().map_err(|_| "compiling a kernel panicked")?).collect()
     })
 }
 
+/// Line numbers more than double a fatbin; programs that are debugged have them.
+fn line_numbers() -> &'static [&'static str] {
+    if env::var("PROFILE").is_ok_and(|profile| profile == "debug") { &["-lineinfo"] } else { &[] }
+}
+
 fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<PathBuf> {
     let fatbin = out.join(source.file_name().unwrap_or_default()).with_extension("fatbin");
-    // Line numbers more than double a fatbin; programs that are debugged have them.
-    let lines = if env::var("PROFILE").is_ok_and(|profile| profile == "debug") { &["-lineinfo"][..] } else { &[] };
-    let command_line = [&["-std=c++17", "-O3"][..], &TARGETS, &GATES, lines].concat();
-    let output = Command::new(nvcc).args(command_line).arg("-o").arg(&fatbin).arg(source).output();
-    let output = output.map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{} cannot compile {}:\n{said}", nvcc.display(), source.display()).into());
-    }
+    let command_line = [&["-std=c++17", "-O3"][..], &TARGETS, &GATES, line_numbers()].concat();
+    run(Command::new(nvcc).args(command_line).arg("-o").arg(&fatbin).arg(source), source)?;
     Ok(fatbin)
+}
+
+/// nvcc makes the PTX, the older assembler what a device runs.
+fn compile_for_older_drivers(nvcc: &Path, assembler: &Assembler, source: &Path, out: &Path) -> Result<PathBuf> {
+    let at = |extension: &str| out.join(source.file_name().unwrap_or_default()).with_extension(extension);
+    let (ptx, fatbin) = (at("ptx"), at("fatbin"));
+    let to_ptx = [&["-std=c++17", "-O3", "-ptx", "-arch=compute_80", GATES[0], GATES[1]][..], line_numbers()].concat();
+    run(Command::new(nvcc).args(to_ptx).arg("-o").arg(&ptx).arg(source), source)?;
+    fs::write(&ptx, with_older_version(&fs::read_to_string(&ptx)?)?)?;
+    let mut pack = Command::new(&assembler.fatbinary);
+    pack.args(["-64", "-compress=false", "--create"]).arg(&fatbin);
+    for architecture in ["80", "90"] {
+        let cubin = at(&format!("sm_{architecture}.cubin"));
+        let gates = ["-O3", "-warn-spills", "-warn-lmem-usage", "-Werror"];
+        let mut assemble = Command::new(&assembler.ptxas);
+        assemble.arg(format!("-arch=sm_{architecture}")).args(gates).args(line_numbers());
+        run(assemble.arg("-o").arg(&cubin).arg(&ptx), source)?;
+        pack.arg(format!("--image3=kind=elf,sm={architecture},file={}", cubin.display()));
+    }
+    pack.arg(format!("--image3=kind=ptx,sm=80,file={}", ptx.display()));
+    run(&mut pack, source)?;
+    Ok(fatbin)
+}
+
+fn with_older_version(ptx: &str) -> Result<String> {
+    let is_version = |line: &&str| line.starts_with(".version ");
+    let version = ptx.lines().find(is_version).ok_or("nvcc wrote PTX without a version")?;
+    Ok(ptx.replacen(version, OLD_PTX, 1))
+}
+
+fn run(command: &mut Command, source: &Path) -> Result<()> {
+    let program = PathBuf::from(command.get_program());
+    let output = command.output().map_err(|error| format!("cannot run {}: {error}", program.display()))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Err(format!("{} cannot compile {}:\n{said}", program.display(), source.display()).into())
+        }
+    }
 }
 
 /// Writes the sources with `common.cuh` in the place of its inclusion: NVRTC has no include path.

@@ -21,6 +21,8 @@ pub struct GpuInfo {
     pub compute_capability: (i32, i32),
     /// Its memory in bytes.
     pub memory_bytes: usize,
+    /// Major and minor version of CUDA that its driver supports.
+    pub driver_version: (i32, i32),
 }
 
 impl GpuInfo {
@@ -32,10 +34,27 @@ impl GpuInfo {
 
     /// Why the kernels cannot run on it, if they cannot.
     pub fn problem(&self) -> Option<String> {
-        let (major, minor) = MIN_COMPUTE_CAPABILITY;
-        (self.compute_capability < MIN_COMPUTE_CAPABILITY)
-            .then(|| format!("{self} is too old: the kernels need compute capability {major}.{minor}"))
+        if self.compute_capability < MIN_COMPUTE_CAPABILITY {
+            let (major, minor) = MIN_COMPUTE_CAPABILITY;
+            return Some(format!("{self} is too old: the kernels need compute capability {major}.{minor}"));
+        }
+        let ((found_major, found_minor), (major, minor)) = (self.driver_version, min_driver());
+        (self.driver_version < (major, minor)).then(|| {
+            format!(
+                "the driver of {self} supports CUDA {found_major}.{found_minor} and the kernels need {major}.{minor}: update \
+                 it to {} or newer",
+                if major < 13 { "R525" } else { "R580" }
+            )
+        })
     }
+}
+
+/// The version of CUDA that a driver has to support, as far as it is known when the program is built.
+fn min_driver() -> (i32, i32) {
+    #[cfg(feature = "cuda")]
+    return super::cuda::MIN_DRIVER;
+    #[cfg(not(feature = "cuda"))]
+    return (0, 0);
 }
 
 impl fmt::Display for GpuInfo {
@@ -67,7 +86,8 @@ mod tests {
     use super::*;
 
     fn gpu(name: &str, compute_capability: (i32, i32)) -> GpuInfo {
-        GpuInfo { ordinal: 1, name: name.into(), compute_capability, memory_bytes: 3 << 29 }
+        let driver_version = (13, 0);
+        GpuInfo { ordinal: 1, name: name.into(), compute_capability, memory_bytes: 3 << 29, driver_version }
     }
 
     #[test]
@@ -76,6 +96,16 @@ mod tests {
         assert_eq!(gpu("NVIDIA H100", (9, 0)).problem(), None);
         let problem = gpu("Tesla V100", (7, 0)).problem().unwrap();
         assert!(problem.contains("device 1 (Tesla V100, 1.5 GiB, compute capability 7.0)"), "{problem}");
+    }
+
+    #[test]
+    fn old_drivers_are_refused_by_what_they_lack() {
+        let old = GpuInfo { driver_version: (11, 8), ..gpu("NVIDIA A100", (8, 0)) };
+        let problem = old.problem();
+        assert_eq!(problem.is_some(), min_driver() > old.driver_version);
+        if let Some(problem) = problem {
+            assert!(problem.contains("supports CUDA 11.8") && problem.contains("update it to R5"), "{problem}");
+        }
     }
 
     #[test]

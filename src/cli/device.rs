@@ -128,7 +128,13 @@ mod tests {
     use super::*;
 
     fn gpu(ordinal: usize, name: &str, major: i32) -> GpuInfo {
-        GpuInfo { ordinal, name: name.into(), compute_capability: (major, 0), memory_bytes: 1 << 34 }
+        GpuInfo {
+            ordinal,
+            name: name.into(),
+            compute_capability: (major, 0),
+            memory_bytes: 1 << 34,
+            driver_version: (13, 0),
+        }
     }
 
     fn choose(device: DeviceArg, gpus: &[GpuInfo]) -> Result<Chosen, String> {

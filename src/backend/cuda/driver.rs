@@ -39,11 +39,20 @@ fn describe(ordinal: usize) -> Result<GpuInfo> {
                 attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
+            driver_version: driver_version()?,
             // SAFETY: as above.
             memory_bytes: unsafe { result::device::total_mem(device) }?,
         })
     };
     read().map_err(driver_error("describe the devices"))
+}
+
+/// The CUDA version that the driver supports.
+fn driver_version() -> std::result::Result<(i32, i32), DriverError> {
+    let mut version = 0;
+    // SAFETY: the driver writes one number.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok((version / 1000, version % 1000 / 10))
 }
 
 /// Opens a device that [`find_gpus`] found. Its context follows our own events only.

@@ -24,7 +24,7 @@ pub use backend::CudaBackend;
 pub(super) use driver::find_gpus;
 pub use lora_loader::{CudaLora, CudaLoraLoader, PackedCudaLora};
 pub use memory::{CudaBuffer, CudaHostBuffer};
-pub(super) use modules::kernel_source;
+pub(super) use modules::{MIN_DRIVER, kernel_source};
 pub use stream::{CudaEvent, CudaStream};
 pub use transfer::CudaTransfer;
 pub use weights::{CudaMatrix, CudaRopeTable};

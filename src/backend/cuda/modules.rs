@@ -42,9 +42,7 @@ fn load_error(name: &str, error: DriverError) -> Error {
     let error_text = driver_error(&format!("load the kernels of {name}.cu"))(error);
     match error.0 {
         sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => {
-            Error::Unsupported(format!(
-                "{error_text}; the driver is older than the kernels: update it to R580 or newer"
-            ))
+            Error::Unsupported(format!("{error_text}; the driver is older than what compiled the kernels: update it"))
         }
         _ => error_text,
     }

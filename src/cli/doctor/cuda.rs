@@ -32,6 +32,8 @@ const FOLDERS: [&str; 12] = [
 #[derive(Debug, Serialize)]
 pub(super) struct Cuda {
     pub(super) driver_library: Option<PathBuf>,
+    /// The version of CUDA that it supports.
+    pub(super) driver_version: Option<String>,
     /// What the driver shows.
     pub(super) devices: Vec<String>,
     /// Where the kernels come from, or what they lack.
@@ -51,9 +53,11 @@ impl Cuda {
             Ok(Chosen::Cpu { reason }) => (None, reason),
             Err(error) => (None, Some(error.to_string())),
         };
+        let gpus = find_gpus().unwrap_or_default();
         Self {
             driver_library: find(&search_path, &FOLDERS),
-            devices: find_gpus().unwrap_or_default().iter().map(GpuInfo::to_string).collect(),
+            driver_version: gpus.first().map(|gpu| format!("{}.{}", gpu.driver_version.0, gpu.driver_version.1)),
+            devices: gpus.iter().map(GpuInfo::to_string).collect(),
             kernels: kernel_source().map_or_else(|error| error.to_string(), str::to_owned),
             chosen,
             problem,

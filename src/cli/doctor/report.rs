@@ -151,6 +151,9 @@ impl Report {
             None => format!("driver library {} not found", cuda::LIBRARY),
         };
         line(f, "CUDA", &driver)?;
+        if let Some(version) = &cuda.driver_version {
+            line(f, "driver", &format!("supports CUDA {version}"))?;
+        }
         for device in &cuda.devices {
             line(f, "GPU", device)?;
         }
