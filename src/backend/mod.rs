@@ -15,6 +15,7 @@ mod layout;
 mod lora;
 mod lora_pages;
 mod rope;
+mod sampling;
 pub mod sim;
 mod transfer;
 
@@ -28,6 +29,7 @@ pub use layout::{KvLayout, KvOrder};
 pub use lora::{LoraAdapter, LoraBatch, LoraGroup, LoraLoader, LoraPart, LoraSite, Projection, ScaledUpdate};
 pub use lora_pages::{LoraPages, PageImage, PagedImage, RowRun};
 pub use rope::{RopeConfig, RopeScaling};
+pub use sampling::{RowSampling, SamplingBatch};
 pub use transfer::Transfer;
 
 use std::ops::Range;
@@ -227,6 +229,16 @@ pub trait Backend: Device {
 
     /// The index of the largest number of each row of f32, the lowest of equals; `out` is `[1, rows]` i32.
     fn argmax(&self, stream: &Self::Stream, x: &Tensor<Self::Buffer>, out: &Tensor<Self::Buffer>) -> Result<()>;
+
+    /// A token drawn from each row of logits, as [`RowSampling`] says; `logits` is `[R, vocab]` f32, `out` `[1, R]` i32. A
+    /// row's token does not depend on the other rows.
+    fn sample(
+        &self,
+        stream: &Self::Stream,
+        logits: &Tensor<Self::Buffer>,
+        sampling: &SamplingBatch<Self::Buffer>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()>;
 }
 
 /// The function before the product in a gated feed-forward layer (arXiv 2002.05202).

@@ -35,7 +35,7 @@ use transfer::Delays;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, Device, HeadTransform, HostTensor, KvLayer, KvOrder,
-    LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, ScaledUpdate, Tensor,
+    LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor,
 };
 use crate::{Error, Result};
 
@@ -299,6 +299,18 @@ impl Backend for SimBackend {
         let all = payloads(x);
         set_payloads(out, indices(rows).into_iter().map(|row| all[row as usize]));
         Ok(())
+    }
+
+    /// A row is one token's.
+    fn sample(
+        &self,
+        stream: &SimStream,
+        logits: &SimTensor,
+        sampling: &SamplingBatch<SimBuffer>,
+        out: &SimTensor,
+    ) -> Result<()> {
+        sampling.check(logits.rows())?;
+        self.argmax(stream, logits, out)
     }
 
     fn argmax(&self, _: &SimStream, x: &SimTensor, out: &SimTensor) -> Result<()> {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::request::{FinishReason, SamplingParams, TokenLogprobs};
 use crate::Result;
+use crate::backend::RowSampling;
 use crate::text::grammar::GrammarState;
 
 /// How often a token of prompt or output occurs in the output.
@@ -45,10 +46,23 @@ impl Generation {
         self.params.prompt_logprobs.is_some() && !self.started
     }
 
-    /// Whether the device's argmax is the answer: nothing changes the logits and nobody wants to see them.
-    pub(super) fn is_plain_greedy(&self, num_output_tokens: usize) -> bool {
+    /// Whether the device chooses the token behind `num_output_tokens` others, and how: nothing changes the logits and
+    /// nobody wants to see them.
+    pub(super) fn on_device(&self, num_output_tokens: usize) -> Option<RowSampling> {
+        let is_plain = !self.wants_prompt_logits() && self.takes_logits_as_they_are(num_output_tokens);
+        is_plain.then(|| self.row_sampling(num_output_tokens))
+    }
+
+    /// How the token behind `num_output_tokens` others is drawn.
+    pub(super) fn row_sampling(&self, num_output_tokens: usize) -> RowSampling {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let top_k = u32::try_from(top_k).unwrap_or(0);
+        RowSampling { temperature, top_k, top_p, min_p, seed: self.seed, index: num_output_tokens as u64 }
+    }
+
+    fn takes_logits_as_they_are(&self, num_output_tokens: usize) -> bool {
         let params = &self.params;
-        params.temperature == 0.0
+        (params.temperature <= 0.0 || params.typical_p >= 1.0)
             && params.logprobs.is_none()
             && params.logit_bias.is_empty()
             && params.allowed_token_ids.is_none()

@@ -10,6 +10,7 @@ mod erasure;
 mod fetch;
 mod generation;
 pub mod handle;
+mod logprobs;
 mod lora_groups;
 mod merge;
 mod output;

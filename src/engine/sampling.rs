@@ -1,17 +1,23 @@
-//! Choosing a token from a row of logits, on the host.
+//! Choosing a token from a row of logits on the host, where somebody wants to see or to change them; from all others the
+//! device chooses, in the same way ([`RowSampling`]).
 //!
-//! The order is the field's: constraints and penalties on logits, temperature, then top-k, typical, top-p and min-p on
-//! the sorted distribution, then one draw. A draw depends on the seed and the number of the token alone, so an output is
-//! reproducible whatever else is in the batch and however often it was preempted.
+//! The order is the field's: constraints and penalties on logits, temperature, then top-k, typical, top-p and min-p, then
+//! one draw.
 
 use super::generation::Generation;
-use super::request::{SamplingParams, TokenLogprob, TokenLogprobs};
+use super::logprobs::logprobs_of;
+use super::request::TokenLogprobs;
 use crate::Result;
+use crate::backend::RowSampling;
+use crate::backend::cpu::{Isa, SampleScratch, sample_row};
 
 /// Reusable buffers of the sampler.
 pub(super) struct Sampler {
     eos_token_ids: Vec<u32>,
     candidates: Vec<Candidate>,
+    scratch: SampleScratch,
+    /// A row as the model gave it.
+    untouched: Vec<f32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +35,12 @@ pub(super) struct Sample {
 
 impl Sampler {
     pub(super) fn new(vocab_size: usize, eos_token_ids: Vec<u32>) -> Self {
-        Self { eos_token_ids, candidates: Vec::with_capacity(vocab_size) }
+        Self {
+            eos_token_ids,
+            candidates: Vec::with_capacity(vocab_size),
+            scratch: SampleScratch::default(),
+            untouched: Vec::with_capacity(vocab_size),
+        }
     }
 
     pub(super) fn eos_token_ids(&self) -> &[u32] {
@@ -45,31 +56,16 @@ impl Sampler {
         logits: &mut [f32],
     ) -> Result<Sample> {
         let output = &tokens[num_prompt_tokens..];
-        let distribution = generation.params.logprobs.map(|_| LogSoftmax::new(logits));
-        let raw = generation.params.logprobs.map(|num_top| self.best(logits, num_top));
-        let raw_logits = raw.is_some().then(|| logits.to_vec());
+        if generation.params.logprobs.is_some() {
+            self.untouched.clear();
+            self.untouched.extend_from_slice(logits);
+        }
         self.constrain(generation, output, logits)?;
         penalise(generation, logits);
-        let index = output.len() as u64;
-        let token = self.choose(&generation.params, generation.seed, index, logits);
-        let logprobs = match (distribution, raw, raw_logits) {
-            (Some(distribution), Some(top), Some(raw)) => Some(Box::new(TokenLogprobs {
-                chosen: distribution.of(&raw, token),
-                top: top.into_iter().map(|id| distribution.of(&raw, id)).collect(),
-            })),
-            _ => None,
-        };
-        Ok(Sample { token, logprobs })
-    }
-
-    /// Log-probabilities of `token` and of the `num_top` likeliest in an untouched row.
-    pub(super) fn logprobs_of(&mut self, logits: &[f32], token: u32, num_top: usize) -> TokenLogprobs {
-        let distribution = LogSoftmax::new(logits);
-        let top = self.best(logits, num_top);
-        TokenLogprobs {
-            chosen: distribution.of(logits, token),
-            top: top.into_iter().map(|id| distribution.of(logits, id)).collect(),
-        }
+        let sampling = generation.row_sampling(output.len());
+        let token = self.choose(&sampling, generation.params.typical_p, logits);
+        let logprobs = generation.params.logprobs.map(|num_top| logprobs_of(&self.untouched, token, num_top));
+        Ok(Sample { token, logprobs: logprobs.map(Box::new) })
     }
 
     /// Sets the logits of forbidden tokens to minus infinity.
@@ -104,14 +100,13 @@ impl Sampler {
         Ok(())
     }
 
-    fn choose(&mut self, params: &SamplingParams, seed: u64, index: u64, logits: &[f32]) -> u32 {
-        if params.temperature <= 0.0 {
-            return argmax(logits);
+    fn choose(&mut self, sampling: &RowSampling, typical_p: f32, logits: &[f32]) -> u32 {
+        if sampling.temperature <= 0.0 || typical_p >= 1.0 {
+            return sample_row(Isa::best(), logits, sampling, &mut self.scratch);
         }
-        let draw = uniform(seed, index);
-        self.fill_candidates(logits, params.temperature);
-        let keep = cut(&mut self.candidates, params);
-        pick(&self.candidates[..keep], draw)
+        self.fill_candidates(logits, sampling.temperature);
+        let keep = cut(&mut self.candidates, sampling, typical_p);
+        pick(&self.candidates[..keep], sampling.draw())
     }
 
     /// Unnormalised probabilities of all tokens that are possible at all.
@@ -128,44 +123,24 @@ impl Sampler {
             self.candidates.push(Candidate { id: argmax(logits), weight: 1.0 });
         }
     }
-
-    /// The `count` likeliest tokens, best first, the lower id first among equals.
-    fn best(&mut self, logits: &[f32], count: usize) -> Vec<u32> {
-        let count = count.min(logits.len());
-        self.candidates.clear();
-        self.candidates.extend(logits.iter().enumerate().map(|(id, &weight)| Candidate { id: id as u32, weight }));
-        if count < self.candidates.len() && count > 0 {
-            self.candidates.select_nth_unstable_by(count - 1, by_weight);
-        }
-        self.candidates.truncate(count);
-        self.candidates.sort_unstable_by(by_weight);
-        self.candidates.iter().map(|candidate| candidate.id).collect()
-    }
 }
 
 fn by_weight(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
 }
 
-/// Orders the candidates as far as needed and says how many survive the cuts.
-fn cut(candidates: &mut Vec<Candidate>, params: &SamplingParams) -> usize {
-    if params.top_k > 0 && params.top_k < candidates.len() {
-        candidates.select_nth_unstable_by(params.top_k - 1, by_weight);
-        candidates.truncate(params.top_k);
+/// Orders the candidates and says how many survive the cuts.
+fn cut(candidates: &mut Vec<Candidate>, sampling: &RowSampling, typical_p: f32) -> usize {
+    let top_k = sampling.top_k as usize;
+    if top_k > 0 && top_k < candidates.len() {
+        candidates.select_nth_unstable_by(top_k - 1, by_weight);
+        candidates.truncate(top_k);
     }
-    let needs_order = params.top_p < 1.0 || params.min_p > 0.0;
-    if params.typical_p < 1.0 {
-        keep_typical(candidates, params.typical_p);
-    }
-    if !needs_order {
-        // A draw walks the candidates in their order, which must not depend on how they were selected.
-        candidates.sort_unstable_by_key(|candidate| candidate.id);
-        return candidates.len();
-    }
+    keep_typical(candidates, typical_p);
     candidates.sort_unstable_by(by_weight);
-    let least = candidates[0].weight * params.min_p;
+    let least = candidates[0].weight * sampling.min_p;
     let by_min_p = candidates.partition_point(|candidate| candidate.weight >= least).max(1);
-    by_min_p.min(nucleus(candidates, params.top_p))
+    by_min_p.min(nucleus(candidates, sampling.top_p))
 }
 
 /// How many of the ordered candidates reach a share `top_p` of the whole (arXiv 1904.09751); one at least.
@@ -192,10 +167,10 @@ fn keep_typical(candidates: &mut Vec<Candidate>, mass: f32) {
     candidates.truncate(keep);
 }
 
-/// The candidate at `draw`, in `[0, 1)`, of the cumulated weights.
-fn pick(candidates: &[Candidate], draw: f64) -> u32 {
+/// The candidate at `drawn` / 2^53 of the cumulated weights.
+fn pick(candidates: &[Candidate], drawn: u64) -> u32 {
     let total: f64 = candidates.iter().map(|candidate| f64::from(candidate.weight)).sum();
-    let mut rest = draw * total;
+    let mut rest = drawn as f64 / (1u64 << 53) as f64 * total;
     for candidate in candidates {
         rest -= f64::from(candidate.weight);
         if rest < 0.0 {
@@ -203,19 +178,6 @@ fn pick(candidates: &[Candidate], draw: f64) -> u32 {
         }
     }
     candidates.last().map_or(0, |candidate| candidate.id)
-}
-
-/// A number in `[0, 1)` that depends on its arguments alone.
-fn uniform(seed: u64, index: u64) -> f64 {
-    (scramble(scramble(seed) ^ index) >> 11) as f64 / (1u64 << 53) as f64
-}
-
-/// One step of SplitMix64 (Steele, Lea, Flood 2014): a bijection without visible structure.
-fn scramble(state: u64) -> u64 {
-    let z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -253,34 +215,17 @@ fn penalise(generation: &Generation, logits: &mut [f32]) {
     }
 }
 
-/// The normaliser of a row.
-struct LogSoftmax {
-    log_sum_exp: f64,
-}
-
-impl LogSoftmax {
-    fn new(logits: &[f32]) -> Self {
-        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&logit| f64::from(logit - most).exp()).sum();
-        Self { log_sum_exp: f64::from(most) + sum.ln() }
-    }
-
-    fn of(&self, logits: &[f32], id: u32) -> TokenLogprob {
-        let logit = logits[id as usize];
-        let rank = 1 + logits.iter().filter(|&&other| other > logit).count() as u32;
-        TokenLogprob { id, logprob: (f64::from(logit) - self.log_sum_exp) as f32, rank }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::request::SamplingParams;
 
     fn draw_many(params: SamplingParams, logits: &[f32], num: u64) -> Vec<usize> {
         let mut sampler = Sampler::new(logits.len(), vec![]);
         let mut counts = vec![0; logits.len()];
         for seed in 0..num {
-            counts[sampler.choose(&params, seed, 0, logits) as usize] += 1;
+            let generation = Generation::new(SamplingParams { seed: Some(seed), ..params.clone() }, &[], 0);
+            counts[sampler.choose(&generation.row_sampling(0), params.typical_p, logits) as usize] += 1;
         }
         counts
     }
@@ -310,25 +255,6 @@ mod tests {
         assert_eq!(kept(SamplingParams { top_k: 3, top_p: 0.5, ..Default::default() }), [0]);
         assert_eq!(kept(SamplingParams { typical_p: 0.2, ..Default::default() }), [1]);
         assert_eq!(kept(SamplingParams { temperature: 0.0, ..Default::default() }), [0]);
-    }
-
-    #[test]
-    fn a_draw_depends_on_seed_and_index_alone() {
-        let draws: Vec<f64> = (0..1000).map(|index| uniform(7, index)).collect();
-        assert!(draws.iter().all(|draw| (0.0..1.0).contains(draw)));
-        assert!((draws.iter().sum::<f64>() / 1000.0 - 0.5).abs() < 0.05);
-        assert_eq!(uniform(7, 3), draws[3]);
-        assert_ne!(uniform(8, 3), draws[3]);
-    }
-
-    #[test]
-    fn logprobs_are_a_log_softmax_with_ranks() {
-        let logits = [1.0f32, 3.0, 2.0, 3.0];
-        let mut sampler = Sampler::new(4, vec![]);
-        let logprobs = sampler.logprobs_of(&logits, 2, 3);
-        assert_eq!(logprobs.top.iter().map(|top| (top.id, top.rank)).collect::<Vec<_>>(), [(1, 1), (3, 1), (2, 3)]);
-        let total: f32 = logits.iter().map(|logit| logit.exp()).sum();
-        assert!((logprobs.chosen.logprob - (2.0f32.exp() / total).ln()).abs() < 1e-6);
     }
 
     #[test]

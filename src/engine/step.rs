@@ -13,6 +13,7 @@ use super::composition::Composition;
 use super::erasure::{Erasure, ErasureQueue};
 use super::generation::Generation;
 use super::handle::{EngineHandle, EngineInfo, Submission};
+use super::logprobs::logprobs_of;
 use super::merge::{MergeConfig, Merger, StepWork};
 use super::request::{FinishReason, GenerateRequest, OutputEvent, Piece, Reuse, SamplingParams, Task};
 use super::residency::Residency;
@@ -496,7 +497,7 @@ impl<B: Backend> Engine<B> {
             let sample = self.sampler.sample(generation, &sequence.tokens, sequence.num_prompt_tokens, logits)?;
             (sample.token, sample.logprobs)
         } else {
-            (self.runner.argmax(logits_row), None)
+            (self.runner.token(logits_row), None)
         };
         self.metrics.generation_tokens.inc();
         let number = sequence.num_output_tokens() + 1;
@@ -535,7 +536,7 @@ impl<B: Backend> Engine<B> {
                 for row in 0..num_tokens {
                     if let Some(&next) = sequence.tokens[..sequence.num_prompt_tokens].get(first + row + 1) {
                         let logits = self.runner.host_logits(output.host_rows, row);
-                        generation.prompt_logprobs.push(Some(self.sampler.logprobs_of(logits, next, num_top)));
+                        generation.prompt_logprobs.push(Some(logprobs_of(logits, next, num_top)));
                     }
                 }
             }

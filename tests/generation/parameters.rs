@@ -37,6 +37,24 @@ fn a_seed_decides_what_is_drawn() {
     assert_ne!(run(&engine, fresh.clone()).tokens, run(&engine, fresh).tokens, "requests without a seed differ");
 }
 
+/// The device draws where nobody looks at the logits, else the host.
+#[test]
+fn who_looks_at_logprobs_changes_no_draw() {
+    let engine = crate::start(model().path(), Setup::default());
+    for (temperature, top_k, top_p, min_p) in
+        [(1.0, 0, 1.0, 0.0), (0.7, 0, 0.8, 0.0), (1.5, 40, 1.0, 0.0), (2.0, 100, 0.95, 0.05), (0.5, 1, 1.0, 0.0)]
+    {
+        let sampling =
+            SamplingParams { seed: Some(11), temperature, top_k, top_p, min_p, max_tokens: 20, ..Default::default() };
+        let watched = run(&engine, SamplingParams { logprobs: Some(1), ..sampling.clone() });
+        assert_eq!(
+            run(&engine, sampling.clone()).tokens,
+            watched.tokens,
+            "{temperature}, top-k {top_k}, top-p {top_p}, min-p {min_p}"
+        );
+    }
+}
+
 #[test]
 fn logprobs_describe_the_sampled_token() {
     let engine = crate::start(model().path(), Setup::default());

@@ -1,4 +1,5 @@
-//! Kernels that the backend does not launch yet, called directly: conversions, block copies, sampling.
+//! Kernels that the backend does not launch yet, called directly: conversions, block copies. And draws, whose tokens are
+//! looked at in bulk.
 
 #![allow(unsafe_code)]
 
@@ -6,7 +7,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
-use mneme::backend::DType;
+use mneme::backend::cpu::{Isa, SampleScratch, sample_row};
+use mneme::backend::{Backend, DType, RowSampling, SamplingBatch};
 
 use crate::gpu::{self, Gpu};
 use crate::support::random::Random;
@@ -98,22 +100,36 @@ struct Params {
 const ALL: Params = Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
 fn sample(gpu: &Gpu, logits: &[f32], vocab: usize, params: Params, seed: u64) -> Vec<i32> {
-    let (stream, function) = open(gpu, "sampling", "sample");
     let rows = logits.len() / vocab;
-    let floats = |value: f32| stream.clone_htod(&vec![value; rows]).unwrap();
-    let (temperature, top_p, min_p) = (floats(params.temperature), floats(params.top_p), floats(params.min_p));
-    let top_k = stream.clone_htod(&vec![params.top_k; rows]).unwrap();
-    let seeds = stream.clone_htod(&vec![seed; rows]).unwrap();
-    let indices = stream.clone_htod(&(0..rows as u64).collect::<Vec<_>>()).unwrap();
-    let device_logits = stream.clone_htod(logits).unwrap();
-    let mut out = stream.clone_htod(&vec![-1i32; rows]).unwrap();
-    let size = vocab as i32;
-    let mut launch = stream.launch_builder(&function);
-    launch.arg(&mut out).arg(&device_logits).arg(&temperature).arg(&top_k).arg(&top_p).arg(&min_p);
-    launch.arg(&seeds).arg(&indices).arg(&size);
-    // SAFETY: sample(out, logits, temperature, top_k, top_p, min_p, seeds, indices, vocab), each with one entry a row.
-    unsafe { launch.launch(grid(rows, 1, 1024)) }.unwrap();
-    stream.clone_dtoh(&out).unwrap()
+    let floats = |value: f32| gpu.vector(&vec![value; rows]);
+    let longs = |values: &mut dyn Iterator<Item = u64>| {
+        let halves: Vec<i32> = values.flat_map(|value| [value as i32, (value >> 32) as i32]).collect();
+        gpu.indices(&halves, rows, 2)
+    };
+    let sampling = SamplingBatch {
+        temperatures: floats(params.temperature),
+        top_ks: gpu.indices(&vec![params.top_k; rows], 1, rows),
+        top_ps: floats(params.top_p),
+        min_ps: floats(params.min_p),
+        seeds: longs(&mut std::iter::repeat_n(seed, rows)),
+        indices: longs(&mut (0..rows as u64)),
+    };
+    let logits = gpu.tensor(logits, rows, vocab, DType::F32);
+    let out = gpu.output(1, rows, DType::I32);
+    gpu.backend.sample(&gpu.stream, &logits, &sampling, &out.tensor).unwrap();
+    out.indices(gpu)
+}
+
+/// The same on the CPU. Weights may differ in their last bits, which decide nothing here.
+fn sample_on_cpu(logits: &[f32], vocab: usize, params: Params, seed: u64) -> Vec<i32> {
+    let Params { temperature, top_k, top_p, min_p } = params;
+    let mut scratch = SampleScratch::default();
+    let token = |(index, row): (usize, &[f32])| {
+        let index = index as u64;
+        let sampling = RowSampling { temperature, top_k: top_k as u32, top_p, min_p, seed, index };
+        sample_row(Isa::best(), row, &sampling, &mut scratch) as i32
+    };
+    logits.chunks_exact(vocab).enumerate().map(token).collect()
 }
 
 /// The tokens that may be drawn with their weights, in order of id.
@@ -178,6 +194,7 @@ fn draws_keep_to_the_cuts_and_to_the_distribution() {
         let bound = num_classes + 6.0 * (2.0f64 * (num_classes + 1.0)).sqrt();
         assert!(statistic < bound, "{params:?}: {statistic} with {num_classes} classes");
         assert_eq!(sample(gpu, &logits, vocab, params, 7), drawn, "a draw depends on seed and index alone");
+        assert_eq!(drawn, sample_on_cpu(&logits, vocab, params, 7), "{params:?}: the CPU draws otherwise");
         if kept.len() > 1 {
             assert_ne!(sample(gpu, &logits, vocab, params, 8), drawn, "another seed draws otherwise");
         }

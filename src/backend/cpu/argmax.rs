@@ -40,6 +40,12 @@ pub fn argmax(pool: &mut ThreadPool, isa: Isa, logits: &[f32], features: usize, 
     }
 }
 
+/// The largest number of a row, and its index; minus infinity for a row without one.
+pub(super) fn largest(isa: Isa, row: &[f32]) -> (u32, f32) {
+    let Largest { index, value, .. } = dispatch(isa, Argmax { row });
+    (index, value)
+}
+
 /// Most parts of one row.
 const MAX_PARTS: usize = 64;
 

@@ -15,12 +15,12 @@ use super::weight_memory::WeightArena;
 use super::{
     AttentionBatch, AttentionScratch, CpuLora, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
     KvStoreBatch, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut,
-    ThreadPool,
+    SampleScratch, ThreadPool,
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, ScaledUpdate, StepBounds, StreamKind,
-    Tensor, dequantize_row,
+    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling, SamplingBatch, ScaledUpdate,
+    StepBounds, StreamKind, Tensor, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -38,6 +38,7 @@ struct Workers {
     gemm: GemmScratch,
     attention: AttentionScratch,
     lora: LoraScratch,
+    sampling: Vec<SampleScratch>,
 }
 
 impl CpuBackend {
@@ -53,6 +54,7 @@ impl CpuBackend {
             gemm: GemmScratch::default(),
             attention: AttentionScratch::default(),
             lora: LoraScratch::default(),
+            sampling: Vec::new(),
         };
         Ok(Self { isa, workers: Mutex::new(workers) })
     }
@@ -196,7 +198,7 @@ impl Backend for CpuBackend {
     }
 
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
-        let Workers { pool, gemm, attention, lora, weights: _ } = &mut *self.workers();
+        let Workers { pool, gemm, attention, lora, weights: _, sampling: _ } = &mut *self.workers();
         gemm.reserve(bounds.max_tokens);
         lora.reserve(bounds.max_tokens);
         attention.reserve(self.isa, pool.num_threads(), bounds);
@@ -482,6 +484,48 @@ impl Backend for CpuBackend {
         let (rows, indices) = unsafe { (numbers(x), numbers_mut(out)) };
         super::argmax(&mut self.workers().pool, self.isa, rows, x.columns(), indices);
         Ok(())
+    }
+
+    fn sample(
+        &self,
+        _stream: &CpuStream,
+        logits: &CpuTensor,
+        sampling: &SamplingBatch<CpuBuffer>,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        sampling.check(logits.rows())?;
+        out.expect("sampled tokens", 1, logits.rows(), DType::I32)?;
+        // SAFETY: other buffers than the output's, and work before this call is done.
+        let (rows, tokens) = unsafe { (numbers(logits), numbers_mut(out)) };
+        // SAFETY: as above.
+        let of_row = unsafe { sampling_of_rows(sampling) };
+        let Workers { pool, sampling: scratch, .. } = &mut *self.workers();
+        super::sample(pool, self.isa, scratch, rows, logits.columns(), &of_row, tokens);
+        Ok(())
+    }
+}
+
+/// How each row is drawn from.
+///
+/// # Safety
+/// Nobody writes the arrays while the function lives.
+unsafe fn sampling_of_rows(sampling: &SamplingBatch<CpuBuffer>) -> impl Fn(usize) -> RowSampling + Sync + '_ {
+    // SAFETY: the caller's promise.
+    let (temperatures, top_ps, min_ps) = unsafe {
+        (numbers::<f32>(&sampling.temperatures), numbers::<f32>(&sampling.top_ps), numbers::<f32>(&sampling.min_ps))
+    };
+    // SAFETY: the caller's promise.
+    let (top_ks, seeds, indices) = unsafe {
+        (numbers::<u32>(&sampling.top_ks), numbers::<u32>(&sampling.seeds), numbers::<u32>(&sampling.indices))
+    };
+    let whole = |halves: &[u32], row: usize| u64::from(halves[2 * row]) | u64::from(halves[2 * row + 1]) << 32;
+    move |row| RowSampling {
+        temperature: temperatures[row],
+        top_k: top_ks[row],
+        top_p: top_ps[row],
+        min_p: min_ps[row],
+        seed: whole(seeds, row),
+        index: whole(indices, row),
     }
 }
 

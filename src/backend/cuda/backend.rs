@@ -25,7 +25,7 @@ use super::upload::Uploader;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
-    KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, ScaledUpdate, Tensor,
+    KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -407,5 +407,23 @@ impl Backend for CudaBackend {
         let arguments = Arguments::new().tensor(out)?.tensor(x)?.int(x.columns())?;
         // SAFETY: argmax(out, logits, vocab), shapes as checked.
         unsafe { self.launch(stream, &self.kernels.argmax, (x.rows(), 1, 1), 1024, arguments) }
+    }
+
+    fn sample(
+        &self,
+        stream: &CudaStream,
+        logits: &CudaTensor,
+        sampling: &SamplingBatch<CudaBuffer>,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        logits.expect("logits", logits.rows(), logits.columns(), DType::F32)?;
+        out.expect("sampled tokens", 1, logits.rows(), DType::I32)?;
+        sampling.check(logits.rows())?;
+        let SamplingBatch { temperatures, top_ks, top_ps, min_ps, seeds, indices } = sampling;
+        let arguments = Arguments::new().tensor(out)?.tensor(logits)?.tensor(temperatures)?.tensor(top_ks)?;
+        let arguments = arguments.tensor(top_ps)?.tensor(min_ps)?.tensor(seeds)?.tensor(indices)?;
+        let arguments = arguments.int(logits.columns())?;
+        // SAFETY: sample(out, logits, temperature, top_k, top_p, min_p, seeds, indices, vocab), shapes as checked.
+        unsafe { self.launch(stream, &self.kernels.sample, (logits.rows(), 1, 1), 1024, arguments) }
     }
 }

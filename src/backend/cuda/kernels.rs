@@ -80,6 +80,7 @@ pub(super) struct Kernels {
     pub(super) gelu_tanh: Kernel,
     pub(super) gather_rows: Kernel,
     pub(super) argmax: Kernel,
+    pub(super) sample: Kernel,
 }
 
 impl Kernels {
@@ -112,6 +113,7 @@ impl Kernels {
             gelu_tanh: plain("activation", format!("gelu_tanh_{dtype}"))?,
             gather_rows: plain("rows", "gather_rows".into())?,
             argmax: plain("sampling", "argmax".into())?,
+            sample: plain("sampling", "sample".into())?,
             modules,
         })
     }

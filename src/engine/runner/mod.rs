@@ -18,7 +18,8 @@ use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
-    AttentionMetadata, Backend, DType, Device, Landing, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor,
+    AttentionMetadata, Backend, DType, Device, Landing, LoraBatch, LoraLoader, RowSampling, SamplingBatch, StepBounds,
+    StreamKind, Tensor,
 };
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
@@ -35,9 +36,9 @@ pub(super) struct ModelRunner<B: Backend> {
     /// The model's projections with adapters merged into them, while there are such.
     merged: Option<MergedCopy<B>>,
     composition: CompositionBuffers<B>,
-    argmax: Tensor<B::Buffer>,
-    /// Argmax of each logits row, i32.
-    host_argmax: B::HostBuffer,
+    /// The token chosen from each row of logits, i32.
+    tokens: Tensor<B::Buffer>,
+    host_tokens: B::HostBuffer,
     /// Rows of logits (f32) or hidden states (activations) that the host asked for.
     host_rows: B::HostBuffer,
     /// Bytes of `host_rows` in use.
@@ -69,7 +70,7 @@ pub(super) struct HostRows {
 type RowsAndScales<B> = (Tensor<<B as Device>::Buffer>, Tensor<<B as Device>::Buffer>);
 
 /// Arrays of a step.
-const NUM_INPUTS: usize = 10;
+const NUM_INPUTS: usize = 16;
 /// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 const ALIGNED_NUMBERS: usize = 4;
 
@@ -114,10 +115,11 @@ impl<B: Backend> ModelRunner<B> {
         })?;
         let stream = backend.create_stream(StreamKind::Compute)?;
         let max_blocks = limits.max_model_len.div_ceil(limits.block_size);
-        // Five numbers of every token in a pass that compares, four and rows of results in an ordinary one.
+        // Five numbers of every token in a pass that compares, four and rows of results in an ordinary one, each with what it
+        // is drawn by.
         let capacity = (5 + 2 * MAX_APPLIED) * limits.max_num_batched_tokens
             + 3 * limits.max_num_seqs
-            + max_logits
+            + 9 * max_logits
             + 1
             + limits.max_num_seqs * max_blocks
             + NUM_INPUTS * (ALIGNED_NUMBERS - 1);
@@ -128,8 +130,8 @@ impl<B: Backend> ModelRunner<B> {
             kv: KvCache::new(&backend, layout, limits.num_blocks)?,
             inputs: StepInputs::new(&backend, capacity)?,
             composition: CompositionBuffers::new(&backend, limits)?,
-            argmax: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
-            host_argmax: backend.allocate_host(max_logits * 4)?,
+            tokens: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
+            host_tokens: backend.allocate_host(max_logits * 4)?,
             host_rows: backend.allocate_host(row_bytes)?,
             lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
             merged: None,
@@ -183,9 +185,9 @@ impl<B: Backend> ModelRunner<B> {
         &self.outputs
     }
 
-    /// The likeliest token of a logits row.
-    pub(super) fn argmax(&self, logits_row: usize) -> u32 {
-        bytemuck::cast_slice::<u8, u32>(self.host_argmax.as_ref())[logits_row]
+    /// The token that the device has chosen from a row of logits.
+    pub(super) fn token(&self, logits_row: usize) -> u32 {
+        bytemuck::cast_slice::<u8, u32>(self.host_tokens.as_ref())[logits_row]
     }
 
     /// Row `row` of the logits that were brought to the host for a sequence.
@@ -223,6 +225,7 @@ impl<B: Backend> ModelRunner<B> {
         let landings: Vec<&Landing<B::Event>> = landings.map(known_landing).collect();
         let batch = self.prepare(running, scheduled, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
+        let sampling = self.write_sampling(running, scheduled, batch.num_logits);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
         let groups = self.lora.groups();
@@ -232,7 +235,7 @@ impl<B: Backend> ModelRunner<B> {
         self.model.forward(&self.backend, &self.stream, &batch, adapted.as_ref(), &self.kv, &self.workspace)?;
         drop(adapted);
         self.lora.clear();
-        self.fetch(running, scheduled, &batch)?;
+        self.fetch(running, scheduled, &batch, sampling.as_ref())?;
         let done = self.backend.record(&self.stream)?;
         self.backend.synchronize(&done)
     }
@@ -319,8 +322,46 @@ impl<B: Backend> ModelRunner<B> {
             numbers[rows_at.start + at] = row;
             numbers[scales_at.start + at] = scale as i32;
         });
-        let scales = Tensor::new(scales.buffer().clone(), scales.offset_bytes(), 1, num_entries, DType::F32);
-        Some((rows, scales))
+        Some((rows, floats(scales)))
+    }
+
+    /// How the device draws from each row of logits; `None` when each has its likeliest token, or one that the host chooses.
+    fn write_sampling(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        num_rows: usize,
+    ) -> Option<SamplingBatch<B::Buffer>> {
+        let drawn = |(output, entry): (&SequenceOutput, &ScheduledSequence)| {
+            let sampling = sampling_of(&running[entry.index])?;
+            Some((output.logits_row?, sampling)).filter(|(_, sampling)| sampling.temperature > 0.0)
+        };
+        let inputs = &mut self.inputs;
+        self.outputs.iter().zip(scheduled).find_map(drawn)?;
+        let mut reserve = |rows, columns| inputs.reserve(rows, columns);
+        let [temperatures, top_ks, top_ps, min_ps] = [(); 4].map(|()| reserve(1, num_rows));
+        let [seeds, indices] = [(); 2].map(|()| reserve(num_rows, 2));
+        let numbers = inputs.numbers();
+        let mut write = |row: usize, sampling: &RowSampling| {
+            numbers[temperatures.1.start + row] = sampling.temperature.to_bits() as i32;
+            numbers[top_ks.1.start + row] = sampling.top_k.min(i32::MAX as u32) as i32;
+            numbers[top_ps.1.start + row] = sampling.top_p.to_bits() as i32;
+            numbers[min_ps.1.start + row] = sampling.min_p.to_bits() as i32;
+            for (array, value) in [(&seeds, sampling.seed), (&indices, sampling.index)] {
+                numbers[array.1.start + 2 * row] = value as i32;
+                numbers[array.1.start + 2 * row + 1] = (value >> 32) as i32;
+            }
+        };
+        (0..num_rows).for_each(|row| write(row, &RowSampling::GREEDY));
+        self.outputs.iter().zip(scheduled).filter_map(drawn).for_each(|(row, sampling)| write(row, &sampling));
+        Some(SamplingBatch {
+            temperatures: floats(temperatures.0),
+            top_ks: top_ks.0,
+            top_ps: floats(top_ps.0),
+            min_ps: floats(min_ps.0),
+            seeds: seeds.0,
+            indices: indices.0,
+        })
     }
 
     fn count_outputs(&self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> (usize, usize) {
@@ -399,19 +440,23 @@ impl<B: Backend> ModelRunner<B> {
         (metadata, input_ids)
     }
 
-    /// Queues the copies of what the host needs: every argmax, and the rows of sequences it has to look into.
+    /// Queues what the host needs: the token chosen from every row of logits, and the rows of sequences it has to look into.
     fn fetch(
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
         batch: &ForwardBatch<'_, B::Buffer, B::Event>,
+        sampling: Option<&SamplingBatch<B::Buffer>>,
     ) -> Result<()> {
         self.num_row_bytes = 0;
         if batch.num_logits > 0 {
             let logits = self.workspace.logits(batch.num_logits);
-            let ids = Tensor::new(self.argmax.buffer().clone(), 0, 1, batch.num_logits, DType::I32);
-            self.backend.argmax(&self.stream, &logits, &ids)?;
-            self.backend.download(&self.stream, &ids, &mut self.host_argmax, 0)?;
+            let tokens = Tensor::new(self.tokens.buffer().clone(), 0, 1, batch.num_logits, DType::I32);
+            match sampling {
+                Some(sampling) => self.backend.sample(&self.stream, &logits, sampling, &tokens)?,
+                None => self.backend.argmax(&self.stream, &logits, &tokens)?,
+            }
+            self.backend.download(&self.stream, &tokens, &mut self.host_tokens, 0)?;
         }
         let (mut logits_row, mut hidden_row) = (0, batch.num_logits);
         for (at, entry) in scheduled.iter().enumerate() {
@@ -470,11 +515,22 @@ fn is_embedding(sequence: &Sequence) -> bool {
     matches!(sequence.work, Work::Embed { .. })
 }
 
+/// The same array, of f32.
+fn floats<B: Clone>(array: Tensor<B>) -> Tensor<B> {
+    Tensor::new(array.buffer().clone(), array.offset_bytes(), array.rows(), array.columns(), DType::F32)
+}
+
+/// How the device chooses the next token of a sequence, if it does.
+fn sampling_of(sequence: &Sequence) -> Option<RowSampling> {
+    match &sequence.work {
+        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()),
+        Work::Embed { .. } | Work::Deposit { .. } | Work::Source => None,
+    }
+}
+
 fn needs_logits_on_host(sequence: &Sequence) -> bool {
     match &sequence.work {
-        Work::Generate(generation) => {
-            generation.wants_prompt_logits() || !generation.is_plain_greedy(sequence.num_output_tokens())
-        }
+        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()).is_none(),
         Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
     }
 }
