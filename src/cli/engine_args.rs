@@ -1,6 +1,7 @@
 //! The arguments every command that runs a model takes, under vLLM's names where vLLM has them.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::thread;
 
 use clap::{Args, ValueEnum};
@@ -8,7 +9,7 @@ use mneme::backend::cpu::Isa;
 use mneme::backend::{DType, KvLayout, KvOrder};
 use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
-use mneme::models::ModelConfig;
+use mneme::models::{Checkpoint, ModelConfig};
 
 use super::device::DeviceArg;
 use super::merge_args::MergeArgs;
@@ -25,6 +26,9 @@ pub(crate) struct EngineArgs {
     /// What computes: auto, cpu, cuda, cuda:N or softgpu; auto is the first usable GPU, else the CPU
     #[arg(long, env = "MNEME_DEVICE", default_value_t = DeviceArg::Auto)]
     pub(crate) device: DeviceArg,
+    /// Where weights come from: auto reads them, dummy draws them by --seed in the shapes of the model's config.json
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
+    load_format: LoadFormat,
     /// What weights are kept as; auto keeps them as stored, quantised ones quantised (bf16 on a GPU)
     #[arg(long, value_enum, default_value_t = WeightDtype::Auto)]
     pub(crate) dtype: WeightDtype,
@@ -58,7 +62,7 @@ pub(crate) struct EngineArgs {
     /// Instruction set of the kernels: portable, avx2, avx512, avx512-bf16 or amx [default: the best one here]
     #[arg(long, env = "MNEME_ISA")]
     isa: Option<Isa>,
-    /// Seeds requests that bring no seed
+    /// Seeds requests that bring no seed, and dummy weights
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Host memory for adapters that wait for their use, in bytes, with an optional suffix K, M or G; others are read
@@ -70,6 +74,13 @@ pub(crate) struct EngineArgs {
     /// KV blocks, where a command counts them itself.
     #[arg(skip)]
     num_kv_blocks: Option<usize>,
+}
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LoadFormat {
+    Auto,
+    Dummy,
 }
 
 /// What matrices are kept as.
@@ -130,6 +141,14 @@ impl EngineArgs {
     /// The model that was asked for, or the default one.
     pub(crate) fn model(&self) -> &str {
         self.positional_model.as_deref().or(self.model.as_deref()).unwrap_or(catalog::DEFAULT_MODEL)
+    }
+
+    /// The checkpoint at `path`, or its shapes alone.
+    pub(crate) fn open_checkpoint(&self, path: &Path) -> mneme::Result<Checkpoint> {
+        match self.load_format {
+            LoadFormat::Auto => Checkpoint::open(path),
+            LoadFormat::Dummy => Checkpoint::open_dummy(path, self.seed),
+        }
     }
 
     /// The same with a pool of `num_blocks` KV blocks, which one sequence may fill.

@@ -11,7 +11,7 @@ use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{Backend, GpuInfo};
 use mneme::engine::{Engine, EngineConfig, EngineHandle, TierConfig};
 use mneme::hub::{Cache, ModelRef, ResolvedModel, Resolver, stderr_progress};
-use mneme::models::{Checkpoint, Model};
+use mneme::models::Model;
 
 use super::device::Chosen;
 use super::engine_args::EngineArgs;
@@ -82,7 +82,7 @@ fn launch_on<B: Backend>(
 ) -> anyhow::Result<Launched> {
     let started_at = Instant::now();
     let vault = tiers.map(TierArgs::open_vault).transpose()?.flatten();
-    let checkpoint = Arc::new(Checkpoint::open(&model.path)?);
+    let checkpoint = Arc::new(args.open_checkpoint(&model.path)?);
     let backend = make_backend()?;
     let kv_dtype = args.kv_cache_dtype.dtype().unwrap_or_else(|| backend.kv_dtype());
     let limits = args.limits(checkpoint.config(), backend.kv_order(), kv_dtype)?;

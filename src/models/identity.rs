@@ -14,20 +14,27 @@ use std::thread;
 use super::weights::{Checkpoint, StoredTensor};
 use crate::{Error, Result};
 
+/// The digest of fewer bytes is computed every time.
+const MIN_KEPT_BYTES: usize = 1 << 20;
+
 /// A digest of 32 bytes.
 pub type WeightsDigest = [u8; 32];
 
 /// The digest of a checkpoint's weights, from `cache_folder` when its files have not changed since, else computed on
-/// `num_threads` threads and kept there. A cache that cannot be written costs time at the next start and nothing else.
+/// `num_threads` threads and, of many bytes, kept there. A cache that cannot be written costs time at the next start and nothing else.
 ///
 /// # Errors
 /// `Io` when a file has gone.
 pub fn weights_digest(checkpoint: &Checkpoint, cache_folder: &Path, num_threads: usize) -> Result<WeightsDigest> {
+    let tensors = checkpoint.stored_tensors();
+    if tensors.iter().map(|tensor| tensor.range.len()).sum::<usize>() < MIN_KEPT_BYTES {
+        return Ok(compute(&tensors, num_threads));
+    }
     let kept = kept_at(checkpoint, cache_folder)?;
     if let Some(digest) = fs::read_to_string(&kept).ok().and_then(|text| parse(&text)) {
         return Ok(digest);
     }
-    let digest = compute(&checkpoint.stored_tensors(), num_threads);
+    let digest = compute(&tensors, num_threads);
     if let Err(error) = keep(&kept, &digest) {
         tracing::debug!(%error, "the digest of the weights is not kept");
     }

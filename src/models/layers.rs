@@ -209,7 +209,7 @@ impl<B: Backend> Attention<B> {
     ) -> Result<Option<Tensor<B::Buffer>>> {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.bias");
         let checkpoint = loader.checkpoint;
-        if checkpoint.find_tensor(&name("q_proj"))?.is_none() {
+        if !checkpoint.has_tensor(&name("q_proj"))? {
             return Ok(None);
         }
         let parts = [

@@ -3,6 +3,7 @@
 
 mod batch;
 mod config;
+mod dummy;
 mod gemma;
 mod gguf_config;
 mod hf_config;

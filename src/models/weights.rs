@@ -13,6 +13,7 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde::Deserialize;
 
 use super::config::ModelConfig;
+use super::dummy::DummyWeights;
 use super::gguf_config::gguf_name;
 use crate::backend::{DType, HostTensor, RowOrder, SharedBytes};
 use crate::gguf::Gguf;
@@ -34,6 +35,7 @@ pub struct Checkpoint {
 enum Files {
     Gguf(Box<Gguf>),
     Safetensors(Vec<Shard>),
+    Dummy(DummyWeights),
 }
 
 struct Shard {
@@ -90,6 +92,18 @@ impl Checkpoint {
         Ok(Self { path: path.to_owned(), config, embedding_name: EMBEDDING, files: Files::Gguf(Box::new(gguf)) })
     }
 
+    /// The model of a directory's `config.json` with weights drawn by a seed; its own are not looked at.
+    ///
+    /// # Errors
+    /// Those of reading the file.
+    pub fn open_dummy(directory: &Path, seed: u64) -> Result<Self> {
+        let config_path = directory.join("config.json");
+        let text = read_text(&config_path)?;
+        let config = ModelConfig::from_hf_json(&text).map_err(|error| in_file(&config_path, error))?;
+        let files = Files::Dummy(DummyWeights::new(&config_path, text, seed));
+        Ok(Self { path: directory.to_owned(), config, embedding_name: EMBEDDING, files })
+    }
+
     fn open_directory(path: &Path) -> Result<Self> {
         let config_path = path.join("config.json");
         let config =
@@ -108,6 +122,7 @@ impl Checkpoint {
         match &self.files {
             Files::Gguf(_) => vec![self.path.clone()],
             Files::Safetensors(shards) => shards.iter().map(|shard| shard.path.clone()).collect(),
+            Files::Dummy(weights) => vec![weights.config_path().to_owned()],
         }
     }
 
@@ -116,6 +131,7 @@ impl Checkpoint {
         let mut tensors: Vec<StoredTensor> = match &self.files {
             Files::Gguf(gguf) => stored_in_gguf(gguf),
             Files::Safetensors(shards) => shards.iter().flat_map(Shard::stored_tensors).collect(),
+            Files::Dummy(weights) => vec![weights.stored()],
         };
         tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         tensors
@@ -144,7 +160,7 @@ impl Checkpoint {
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.files {
             Files::Gguf(gguf) => Some(gguf),
-            Files::Safetensors(_) => None,
+            Files::Safetensors(_) | Files::Dummy(_) => None,
         }
     }
 
@@ -152,19 +168,21 @@ impl Checkpoint {
     pub fn stored_norm_offset(&self) -> f32 {
         match self.files {
             Files::Gguf(_) => self.config.norm_offset,
-            Files::Safetensors(_) => 0.0,
+            Files::Safetensors(_) | Files::Dummy(_) => 0.0,
         }
     }
 
-    /// Tensor `name`, by its Hugging Face name; an error when the checkpoint lacks it.
-    pub fn tensor(&self, name: &str) -> Result<HostTensor> {
-        let path = self.path.display();
-        self.find_tensor(name)?.ok_or_else(|| malformed!("{path}: the checkpoint has no tensor {name:?}"))
-    }
-
-    /// The tensor with its shape checked.
+    /// Tensor `name`, by its Hugging Face name, with its shape checked.
+    ///
+    /// # Errors
+    /// `Format` when the checkpoint lacks it or has another one of that name.
     pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<HostTensor> {
-        let tensor = self.tensor(name)?;
+        if let Files::Dummy(weights) = &self.files {
+            return weights.tensor(&self.config, name, rows, columns);
+        }
+        let path = self.path.display();
+        let missing = || malformed!("{path}: the checkpoint has no tensor {name:?}");
+        let tensor = self.find_tensor(name)?.ok_or_else(missing)?;
         if (tensor.rows(), tensor.columns()) != (rows, columns) {
             let (found_rows, found_columns) = (tensor.rows(), tensor.columns());
             return Err(malformed!(
@@ -180,11 +198,20 @@ impl Checkpoint {
         self.matrix(name, 1, len)
     }
 
-    /// Tensor `name`, or `None` when the checkpoint lacks it.
-    pub fn find_tensor(&self, name: &str) -> Result<Option<HostTensor>> {
+    /// Whether it has tensor `name`.
+    pub fn has_tensor(&self, name: &str) -> Result<bool> {
+        match &self.files {
+            Files::Dummy(_) => Ok(DummyWeights::has(&self.config, name)),
+            Files::Safetensors(_) | Files::Gguf(_) => Ok(self.find_tensor(name)?.is_some()),
+        }
+    }
+
+    /// Tensor `name`, or `None` when no file has it.
+    fn find_tensor(&self, name: &str) -> Result<Option<HostTensor>> {
         match &self.files {
             Files::Safetensors(shards) => find_in_shards(shards, name),
             Files::Gguf(gguf) => self.find_in_gguf(gguf, name),
+            Files::Dummy(_) => Ok(None),
         }
     }
 

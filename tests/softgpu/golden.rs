@@ -1,12 +1,12 @@
-//! Golden data on the software GPU: a tiny model with adapters against PEFT, and the tokens of SmolLM2-135M against the
-//! CPU backend, which real golden data is for.
+//! Golden data on the software GPU: a tiny model with adapters against PEFT, the tokens of SmolLM2-135M against the CPU
+//! backend, and its adapters against PEFT where they are there.
 
 use std::io::Write;
 
 use mneme::backend::DType;
-use mneme::engine::SamplingParams;
+use mneme::engine::{AppliedAdapter, GenerateRequest, MergeRule, OutputStream, SamplingParams, Task};
 
-use crate::support::engine::{Setup, TestEngine, collect, greedy, limits};
+use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, request};
 use crate::support::peft::{self, Tolerance};
 use crate::support::{golden, models};
 
@@ -34,6 +34,54 @@ fn smollm2_generates_the_tokens_of_the_cpu() {
     if let Some(step) = found.iter().zip(&wanted.tokens).position(|(a, b)| a != b) {
         let [best, second] = [0, 1].map(|rank| wanted.logprobs[step].top[rank].logprob);
         assert!(best - second <= NOISE, "differs at step {step}, where the CPU's margin is {}", best - second);
+    }
+}
+
+/// Golden data by name, with the adapters of [`ADAPTERS`] it was made with, by number.
+const COMPOSITIONS: [(&str, &[(usize, f32)]); 5] = [
+    ("smollm2-135m", &[]),
+    ("smollm2-135m+rand-r8", &[(0, 1.0)]),
+    ("smollm2-135m+pirate", &[(1, 1.0)]),
+    ("smollm2-135m+rand-r16", &[(2, 1.0)]),
+    ("smollm2-135m+composed", &[(0, 0.7), (1, 0.5), (2, -0.4)]),
+];
+
+const ADAPTERS: [&str; 3] = ["rand-r8", "pirate", "rand-r16"];
+
+/// The shortest prompt under each composition, all in the same steps.
+#[test]
+fn smollm2_with_adapters_matches_peft() {
+    let Some(path) = models::model_path("smollm2-135m-instruct") else { return };
+    let Some(folders) = ADAPTERS.map(models::adapter_path).into_iter().collect::<Option<Vec<_>>>() else { return };
+    let setup = Setup { dtype: Some(DType::BF16), tied: true, limits: limits(), ..Setup::default() };
+    let gpu = TestEngine::start_on_softgpu(&path, setup);
+    let load = |folder| gpu.handle.load_adapter(folder).unwrap().with_merge_rule(MergeRule::Never);
+    let loaded: Vec<_> = folders.iter().map(|folder| load(folder)).collect();
+    let submitted = COMPOSITIONS.map(|(name, parts)| {
+        let records = golden::load(name).records;
+        let record = records.into_iter().min_by_key(|record| record.prompt_ids.len()).unwrap();
+        let applied = |&(at, scale): &(usize, f32)| AppliedAdapter { adapter: loaded[at].clone(), scale };
+        let task = Task::Generate(Box::new(SamplingParams { logprobs: Some(64), ..greedy(NUM_OUTPUT) }));
+        let adapters = parts.iter().map(applied).collect();
+        let stream: OutputStream =
+            gpu.handle.submit(GenerateRequest { adapters, ..request(&record.prompt_ids, task) }).unwrap();
+        (name, record, stream)
+    });
+    for (name, record, stream) in submitted {
+        let output = collect(stream);
+        let mut worst = 0.0f32;
+        for (id, logit) in &record.top {
+            let found = output.logprobs[0].top.iter().find(|top| top.id == *id);
+            let found = found.unwrap_or_else(|| panic!("{name}: token {id} is not among the best 64"));
+            worst = worst.max((logit - record.lse - found.logprob).abs());
+        }
+        let text = format!("{name}: {} prompt tokens, off by {worst} at worst\n", record.prompt_ids.len());
+        std::io::stderr().write_all(text.as_bytes()).unwrap();
+        assert!(worst < 2.0 * NOISE, "{name}: a log-probability is off by {worst}");
+        if let Some(step) = record.greedy_ids.iter().zip(&output.tokens).position(|(a, b)| a != b) {
+            let gap = record.gap[step];
+            assert!(gap <= 2.0 * NOISE, "{name}: differs at step {step}, where the margin is {gap}");
+        }
     }
 }
 

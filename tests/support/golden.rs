@@ -1,5 +1,7 @@
 //! Reference outputs of Hugging Face transformers: bf16 weights, f32 arithmetic (`tests/data/*.json`).
 
+use std::path::{Path, PathBuf};
+
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -28,6 +30,14 @@ pub struct Record {
 
 /// The golden data of `model`.
 pub fn load(model: &str) -> Golden {
-    let path = format!("{}/tests/data/{model}.json", env!("CARGO_MANIFEST_DIR"));
-    serde_json::from_str(&std::fs::read_to_string(&path).expect(&path)).expect(&path)
+    let path = data(&format!("{model}.json"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// A file or folder of `tests/data`. Cargo says where the package is when it runs tests; whoever carries them elsewhere says
+/// it in the same way.
+pub fn data(name: &str) -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("tests/data").join(name)
 }

@@ -32,7 +32,7 @@ pub struct Tolerance {
 }
 
 fn folder(name: &str) -> PathBuf {
-    [env!("CARGO_MANIFEST_DIR"), "tests/data/peft", name].iter().collect()
+    golden::data("peft").join(name)
 }
 
 /// The folder of the model.

@@ -1,6 +1,7 @@
 //! `mneme bench`: measurements under vLLM's names, of an engine in this process or of any OpenAI-compatible server.
 
 mod in_process;
+mod kernels;
 mod latency;
 mod lora;
 mod memory;
@@ -33,6 +34,8 @@ enum BenchCommand {
     Lora(Box<lora::LoraBenchArgs>),
     /// Time first tokens with and without the context's KV in each tier: the protocol of MemOS's Table 5
     Memory(Box<memory::MemoryBenchArgs>),
+    /// Time every kernel of a device by itself, on the shapes of a model
+    Kernels(Box<kernels::KernelBenchArgs>),
     /// Put a load on a running OpenAI-compatible server and measure its answers
     Serve(Box<serve::ServeBenchArgs>),
 }
@@ -44,6 +47,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
         BenchCommand::Throughput(args) => throughput::run(&args),
         BenchCommand::Lora(args) => lora::run(&args),
         BenchCommand::Memory(args) => memory::run(&args),
+        BenchCommand::Kernels(args) => kernels::run(&args),
         BenchCommand::Serve(args) => serve::run(&args),
     }
 }

@@ -1,0 +1,160 @@
+//! Attention over a paged cache, and the kernels that write the cache.
+
+use mneme::Result;
+use mneme::backend::{
+    AttentionMetadata, AttentionShape, Backend, HeadTransform, KvLayer, KvLayout, RopeConfig, RopeScaling,
+    RotatedCopies, Tensor,
+};
+
+use super::bench::{Bench, Sink, Work};
+use super::measure::Effort;
+
+/// Layers that take turns; their caches lie in the same blocks.
+const NUM_LAYERS: usize = 4;
+const BLOCK_SIZE: usize = 16;
+const THETA: f64 = 10_000.0;
+
+/// A cache in which each sequence has as many blocks as it needs.
+struct Cache<B: Backend> {
+    layout: KvLayout,
+    blocks: B::Buffer,
+    rope: B::RopeTable,
+    context_len: usize,
+    blocks_per_sequence: usize,
+}
+
+impl<B: Backend> Cache<B> {
+    fn new(bench: &Bench<B>, context_len: usize, num_sequences: usize) -> Result<Self> {
+        let dimensions = bench.dimensions;
+        let (order, dtype) = (bench.backend.kv_order(), bench.backend.kv_dtype());
+        let (num_kv_heads, head_dim) = (dimensions.num_kv_heads, dimensions.head_dim);
+        let layout = KvLayout::with_order(order, NUM_LAYERS, num_kv_heads, head_dim, BLOCK_SIZE, dtype)?;
+        // Copies go to as many tokens again.
+        let blocks_per_sequence = context_len.div_ceil(BLOCK_SIZE);
+        let num_blocks = (num_sequences * blocks_per_sequence).max(2 * bench.num_tokens.div_ceil(BLOCK_SIZE));
+        let blocks = bench.tensor(num_blocks, layout.block_bytes() / dtype.block_bytes(), dtype)?;
+        let rope = RopeConfig { head_dim, theta: THETA, scaling: RopeScaling::Plain };
+        let rope = bench.backend.load_rope(&rope, context_len.max(bench.num_tokens))?;
+        let blocks = Tensor::buffer(&blocks).clone();
+        Ok(Self { layout, blocks, rope, context_len, blocks_per_sequence })
+    }
+
+    fn layer(&self, turn: usize) -> KvLayer<'_, B::Buffer> {
+        KvLayer { blocks: &self.blocks, layout: &self.layout, layer: turn % NUM_LAYERS }
+    }
+
+    /// A step of `num_sequences` sequences that has the last `num_queries` tokens of each.
+    fn step(&self, bench: &Bench<B>, num_sequences: usize, num_queries: usize) -> Result<AttentionMetadata<B::Buffer>> {
+        let per_sequence = self.blocks_per_sequence;
+        let positions: Vec<usize> = (self.context_len - num_queries..self.context_len).collect();
+        let each = |number: &dyn Fn(usize, usize) -> usize| -> Vec<usize> {
+            (0..num_sequences).flat_map(|at| positions.iter().map(move |position| number(at, *position))).collect()
+        };
+        // Neighbours in a sequence are none in memory.
+        let block = |sequence: usize, index: usize| index * num_sequences + sequence;
+        let slot = |sequence: usize, position: usize| {
+            block(sequence, position / BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE
+        };
+        let starts: Vec<usize> = (0..=num_sequences).map(|at| at * num_queries).collect();
+        let tables: Vec<usize> =
+            (0..num_sequences).flat_map(|at| (0..per_sequence).map(move |index| block(at, index))).collect();
+        let tables = bench.indices(&tables)?;
+        let tables = Tensor::new(tables.buffer().clone(), 0, num_sequences, per_sequence, tables.dtype());
+        Ok(AttentionMetadata {
+            num_seqs: num_sequences,
+            num_tokens: num_sequences * num_queries,
+            max_query_len: num_queries,
+            max_context_len: self.context_len,
+            cu_seqlens_q: bench.indices(&starts)?,
+            context_lens: bench.indices(&vec![self.context_len; num_sequences])?,
+            block_tables: tables,
+            positions: bench.indices(&each(&|_, position| position))?,
+            slot_mapping: bench.indices(&each(&slot))?,
+        })
+    }
+}
+
+impl<B: Backend> Bench<B> {
+    /// Decode of a batch, prefill of one sequence, and moving a cube's tokens.
+    pub(super) fn attention(&self, context_len: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let context_len = context_len.max(self.num_tokens);
+        let cache = Cache::new(self, context_len, self.batch_size)?;
+        self.reserve(&cache.layout, context_len)?;
+        self.attend("attention decode", &cache, self.batch_size, 1, effort, sink)?;
+        self.attend("attention prefill", &cache, 1, self.num_tokens, effort, sink)?;
+        self.rotate_gather(&cache, effort, sink)
+    }
+
+    fn shape(&self) -> AttentionShape {
+        let dimensions = self.dimensions;
+        AttentionShape {
+            num_heads: dimensions.num_heads,
+            num_kv_heads: dimensions.num_kv_heads,
+            head_dim: dimensions.head_dim,
+            scale: 1.0 / (dimensions.head_dim as f32).sqrt(),
+            window: None,
+        }
+    }
+
+    /// Bytes of keys and values of one token of a layer.
+    fn kv_bytes(&self) -> usize {
+        2 * self.dimensions.num_kv_heads * self.dimensions.head_dim * self.backend.kv_dtype().block_bytes()
+    }
+
+    fn attend(
+        &self,
+        name: &'static str,
+        cache: &Cache<B>,
+        num_sequences: usize,
+        num_queries: usize,
+        effort: &Effort,
+        sink: Sink<'_>,
+    ) -> Result<()> {
+        let step = cache.step(self, num_sequences, num_queries)?;
+        let num_tokens = step.num_tokens;
+        let (shape, q_size) = (self.shape(), self.dimensions.q_size());
+        let qkv = self.activations(num_tokens, self.dimensions.qkv_size())?;
+        let heads = HeadTransform { shape, q_norm: None, k_norm: None, rope: &cache.rope };
+        let work = Work {
+            name: "rope_and_store_kv",
+            shape: format!("[{num_tokens}, {}]", qkv.columns()),
+            // Queries and keys are read and written, values read; keys and values are written to the cache.
+            bytes: 2 * qkv.num_bytes() - qkv.num_bytes() * (qkv.columns() - q_size) / 2 / qkv.columns()
+                + num_tokens * self.kv_bytes(),
+            flops: 0,
+        };
+        let launch = |turn| self.backend.rope_and_store_kv(&self.stream, &qkv, &heads, &cache.layer(turn), &step);
+        self.measure(effort, work, &launch, sink)?;
+
+        let out = self.activations(num_tokens, q_size)?;
+        // The causal triangle: query i of n sees all but the n - 1 - i last tokens.
+        let pairs = num_sequences * (num_queries * cache.context_len - num_queries * (num_queries - 1) / 2);
+        let work = Work {
+            name,
+            shape: format!("{num_sequences} x {num_queries} over {}", cache.context_len),
+            bytes: num_sequences * cache.context_len * self.kv_bytes()
+                + 2 * num_tokens * q_size * self.activation_bytes(),
+            flops: 4 * pairs * q_size,
+        };
+        let launch = |turn| self.backend.attention(&self.stream, &qkv, &shape, &cache.layer(turn), &step, &out);
+        self.measure(effort, work, &launch, sink)
+    }
+
+    fn rotate_gather(&self, cache: &Cache<B>, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let num_copies = self.num_tokens.next_multiple_of(BLOCK_SIZE).min(cache.context_len / 2);
+        let first_target = num_copies.next_multiple_of(BLOCK_SIZE);
+        let copies = RotatedCopies {
+            source_slots: self.indices(&(0..num_copies).collect::<Vec<_>>())?,
+            target_slots: self.indices(&(first_target..first_target + num_copies).collect::<Vec<_>>())?,
+            position_deltas: self.indices(&vec![1; num_copies])?,
+        };
+        let work = Work {
+            name: "rotate_gather",
+            shape: format!("{num_copies} tokens"),
+            bytes: 2 * num_copies * self.kv_bytes(),
+            flops: 0,
+        };
+        let launch = |turn| self.backend.rotate_gather(&self.stream, &cache.layer(turn), &copies, &cache.rope);
+        self.measure(effort, work, &launch, sink)
+    }
+}

@@ -1,0 +1,88 @@
+//! Matrix products, and what is done to rows one by one.
+
+use mneme::Result;
+use mneme::backend::{Activation, Backend, DType, Norm};
+
+use super::bench::{Bench, Sink, Work};
+use super::measure::Effort;
+
+const EPSILON: f32 = 1e-5;
+
+impl<B: Backend> Bench<B> {
+    /// All products of a layer, and that behind the last one.
+    pub(super) fn products(&self, num_tokens: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let dimensions = self.dimensions;
+        let (hidden, intermediate) = (dimensions.hidden_size, dimensions.intermediate_size);
+        self.product("linear qkv", num_tokens, dimensions.qkv_size(), hidden, effort, sink)?;
+        self.product("linear output", num_tokens, hidden, dimensions.q_size(), effort, sink)?;
+        self.product("linear gate_up", num_tokens, 2 * intermediate, hidden, effort, sink)?;
+        self.product("linear down", num_tokens, hidden, intermediate, effort, sink)?;
+        // Rows of a prefill that nobody samples from are left out before it.
+        let num_rows = num_tokens.min(self.batch_size);
+        self.product("linear lm_head", num_rows, dimensions.vocab_size, hidden, effort, sink)
+    }
+
+    fn product(
+        &self,
+        name: &'static str,
+        num_tokens: usize,
+        outputs: usize,
+        inputs: usize,
+        effort: &Effort,
+        sink: Sink<'_>,
+    ) -> Result<()> {
+        let matrices = self.matrices(outputs, inputs)?;
+        let x = self.activations(num_tokens, inputs)?;
+        let out_dtype = if name == "linear lm_head" { DType::F32 } else { self.backend.activation_dtype() };
+        let out = self.tensor(num_tokens, outputs, out_dtype)?;
+        let weight_bytes = outputs * inputs * self.weight_dtype().block_bytes();
+        let work = Work {
+            name,
+            shape: format!("[{num_tokens}, {inputs}] x [{outputs}, {inputs}]"),
+            bytes: weight_bytes + x.num_bytes() + out.num_bytes(),
+            flops: 2 * num_tokens * outputs * inputs,
+        };
+        let launch = |turn: usize| self.backend.linear(&self.stream, &x, &matrices[turn % matrices.len()], None, &out);
+        self.measure(effort, work, &launch, sink)
+    }
+
+    /// Embedding, norms, activation, and what samples.
+    pub(super) fn elementwise(&self, num_tokens: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let dimensions = self.dimensions;
+        let (hidden, intermediate) = (dimensions.hidden_size, dimensions.intermediate_size);
+        let (residual, x) = (self.tensor(num_tokens, hidden, DType::F32)?, self.activations(num_tokens, hidden)?);
+        let delta = self.activations(num_tokens, hidden)?;
+        let work = |name, columns: usize, bytes: usize| Work {
+            name,
+            shape: format!("[{num_tokens}, {columns}]"),
+            bytes: num_tokens * columns * bytes,
+            flops: 0,
+        };
+        let activation_bytes = self.activation_bytes();
+        let weight = self.tensor(1, hidden, DType::F32)?;
+        let norm = Norm { weight: &weight, epsilon: EPSILON };
+        let launch = |_| self.backend.rms_norm(&self.stream, &residual, &norm, &x);
+        self.measure(effort, work("rms_norm", hidden, 4 + activation_bytes), &launch, sink)?;
+        let launch = |_| self.backend.add_rms_norm(&self.stream, &residual, &delta, &norm, &x);
+        self.measure(effort, work("add_rms_norm", hidden, 8 + 2 * activation_bytes), &launch, sink)?;
+
+        let gate_up = self.activations(num_tokens, 2 * intermediate)?;
+        let out = self.activations(num_tokens, intermediate)?;
+        let launch = |_| self.backend.gated_activation(&self.stream, &gate_up, Activation::Silu, &out);
+        self.measure(effort, work("gated_activation", intermediate, 3 * activation_bytes), &launch, sink)?;
+
+        let table = &self.matrices(dimensions.vocab_size, hidden)?[0];
+        let ids: Vec<usize> = (0..num_tokens).map(|at| at * 7919 % dimensions.vocab_size).collect();
+        let ids = self.indices(&ids)?;
+        let launch = |_| self.backend.embed(&self.stream, table, &ids, 1.0, &residual);
+        self.measure(effort, work("embed", hidden, 4 + self.weight_dtype().block_bytes()), &launch, sink)?;
+
+        let num_rows = num_tokens.min(self.batch_size);
+        let logits = self.tensor(num_rows, dimensions.vocab_size, DType::F32)?;
+        let out = self.indices(&vec![0; num_rows])?;
+        let vocab_size = dimensions.vocab_size;
+        let work =
+            Work { name: "argmax", shape: format!("[{num_rows}, {vocab_size}]"), bytes: logits.num_bytes(), flops: 0 };
+        self.measure(effort, work, &|_| self.backend.argmax(&self.stream, &logits, &out), sink)
+    }
+}

@@ -1,0 +1,116 @@
+//! `mneme bench kernels`: every kernel of a device by itself, on the shapes of a model, against what the device's own
+//! copies and its fastest matrix product reach in the same run.
+
+mod attention;
+mod bench;
+mod cases;
+mod lora;
+mod measure;
+mod report;
+mod shape;
+
+use std::fs;
+use std::io::{self, Write};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use mneme::backend::cpu::{CpuBackend, Isa};
+#[cfg(feature = "cuda")]
+use mneme::backend::cuda::CudaBackend;
+use mneme::backend::{Backend, GpuInfo};
+
+use self::bench::Bench;
+use self::measure::Effort;
+use self::report::Report;
+use self::shape::ShapeName;
+use crate::cli::device::{Chosen, DeviceArg};
+use crate::cli::engine_args::{WeightDtype, num_physical_cores};
+
+/// Arguments of `mneme bench kernels`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example: mneme bench kernels --device cuda --shape llama-3.1-8b --save-result kernels.json\n\n\
+    Matrices are as many as a large cache does not hold, and take turns. A share is the time that the copies and the \
+    fastest matrix product of the run would take for the same bytes or multiply-adds, whichever is longer, over the \
+    time that it took."
+)]
+pub(super) struct KernelBenchArgs {
+    /// What computes: auto, cpu, cuda, cuda:N or softgpu (whose times mean nothing)
+    #[arg(long, env = "MNEME_DEVICE", default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+    /// The model whose shapes are taken
+    #[arg(long, value_enum, default_value_t = ShapeName::Llama8b)]
+    shape: ShapeName,
+    /// What a GPU computes in: bf16 or f16
+    #[arg(long, value_enum, default_value_t = WeightDtype::Bf16)]
+    dtype: WeightDtype,
+    /// Sequences of a decode step
+    #[arg(long, default_value = "16")]
+    batch_size: NonZeroUsize,
+    /// Tokens of a prefill step
+    #[arg(long, default_value = "1024")]
+    num_tokens: NonZeroUsize,
+    /// Tokens of each sequence in the KV cache
+    #[arg(long, default_value = "2048")]
+    context_len: NonZeroUsize,
+    /// Milliseconds that each kernel is measured for
+    #[arg(long, default_value = "200")]
+    duration_ms: NonZeroUsize,
+    /// Threads of the CPU [default: one per physical core]
+    #[arg(long, short = 't')]
+    threads: Option<NonZeroUsize>,
+    /// Instruction set of the CPU's kernels [default: the best one here]
+    #[arg(long, env = "MNEME_ISA")]
+    isa: Option<Isa>,
+    /// Write the result as JSON to this file
+    #[arg(long, value_name = "FILE")]
+    save_result: Option<PathBuf>,
+    /// Print the result as JSON instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the measurement.
+pub(super) fn run(args: &KernelBenchArgs) -> anyhow::Result<()> {
+    let report = match args.device.choose()? {
+        Chosen::Cpu { .. } => {
+            let threads = args.threads.map_or_else(num_physical_cores, NonZeroUsize::get);
+            measure(args, CpuBackend::new(args.isa.unwrap_or_else(Isa::best), threads)?, None)?
+        }
+        Chosen::Gpu(gpu) => measure_on_gpu(args, &gpu)?,
+    };
+    let json = serde_json::to_string_pretty(&report.json())?;
+    if let Some(path) = &args.save_result {
+        fs::write(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{json}")?;
+    } else {
+        report.write_table(&mut out)?;
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+fn measure_on_gpu(args: &KernelBenchArgs, gpu: &GpuInfo) -> anyhow::Result<Report> {
+    measure(args, CudaBackend::new(gpu.ordinal, args.dtype.on_gpu())?, Some(gpu))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn measure_on_gpu(_: &KernelBenchArgs, gpu: &GpuInfo) -> anyhow::Result<Report> {
+    anyhow::bail!("{gpu} cannot be used: this build has no CUDA")
+}
+
+fn measure<B: Backend>(args: &KernelBenchArgs, backend: B, gpu: Option<&GpuInfo>) -> anyhow::Result<Report> {
+    let is_software = gpu.is_some_and(GpuInfo::is_software);
+    // The software GPU takes seconds for what a GPU does in microseconds, every time the same.
+    let effort = if is_software { Effort::once() } else { Effort::lasting(args.duration_ms.get()) };
+    let device = gpu.map_or_else(|| backend.name(), GpuInfo::to_string);
+    let mut report = Report::new(device, backend.name(), args.shape.name(), is_software);
+    let bench = Bench::new(backend, args.shape.dimensions(), args.batch_size.get(), args.num_tokens.get())?;
+    bench.run(args.context_len.get(), &effort, &mut |result| report.push(result))?;
+    Ok(report)
+}
