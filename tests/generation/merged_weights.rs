@@ -58,7 +58,8 @@ fn forms_differ_by_the_rounding_of_weights() {
         top.iter().map(|top| top.logprob).collect::<Vec<_>>()
     };
     let worst = logits(&added).iter().zip(logits(&merged)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst > 0.0 && worst < 0.1, "the forms differ by {worst}");
+    // Where pairs of bf16 are multiplied, what is added is rounded once more on its way.
+    assert!(worst > 0.0 && worst < 0.2, "the forms differ by {worst}");
     assert_eq!(added.metrics().stage(), MergeStage::None);
 }
 

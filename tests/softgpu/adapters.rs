@@ -2,6 +2,7 @@
 //! has the same bits whatever runs beside it.
 
 use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
 use mneme::engine::{
     AppliedAdapter, GenerateRequest, LoadedAdapter, OutputStream, SamplingParams, SchedulerLimits, Task,
 };
@@ -59,7 +60,9 @@ impl Adapted {
 fn check(family: Family, dtype: DType) {
     let model = TinyModel::new(family, 31);
     let (written, adapters) = (model.write(), adapters(&model));
-    let exact = Setup { dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+    // Beyond it bf16 adapters are multiplied in pairs.
+    let isa = Isa::best().min(Isa::Avx512);
+    let exact = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
     let cpu = Adapted::new(TestEngine::start_on_cpu(written.path(), exact), &adapters);
     let setup = Setup { kv_dtype: dtype, ..Setup::default() };
     let gpu = Adapted::new(TestEngine::start_on_softgpu(written.path(), setup), &adapters);

@@ -172,9 +172,10 @@ impl Backend for CpuBackend {
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<PackedMatrix> {
-        let Workers { pool, weights, gemm, .. } = &mut *self.workers();
+        let Workers { pool, weights, gemm, lora, .. } = &mut *self.workers();
         let matrix = PackedMatrix::pack_in(weights, parts, dtype, pool)?;
         gemm.note(self.isa, &matrix);
+        lora.note(self.isa, matrix.num_columns());
         Ok(matrix)
     }
 

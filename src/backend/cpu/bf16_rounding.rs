@@ -20,9 +20,10 @@ pub(super) fn store_rounded(low: __m512, high: __m512, target: &mut Line) {
     unsafe { _mm512_store_si512((&raw mut *target).cast(), rounded(low, high)) }
 }
 
+/// The numbers of both, those of `low` first.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn rounded(low: __m512, high: __m512) -> __m512i {
+pub(super) fn rounded(low: __m512, high: __m512) -> __m512i {
     // SAFETY: both types are 512 bits without invalid values.
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
 }
@@ -72,7 +73,7 @@ pub(super) unsafe fn store_pairs(
 }
 
 /// The first `count` lanes of 16.
-fn low_lanes(count: usize) -> __mmask16 {
+pub(super) fn low_lanes(count: usize) -> __mmask16 {
     if count >= LANES { 0xffff } else { (1u16 << count) - 1 }
 }
 

@@ -232,9 +232,10 @@ unsafe fn dot_tile<const ROWS: usize, const PANELS: usize>(tile: &FloatTile) {
     }
 }
 
+/// Words as pairs of bf16.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn bf16_lanes(bits: __m512i) -> __m512bh {
+pub(super) fn bf16_lanes(bits: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits without invalid values.
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }

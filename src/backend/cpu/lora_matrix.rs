@@ -1,4 +1,5 @@
-//! An adapter's matrices as the kernels read them: each a run of rows of 32-number groups, in bf16 or f32, in pages.
+//! An adapter as the kernels read it, and its `A`: a run of rows of 32-number groups, in bf16 or f32, in pages. `B` is
+//! laid out by `lora_panels`.
 //!
 //! Of bf16, word `i` of a group holds number `i` in its low half and number `16 + i` in its high half, so that two vectors
 //! of neighbours come out of one load. Rows are filled up with zeros.
@@ -8,6 +9,7 @@
 use half::bf16;
 
 use super::dequantize::dequantize_row;
+use super::lora_panels::{PackedPanels, RankPanels};
 use super::memory::CpuBuffer;
 use super::simd::{LANES, Simd};
 use crate::backend::{DType, HostTensor, LoraLoader, LoraPages, LoraPart, PageImage, RowRun};
@@ -16,18 +18,14 @@ use crate::{Result, invalid};
 /// Numbers of a group.
 pub(super) const GROUP: usize = 2 * LANES;
 
-/// What a row of a matrix is filled up to.
-const ROW_GROUPS: usize = 2;
-
-/// Numbers that fill a row of [`GroupedMatrix`] to its stride.
-const STRIDE: usize = ROW_GROUPS * GROUP;
+/// Numbers that a row is filled up to a multiple of.
+const STRIDE: usize = 2 * GROUP;
 
 /// A matrix in groups, its rows somewhere in an arena.
 pub(super) struct GroupedMatrix {
     arena: CpuBuffer,
     /// Where each row begins.
     rows: Box<[usize]>,
-    stride: usize,
     is_bf16: bool,
 }
 
@@ -40,13 +38,20 @@ pub struct CpuLora {
 pub(super) struct CpuLoraPart {
     /// `A`: a row per rank.
     pub(super) shrink: GroupedMatrix,
-    /// `B`, transposed: a row per rank.
-    pub(super) expand: GroupedMatrix,
+    /// `B`.
+    pub(super) expand: RankPanels,
     pub(super) rank: usize,
     pub(super) num_inputs: usize,
     pub(super) num_outputs: usize,
     pub(super) first_column: usize,
     pub(super) scaling: f32,
+}
+
+impl CpuLoraPart {
+    /// Whether both matrices are kept as bf16.
+    pub(super) fn is_bf16(&self) -> bool {
+        self.expand.is_bf16()
+    }
 }
 
 /// An update of one projection, arranged.
@@ -56,7 +61,7 @@ pub struct PackedCpuLora {
 
 struct PackedPart {
     shrink: RowRun,
-    expand: RowRun,
+    expand: PackedPanels,
     is_bf16: bool,
     num_inputs: usize,
     num_outputs: usize,
@@ -97,12 +102,7 @@ impl PackedPart {
         for (row, numbers) in numbers_of_a.chunks_exact(num_inputs).enumerate() {
             write_row(image.row_mut(&shrink, row), is_bf16, |column| numbers.get(column).copied());
         }
-        let expand = image.reserve(b.name(), rank, bytes(num_outputs))?;
-        let numbers_of_b = numbers(b);
-        for row in 0..rank {
-            let number = |column: usize| numbers_of_b.get(column * rank + row).copied();
-            write_row(image.row_mut(&expand, row), is_bf16, number);
-        }
+        let expand = PackedPanels::new(b.name(), &numbers(b), rank, is_bf16, image)?;
         let (first_column, scaling) = (*first_column, *scaling);
         Ok(Self { shrink, expand, is_bf16, num_inputs, num_outputs, first_column, scaling })
     }
@@ -110,7 +110,7 @@ impl PackedPart {
     fn place(&self, pages: &LoraPages<CpuBuffer>) -> Result<CpuLoraPart> {
         Ok(CpuLoraPart {
             shrink: GroupedMatrix::new(&self.shrink, self.is_bf16, pages)?,
-            expand: GroupedMatrix::new(&self.expand, self.is_bf16, pages)?,
+            expand: self.expand.place(pages)?,
             rank: self.shrink.num_rows,
             num_inputs: self.num_inputs,
             num_outputs: self.num_outputs,
@@ -144,12 +144,7 @@ fn write_row(target: &mut [u8], is_bf16: bool, number: impl Fn(usize) -> Option<
 
 impl GroupedMatrix {
     fn new(run: &RowRun, is_bf16: bool, pages: &LoraPages<CpuBuffer>) -> Result<Self> {
-        let arena = pages.arena().clone();
-        let rows: Box<[usize]> = (0..run.num_rows).map(|row| pages.offset(run, row)).collect();
-        if let Some(row) = rows.iter().find(|row| **row + run.row_bytes > arena.len()) {
-            return Err(invalid!("a row at byte {row} lies outside an arena of {}", arena.len()));
-        }
-        Ok(Self { arena, rows, stride: run.row_bytes / if is_bf16 { 2 } else { 4 }, is_bf16 })
+        Ok(Self { arena: pages.arena().clone(), rows: rows_in_arena(run, pages)?, is_bf16 })
     }
 
     pub(super) fn is_bf16(&self) -> bool {
@@ -162,22 +157,15 @@ impl GroupedMatrix {
         // SAFETY: rows lie in the arena, which was looked at when they were placed.
         GroupedRow(unsafe { self.arena.start().add(self.rows[row]) })
     }
+}
 
-    /// One number, anywhere in a row.
-    ///
-    /// # Safety
-    /// Nobody writes to the adapter's pages.
-    pub(super) unsafe fn number(&self, row: usize, column: usize) -> f32 {
-        assert!(column < self.stride, "column {column} of {} does not exist", self.stride);
-        let row = self.row(row).0.cast::<u32>();
-        let (group, within) = (column / GROUP * LANES, column % GROUP);
-        let at = if self.is_bf16 { group + within % LANES } else { column };
-        // SAFETY: the column lies inside the row, and the caller's promise.
-        let word = unsafe { row.add(at).read_unaligned() };
-        match self.is_bf16 {
-            false => f32::from_bits(word),
-            true => bf16::from_bits(if within < LANES { word } else { word >> 16 } as u16).to_f32(),
-        }
+/// Where the rows of a run begin, all of them inside the arena.
+pub(super) fn rows_in_arena(run: &RowRun, pages: &LoraPages<CpuBuffer>) -> Result<Box<[usize]>> {
+    let rows: Box<[usize]> = (0..run.num_rows).map(|row| pages.offset(run, row)).collect();
+    let len = pages.arena().len();
+    match rows.iter().find(|row| **row + run.row_bytes > len) {
+        Some(row) => Err(invalid!("a row at byte {row} lies outside an arena of {len}")),
+        None => Ok(rows),
     }
 }
 
@@ -186,6 +174,12 @@ impl GroupedMatrix {
 pub(super) struct GroupedRow(*const u8);
 
 impl GroupedRow {
+    /// Its first byte.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn start(self) -> *const u8 {
+        self.0
+    }
+
     /// Asks for the lines of `num_groups` groups from `column` on. They need not exist.
     #[inline(always)]
     pub(super) fn prefetch<const BF16: bool>(self, column: usize, num_groups: usize) {

@@ -45,6 +45,10 @@ mod log_sum_exp;
 mod lora;
 mod lora_matrix;
 mod lora_merge;
+#[cfg(target_arch = "x86_64")]
+mod lora_pairs;
+mod lora_panels;
+mod lora_plain;
 mod memory;
 mod norm;
 mod packed;
