@@ -90,6 +90,8 @@ pub struct EngineMetrics {
     pub request_generation_tokens: Histogram,
     /// Tokens in one step.
     pub iteration_tokens: Histogram,
+    /// Steps that the device had kept and repeated as a whole: CUDA graphs.
+    pub repeated_steps: Counter,
     /// Where adapters are.
     pub adapters: AdapterMetrics,
     /// Merged adapters.
@@ -158,6 +160,12 @@ impl EngineMetrics {
                 &TOKEN_COUNT_BUCKETS,
             ),
             iteration_tokens: counts(registry, "iteration_tokens_total", "Tokens in one step", &ITERATION_BUCKETS),
+            repeated_steps: register_own(
+                registry,
+                "repeated_steps",
+                "Steps replayed as CUDA graphs",
+                Counter::default(),
+            ),
             adapters: AdapterMetrics::new(registry),
             merges: MergeMetrics::new(registry),
             prefills: PrefillMetrics::new(registry),
@@ -205,6 +213,17 @@ fn register<M: Clone + prometheus_client::registry::Metric>(
     metric: M,
 ) -> M {
     registry.register(format!("vllm:{name}"), help, metric.clone());
+    metric
+}
+
+/// One that only mneme has.
+fn register_own<M: Clone + prometheus_client::registry::Metric>(
+    registry: &mut Registry,
+    name: &str,
+    help: &str,
+    metric: M,
+) -> M {
+    registry.register(format!("mneme:{name}"), help, metric.clone());
     metric
 }
 

@@ -5,10 +5,12 @@
 //! memory ordering, no rounding of tensor cores.
 //!
 //! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it; [`memory`] holds device memory and its shadow;
-//! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work; [`driver`] is the C interface.
+//! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work and [`capture`] records it; [`driver`] is the C interface, whose
+//! calls [`inject`] makes fail.
 
 #![allow(clippy::needless_range_loop)] // Lane loops index several rows at once.
 
+pub mod capture;
 pub mod counters;
 pub mod decode;
 pub mod device;
@@ -16,6 +18,7 @@ pub mod driver;
 pub mod exec;
 pub mod fatbin;
 pub mod fault;
+pub mod inject;
 pub mod library;
 pub mod memory;
 pub mod module;

@@ -3,6 +3,7 @@
 use crate::fault::{Fault, FaultKind};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 /// What the host sees in the target of a copy that has not run yet.
@@ -19,17 +20,39 @@ struct Region {
 }
 
 /// All page-locked memory.
-#[derive(Debug, Default)]
-pub struct Pinned(Mutex<BTreeMap<usize, Region>>);
+#[derive(Debug)]
+pub struct Pinned {
+    regions: Mutex<BTreeMap<usize, Region>>,
+    /// Bytes that there may be in all.
+    most: AtomicU64,
+}
 
 impl Pinned {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, Region>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.regions.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Allocates zeroed page-aligned memory; `None` if the host has none.
+    /// None yet, and no more than so many bytes later.
+    pub fn new(most: u64) -> Self {
+        Self { regions: Mutex::default(), most: AtomicU64::new(most) }
+    }
+
+    /// Lets there be no more than so many bytes from now on.
+    pub fn limit(&self, most: u64) {
+        self.most.store(most, Relaxed);
+    }
+
+    /// Bytes of all of it.
+    pub fn num_bytes(&self) -> u64 {
+        self.lock().values().map(|region| region.bytes as u64).sum()
+    }
+
+    /// Allocates zeroed page-aligned memory; `None` if the host has none, or there may be no more.
     pub fn allocate(&self, bytes: usize) -> Option<*mut u8> {
         let layout = Layout::from_size_align(bytes.max(1), PAGE).ok()?;
+        if self.num_bytes() + bytes as u64 > self.most.load(Relaxed) {
+            return None;
+        }
         // SAFETY: the layout has a size above zero.
         let pointer = unsafe { alloc_zeroed(layout) };
         if pointer.is_null() {

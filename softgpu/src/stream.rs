@@ -7,6 +7,7 @@
 //! *Eager*: a thread runs items as soon as their dependencies allow. *Lazy*: items run only when the host waits for
 //! something that needs them, in an order that the seed varies; so what works without a wait is seen not to.
 
+use crate::capture::{Captures, Graph, Mark, UNSUPPORTED};
 use crate::device::{Device, device};
 use crate::memory::{Accessor, stamp};
 use crate::report;
@@ -50,6 +51,7 @@ struct Stream {
     is_blocking: bool,
     is_destroyed: bool,
     capture: Option<u64>,
+    has_launched: bool,
 }
 
 #[derive(Clone, Default)]
@@ -57,18 +59,15 @@ struct Event {
     at: Option<Position>,
     clock: Vec<u64>,
     time: Option<Instant>,
-    capture: Option<u64>,
+    /// Where it lies in a recording.
+    mark: Option<Mark>,
     queries: u32,
 }
-
-/// A recorded list of operations.
-pub type Graph = Vec<Work>;
 
 struct State {
     streams: Vec<Stream>,
     events: HashMap<usize, Event>,
-    captures: HashMap<u64, Graph>,
-    next_capture: u64,
+    captures: Captures,
     host_clock: Vec<u64>,
     is_busy: bool,
     has_worker: bool,
@@ -77,6 +76,8 @@ struct State {
     num_launches: u64,
     /// How many these must be before copies to the device run.
     held_until: u64,
+    /// Whether copies stand still on streams without kernels.
+    is_stalled: bool,
     rng: Rng,
     /// The stream that ran last.
     last: usize,
@@ -95,8 +96,9 @@ pub type Outcome<T> = Result<T, u32>;
 
 const INVALID_HANDLE: u32 = 400;
 const NOT_READY: u32 = 600;
-const CAPTURE_UNSUPPORTED: u32 = 900;
 const CAPTURE_UNMATCHED: u32 = 903;
+const CAPTURE_ISOLATION: u32 = 905;
+const CAPTURE_IMPLICIT: u32 = 906;
 const CAPTURED_EVENT: u32 = 907;
 const FIRST_HANDLE: usize = 0x1000;
 
@@ -114,14 +116,14 @@ impl Streams {
         let state = State {
             streams: vec![null],
             events: HashMap::new(),
-            captures: HashMap::new(),
-            next_capture: 1,
+            captures: Captures::default(),
             host_clock: Vec::new(),
             is_busy: false,
             has_worker: false,
             error: None,
             num_launches: 0,
             held_until: 0,
+            is_stalled: false,
             rng: Rng::new(seed),
             last: 0,
         };
@@ -158,6 +160,12 @@ impl Streams {
         self.changed.notify_all();
     }
 
+    /// Has copies between host and device stand still on streams that never launched a kernel, or go on.
+    pub fn stall_copies(&self, is_stalled: bool) {
+        self.lock().is_stalled = is_stalled;
+        self.changed.notify_all();
+    }
+
     /// A new stream; `is_blocking` ones wait for the default stream and it for them.
     pub fn create(&self, is_blocking: bool) -> usize {
         let mut state = self.lock();
@@ -191,8 +199,12 @@ impl Streams {
         }
         let index = state.index(handle)?;
         if let Some(capture) = state.streams[index].capture {
-            state.captures.entry(capture).or_default().push(work);
+            state.captures.record(capture, index, work)?;
             return Ok(Position { stream: index, number: state.streams[index].issued });
+        }
+        if let Err(code) = state.check_default_stream(index) {
+            work.settle(device());
+            return Err(code);
         }
         let position = state.push(index, work, &[], None);
         self.wake(&mut state);
@@ -268,9 +280,7 @@ impl Streams {
     pub fn synchronize(&self, handle: usize) -> Outcome<()> {
         let mut state = self.lock();
         let index = state.index(handle)?;
-        if state.streams[index].capture.is_some() {
-            return Err(CAPTURE_UNSUPPORTED);
-        }
+        state.check_recording(index)?;
         let wanted = if index == 0 { state.blocking() } else { vec![index] };
         for stream in wanted {
             let number = state.streams[stream].issued;
@@ -284,8 +294,17 @@ impl Streams {
     /// `cuCtxSynchronize`.
     ///
     /// # Errors
-    /// What a checker found.
+    /// A stream records, or what a checker found.
     pub fn synchronize_all(&self) -> Outcome<()> {
+        self.lock().captures.check_wait()?;
+        self.finish_all()
+    }
+
+    /// Waits for everything that runs; what records does not run.
+    ///
+    /// # Errors
+    /// What a checker found.
+    pub fn finish_all(&self) -> Outcome<()> {
         let count = self.lock().streams.len();
         for stream in 0..count {
             let state = self.lock();
@@ -304,9 +323,7 @@ impl Streams {
     pub fn push_and_wait(&self, handle: usize, work: Work) -> Outcome<()> {
         let position = self.push(handle, work)?;
         let mut state = self.lock();
-        if state.streams[position.stream].capture.is_some() {
-            return Err(CAPTURE_UNSUPPORTED);
-        }
+        state.check_recording(position.stream)?;
         state = self.wait_for(state, position);
         let clock = state.streams[position.stream].clock.clone();
         join(&mut state.host_clock, &clock);
@@ -316,10 +333,11 @@ impl Streams {
     /// `cuStreamQuery`.
     ///
     /// # Errors
-    /// `NOT_READY`, or what a checker found.
+    /// `NOT_READY`, a stream that captures, or what a checker found.
     pub fn query(&self, handle: usize) -> Outcome<()> {
         let mut state = self.lock();
         let stream = state.index(handle)?;
+        state.check_recording(stream)?;
         let number = state.streams[stream].issued;
         if self.mode == Mode::Lazy && state.streams[stream].done < number {
             state = self.step_towards(state, Position { stream, number });
@@ -364,8 +382,9 @@ impl Streams {
             return Err(INVALID_HANDLE);
         }
         let capture = state.streams[index].capture;
-        let mut record = Event { capture, ..Event::default() };
-        if capture.is_none() {
+        let mark = capture.map(|id| state.captures.mark(id, index)).transpose()?;
+        let mut record = Event { mark, ..Event::default() };
+        if mark.is_none() {
             record.at = Some(state.push(index, Work::Marker, &[], Some(event)));
             record.clock = state.streams[index].clock.clone();
         }
@@ -382,12 +401,17 @@ impl Streams {
         let mut state = self.lock();
         let index = state.index(stream)?;
         let event = state.events.get(&event).ok_or(INVALID_HANDLE)?.clone();
-        if let Some(capture) = event.capture {
-            state.streams[index].capture = Some(capture);
+        let own = state.streams[index].capture;
+        if let Some(mark) = event.mark {
+            state.streams[index].capture = Some(state.captures.join(mark, index, own)?);
             return Ok(());
         }
-        if state.streams[index].capture.is_some() {
-            return if event.at.is_none() { Ok(()) } else { Err(905) };
+        if let Some(own) = own {
+            if event.at.is_none() {
+                return Ok(());
+            }
+            state.captures.spoil(own);
+            return Err(CAPTURE_ISOLATION);
         }
         if let Some(at) = event.at {
             join(&mut state.streams[index].clock, &event.clock);
@@ -403,10 +427,9 @@ impl Streams {
     /// `NOT_READY`, `CAPTURED_EVENT`, or what a checker found.
     pub fn query_event(&self, handle: usize) -> Outcome<()> {
         let mut state = self.lock();
+        state.check_captured(handle)?;
+        state.captures.check_unsafe_call()?;
         let event = state.events.get_mut(&handle).ok_or(INVALID_HANDLE)?;
-        if event.capture.is_some() {
-            return Err(CAPTURED_EVENT);
-        }
         event.queries += 1;
         let (Some(at), clock, patience) = (event.at, event.clock.clone(), event.queries > 1) else { return Ok(()) };
         if self.mode == Mode::Lazy && patience && state.streams[at.stream].done < at.number {
@@ -424,11 +447,9 @@ impl Streams {
     /// # Errors
     /// Not an event, or what a checker found.
     pub fn synchronize_event(&self, handle: usize) -> Outcome<()> {
-        let state = self.lock();
+        let mut state = self.lock();
+        state.check_captured(handle)?;
         let event = state.events.get(&handle).ok_or(INVALID_HANDLE)?.clone();
-        if event.capture.is_some() {
-            return Err(CAPTURED_EVENT);
-        }
         let Some(at) = event.at else { return Ok(()) };
         let mut state = self.wait_for(state, at);
         join(&mut state.host_clock, &event.clock);
@@ -451,33 +472,44 @@ impl Streams {
         Ok(((forward - start.saturating_duration_since(end).as_secs_f64()) * 1e3) as f32)
     }
 
-    /// Starts recording a stream.
+    /// Starts recording a stream, as the `CUstreamCaptureMode` says.
     ///
     /// # Errors
-    /// Not a stream, the default stream, or one that records already.
-    pub fn begin_capture(&self, handle: usize) -> Outcome<()> {
+    /// Not a stream, the default stream, or one that records already; no mode.
+    pub fn begin_capture(&self, handle: usize, mode: u32) -> Outcome<()> {
         let mut state = self.lock();
         let index = state.index(handle)?;
         if index == 0 || state.streams[index].capture.is_some() {
-            return Err(CAPTURE_UNSUPPORTED);
+            return Err(UNSUPPORTED);
         }
-        let id = state.next_capture;
-        state.next_capture += 1;
-        state.captures.insert(id, Graph::new());
-        state.streams[index].capture = Some(id);
+        state.streams[index].capture = Some(state.captures.begin(index, mode)?);
         Ok(())
     }
 
     /// Ends recording and gives what was recorded, in program order.
     ///
     /// # Errors
-    /// The stream does not record.
+    /// The stream does not record, or not since its own beginning, or not on this thread; a stream that joined was not
+    /// waited for; a call came between that spoiled it all.
     pub fn end_capture(&self, handle: usize) -> Outcome<Graph> {
         let mut state = self.lock();
         let index = state.index(handle)?;
         let id = state.streams[index].capture.ok_or(CAPTURE_UNMATCHED)?;
-        state.streams.iter_mut().filter(|s| s.capture == Some(id)).for_each(|s| s.capture = None);
-        state.captures.remove(&id).ok_or(CAPTURE_UNMATCHED)
+        let recorded = state.captures.end(id, index);
+        if !state.captures.is_under_way(id) {
+            state.streams.iter_mut().filter(|s| s.capture == Some(id)).for_each(|s| s.capture = None);
+        }
+        recorded
+    }
+
+    /// The `CUstreamCaptureStatus` of a stream: 0 does not record, 1 records, 2 what it records is spoiled.
+    ///
+    /// # Errors
+    /// Not a stream.
+    pub fn capture_status(&self, handle: usize) -> Outcome<u32> {
+        let state = self.lock();
+        let index = state.index(handle)?;
+        Ok(state.streams[index].capture.map_or(0, |id| 1 + u32::from(state.captures.is_spoiled(id))))
     }
 
     /// Whether a stream records.
@@ -485,9 +517,15 @@ impl Streams {
     /// # Errors
     /// Not a stream.
     pub fn is_capturing(&self, handle: usize) -> Outcome<bool> {
-        let state = self.lock();
-        let index = state.index(handle)?;
-        Ok(state.streams[index].capture.is_some())
+        self.capture_status(handle).map(|status| status != 0)
+    }
+
+    /// For calls that may wait for what is recorded, such as allocating.
+    ///
+    /// # Errors
+    /// A recording forbids them on this thread, and is spoiled.
+    pub fn check_unsafe_call(&self) -> Outcome<()> {
+        self.lock().captures.check_unsafe_call()
     }
 }
 
@@ -504,6 +542,29 @@ impl State {
         }
     }
 
+    /// An error, and the recording spoiled, when a stream that is to be waited for records.
+    fn check_recording(&mut self, index: usize) -> Outcome<()> {
+        let Some(id) = self.streams[index].capture else { return Ok(()) };
+        self.captures.spoil(id);
+        Err(UNSUPPORTED)
+    }
+
+    /// An error, and the recording spoiled, when an event that is to be waited for lies in one.
+    fn check_captured(&mut self, event: usize) -> Outcome<()> {
+        let event = self.events.get(&event).ok_or(INVALID_HANDLE)?;
+        let Some(mark) = event.mark else { return Ok(()) };
+        self.captures.spoil(mark.id);
+        Err(CAPTURED_EVENT)
+    }
+
+    /// Work of the default stream waits for the blocking streams, which cannot be while one of them records.
+    fn check_default_stream(&mut self, index: usize) -> Outcome<()> {
+        let mut blocking = self.streams.iter().filter(|stream| index == 0 && stream.is_blocking);
+        let Some(id) = blocking.find_map(|stream| stream.capture) else { return Ok(()) };
+        self.captures.spoil(id);
+        Err(CAPTURE_IMPLICIT)
+    }
+
     fn blocking(&self) -> Vec<usize> {
         (0..self.streams.len()).filter(|&i| self.streams[i].is_blocking).collect()
     }
@@ -516,7 +577,9 @@ impl State {
             _ if self.streams[index].is_blocking => vec![0],
             _ => Vec::new(),
         };
-        self.num_launches += u64::from(matches!(work, Work::Launch { .. }));
+        let is_launch = matches!(work, Work::Launch { .. });
+        self.num_launches += u64::from(is_launch);
+        self.streams[index].has_launched |= is_launch;
         let mut clock = std::mem::take(&mut self.streams[index].clock);
         for stream in others.into_iter().filter(|&s| s != index) {
             after.push(Position { stream, number: self.streams[stream].issued });
@@ -538,12 +601,16 @@ impl State {
     }
 
     fn is_runnable(&self, index: usize) -> bool {
-        let is_free = |item: &Item| item.after.iter().all(|p| self.is_done(p)) && !self.is_held(item);
+        let is_free = |item: &Item| item.after.iter().all(|p| self.is_done(p)) && !self.is_held(index, item);
         self.streams[index].queue.front().is_some_and(is_free)
     }
 
-    fn is_held(&self, item: &Item) -> bool {
-        self.num_launches < self.held_until && matches!(item.work, Work::ToDevice(..))
+    fn is_held(&self, index: usize, item: &Item) -> bool {
+        match item.work {
+            Work::ToDevice(..) if self.num_launches < self.held_until => true,
+            Work::ToDevice(..) | Work::ToHost(..) => self.is_stalled && !self.streams[index].has_launched,
+            _ => false,
+        }
     }
 
     /// A stream whose first item may run, each in turn.
@@ -565,7 +632,7 @@ impl State {
             let item = self.streams[at].queue.front()?;
             match item.after.iter().find(|p| !self.is_done(p)) {
                 Some(blocker) => at = blocker.stream,
-                None => return (!self.is_held(item)).then_some(at),
+                None => return (!self.is_held(at, item)).then_some(at),
             }
         }
         None

@@ -1,70 +1,13 @@
 //! Streams, events and copies through the C interface, eager and lazy, right and wrong.
-//!
-//! The device is one per process and its mode comes from the environment, so each case runs in a process of its own: the
-//! test starts itself again with the name of the case.
 
-use softgpu::driver::{context::*, event::*, graph::*, identity::*, memory::*, module::*, stream::*, tools::*};
+#[path = "support/calls.rs"]
+mod calls;
+
+use calls::{BYTES, NOT_READY, WORDS, allocate, event, is_lazy, ok, pinned, read, run_cases, stream};
+use softgpu::driver::{context::*, event::*, memory::*, module::*, stream::*, tools::*};
 use softgpu::report;
 use std::ffi::c_void;
-use std::process::Command;
 use std::ptr::null_mut;
-
-const CASE: &str = "SOFTGPU_TEST_CASE";
-const WORDS: usize = 1024;
-const BYTES: usize = WORDS * 4;
-const NOT_READY: u32 = 600;
-
-/// The outcome of a call that must succeed.
-fn ok(code: u32) {
-    assert_eq!(code, 0, "{}", report::message());
-}
-
-fn open() {
-    let mut context = 0;
-    // SAFETY: pointers to locals.
-    unsafe {
-        ok(cuInit(0));
-        ok(cuDevicePrimaryCtxRetain(&mut context, 0));
-        ok(cuCtxSetCurrent(context));
-    }
-}
-
-fn allocate() -> u64 {
-    let mut address = 0;
-    // SAFETY: a pointer to a local.
-    ok(unsafe { cuMemAlloc_v2(&mut address, BYTES) });
-    address
-}
-
-fn stream() -> usize {
-    let mut stream = 0;
-    // SAFETY: a pointer to a local.
-    ok(unsafe { cuStreamCreate(&mut stream, 1) });
-    stream
-}
-
-fn event() -> usize {
-    let mut event = 0;
-    // SAFETY: a pointer to a local.
-    ok(unsafe { cuEventCreate(&mut event, 0) });
-    event
-}
-
-fn pinned() -> &'static mut [u32] {
-    let mut pointer: *mut c_void = null_mut();
-    // SAFETY: a pointer to a local; the memory has BYTES zeroed bytes and is never freed unless the case does.
-    unsafe {
-        ok(cuMemHostAlloc(&mut pointer, BYTES, 0));
-        std::slice::from_raw_parts_mut(pointer.cast(), WORDS)
-    }
-}
-
-fn read(address: u64) -> Vec<u32> {
-    let mut words = vec![0u32; WORDS];
-    // SAFETY: the target has BYTES bytes.
-    ok(unsafe { cuMemcpyDtoH_v2(words.as_mut_ptr().cast(), address, BYTES) });
-    words
-}
 
 /// Writes in one stream, an event, a copy in another: the right way.
 fn ordered_by_an_event() {
@@ -127,7 +70,7 @@ fn copies_complete_later() {
         ok(cuCtxSynchronize());
         ok(cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), a, BYTES, s));
     }
-    if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+    if is_lazy() {
         assert_eq!(target[0], 0xdbdb_dbdb, "too early a read must not see the data");
     }
     // SAFETY: a handle of this case.
@@ -144,7 +87,7 @@ fn source_changed_too_early() {
         source[3] = 1;
         cuStreamSynchronize(s)
     };
-    if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+    if is_lazy() {
         assert_eq!(code, 719);
         assert!(report::message().contains("HostBuffer"), "{}", report::message());
     }
@@ -157,7 +100,7 @@ fn source_freed_too_early() {
         ok(cuMemcpyHtoDAsync_v2(a, source.as_ptr().cast(), BYTES, s));
         cuMemFreeHost(source.as_mut_ptr().cast())
     };
-    if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+    if is_lazy() {
         assert_eq!(code, 719);
         assert!(report::message().contains("HostBuffer"), "{}", report::message());
     }
@@ -209,34 +152,11 @@ fn polling_ends() {
             assert!(polls < 1_000_000);
             std::thread::yield_now();
         }
-        if std::env::var("SOFTGPU_STREAMS").as_deref() == Ok("lazy") {
+        if is_lazy() {
             assert!(polls > 0);
         }
     }
     assert_eq!(read(a), [3; WORDS]);
-}
-
-/// A recorded graph runs when launched, each time anew.
-fn graph_replays() {
-    let (a, s) = (allocate(), stream());
-    let (mut graph, mut exec) = (0, 0);
-    // SAFETY: handles and addresses of this case.
-    unsafe {
-        ok(cuMemsetD32Async(a, 1, WORDS, s));
-        ok(cuStreamSynchronize(s));
-        ok(cuStreamBeginCapture_v2(s, 1));
-        ok(cuMemsetD32Async(a, 2, WORDS, s));
-        ok(cuStreamEndCapture(s, &mut graph));
-        ok(cuGraphInstantiateWithFlags(&mut exec, graph, 0));
-        assert_eq!(read(a), [1; WORDS]);
-        for _ in 0..2 {
-            ok(cuGraphLaunch(exec, s));
-            ok(cuStreamSynchronize(s));
-            assert_eq!(read(a), [2; WORDS]);
-            ok(cuMemsetD32_v2(a, 1, WORDS));
-            ok(cuCtxSynchronize());
-        }
-    }
 }
 
 /// Launches that the kernel or the device does not allow.
@@ -332,7 +252,7 @@ fn held_copies() {
     assert_eq!(read(a), [4; WORDS]);
 }
 
-const CASES: [(&str, fn()); 15] = [
+const CASES: [(&str, fn()); 14] = [
     ("ordered_by_an_event", ordered_by_an_event),
     ("copy_without_an_event", copy_without_an_event),
     ("kernel_without_an_event", kernel_without_an_event),
@@ -343,7 +263,6 @@ const CASES: [(&str, fn()); 15] = [
     ("freed_twice", freed_twice),
     ("used_after_free", used_after_free),
     ("polling_ends", polling_ends),
-    ("graph_replays", graph_replays),
     ("launch_shape", launch_shape),
     ("host_address", host_address),
     ("rows_to_the_device", rows_to_the_device),
@@ -352,23 +271,5 @@ const CASES: [(&str, fn()); 15] = [
 
 #[test]
 fn every_case_in_every_mode() {
-    if let Ok(name) = std::env::var(CASE) {
-        let case = CASES.iter().find(|(case, _)| *case == name).expect("a case").1;
-        open();
-        return case();
-    }
-    let program = std::env::current_exe().unwrap();
-    for (name, _) in CASES {
-        for (mode, seed) in [("eager", "0"), ("lazy", "0"), ("lazy", "1"), ("lazy", "2")] {
-            let run = Command::new(&program)
-                .args(["every_case_in_every_mode", "--exact", "--nocapture"])
-                .env(CASE, name)
-                .env("SOFTGPU_STREAMS", mode)
-                .env("SOFTGPU_SEED", seed)
-                .output()
-                .unwrap();
-            let log = String::from_utf8_lossy(&run.stderr);
-            assert!(run.status.success(), "{name}, {mode}, seed {seed}:\n{log}");
-        }
-    }
+    run_cases("every_case_in_every_mode", &CASES);
 }

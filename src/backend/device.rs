@@ -39,9 +39,14 @@ pub trait Device: Send + 'static {
     /// `bytes` of zeroed host memory.
     fn allocate_host(&self, bytes: usize) -> Result<Self::HostBuffer>;
 
-    /// Zeroed host memory of so many blocks of `block_bytes`, from which they can be brought up layer by layer
-    /// ([`Transfer::land`]); `None` where that has no advantage.
+    /// Zeroed host memory of so many blocks of `block_bytes`, or of fewer where the system gives no more, from which they
+    /// can be brought up layer by layer ([`Transfer::land`]); `None` where that has no advantage or cannot be.
     fn allocate_host_blocks(&self, _num_blocks: usize, _block_bytes: usize) -> Result<Option<Vec<Self::HostBuffer>>> {
+        Ok(None)
+    }
+
+    /// Bytes of device memory that can still be allocated; `None` where it is the host's.
+    fn free_bytes(&self) -> Result<Option<usize>> {
         Ok(None)
     }
 
@@ -83,6 +88,22 @@ pub trait Device: Send + 'static {
 
     /// Returns when everything before `event` is done, with the error of what failed there.
     fn synchronize(&self, event: &Self::Event) -> Result<()>;
+
+    /// The same where work before `event` waits for copies of other threads. An error when it takes longer than they ever
+    /// do: copies can stand still.
+    fn synchronize_landed(&self, event: &Self::Event) -> Result<()> {
+        self.synchronize(event)
+    }
+
+    /// An error when the device has failed, so that nothing it holds is sure any more.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether it stands still, so that giving back its memory may have no end.
+    fn is_stalled(&self) -> bool {
+        false
+    }
 }
 
 /// A copy of `bytes` from one offset to another; a KV block, usually.

@@ -6,6 +6,7 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod decode_shape;
 mod device;
 mod dtype;
 mod gpu;
@@ -20,6 +21,7 @@ pub mod sim;
 mod transfer;
 
 pub use cpu::dequantize::dequantize_row;
+pub use decode_shape::DecodeShape;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
 pub use gpu::{GpuInfo, find_gpus, kernel_source};
@@ -79,6 +81,25 @@ pub trait Backend: Device {
     /// Called once the matrices are loaded; a device that took it when it was opened has nothing to do.
     fn reserve(&self, _bounds: &StepBounds<'_>) -> Result<()> {
         Ok(())
+    }
+
+    /// The shape, `exact` or larger, that a decode step is given to be like others before it; `None` where every step is
+    /// queued anew.
+    fn repeated_shape(&self, _exact: DecodeShape) -> Option<DecodeShape> {
+        None
+    }
+
+    /// Queues on `stream` what `queue` queues there, a step of such a shape, and says whether that was done without calling
+    /// it: a device may keep what a step was and queue that again. Between calls with the same shape only what buffers hold
+    /// may differ: not which buffers, where in them, and which kernels. `queue` waits for nothing, takes and gives back no
+    /// memory, and queues nothing on another stream.
+    fn repeat_step(
+        &self,
+        _stream: &Self::Stream,
+        _shape: DecodeShape,
+        queue: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<bool> {
+        queue().map(|()| false)
     }
 
     /// `out[t] = scale * table[ids[t]]`; `ids` is `[1, T]` i32, `out` `[T, K]` f32.

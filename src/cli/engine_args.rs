@@ -6,12 +6,15 @@ use std::thread;
 
 use clap::{Args, ValueEnum};
 use mneme::backend::cpu::Isa;
+#[cfg(feature = "cuda")]
+use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{DType, KvLayout, KvOrder};
 use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
 use mneme::models::{Checkpoint, ModelConfig};
 
 use super::device::DeviceArg;
+use super::kv_room::KvRoom;
 use super::merge_args::MergeArgs;
 
 /// What to run, and within which bounds.
@@ -62,6 +65,9 @@ pub(crate) struct EngineArgs {
     /// Instruction set of the kernels: portable, avx2, avx512, avx512-bf16 or amx [default: the best one here]
     #[arg(long, env = "MNEME_ISA")]
     isa: Option<Isa>,
+    /// Launch every kernel of every step, rather than replaying decode steps as CUDA graphs
+    #[arg(long)]
+    enforce_eager: bool,
     /// Seeds requests that bring no seed, and dummy weights
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -156,9 +162,24 @@ impl EngineArgs {
         Self { num_kv_blocks: Some(num_blocks), max_model_len: Some(num_blocks * self.block_size), ..self.clone() }
     }
 
+    /// The same bounds with a pool that fits into `room`. A number of blocks that a command counted itself stays.
+    pub(crate) fn fit(&self, limits: SchedulerLimits, room: Option<KvRoom>) -> anyhow::Result<SchedulerLimits> {
+        match room {
+            Some(room) if self.num_kv_blocks.is_none() => room.fit(limits, self.max_model_len.is_some()),
+            _ => Ok(limits),
+        }
+    }
+
     /// Whether requests share blocks.
     pub(crate) fn prefix_caching(&self) -> bool {
         !self.no_enable_prefix_caching
+    }
+
+    /// A GPU's backend as these arguments want it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn open_gpu(&self, ordinal: usize) -> mneme::Result<CudaBackend> {
+        let backend = CudaBackend::new(ordinal, self.dtype.on_gpu())?;
+        Ok(if self.enforce_eager { backend.without_graphs() } else { backend })
     }
 
     /// Threads to compute on.

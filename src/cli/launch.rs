@@ -6,8 +6,6 @@ use std::time::Instant;
 
 use anyhow::Context;
 use mneme::backend::cpu::CpuBackend;
-#[cfg(feature = "cuda")]
-use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{Backend, GpuInfo};
 use mneme::engine::{Engine, EngineConfig, EngineHandle, TierConfig};
 use mneme::hub::{Cache, ModelRef, ResolvedModel, Resolver, stderr_progress};
@@ -15,6 +13,7 @@ use mneme::models::Model;
 
 use super::device::Chosen;
 use super::engine_args::EngineArgs;
+use super::kv_room::KvRoom;
 use super::text_assets::TextAssets;
 use super::tiers::{Numerics, OpenVault, TierArgs};
 
@@ -65,7 +64,7 @@ fn launch_on_gpu(
     gpu: &GpuInfo,
 ) -> anyhow::Result<Launched> {
     tracing::info!("computing on CUDA {gpu}");
-    launch_on(args, tiers, model, || CudaBackend::new(gpu.ordinal, args.dtype.on_gpu()))
+    launch_on(args, tiers, model, || args.open_gpu(gpu.ordinal))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -92,6 +91,8 @@ fn launch_on<B: Backend>(
         let weights = Model::load(&backend, &checkpoint, args.dtype.target(), limits.max_model_len);
         (assets.join(), weights)
     });
+    let weights = weights?;
+    let limits = args.fit(limits, KvRoom::of(&backend, checkpoint.config(), &limits, kv_dtype)?)?;
     let assets = assets.map_err(|_| anyhow::anyhow!("the tokenizer's thread panicked"))??;
     let config = EngineConfig {
         model_name: model.name.clone(),
@@ -107,7 +108,6 @@ fn launch_on<B: Backend>(
         max_model_len = config.limits.max_model_len, num_blocks = config.limits.num_blocks,
         load_ms = started_at.elapsed().as_millis() as u64, "model loaded"
     );
-    let weights = weights?;
     let numerics = Numerics {
         backend: backend.name(),
         layout: weights.kv_layout(&backend, limits.block_size, kv_dtype)?,

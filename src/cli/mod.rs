@@ -6,6 +6,7 @@ pub(crate) mod cube;
 mod device;
 pub(crate) mod doctor;
 mod engine_args;
+mod kv_room;
 mod launch;
 mod merge_args;
 pub(crate) mod models;

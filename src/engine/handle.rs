@@ -4,8 +4,8 @@
 //! stream cancels its request; the engine sees the flag at its next step.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crossbeam::channel::{Receiver, Sender, TrySendError};
 
@@ -27,6 +27,8 @@ pub struct EngineHandle {
     info: Arc<EngineInfo>,
     metrics: Arc<EngineMetrics>,
     stopping: Arc<AtomicBool>,
+    /// What the engine ended with, when that was an error.
+    failure: Arc<OnceLock<String>>,
     leftovers: Option<Leftovers>,
     erasures: Option<ErasureQueue>,
     adapters: Option<Arc<dyn AdapterLoader>>,
@@ -91,6 +93,7 @@ impl EngineHandle {
             info: Arc::new(info),
             metrics,
             stopping,
+            failure: Arc::default(),
             leftovers: None,
             erasures: None,
             adapters: None,
@@ -100,6 +103,12 @@ impl EngineHandle {
     /// Has blocks erased through `erasures`.
     pub(super) fn with_erasures(mut self, erasures: ErasureQueue) -> Self {
         self.erasures = Some(erasures);
+        self
+    }
+
+    /// Says through the handle what the engine writes to `failure` when it ends with an error.
+    pub(super) fn with_failure(mut self, failure: Arc<OnceLock<String>>) -> Self {
+        self.failure = failure;
         self
     }
 
@@ -160,6 +169,11 @@ impl EngineHandle {
     /// Whether new requests are taken: nobody asked the engine to stop.
     pub fn is_accepting(&self) -> bool {
         !self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Why the engine ended, when it did so with an error.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
     }
 
     /// The engine's fixed properties.

@@ -1,7 +1,7 @@
 //! The engine thread: schedule, run, commit, again.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, at, bounded, never, select};
@@ -65,6 +65,8 @@ pub struct Engine<B: Backend> {
     stopping: Arc<AtomicBool>,
     /// Nobody will look into `submissions` again.
     stopped: Arc<AtomicBool>,
+    /// For the handle: the error that it ended with.
+    failure: Arc<OnceLock<String>>,
     metrics: Arc<EngineMetrics>,
     /// Root of block hashes: of this process alone until the model is known.
     hash_identity: Vec<u8>,
@@ -112,6 +114,7 @@ impl<B: Backend> Engine<B> {
             num_multiplied: model.config().num_multiplied(),
         };
         let stopped = Arc::new(AtomicBool::new(false));
+        let failure = Arc::new(OnceLock::new());
         // Of this process alone: what is hashed before the model's identity is known is found by nobody later.
         let hash_identity = Uuid::new_v4().as_bytes().to_vec();
         let shapes = base_shapes(model.config());
@@ -128,6 +131,7 @@ impl<B: Backend> Engine<B> {
         let handle = EngineHandle::new(sender, waker, info, Arc::clone(&metrics), Arc::clone(&stopping))
             .with_leftovers(submissions.clone(), Arc::clone(&stopped))
             .with_erasures(erasure_queue)
+            .with_failure(Arc::clone(&failure))
             .with_adapters(store);
         let engine = Self {
             scheduler: Scheduler::new(*limits, pager, max_fetch_wait, residency),
@@ -139,6 +143,7 @@ impl<B: Backend> Engine<B> {
             wake,
             stopping,
             stopped,
+            failure,
             metrics,
             hash_identity,
             is_identified: false,
@@ -155,11 +160,19 @@ impl<B: Backend> Engine<B> {
         let result = self.serve();
         let reason = match &result {
             Ok(()) => FinishReason::Abort,
-            Err(error) => FinishReason::Error(error.to_string()),
+            Err(error) => {
+                tracing::error!(%error, "the engine has ended");
+                self.failure.get_or_init(|| error.to_string());
+                FinishReason::Error(error.to_string())
+            }
         };
         self.stopping.store(true, Ordering::SeqCst);
         self.stopped.store(true, Ordering::SeqCst);
         self.abort_all(&reason);
+        if self.runner.is_stalled() {
+            // Nobody can tell when its copies end; the process ends with it.
+            std::mem::forget(self);
+        }
         result
     }
 
@@ -218,13 +231,13 @@ impl<B: Backend> Engine<B> {
 
     /// Takes note of copies that have ended, and of what is to be erased. Once the model's identity is known, what comes is hashed under it.
     fn absorb_arrivals(&mut self) -> Result<()> {
+        let num_failed = self.fail_without_adapters();
         self.erasures.try_iter().for_each(|erasure| self.scheduler.tiers_mut().start_erasure(erasure));
-        for (mut sequence, why) in self.scheduler.absorb_adapters() {
-            let reason = FinishReason::Error(why);
-            count_end(&self.metrics, &sequence, &reason);
-            sequence.finish(reason);
+        let opened = self.scheduler.absorb_arrivals()?;
+        if self.scheduler.tiers_mut().pager_mut().take_failures() || num_failed > 0 {
+            self.runner.check_device()?;
         }
-        if let Some(identity) = self.scheduler.absorb_arrivals()? {
+        if let Some(identity) = opened {
             tracing::debug!("the vault is open");
             self.is_identified = true;
             if !planted::is(Bug::IdentityNotTaken) {
@@ -232,6 +245,18 @@ impl<B: Backend> Engine<B> {
             }
         }
         Ok(())
+    }
+
+    /// Ends sequences whose adapters could not be loaded; how many these are.
+    fn fail_without_adapters(&mut self) -> usize {
+        let failed = self.scheduler.absorb_adapters();
+        let num_failed = failed.len();
+        for (mut sequence, why) in failed {
+            let reason = FinishReason::Error(why);
+            count_end(&self.metrics, &sequence, &reason);
+            sequence.finish(reason);
+        }
+        num_failed
     }
 
     fn accept_submissions(&mut self) {
@@ -407,11 +432,13 @@ impl<B: Backend> Engine<B> {
         let started_at = Instant::now();
         let Self { scheduler, runner, .. } = self;
         let waits = scheduler.landings().next().is_some();
-        runner.run(scheduler.running(), scheduler.scheduled(), scheduler.residency(), scheduler.landings())?;
+        let is_repeated =
+            runner.run(scheduler.running(), scheduler.scheduled(), scheduler.residency(), scheduler.landings())?;
         let took = started_at.elapsed();
         self.follow_with_merge(took)?;
         self.commit()?;
         self.record_step(took, waits);
+        self.metrics.repeated_steps.inc_by(u64::from(is_repeated));
         if cfg!(debug_assertions) {
             self.scheduler.check_integrity();
         }

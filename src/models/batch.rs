@@ -75,11 +75,20 @@ pub struct Workspace<B> {
 impl<B: Clone> Workspace<B> {
     /// Allocates for steps within `limits`.
     pub fn new<D: Backend<Buffer = B>>(backend: &D, config: &ModelConfig, limits: StepLimits) -> Result<Self> {
-        let dtype = backend.activation_dtype();
         let allocate = |rows: usize, columns: usize, dtype: DType| -> Result<Tensor<B>> {
             let buffer = backend.allocate(rows * columns * dtype.block_bytes())?;
             Ok(Tensor::new(buffer, 0, rows, columns, dtype))
         };
+        Self::of(config, limits, backend.activation_dtype(), allocate)
+    }
+
+    /// Tensors of `allocate(rows, columns, dtype)`.
+    fn of(
+        config: &ModelConfig,
+        limits: StepLimits,
+        dtype: DType,
+        mut allocate: impl FnMut(usize, usize, DType) -> Result<Tensor<B>>,
+    ) -> Result<Self> {
         let tokens = limits.max_tokens;
         let q_size = config.num_heads * config.head_dim;
         let kv_size = config.num_kv_heads * config.head_dim;
@@ -136,6 +145,19 @@ impl<B: Clone> Workspace<B> {
             normed: self.hidden.first_rows(num_rows),
             ..self.for_tokens(num_rows)
         }
+    }
+}
+
+impl Workspace<()> {
+    /// Bytes of the buffers for steps within `limits`, activations in `dtype`.
+    pub fn num_bytes(config: &ModelConfig, limits: StepLimits, dtype: DType) -> usize {
+        let mut num_bytes = 0;
+        let counted = Self::of(config, limits, dtype, |rows, columns, dtype| {
+            let tensor = Tensor::new((), 0, rows, columns, dtype);
+            num_bytes += tensor.num_bytes();
+            Ok(tensor)
+        });
+        counted.map_or(usize::MAX, |_| num_bytes)
     }
 }
 

@@ -25,7 +25,7 @@ pub(super) enum Slot<H> {
 }
 
 impl<H: AsRef<[u8]> + AsMut<[u8]>> HostArena<H> {
-    /// Room for so many blocks.
+    /// Room for so many blocks, or for as many as can be page-locked.
     pub(super) fn new<D: Device<HostBuffer = H>>(device: &D, num_blocks: usize, block_bytes: usize) -> Result<Self> {
         let pinned = match num_blocks {
             0 => None,
@@ -37,6 +37,11 @@ impl<H: AsRef<[u8]> + AsMut<[u8]>> HostArena<H> {
             None => (0..num_blocks).map(|_| Mutex::new(Slot::Ordinary(Vec::new()))).collect(),
         };
         Ok(Self { slots, is_pinned })
+    }
+
+    /// Blocks that there is room for.
+    pub(super) fn num_slots(&self) -> usize {
+        self.slots.len()
     }
 
     /// Whether copies to the device may read slots later.

@@ -100,6 +100,8 @@ pub struct Pager {
     /// Of the copies under way, those that read or write a host slot: each holds it.
     num_host_copies: usize,
     num_seals: usize,
+    /// Whether a copy came to nothing that nobody has looked into.
+    has_failures: bool,
     next_ticket: u64,
 }
 
@@ -132,6 +134,7 @@ impl Pager {
             num_loads: 0,
             num_host_copies: 0,
             num_seals: 0,
+            has_failures: false,
             next_ticket: 0,
         }
     }
@@ -148,6 +151,12 @@ impl Pager {
         waker: &Sender<()>,
     ) -> Result<Self> {
         let arena = Arc::new(HostArena::new(device, config.num_host_blocks, config.block_bytes)?);
+        let num_host_blocks = arena.num_slots();
+        if num_host_blocks < config.num_host_blocks {
+            let wanted = config.num_host_blocks;
+            tracing::warn!("the host tier has room for {num_host_blocks} KV blocks, not {wanted}");
+        }
+        let config = PagingConfig { num_host_blocks, ..config };
         Self::start_over(device, (blocks, num_blocks), arena, config, waker)
     }
 
@@ -428,6 +437,7 @@ impl Pager {
 
     fn absorb_saved(&mut self, copy: &BlockCopy, is_there: bool) -> Completion {
         self.num_saves -= 1;
+        self.has_failures |= !is_there;
         self.saving.remove(&copy.hash);
         match copy.place {
             Place::Host(slot) => {
@@ -449,6 +459,7 @@ impl Pager {
 
     fn absorb_loaded(&mut self, copy: &BlockCopy, is_whole: bool, took: Duration) -> Completion {
         self.num_loads -= 1;
+        self.has_failures |= !is_whole;
         if is_whole {
             self.rates.observe_load(copy.place.tier(), took);
         }
@@ -472,6 +483,11 @@ impl Pager {
                 self.disk.remove(&hash);
             }
         }
+    }
+
+    /// Whether copies have come to nothing since the last call, perhaps because the device is lost.
+    pub fn take_failures(&mut self) -> bool {
+        std::mem::take(&mut self.has_failures)
     }
 
     /// Costs as measured so far.

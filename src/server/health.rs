@@ -7,6 +7,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::AppRef;
+use super::error::ApiError;
 
 /// The version of this server.
 #[derive(Serialize, ToSchema)]
@@ -21,15 +22,16 @@ pub(super) struct ServerLoad {
     server_load: usize,
 }
 
-/// 200 with an empty body while requests are served; 503 when the engine has ended or the server is draining.
+/// 200 with an empty body while requests are served; 503 with the reason when the engine has ended or the server is
+/// draining.
 #[utoipa::path(get, path = "/health", responses((status = 200), (status = 503)))]
-pub(super) async fn health(State(app): State<AppRef>) -> StatusCode {
-    if app.is_serving() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+pub(super) async fn health(State(app): State<AppRef>) -> Result<StatusCode, ApiError> {
+    app.check_serving().map(|()| StatusCode::OK)
 }
 
 /// The same as `/health`, for hosts that probe this path.
 #[utoipa::path(get, path = "/ping", responses((status = 200), (status = 503)))]
-pub(super) async fn ping(app: State<AppRef>) -> StatusCode {
+pub(super) async fn ping(app: State<AppRef>) -> Result<StatusCode, ApiError> {
     health(app).await
 }
 

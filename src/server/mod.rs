@@ -85,11 +85,18 @@ impl App {
         self.calls.num_running.load(Ordering::Acquire)
     }
 
+    /// An error that says why no new calls are taken, when none are.
+    fn check_serving(&self) -> Result<(), ApiError> {
+        match self.model.engine.failure() {
+            Some(why) => Err(ApiError::unavailable(format!("The engine has ended: {why}"))),
+            None if self.is_serving() => Ok(()),
+            None => Err(ApiError::unavailable("The server is shutting down.")),
+        }
+    }
+
     /// Starts a call, unless the server is draining.
     fn begin_call(self: &Arc<Self>) -> Result<CallGuard, ApiError> {
-        if !self.is_serving() {
-            return Err(ApiError::unavailable("The server is shutting down."));
-        }
+        self.check_serving()?;
         self.calls.num_running.fetch_add(1, Ordering::AcqRel);
         Ok(CallGuard(Arc::clone(self)))
     }

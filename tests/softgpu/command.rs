@@ -10,7 +10,7 @@ use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel};
 
 /// A folder in which the loader finds the software GPU under the driver's name.
-fn driver_folder() -> tempfile::TempDir {
+pub(crate) fn driver_folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink(softgpu::library(), folder.path().join("libcuda.so.1")).unwrap();
     folder
@@ -22,7 +22,7 @@ fn mneme(arguments: &[&str], library_path: &Path) -> Output {
     command.output().unwrap()
 }
 
-fn doctor(library_path: &Path) -> Value {
+pub(crate) fn doctor(library_path: &Path) -> Value {
     serde_json::from_slice(&mneme(&["doctor", "--json"], library_path).stdout).unwrap()
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mneme::backend::cuda::CudaBackend;
 use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
 
 use crate::paging_tiers::bits;
@@ -12,31 +13,36 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 use crate::vault::Tiers;
 
 /// Three blocks, all of which may be on their way down at a time.
-const NUM_SHARED: usize = 48;
+pub(crate) const NUM_SHARED: usize = 48;
 const NUM_BLOCKS: usize = 24;
 
 /// Kernels up to behind the attention of the second layer of two.
 const LAUNCHES_TO_LAST_LAYER: u64 = 15;
 
 /// Two prompts that begin alike.
-fn prompts() -> [Vec<u32>; 2] {
+pub(crate) fn prompts() -> [Vec<u32>; 2] {
     let mut random = Random::new(5);
     let shared = random.tokens(NUM_SHARED, VOCAB);
     [(); 2].map(|()| [&shared[..], &random.tokens(5, VOCAB)].concat())
 }
 
-fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
+pub(crate) fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
     let sampling = SamplingParams { temperature: 0.0, max_tokens: 4, logprobs: Some(VOCAB), ..Default::default() };
     collect(engine.submit(prompt, sampling))
 }
 
 /// An engine whose host tier, and nothing else, has what both prompts begin with.
-fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> TestEngine {
+pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> TestEngine {
+    engine_on(softgpu::backend(Setup::default().kv_dtype), model, family)
+}
+
+/// The same on this backend.
+pub(crate) fn engine_on(backend: CudaBackend, model: &Path, family: Family) -> TestEngine {
     let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
     let setup = Setup { limits, ..Setup::default() };
     let host_bytes = 100 * Tiers::new(family).block_bytes();
     let tiers = TierConfig { host_bytes, num_io_threads: 2, ..TierConfig::default() };
-    let engine = crate::start_with_tiers(model, setup, tiers);
+    let engine = TestEngine::start_with_tiers(backend, model, setup, tiers);
     ask(&engine, &prompts()[0]);
     for seed in 100..103 {
         engine.greedy(&Random::new(seed).tokens(200, VOCAB), 1);

@@ -8,9 +8,11 @@ mod adapters;
 mod blend;
 mod command;
 mod families;
+mod faults;
 #[path = "../paging/gate.rs"]
 mod gate;
 mod golden;
+mod graphs;
 #[path = "../generation/invariance.rs"]
 mod invariance;
 mod landing;
@@ -25,6 +27,7 @@ mod paging_deposits;
 mod paging_tiers;
 #[path = "../generation/parameters.rs"]
 mod parameters;
+mod serving;
 #[path = "../support/mod.rs"]
 mod support;
 #[path = "../paging/vault.rs"]
@@ -68,6 +71,12 @@ fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
 #[test]
 fn families_are_the_cpus_in_other_schedules() {
     support::softgpu::pass_in_other_schedules("families::", "other_schedules");
+}
+
+/// A graph's kernels run when their stream gets to them, like single launches.
+#[test]
+fn graphs_are_replayed_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules("graphs::graphs_give", "other_schedules");
 }
 
 /// Copies of layers, the waits for them and the step that uses them come from different threads.

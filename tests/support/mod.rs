@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used)]
 
+pub mod byte_tokenizer;
 pub mod composed;
 pub mod engine;
 pub mod golden;

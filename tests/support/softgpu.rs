@@ -7,8 +7,9 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::{CString, c_char};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -25,6 +26,9 @@ const REQUIRE_VARIABLE: &str = "MNEME_REQUIRE_CUDA_TESTS";
 
 /// Names the file for what every kernel did.
 const REPORT_VARIABLE: &str = "SOFTGPU_REPORT";
+
+/// Set in the process of a test that makes the device fail.
+const ALONE_VARIABLE: &str = "MNEME_TEST_ALONE";
 
 /// Orders blocks and warps.
 const SEED_VARIABLE: &str = "SOFTGPU_SEED";
@@ -52,16 +56,87 @@ pub fn is_replaced() -> bool {
 
 /// Has the software GPU run copies to the device only when so many more kernels have been launched.
 pub fn hold_copies(num_launches: u64) {
+    // SAFETY: the function's type.
+    unsafe { tell::<unsafe extern "C" fn(u64) -> u32>("softgpu_hold_copies", |hold| hold(num_launches)) };
+}
+
+/// Has calls of the driver fail as `softgpu/README.md` says, until it is told otherwise.
+pub fn fail(rules: &str) {
+    let rules = CString::new(rules).unwrap();
+    // SAFETY: the function's type, and a text that ends in zero.
+    unsafe { tell::<unsafe extern "C" fn(*const c_char) -> u32>("softgpu_fail", |fail| fail(rules.as_ptr())) };
+}
+
+/// Has the device forget what it failed with.
+pub fn revive() {
+    fail("");
+    // SAFETY: the function's type.
+    unsafe { tell::<unsafe extern "C" fn() -> u32>("softgpu_clear_error", |clear| clear()) };
+}
+
+/// Runs the ignored test `name` in a process whose driver is `library`, where it has to pass.
+pub fn pass_with(name: &str, library: &Path) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([name, "--exact", "--ignored", "--nocapture"]).env(LIBRARY_VARIABLE, library);
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(output.status.success() && text.contains("1 passed"), "{name}: {text}");
+}
+
+/// Has copies stand still on streams without kernels, or go on.
+pub fn stall_copies(is_stalled: bool) {
+    // SAFETY: the function's type.
+    unsafe { tell::<unsafe extern "C" fn(u32) -> u32>("softgpu_stall_copies", |stall| stall(u32::from(is_stalled))) };
+}
+
+/// Lets there be so many bytes of page-locked memory in all.
+pub fn limit_pinned(bytes: u64) {
+    // SAFETY: the function's type.
+    unsafe { tell::<unsafe extern "C" fn(u64) -> u32>("softgpu_limit_pinned", |limit| limit(bytes)) };
+}
+
+/// Bytes of page-locked memory that there are.
+pub fn pinned_bytes() -> u64 {
+    let mut bytes = 0;
+    // SAFETY: the function's type, and a pointer to a local.
+    unsafe { tell::<unsafe extern "C" fn(*mut u64) -> u32>("softgpu_pinned_bytes", |ask| ask(&mut bytes)) };
+    bytes
+}
+
+/// Calls a function that the software GPU alone has.
+///
+/// # Safety
+/// `F` is its type.
+unsafe fn tell<F>(name: &str, call: impl FnOnce(&F) -> u32) {
     load();
     if is_replaced() {
         return;
     }
-    // SAFETY: the library is loaded already, and the function takes this number and gives an error code.
+    // SAFETY: the library is loaded already; the caller's promise.
     let code = unsafe {
         let library = Library::open(Some(library()), RTLD_NOW).unwrap();
-        library.get::<unsafe extern "C" fn(u64) -> u32>(b"softgpu_hold_copies").unwrap()(num_launches)
+        call(&library.get::<F>(name.as_bytes()).unwrap())
     };
     assert_eq!(code, 0);
+}
+
+/// Whether this process is test `name`'s alone, which makes the device fail: other tests must not be in it. Otherwise the
+/// test is run in such a process, and has to pass there.
+pub fn is_alone(name: &str) -> bool {
+    if std::env::var_os(ALONE_VARIABLE).is_some() {
+        return true;
+    }
+    end_without_kernels();
+    if is_replaced() {
+        return false;
+    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let output = command.args([name, "--exact", "--nocapture"]).env(ALONE_VARIABLE, "1").output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(output.status.success() && text.contains("1 passed"), "{name}: {text}");
+    false
 }
 
 /// Loads the library, once.

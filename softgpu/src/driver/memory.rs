@@ -41,6 +41,7 @@ fn allocate(target: *mut u64, bytes: usize, origin: &str) -> Result<(), u32> {
     if bytes == 0 {
         return Err(INVALID_VALUE);
     }
+    device().streams.check_unsafe_call()?;
     let Some(allocation) = device().memory.allocate(bytes as u64, origin) else {
         let (free, total) = device().memory.info();
         return refuse(
@@ -50,6 +51,13 @@ fn allocate(target: *mut u64, bytes: usize, origin: &str) -> Result<(), u32> {
     };
     // SAFETY: the entry point's contract.
     unsafe { put(target, allocation.base) }
+}
+
+fn pin(target: *mut *mut c_void, bytes: usize) -> Result<(), u32> {
+    device().streams.check_unsafe_call()?;
+    let pointer = device().pinned.allocate(bytes).ok_or(OUT_OF_MEMORY)?;
+    // SAFETY: the entry point's contract.
+    unsafe { put(target, pointer.cast()) }
 }
 
 fn report_fault(fault: &Fault) -> u32 {
@@ -125,8 +133,9 @@ entries! {
         if address == 0 {
             return Ok(());
         }
+        device().streams.check_unsafe_call()?;
         // The call waits for the device, so no kernel runs while the memory goes.
-        device().streams.synchronize_all()?;
+        device().streams.finish_all()?;
         device().memory.free(address).map_err(|fault| report_fault(&fault))
     }
 
@@ -140,17 +149,16 @@ entries! {
 
     fn cuMemHostAlloc(target: *mut *mut c_void, bytes: usize, _flags: c_uint) {
         need()?;
-        let pointer = device().pinned.allocate(bytes).ok_or(OUT_OF_MEMORY)?;
-        put(target, pointer.cast())
+        pin(target, bytes)
     }
 
     fn cuMemAllocHost_v2(target: *mut *mut c_void, bytes: usize) {
         need()?;
-        let pointer = device().pinned.allocate(bytes).ok_or(OUT_OF_MEMORY)?;
-        put(target, pointer.cast())
+        pin(target, bytes)
     }
 
     fn cuMemFreeHost(pointer: *mut c_void) {
+        device().streams.check_unsafe_call()?;
         device().pinned.free(pointer as usize).map_err(|fault| report_fault(&fault))
     }
 

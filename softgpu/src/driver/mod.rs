@@ -17,7 +17,8 @@ pub mod resolve;
 pub mod stream;
 pub mod tools;
 
-use crate::report;
+use crate::device::device;
+use crate::{inject, report};
 use std::ffi::c_void;
 
 /// A call's result: nothing or a `CUresult`.
@@ -35,8 +36,15 @@ pub(crate) const INVALID_HANDLE: u32 = 400;
 pub(crate) const NOT_FOUND: u32 = 500;
 pub(crate) const NOT_SUPPORTED: u32 = 801;
 
-/// Runs an entry point; a panic in the library becomes `CUDA_ERROR_UNKNOWN`, not an unwind into C.
-pub(crate) fn guard(body: impl FnOnce() -> Outcome) -> u32 {
+/// Runs an entry point, unless it is to fail; a panic in the library becomes `CUDA_ERROR_UNKNOWN`, not an unwind into C.
+pub(crate) fn guard(name: &str, body: impl FnOnce() -> Outcome) -> u32 {
+    if let Some((code, is_lasting)) = inject::failure(name) {
+        report::set_message(&format!("{name} fails because it is told to"));
+        if is_lasting {
+            device().streams.set_error(code);
+        }
+        return code;
+    }
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) {
         Ok(Ok(())) => 0,
         Ok(Err(code)) => code,
@@ -77,7 +85,7 @@ macro_rules! entries {
             pub unsafe extern "C" fn $name($($arg: $ty),*) -> u32 {
                 // SAFETY: the contract of the C function, as its manual states it: pointers are null or valid.
                 #[allow(unused_unsafe)]
-                $crate::driver::guard(move || unsafe { $body })
+                $crate::driver::guard(stringify!($name), move || unsafe { $body })
             }
         )+
 

@@ -1,10 +1,10 @@
 //! What a real driver does not have: findings and counters, for tests.
 
-use super::{INVALID_VALUE, NOT_FOUND, entries, put};
+use super::{INVALID_VALUE, NOT_FOUND, entries, put, refuse};
 use crate::counters::Counters;
 use crate::device::device;
-use crate::report;
-use std::ffi::{CStr, c_char};
+use crate::{inject, report};
+use std::ffi::{CStr, c_char, c_uint};
 
 /// Copies text with its terminator into a buffer, cut to fit. `needed` (may be null) gets the bytes for all of it.
 ///
@@ -51,6 +51,31 @@ entries! {
     fn softgpu_hold_copies(launches: u64) {
         device().streams.hold_copies(launches);
         Ok(())
+    }
+
+    // Copies between the host and the device stand still on streams that never launched a kernel, until told otherwise.
+    fn softgpu_stall_copies(is_stalled: c_uint) {
+        device().streams.stall_copies(is_stalled != 0);
+        Ok(())
+    }
+
+    // Page-locked memory that there is in all.
+    fn softgpu_limit_pinned(bytes: u64) {
+        device().pinned.limit(bytes);
+        Ok(())
+    }
+
+    // Page-locked memory in use.
+    fn softgpu_pinned_bytes(bytes: *mut u64) {
+        put(bytes, device().pinned.num_bytes())
+    }
+
+    // Which calls fail from now on; `inject.rs` says how they are named.
+    fn softgpu_fail(rules: *const c_char) {
+        if rules.is_null() {
+            return Err(INVALID_VALUE);
+        }
+        inject::arm(&CStr::from_ptr(rules).to_string_lossy()).or_else(|problem| refuse(INVALID_VALUE, &problem))
     }
 
     // All kernels as JSON.

@@ -15,7 +15,7 @@ use crate::backend::{AttentionMetadata, AttentionShape, DType, HeadTransform, Kv
 use crate::{Result, invalid, unsupported};
 
 /// Positions of one chunk of decode attention. Chunks begin at multiples of it, whatever the batch.
-const CHUNK_POSITIONS: usize = 256;
+pub(super) const CHUNK_POSITIONS: usize = 256;
 
 /// Query rows of one KV head that decode attention takes at most.
 const MAX_DECODE_ROWS: usize = 16;

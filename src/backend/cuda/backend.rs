@@ -8,12 +8,14 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaFunction};
 
-use super::attention::{self, Partials};
+use super::attention::{self, CHUNK_POSITIONS, Partials};
 use super::compose;
-use super::driver::{driver_error, open};
+use super::driver::{driver_error, has_graphs, open};
+use super::graphs::Graphs;
 use super::kernels::{Kernel, Kernels};
 use super::launch::{Arguments, Grid};
 use super::lora::{self, LoraScratch};
@@ -22,10 +24,11 @@ use super::lora_merge;
 use super::memory::CudaBuffer;
 use super::stream::{CudaStream, EventPool};
 use super::upload::Uploader;
+use super::watch::CopyWatch;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
-    Activation, AttentionMetadata, AttentionShape, Backend, DType, GpuInfo, HeadTransform, HostTensor, KvLayer,
-    KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor,
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, DecodeShape, GpuInfo, HeadTransform, HostTensor,
+    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -37,14 +40,19 @@ const ELEMENTS_PER_BLOCK: usize = 2048;
 /// The widest row that one block of a norm takes.
 const MAX_NORM_COLUMNS: usize = 32768;
 
+/// Columns that block tables of repeated steps have at the least.
+const MIN_REPEATED_BLOCKS: usize = 16;
+
 /// One device with its kernels loaded.
 pub struct CudaBackend {
     info: GpuInfo,
     dtype: DType,
+    graphs: Graphs,
     kernels: Kernels,
     partials: Partials,
     lora: LoraScratch,
     events: Arc<EventPool>,
+    watch: Arc<CopyWatch>,
     /// Used while weights and adapters are loaded.
     uploader: Arc<Mutex<Uploader>>,
     said_dequantised: AtomicBool,
@@ -60,16 +68,30 @@ impl CudaBackend {
         let (context, info) = open(ordinal)?;
         let events = EventPool::new();
         Ok(Self {
+            graphs: Graphs::new(&context, has_graphs()),
             kernels: Kernels::load(&context, dtype)?,
             partials: Partials::allocate(&context)?,
             lora: LoraScratch::allocate(&context)?,
             uploader: Arc::new(Mutex::new(Uploader::new(&context, &events)?)),
             said_dequantised: AtomicBool::new(false),
+            watch: Arc::new(CopyWatch::new(info.is_software())),
             info,
             dtype,
             events,
             context,
         })
+    }
+
+    /// The same with every step launched kernel by kernel.
+    pub fn without_graphs(self) -> Self {
+        self.graphs.disable();
+        self
+    }
+
+    /// The same with copies taken for lost that have not ended in `patience`.
+    pub fn with_copy_patience(self, patience: Duration) -> Self {
+        self.watch.set_patience(patience);
+        self
     }
 
     /// The device.
@@ -88,6 +110,10 @@ impl CudaBackend {
 
     pub(super) fn events(&self) -> &Arc<EventPool> {
         &self.events
+    }
+
+    pub(super) fn watch(&self) -> &Arc<CopyWatch> {
+        &self.watch
     }
 
     pub(super) fn dtype(&self) -> DType {
@@ -207,6 +233,19 @@ impl Backend for CudaBackend {
 
     fn create_lora_loader(&self) -> Result<CudaLoraLoader> {
         Ok(CudaLoraLoader::new(self.dtype))
+    }
+
+    fn repeated_shape(&self, exact: DecodeShape) -> Option<DecodeShape> {
+        self.graphs.is_enabled().then(|| exact.rounded_up(MIN_REPEATED_BLOCKS, CHUNK_POSITIONS))
+    }
+
+    fn repeat_step(
+        &self,
+        stream: &CudaStream,
+        shape: DecodeShape,
+        queue: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<bool> {
+        self.graphs.repeat(stream, shape, queue)
     }
 
     fn embed(

@@ -8,7 +8,7 @@ use cudarc::driver::result;
 
 use super::backend::CudaBackend;
 use super::driver::driver_error;
-use super::memory::{CudaBuffer, CudaHostBuffer, address};
+use super::memory::{CudaBuffer, CudaHostBuffer, address, free_bytes};
 use super::stream::{CudaEvent, CudaStream};
 use super::transfer::CudaTransfer;
 use crate::backend::{BufferCopy, Device, StreamKind, Tensor};
@@ -30,11 +30,16 @@ impl Device for CudaBackend {
     }
 
     fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<CudaHostBuffer>>> {
-        CudaHostBuffer::allocate_row(self.context(), num_blocks, block_bytes).map(Some)
+        CudaHostBuffer::pin_row(self.context(), num_blocks, block_bytes)
     }
 
     fn create_transfer(&self) -> Result<CudaTransfer> {
-        CudaTransfer::new(self.context(), self.events())
+        CudaTransfer::new(self.context(), self.events(), self.watch())
+    }
+
+    fn free_bytes(&self) -> Result<Option<usize>> {
+        self.bind()?;
+        free_bytes().map(|(free, _)| Some(free)).map_err(driver_error("ask for free memory"))
     }
 
     fn create_stream(&self, _kind: StreamKind) -> Result<CudaStream> {
@@ -95,6 +100,21 @@ impl Device for CudaBackend {
 
     fn synchronize(&self, event: &CudaEvent) -> Result<()> {
         event.get().synchronize().map_err(driver_error("compute"))
+    }
+
+    fn synchronize_landed(&self, event: &CudaEvent) -> Result<()> {
+        self.bind()?;
+        self.watch().wait("compute behind copies", || event.get().try_is_complete())
+    }
+
+    /// The driver answers every call with what the device failed with, this cheap one too.
+    fn check(&self) -> Result<()> {
+        self.watch().check()?;
+        self.free_bytes().map(drop)
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.watch().has_stalled()
     }
 }
 

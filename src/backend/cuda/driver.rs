@@ -13,11 +13,85 @@ use cudarc::driver::{CudaContext, DriverError, result, sys};
 use crate::backend::GpuInfo;
 use crate::{Error, Result, invalid, unsupported};
 
+/// Functions of the driver without which nothing runs: cudarc panics when it finds one missing.
+const NEEDED: [&str; 38] = [
+    "cuInit",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceTotalMem_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuMemGetInfo_v2",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemsetD8_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemcpy2DAsync_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamQuery",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventQuery",
+    "cuEventSynchronize",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+];
+
+/// Functions that decode steps are kept as graphs with.
+const FOR_GRAPHS: [&str; 7] = [
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphExecUpdate_v2",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+    "cuGraphDestroy",
+];
+
+/// The first of these functions that the driver, which is loaded, does not have.
+fn first_missing<'a>(names: &[&'a str]) -> Option<&'a str> {
+    // SAFETY: the library is there, and the address is not used.
+    let is_missing = |name: &&&str| unsafe { sys::culib().get::<*const ()>(name.as_bytes()) }.is_err();
+    names.iter().find(is_missing).copied()
+}
+
+/// Whether the driver can keep steps as graphs.
+pub(super) fn has_graphs() -> bool {
+    let missing = first_missing(&FOR_GRAPHS);
+    if let Some(name) = missing {
+        tracing::warn!("the NVIDIA driver has no {name}: decode steps are launched kernel by kernel");
+    }
+    missing.is_none()
+}
+
 /// The devices of this machine, the software GPU included. An error says why there are none.
 pub(in crate::backend) fn find_gpus() -> Result<Vec<GpuInfo>> {
     // SAFETY: opens a library and closes it again.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::NotFound("there is no NVIDIA driver (libcuda.so.1 cannot be loaded)".into()));
+    }
+    if let Some(name) = first_missing(&NEEDED) {
+        return Err(unsupported!(
+            "the NVIDIA driver has no {name}: it is older than the kernels; update it to R580 or newer"
+        ));
     }
     let count = CudaContext::device_count().map_err(driver_error("start the NVIDIA driver"))?;
     let devices: Vec<GpuInfo> = (0..usize::try_from(count).unwrap_or(0)).map(describe).collect::<Result<_>>()?;

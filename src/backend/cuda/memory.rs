@@ -1,15 +1,20 @@
-//! Device memory and pinned host memory.
+//! Device memory, and the host's memory that copies reach.
 
 #![allow(unsafe_code)]
 
+use std::alloc::{self, Layout};
 use std::slice;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use super::driver::driver_error;
+use super::graphs::wait_for_all;
 use crate::backend::Tensor;
-use crate::{Result, invalid};
+use crate::{Error, Result, invalid};
+
+/// Ordinary host memory begins at multiples of it.
+const PAGE_BYTES: usize = 4096;
 
 /// Memory of the device. A clone is the same memory; the last one frees it.
 #[derive(Clone)]
@@ -24,7 +29,7 @@ struct Allocation {
 impl Drop for Allocation {
     fn drop(&mut self) {
         // Work that uses the memory may still be queued on any stream.
-        self.context.record_err(self.context.synchronize());
+        self.context.record_err(wait_for_all(&self.context));
         // SAFETY: nobody else has the address any more, and nothing is queued.
         self.context.record_err(unsafe { result::free_sync(self.address) });
     }
@@ -37,12 +42,12 @@ impl CudaBuffer {
         let error = driver_error(&action);
         context.bind_to_thread().map_err(&error)?;
         // SAFETY: the memory is written before anybody gets to see it.
-        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(&error)?;
+        let address = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|problem| exhausted(problem, &error))?;
         let buffer = Self(Arc::new(Allocation { context: Arc::clone(context), address, bytes }));
         // SAFETY: the range was just allocated.
         unsafe { result::memset_d8_sync(address, 0, bytes.max(1)) }.map_err(&error)?;
         // Our streams do not wait for the default stream.
-        context.synchronize().map_err(&error)?;
+        wait_for_all(context).map_err(&error)?;
         Ok(buffer)
     }
 
@@ -60,69 +65,150 @@ impl CudaBuffer {
     }
 }
 
+/// Bytes of device memory that are free, and all of them. The calling thread uses the device.
+pub(super) fn free_bytes() -> std::result::Result<(usize, usize), DriverError> {
+    result::mem_get_info()
+}
+
+/// What is said about an allocation that failed: with what there is, and what to do, where there was not enough.
+fn exhausted(problem: DriverError, error: impl Fn(DriverError) -> Error) -> Error {
+    let is_short = problem.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+    let message = error(problem);
+    match free_bytes() {
+        Ok((free, total)) if is_short => Error::Exhausted(format!(
+            "{message}: {free} of {total} are free; give a smaller --kv-cache-memory-bytes or --max-num-batched-tokens, \
+             or take a smaller model"
+        )),
+        _ => message,
+    }
+}
+
 /// Where a tensor begins; all of it lies in its buffer.
 pub(super) fn address(tensor: &Tensor<CudaBuffer>) -> Result<sys::CUdeviceptr> {
     tensor.buffer().address(tensor.offset_bytes(), tensor.num_bytes())
 }
 
-/// Page-locked memory of the host, cached by the processor: results are read from it.
+/// Memory of the host that copies can reach, cached by the processor: results are read from it. Page-locked, or where the
+/// system gives no more of that, ordinary memory, which the driver copies through its own.
 pub struct CudaHostBuffer {
     start: *mut u8,
     bytes: usize,
     /// What it is a part of.
-    _pinned: Arc<Pinned>,
+    _memory: Arc<HostMemory>,
 }
 
 // SAFETY: it is plain memory with one owner.
 unsafe impl Send for CudaHostBuffer {}
 
-/// What was page-locked at once.
-struct Pinned {
+/// What was allocated at once.
+struct HostMemory {
     context: Arc<CudaContext>,
     start: *mut u8,
+    bytes: usize,
+    is_pinned: bool,
 }
 
 // SAFETY: whoever holds one touches no byte through it.
-unsafe impl Send for Pinned {}
+unsafe impl Send for HostMemory {}
 // SAFETY: as for `Send`.
-unsafe impl Sync for Pinned {}
+unsafe impl Sync for HostMemory {}
 
 impl CudaHostBuffer {
-    /// Zeroed memory.
+    /// Zeroed memory, page-locked if there is so much.
     pub(super) fn allocate(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
-        let pinned = Arc::new(Pinned::allocate(context, bytes)?);
-        Ok(Self { start: pinned.start, bytes, _pinned: pinned })
+        let memory = match HostMemory::pin(context, bytes)? {
+            Some(memory) => memory,
+            None => HostMemory::allocate(context, bytes)?,
+        };
+        Ok(Self::whole(memory))
     }
 
-    /// `count` buffers of so many bytes, one behind the other.
-    pub(super) fn allocate_row(context: &Arc<CudaContext>, count: usize, bytes: usize) -> Result<Vec<Self>> {
-        let total = count.checked_mul(bytes).ok_or_else(|| invalid!("{count} host blocks of {bytes} bytes"))?;
-        let pinned = Arc::new(Pinned::allocate(context, total)?);
+    /// Zeroed memory, page-locked if there is any of a size between `least` and `most`, the largest of its halves.
+    pub(super) fn allocate_up_to(context: &Arc<CudaContext>, most: usize, least: usize) -> Result<Self> {
+        let mut bytes = most;
+        while bytes >= least {
+            if let Some(memory) = HostMemory::pin(context, bytes)? {
+                return Ok(Self::whole(memory));
+            }
+            bytes /= 2;
+        }
+        HostMemory::allocate(context, least).map(Self::whole)
+    }
+
+    /// Page-locked buffers of so many bytes, one behind the other: `count`, or half as many again and again down to an
+    /// eighth, or `None`.
+    pub(super) fn pin_row(context: &Arc<CudaContext>, count: usize, bytes: usize) -> Result<Option<Vec<Self>>> {
+        for count in [count, count / 2, count / 4, count / 8].into_iter().filter(|count| *count > 0) {
+            let total = count.checked_mul(bytes).ok_or_else(|| invalid!("{count} host blocks of {bytes} bytes"))?;
+            if let Some(memory) = HostMemory::pin(context, total)? {
+                return Ok(Some(Self::parts(memory, count, bytes)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn whole(memory: HostMemory) -> Self {
+        Self { start: memory.start, bytes: memory.bytes, _memory: Arc::new(memory) }
+    }
+
+    fn parts(memory: HostMemory, count: usize, bytes: usize) -> Vec<Self> {
+        let memory = Arc::new(memory);
         // SAFETY: so many bytes were allocated.
-        let part = |at: usize| unsafe { pinned.start.add(at * bytes) };
-        Ok((0..count).map(|at| Self { start: part(at), bytes, _pinned: Arc::clone(&pinned) }).collect())
+        let part = |at: usize| unsafe { memory.start.add(at * bytes) };
+        (0..count).map(|at| Self { start: part(at), bytes, _memory: Arc::clone(&memory) }).collect()
     }
 }
 
-impl Pinned {
-    fn allocate(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
+impl HostMemory {
+    /// Page-locked; `None` when the system gives no so much.
+    fn pin(context: &Arc<CudaContext>, bytes: usize) -> Result<Option<Self>> {
         let action = format!("get {bytes} bytes of pinned host memory");
         let error = driver_error(&action);
         context.bind_to_thread().map_err(&error)?;
         // SAFETY: the memory is written before anybody reads it. Without flags it is not write-combined.
-        let start = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(&error)?.cast::<u8>();
+        let start = match unsafe { result::malloc_host(bytes.max(1), 0) } {
+            Ok(start) => start.cast::<u8>(),
+            Err(problem) if problem.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                tracing::warn!("the system page-locks no {bytes} bytes more (ulimit -l, or the memory of a container)");
+                return Ok(None);
+            }
+            Err(problem) => return Err(error(problem)),
+        };
         // SAFETY: the range was just allocated.
         unsafe { start.write_bytes(0, bytes.max(1)) };
-        Ok(Self { context: Arc::clone(context), start })
+        Ok(Some(Self { context: Arc::clone(context), start, bytes, is_pinned: true }))
+    }
+
+    /// Ordinary memory.
+    fn allocate(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
+        let start = Self::layout(bytes).map(|layout| {
+            // SAFETY: the layout has a size above zero.
+            unsafe { alloc::alloc_zeroed(layout) }
+        });
+        match start {
+            Some(start) if !start.is_null() => {
+                Ok(Self { context: Arc::clone(context), start, bytes, is_pinned: false })
+            }
+            _ => Err(Error::Device(format!("cannot get {bytes} bytes of host memory"))),
+        }
+    }
+
+    fn layout(bytes: usize) -> Option<Layout> {
+        Layout::from_size_align(bytes.max(1), PAGE_BYTES).ok()
     }
 }
 
-impl Drop for Pinned {
+impl Drop for HostMemory {
     fn drop(&mut self) {
         // A copy may still be queued.
-        self.context.record_err(self.context.synchronize());
-        // SAFETY: the memory came from `malloc_host`, and nothing is queued.
-        self.context.record_err(unsafe { result::free_host(self.start.cast()) });
+        self.context.record_err(wait_for_all(&self.context));
+        match Self::layout(self.bytes) {
+            // SAFETY: the memory came from `malloc_host`, and nothing is queued.
+            _ if self.is_pinned => self.context.record_err(unsafe { result::free_host(self.start.cast()) }),
+            // SAFETY: it came from `alloc_zeroed` with this layout.
+            Some(layout) => unsafe { alloc::dealloc(self.start, layout) },
+            None => {}
+        }
     }
 }
 

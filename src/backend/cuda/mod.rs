@@ -8,6 +8,7 @@ mod backend;
 mod compose;
 mod device;
 mod driver;
+mod graphs;
 mod kernels;
 mod launch;
 mod lora;
@@ -18,6 +19,7 @@ mod modules;
 mod stream;
 mod transfer;
 mod upload;
+mod watch;
 mod weights;
 
 pub use backend::CudaBackend;

@@ -1,8 +1,10 @@
 //! Streams and events.
 
+#![allow(unsafe_code)]
+
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use cudarc::driver::{self, CudaContext};
+use cudarc::driver::{self, CudaContext, DriverError, sys};
 
 use super::driver::driver_error;
 use crate::Result;
@@ -20,6 +22,16 @@ impl CudaStream {
 
     pub(super) fn get(&self) -> &driver::CudaStream {
         &self.0
+    }
+
+    /// Whether all it was given is done.
+    pub(super) fn is_done(&self) -> std::result::Result<bool, DriverError> {
+        self.0.context().bind_to_thread()?;
+        // SAFETY: the stream lives as long as the reference to it.
+        match unsafe { sys::cuStreamQuery(self.0.cu_stream()) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => other.result().map(|()| true),
+        }
     }
 }
 

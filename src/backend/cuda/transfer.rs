@@ -12,6 +12,7 @@ use cudarc::driver::{CudaContext, result, sys};
 use super::driver::driver_error;
 use super::memory::{CudaBuffer, CudaHostBuffer};
 use super::stream::{CudaEvent, CudaStream, EventPool};
+use super::watch::CopyWatch;
 use crate::backend::{KvLayout, Landing, LandingBlock, Transfer};
 use crate::{Result, invalid};
 
@@ -19,12 +20,13 @@ use crate::{Result, invalid};
 /// eighth of a copy's time at the least, which is little beside the rest.
 const MAX_LANDING_EVENTS: usize = 8;
 
-/// One thread's way to the device. The pinned buffer grows to the largest run and stays.
+/// One thread's way to the device. Its buffer grows to the largest run and stays.
 pub struct CudaTransfer {
     // Before the context it came from.
     staging: Option<CudaHostBuffer>,
     stream: CudaStream,
     events: Arc<EventPool>,
+    watch: Arc<CopyWatch>,
     context: Arc<CudaContext>,
 }
 
@@ -36,9 +38,9 @@ struct Run {
 }
 
 impl CudaTransfer {
-    pub(super) fn new(context: &Arc<CudaContext>, events: &Arc<EventPool>) -> Result<Self> {
-        let (events, context) = (Arc::clone(events), Arc::clone(context));
-        Ok(Self { staging: None, stream: CudaStream::new(&context)?, events, context })
+    pub(super) fn new(context: &Arc<CudaContext>, events: &Arc<EventPool>, watch: &Arc<CopyWatch>) -> Result<Self> {
+        let (events, watch, context) = (Arc::clone(events), Arc::clone(watch), Arc::clone(context));
+        Ok(Self { staging: None, stream: CudaStream::new(&context)?, events, watch, context })
     }
 
     /// Queues a copy of some bytes of each block of a run.
@@ -68,9 +70,9 @@ impl CudaTransfer {
             .map_err(driver_error("swap blocks in"))
     }
 
-    /// The first `bytes` of the pinned buffer, which is made at first use: most starts never move a block.
+    /// The first `bytes` of the buffer, which is made at first use: most starts never move a block.
     fn reserve(&mut self, bytes: usize) -> Result<()> {
-        self.context.bind_to_thread().map_err(driver_error("use the device"))?;
+        self.bind()?;
         if self.staging.as_ref().is_none_or(|staging| staging.as_ref().len() < bytes) {
             self.staging = None;
             self.staging = Some(CudaHostBuffer::allocate(&self.context, bytes)?);
@@ -78,8 +80,14 @@ impl CudaTransfer {
         Ok(())
     }
 
+    /// Makes the device the calling thread's. A copy that stands still may yet read the pinned buffer.
+    fn bind(&self) -> Result<()> {
+        self.watch.check()?;
+        self.context.bind_to_thread().map_err(driver_error("use the device"))
+    }
+
     fn synchronize(&self) -> Result<()> {
-        self.stream.get().synchronize().map_err(driver_error("copy between tiers"))
+        self.watch.wait("copy between tiers", || self.stream.is_done())
     }
 }
 
@@ -132,7 +140,7 @@ impl Transfer for CudaTransfer {
         layout: &KvLayout,
         blocks: &[LandingBlock<'_, CudaHostBuffer>],
     ) -> Result<Landing<CudaEvent>> {
-        self.context.bind_to_thread().map_err(driver_error("use the device"))?;
+        self.bind()?;
         let block_bytes = layout.block_bytes();
         let runs = runs(target, blocks, block_bytes)?;
         Landing::queue(layout, MAX_LANDING_EVENTS, |first, end| {

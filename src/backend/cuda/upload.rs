@@ -14,11 +14,16 @@ use crate::Result;
 /// Bytes of one staging buffer.
 const STAGING_BYTES: usize = 4 << 20;
 
+/// The fewest, where the system page-locks little.
+const MIN_STAGING_BYTES: usize = 64 << 10;
+
 /// The staging buffers and the stream they are emptied on.
 pub(super) struct Uploader {
     stream: CudaStream,
     events: Arc<EventPool>,
     slots: [Slot; 2],
+    /// Bytes of each.
+    slot_bytes: usize,
     next: usize,
 }
 
@@ -30,10 +35,14 @@ struct Slot {
 
 impl Uploader {
     pub(super) fn new(context: &Arc<CudaContext>, events: &Arc<EventPool>) -> Result<Self> {
-        let slot =
-            || -> Result<Slot> { Ok(Slot { host: CudaHostBuffer::allocate(context, STAGING_BYTES)?, copied: None }) };
+        let slot = || -> Result<Slot> {
+            let host = CudaHostBuffer::allocate_up_to(context, STAGING_BYTES, MIN_STAGING_BYTES)?;
+            Ok(Slot { host, copied: None })
+        };
         let stream = CudaStream::new(context)?;
-        Ok(Self { stream, events: Arc::clone(events), slots: [slot()?, slot()?], next: 0 })
+        let slots = [slot()?, slot()?];
+        let slot_bytes = slots[0].host.as_ref().len().min(slots[1].host.as_ref().len());
+        Ok(Self { stream, events: Arc::clone(events), slots, slot_bytes, next: 0 })
     }
 
     /// Writes `num_rows` rows of `row_bytes` into `target`, beginning at its byte 0, and waits until they are there.
@@ -45,18 +54,19 @@ impl Uploader {
         row_bytes: usize,
         mut fill: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        if row_bytes > STAGING_BYTES {
+        let slot_bytes = self.slot_bytes;
+        if row_bytes > slot_bytes {
             let mut row = vec![0; row_bytes];
             for index in 0..num_rows {
                 fill(index, &mut row);
-                for (part, bytes) in row.chunks(STAGING_BYTES).enumerate() {
-                    let offset = index * row_bytes + part * STAGING_BYTES;
+                for (part, bytes) in row.chunks(slot_bytes).enumerate() {
+                    let offset = index * row_bytes + part * slot_bytes;
                     self.upload_part(target, offset, bytes.len(), |out| out.copy_from_slice(bytes))?;
                 }
             }
             return self.finish();
         }
-        let rows_per_part = STAGING_BYTES / row_bytes.max(1);
+        let rows_per_part = slot_bytes / row_bytes.max(1);
         for first in (0..num_rows).step_by(rows_per_part) {
             let rows = first..num_rows.min(first + rows_per_part);
             self.upload_part(target, first * row_bytes, rows.len() * row_bytes, |out| {

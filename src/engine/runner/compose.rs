@@ -97,7 +97,7 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     fn write_probe(&mut self, running: &[Box<Sequence>], probing: &[ScheduledSequence]) -> ProbeBatch<B::Buffer> {
-        let (attention, input_ids) = self.write_tokens(running, probing);
+        let (attention, input_ids) = self.write_tokens(running, probing, None);
         let num_tokens = attention.num_tokens;
         let (slots, slots_at) = self.inputs.reserve(1, num_tokens);
         let (no_slots, no_slots_at) = self.inputs.reserve(1, num_tokens);

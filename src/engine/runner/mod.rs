@@ -1,6 +1,7 @@
 //! Turns scheduled sequences into one forward pass and brings back what the host needs of it.
 
 mod compose;
+mod decode;
 
 use std::sync::Arc;
 
@@ -18,8 +19,8 @@ use super::sequence::{Sequence, Work};
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
-    AttentionMetadata, Backend, DType, Device, Landing, LoraBatch, LoraLoader, RowSampling, SamplingBatch, StepBounds,
-    StreamKind, Tensor,
+    AttentionMetadata, Backend, DType, DecodeShape, Device, Landing, LoraBatch, LoraLoader, RowSampling, SamplingBatch,
+    StepBounds, StreamKind, Tensor,
 };
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
@@ -43,6 +44,9 @@ pub(super) struct ModelRunner<B: Backend> {
     host_rows: B::HostBuffer,
     /// Bytes of `host_rows` in use.
     num_row_bytes: usize,
+    /// What block tables and contexts of a step hold at the most.
+    max_blocks: usize,
+    max_model_len: usize,
     outputs: Vec<SequenceOutput>,
 }
 
@@ -136,6 +140,8 @@ impl<B: Backend> ModelRunner<B> {
             lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
             merged: None,
             num_row_bytes: 0,
+            max_blocks,
+            max_model_len: limits.max_model_len,
             outputs: Vec::with_capacity(limits.max_num_seqs),
             backend,
             model,
@@ -165,6 +171,16 @@ impl<B: Backend> ModelRunner<B> {
     /// Bytes of a block of the KV arena.
     pub(super) fn block_bytes(&self) -> usize {
         self.kv.layout.block_bytes()
+    }
+
+    /// An error when the device has failed.
+    pub(super) fn check_device(&self) -> Result<()> {
+        self.backend.check()
+    }
+
+    /// Whether giving back the device's memory may have no end.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.backend.is_stalled()
     }
 
     /// What arranges adapters for this runner.
@@ -210,20 +226,21 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Computes the scheduled tokens, if there are any, and waits for the results. Some of their sequences' blocks may still
-    /// be on their way up.
+    /// be on their way up. Whether the device repeated a step that it had kept.
     pub(super) fn run<'a>(
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
         residency: &Residency,
         landings: impl Iterator<Item = &'a DeviceLanding>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         if scheduled.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         self.gather(running, scheduled)?;
         let landings: Vec<&Landing<B::Event>> = landings.map(known_landing).collect();
-        let batch = self.prepare(running, scheduled, &landings);
+        let shape = if landings.is_empty() { self.repeated_shape(running, scheduled) } else { None };
+        let batch = self.prepare(running, scheduled, shape, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
         let sampling = self.write_sampling(running, scheduled, batch.num_logits);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
@@ -232,12 +249,43 @@ impl<B: Backend> ModelRunner<B> {
         let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
         let merged = merged_rows(self.merged.as_ref(), running, scheduled);
         let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, merged });
-        self.model.forward(&self.backend, &self.stream, &batch, adapted.as_ref(), &self.kv, &self.workspace)?;
+        // What is drawn changes from step to step, so it is never a part of what is repeated.
+        let takes_likeliest = shape.is_some() || sampling.is_none();
+        let compute = &mut || self.compute(&batch, adapted.as_ref(), takes_likeliest);
+        let is_repeated = match shape {
+            Some(shape) => self.backend.repeat_step(&self.stream, shape, compute)?,
+            None => compute().map(|()| false)?,
+        };
         drop(adapted);
         self.lora.clear();
         self.fetch(running, scheduled, &batch, sampling.as_ref())?;
         let done = self.backend.record(&self.stream)?;
-        self.backend.synchronize(&done)
+        match landings.is_empty() {
+            true => self.backend.synchronize(&done)?,
+            false => self.backend.synchronize_landed(&done)?,
+        }
+        Ok(is_repeated)
+    }
+
+    /// Queues the layers, and the likeliest token of each row of logits.
+    fn compute(
+        &self,
+        batch: &ForwardBatch<'_, B::Buffer, B::Event>,
+        adapted: Option<&Adapted<'_, B>>,
+        takes_likeliest: bool,
+    ) -> Result<()> {
+        self.model.forward(&self.backend, &self.stream, batch, adapted, &self.kv, &self.workspace)?;
+        match batch.num_logits {
+            rows if rows > 0 && takes_likeliest => {
+                self.backend.argmax(&self.stream, &self.workspace.logits(rows), &self.tokens_of(rows))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the tokens chosen from so many rows of logits are.
+    fn tokens_of(&self, num_rows: usize) -> Tensor<B::Buffer> {
+        Tensor::new(self.tokens.buffer().clone(), 0, 1, num_rows, DType::I32)
     }
 
     /// Plans a copy of the projections with these adapters merged into them, and says how many bytes it takes.
@@ -277,11 +325,12 @@ impl<B: Backend> ModelRunner<B> {
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
+        shape: Option<DecodeShape>,
         landings: &'a [&'a Landing<B::Event>],
     ) -> ForwardBatch<'a, B::Buffer, B::Event> {
         self.inputs.len = 0;
         self.assign_outputs(running, scheduled);
-        let attention = self.write_tokens(running, scheduled);
+        let attention = self.write_tokens(running, scheduled, shape);
         let (num_logits, num_outputs) = self.count_outputs(running, scheduled);
         let (output_rows, range) = self.inputs.reserve(1, num_outputs);
         let mut rows = range.start;
@@ -389,14 +438,17 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
+    /// The tokens and where they belong, as if in a step of `shape` where that is given.
     fn write_tokens(
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
+        shape: Option<DecodeShape>,
     ) -> (AttentionMetadata<B::Buffer>, Tensor<B::Buffer>) {
         let num_seqs = scheduled.len();
         let num_tokens = scheduled.iter().map(|entry| entry.num_tokens).sum();
-        let max_blocks = scheduled.iter().map(|entry| running[entry.index].blocks.len()).max().unwrap_or(0);
+        let most_blocks = scheduled.iter().map(|entry| running[entry.index].blocks.len()).max().unwrap_or(0);
+        let max_blocks = shape.map_or(most_blocks, |shape| shape.max_blocks);
         let (input_ids, ids_at) = self.inputs.reserve(1, num_tokens);
         let (positions, positions_at) = self.inputs.reserve(1, num_tokens);
         let (slot_mapping, slots_at) = self.inputs.reserve(1, num_tokens);
@@ -426,6 +478,7 @@ impl<B: Backend> ModelRunner<B> {
             max_query_len = max_query_len.max(entry.num_tokens);
             max_context_len = max_context_len.max(context_len);
         }
+        let max_context_len = shape.map_or(max_context_len, |shape| shape.max_context_len);
         let metadata = AttentionMetadata {
             num_seqs,
             num_tokens,
@@ -450,11 +503,10 @@ impl<B: Backend> ModelRunner<B> {
     ) -> Result<()> {
         self.num_row_bytes = 0;
         if batch.num_logits > 0 {
-            let logits = self.workspace.logits(batch.num_logits);
-            let tokens = Tensor::new(self.tokens.buffer().clone(), 0, 1, batch.num_logits, DType::I32);
-            match sampling {
-                Some(sampling) => self.backend.sample(&self.stream, &logits, sampling, &tokens)?,
-                None => self.backend.argmax(&self.stream, &logits, &tokens)?,
+            let tokens = self.tokens_of(batch.num_logits);
+            if let Some(sampling) = sampling {
+                let logits = self.workspace.logits(batch.num_logits);
+                self.backend.sample(&self.stream, &logits, sampling, &tokens)?;
             }
             self.backend.download(&self.stream, &tokens, &mut self.host_tokens, 0)?;
         }

@@ -1,0 +1,114 @@
+//! `mneme serve` on a device that fails or has little memory.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+
+use crate::command::driver_folder;
+use crate::support::byte_tokenizer;
+use crate::support::softgpu;
+use crate::support::tiny_model::{Family, TinyModel, Written};
+
+/// A model that text can be given to.
+fn model() -> Written {
+    let model = TinyModel::new(Family::Llama, 3).write();
+    let (file, config) = byte_tokenizer::files();
+    std::fs::write(model.path().join("tokenizer.json"), file).unwrap();
+    std::fs::write(model.path().join("tokenizer_config.json"), config).unwrap();
+    model
+}
+
+/// A server, killed when dropped.
+struct Served {
+    child: Child,
+    /// Lines of its log.
+    lines: Receiver<String>,
+    /// Those that were read.
+    log: String,
+    _driver: tempfile::TempDir,
+}
+
+impl Served {
+    fn start(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        let driver = driver_folder();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
+        command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--no-vault", "--port", "0"]);
+        command.args(["--served-model-name", "tiny"]);
+        command.args(arguments).envs(variables.iter().copied());
+        command.env("LD_LIBRARY_PATH", driver.path()).env("MNEME_LOG", "info").env_remove("MNEME_API_KEY");
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let (sender, lines) = channel();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        Self { child, lines, log: String::new(), _driver: driver }
+    }
+
+    /// Reads the log up to a line with `wanted`, which it returns; an end before that fails.
+    fn wait_for(&mut self, wanted: &str) -> String {
+        loop {
+            let Ok(line) = self.lines.recv() else { panic!("no {wanted:?} in {}", self.log) };
+            self.log += &line;
+            self.log.push('\n');
+            if line.contains(wanted) {
+                return line;
+            }
+        }
+    }
+
+    /// Where it listens, once it does.
+    fn address(&mut self) -> String {
+        let line = self.wait_for("mneme serves");
+        line.split("http://").nth(1).unwrap().trim_end_matches("/v1").to_owned()
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// The answer to one request, head and all.
+fn ask(address: &str, request: &str, body: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    let length = body.len();
+    let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n");
+    write!(stream, "{head}Content-Type: application/json\r\n\r\n{body}").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+const COMPLETION: &str = r#"{"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0}"#;
+
+/// 2 GiB of KV blocks are the default.
+#[test]
+fn a_small_device_gets_a_small_pool() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let (model, small) = (model(), [("SOFTGPU_MEMORY_MIB", "192"), ("SOFTGPU_QUIET", "1")]);
+    let mut served = Served::start(&model, &[], &small);
+    let said = served.wait_for("does not fit");
+    assert!(said.contains("2048 MiB") && said.contains("--kv-cache-memory-bytes"), "{said}");
+    let address = served.address();
+    let answer = ask(&address, "POST /v1/completions", COMPLETION);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+/// What cannot be made smaller is said at once.
+#[test]
+fn a_device_without_room_is_refused() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let model = model();
+    let mut served = Served::start(&model, &[], &[("SOFTGPU_MEMORY_MIB", "48"), ("SOFTGPU_QUIET", "1")]);
+    served.wait_for("are free; give a smaller --kv-cache-memory-bytes");
+    assert!(!served.child.wait().unwrap().success());
+}
