@@ -25,7 +25,7 @@ pub(crate) struct EngineArgs {
     /// What computes: auto, cpu, cuda, cuda:N or softgpu; auto is the first usable GPU, else the CPU
     #[arg(long, env = "MNEME_DEVICE", default_value_t = DeviceArg::Auto)]
     pub(crate) device: DeviceArg,
-    /// What weights are kept as; auto keeps them as stored, quantised ones quantised (bf16 on a GPU)
+    /// What weights are kept as; auto keeps them as stored, quantised ones quantised, on a GPU the others bf16
     #[arg(long, value_enum, default_value_t = WeightDtype::Auto)]
     pub(crate) dtype: WeightDtype,
     /// What the KV cache is kept as; auto is bf16, on a GPU the type of its weights

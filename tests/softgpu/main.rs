@@ -25,6 +25,7 @@ mod paging_deposits;
 mod paging_tiers;
 #[path = "../generation/parameters.rs"]
 mod parameters;
+mod quantised;
 #[path = "../support/mod.rs"]
 mod support;
 #[path = "../paging/vault.rs"]
