@@ -32,7 +32,7 @@ pub(crate) struct EngineArgs {
     /// Where weights come from: auto reads them, dummy draws them by --seed in the shapes of the model's config.json
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
     load_format: LoadFormat,
-    /// What weights are kept as; auto keeps them as stored, quantised ones quantised (bf16 on a GPU)
+    /// What weights are kept as; auto keeps them as stored, quantised ones quantised, on a GPU the others bf16
     #[arg(long, value_enum, default_value_t = WeightDtype::Auto)]
     pub(crate) dtype: WeightDtype,
     /// What the KV cache is kept as; auto is bf16, on a GPU the type of its weights

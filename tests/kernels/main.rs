@@ -12,6 +12,7 @@ mod landing;
 mod linear;
 mod lora;
 mod lora_merge;
+mod quantised;
 mod raw;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,4 +1,5 @@
-//! What the kernels of adapters move on shapes that models have: hardly more than every byte once, in whole sectors.
+//! What kernels of adapters and of quantised weights move on shapes that models have: hardly more than every byte once, in
+//! whole sectors.
 
 use mneme::backend::{Backend, DType};
 use serde_json::Value;
@@ -6,6 +7,7 @@ use serde_json::Value;
 use crate::gpu::{Gpu, host_tensor};
 use crate::lora::{self, Case, Entry};
 use crate::lora_merge;
+use crate::quantised::{FORMATS, random_blocks};
 use crate::support::random::Random;
 use crate::support::softgpu;
 
@@ -51,6 +53,41 @@ fn kernels_of_adapters_move_hardly_more_than_they_must() {
     for (kernel, (over_least, efficiency)) in kernels.iter().zip(found) {
         assert!(over_least <= 1.05, "{kernel} moves {over_least:.3} times the least");
         assert!(efficiency >= 0.95, "{kernel} uses {efficiency:.3} of the sectors it touches");
+    }
+}
+
+/// One token through a projection with as many outputs as gate and up of a model of 3 billion weights have. How many
+/// inputs it has changes no ratio.
+fn decode_quantised(gpu: &Gpu) {
+    const OUTPUTS: usize = 16384;
+    const INPUTS: usize = 256;
+    let random = &mut Random::new(3);
+    let x = gpu.activations(&gpu.numbers(random, INPUTS, 1.0), 1, INPUTS);
+    for format in FORMATS {
+        let blocks = random_blocks(random, format, OUTPUTS, INPUTS);
+        let weight = gpu.backend.load_matrix(&[host_tensor(&blocks, OUTPUTS, INPUTS, format)], None).unwrap();
+        let out = gpu.output(1, OUTPUTS, DType::F32);
+        gpu.backend.linear(&gpu.stream, &x, &weight, None, &out.tensor).unwrap();
+        gpu.synchronize();
+    }
+}
+
+/// Weights in blocks are read as they are: no byte more than the file has.
+#[test]
+fn quantised_weights_are_read_once() {
+    let counted = softgpu::count("traffic::quantised_weights_are_read_once", || {
+        decode_quantised(&Gpu::new(DType::BF16));
+    });
+    let Some(counted) = counted else { return };
+    for format in FORMATS {
+        let counters = &counted[format!("quant_gemm_bf16_{format}_t16")];
+        let (over_least, efficiency) = traffic(counters);
+        let footprint = counters["global_load_footprint_bytes"].as_f64().unwrap();
+        let stored = (16384 * format.row_bytes(256).unwrap() + 256 * 2) as f64;
+        eprintln!("{format}: {over_least:.3} of the least, sector efficiency {efficiency:.3}");
+        assert_eq!(footprint, stored, "{format}: what is read are blocks and x");
+        assert!(over_least <= 1.05, "{format} moves {over_least:.3} times the least");
+        assert!(efficiency >= 0.95, "{format} uses {efficiency:.3} of the sectors it touches");
     }
 }
 

@@ -27,6 +27,7 @@ mod paging_deposits;
 mod paging_tiers;
 #[path = "../generation/parameters.rs"]
 mod parameters;
+mod quantised;
 mod serving;
 #[path = "../support/mod.rs"]
 mod support;

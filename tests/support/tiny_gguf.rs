@@ -1,13 +1,14 @@
-//! The tiny Llama as a GGUF file: a small writer for f32, q8_0 and q4_0 tensors.
+//! The tiny Llama as a GGUF file: a small writer for f32, q8_0 and q4_0 tensors, and for others through candle.
 //!
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. As llama.cpp's converter does, the rows of q and
 //! k are stored so that the two halves of each head alternate.
 
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use half::f16;
+use mneme::backend::{DType, dequantize_row};
 
-use super::tiny_model::{
-    EPSILON, Family, HEAD_DIM, HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, TinyModel, Weights, Written,
-};
+use super::tiny_model::{EPSILON, Family, NUM_HEADS, NUM_KV_HEADS, TinyModel, Written};
 
 const ALIGNMENT: usize = 32;
 
@@ -17,6 +18,12 @@ pub enum Storage {
     F32,
     Q8_0,
     Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q4K,
+    Q5K,
+    Q6K,
 }
 
 impl Storage {
@@ -24,7 +31,28 @@ impl Storage {
         match self {
             Storage::F32 => 0,
             Storage::Q4_0 => 2,
+            Storage::Q4_1 => 3,
+            Storage::Q5_0 => 6,
+            Storage::Q5_1 => 7,
             Storage::Q8_0 => 8,
+            Storage::Q4K => 12,
+            Storage::Q5K => 13,
+            Storage::Q6K => 14,
+        }
+    }
+
+    /// What candle and mneme call the formats that are not written here.
+    fn names(self) -> (GgmlDType, DType) {
+        match self {
+            Storage::F32 => (GgmlDType::F32, DType::F32),
+            Storage::Q8_0 => (GgmlDType::Q8_0, DType::Q8_0),
+            Storage::Q4_0 => (GgmlDType::Q4_0, DType::Q4_0),
+            Storage::Q4_1 => (GgmlDType::Q4_1, DType::Q4_1),
+            Storage::Q5_0 => (GgmlDType::Q5_0, DType::Q5_0),
+            Storage::Q5_1 => (GgmlDType::Q5_1, DType::Q5_1),
+            Storage::Q4K => (GgmlDType::Q4K, DType::Q4K),
+            Storage::Q5K => (GgmlDType::Q5K, DType::Q5K),
+            Storage::Q6K => (GgmlDType::Q6K, DType::Q6K),
         }
     }
 
@@ -33,6 +61,10 @@ impl Storage {
             Storage::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             Storage::Q8_0 => values.chunks(32).flat_map(|block| q8_0(block).0).collect(),
             Storage::Q4_0 => values.chunks(32).flat_map(|block| q4_0(block).0).collect(),
+            _ => {
+                let values = Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap();
+                QTensor::quantize(&values, self.names().0).unwrap().data().unwrap().into_owned()
+            }
         }
     }
 
@@ -42,6 +74,11 @@ impl Storage {
             Storage::F32 => values.to_vec(),
             Storage::Q8_0 => values.chunks(32).flat_map(|block| q8_0(block).1).collect(),
             Storage::Q4_0 => values.chunks(32).flat_map(|block| q4_0(block).1).collect(),
+            _ => {
+                let mut rounded = vec![0.0; values.len()];
+                dequantize_row(self.names().1, &self.encode(values), &mut rounded);
+                rounded
+            }
         }
     }
 }
@@ -89,10 +126,10 @@ impl TinyModel {
             dims.iter().for_each(|&dim| table.extend((dim as u64).to_le_bytes()));
             table.extend(storage.code().to_le_bytes());
             table.extend((data.len() as u64).to_le_bytes());
-            data.extend(storage.encode(&stored_rows(name, weights)));
+            data.extend(storage.encode(&interleaved(name, &weights.values, weights.columns, self.head_dim())));
             data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
         }
-        let (num_entries, metadata) = metadata();
+        let (num_entries, metadata) = metadata(self);
         let mut file = b"GGUF".to_vec();
         file.extend(3u32.to_le_bytes());
         file.extend((self.tensors.len() as u64).to_le_bytes());
@@ -113,14 +150,14 @@ pub(super) fn text(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend(text.as_bytes());
 }
 
-fn metadata() -> (usize, Vec<u8>) {
+fn metadata(model: &TinyModel) -> (usize, Vec<u8>) {
     let mut bytes = Vec::new();
     text(&mut bytes, "general.architecture");
     bytes.extend(8u32.to_le_bytes());
     text(&mut bytes, "llama");
     let sizes = [
-        ("llama.embedding_length", HIDDEN),
-        ("llama.feed_forward_length", INTERMEDIATE),
+        ("llama.embedding_length", model.tensor("model.embed_tokens.weight").columns),
+        ("llama.feed_forward_length", model.tensor("model.layers.0.mlp.down_proj.weight").columns),
         ("llama.block_count", Family::Llama.num_layers()),
         ("llama.attention.head_count", NUM_HEADS),
         ("llama.attention.head_count_kv", NUM_KV_HEADS),
@@ -154,10 +191,6 @@ pub(super) fn gguf_name(name: &str) -> String {
         ("mlp.down_proj", "ffn_down"),
     ];
     whole.iter().chain(&parts).fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
-}
-
-fn stored_rows(name: &str, weights: &Weights) -> Vec<f32> {
-    interleaved(name, &weights.values, weights.columns, HEAD_DIM)
 }
 
 /// Rows of `columns` numbers in the order in which files of the Llama architecture have those of q and k.

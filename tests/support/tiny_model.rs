@@ -21,6 +21,18 @@ pub const HEAD_DIM: usize = 16;
 pub const WINDOW: usize = 32;
 pub const EPSILON: f64 = 1e-5;
 
+/// How wide a model is.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    hidden: usize,
+    intermediate: usize,
+    head_dim: usize,
+}
+
+const TINY: Sizes = Sizes { hidden: HIDDEN, intermediate: INTERMEDIATE, head_dim: HEAD_DIM };
+/// Rows of whole blocks of 256.
+const WIDE: Sizes = Sizes { hidden: 256, intermediate: 512, head_dim: 64 };
+
 /// What kind of decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -77,11 +89,20 @@ impl Written {
 
 impl TinyModel {
     pub fn new(family: Family, seed: u64) -> Self {
-        let mut maker = Maker { random: Random::new(seed), tensors: BTreeMap::new() };
-        maker.matrix("model.embed_tokens.weight", VOCAB, HIDDEN, 0.3);
-        maker.norm(family, "model.norm.weight", HIDDEN);
+        Self::with_sizes(family, seed, TINY)
+    }
+
+    /// A Llama wide enough for every quantised format; for `write_gguf` alone.
+    pub fn wide(seed: u64) -> Self {
+        Self::with_sizes(Family::Llama, seed, WIDE)
+    }
+
+    fn with_sizes(family: Family, seed: u64, sizes: Sizes) -> Self {
+        let mut maker = Maker { random: Random::new(seed), sizes, tensors: BTreeMap::new() };
+        maker.matrix("model.embed_tokens.weight", VOCAB, sizes.hidden, 0.3);
+        maker.norm(family, "model.norm.weight", sizes.hidden);
         if family == Family::Llama3 {
-            maker.matrix("lm_head.weight", VOCAB, HIDDEN, 0.3);
+            maker.matrix("lm_head.weight", VOCAB, sizes.hidden, 0.3);
         }
         for layer in 0..family.num_layers() {
             maker.layer(family, &format!("model.layers.{layer}"));
@@ -91,6 +112,11 @@ impl TinyModel {
 
     pub fn tensor(&self, name: &str) -> &Weights {
         self.tensors.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
+    /// Numbers of a head.
+    pub fn head_dim(&self) -> usize {
+        self.tensor("model.layers.0.self_attn.q_proj.weight").rows / NUM_HEADS
     }
 
     pub fn config(&self) -> Value {
@@ -162,20 +188,22 @@ impl TinyModel {
 
 struct Maker {
     random: Random,
+    sizes: Sizes,
     tensors: BTreeMap<String, Weights>,
 }
 
 impl Maker {
     fn layer(&mut self, family: Family, prefix: &str) {
-        let (q_size, kv_size) = (NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM);
+        let Sizes { hidden, intermediate, head_dim } = self.sizes;
+        let (q_size, kv_size) = (NUM_HEADS * head_dim, NUM_KV_HEADS * head_dim);
         for (part, rows, columns, gain) in [
-            ("self_attn.q_proj", q_size, HIDDEN, 1.2),
-            ("self_attn.k_proj", kv_size, HIDDEN, 1.2),
-            ("self_attn.v_proj", kv_size, HIDDEN, 1.5),
-            ("self_attn.o_proj", HIDDEN, q_size, 1.5),
-            ("mlp.gate_proj", INTERMEDIATE, HIDDEN, 1.5),
-            ("mlp.up_proj", INTERMEDIATE, HIDDEN, 1.5),
-            ("mlp.down_proj", HIDDEN, INTERMEDIATE, 1.5),
+            ("self_attn.q_proj", q_size, hidden, 1.2),
+            ("self_attn.k_proj", kv_size, hidden, 1.2),
+            ("self_attn.v_proj", kv_size, hidden, 1.5),
+            ("self_attn.o_proj", hidden, q_size, 1.5),
+            ("mlp.gate_proj", intermediate, hidden, 1.5),
+            ("mlp.up_proj", intermediate, hidden, 1.5),
+            ("mlp.down_proj", hidden, intermediate, 1.5),
         ] {
             self.matrix(&format!("{prefix}.{part}.weight"), rows, columns, gain / (columns as f64).sqrt());
         }
@@ -189,11 +217,11 @@ impl Maker {
             norms.extend(["pre_feedforward_layernorm", "post_feedforward_layernorm"]);
         }
         for norm in norms {
-            self.norm(family, &format!("{prefix}.{norm}.weight"), HIDDEN);
+            self.norm(family, &format!("{prefix}.{norm}.weight"), hidden);
         }
         if family.has_head_norms() {
-            self.norm(family, &format!("{prefix}.self_attn.q_norm.weight"), HEAD_DIM);
-            self.norm(family, &format!("{prefix}.self_attn.k_norm.weight"), HEAD_DIM);
+            self.norm(family, &format!("{prefix}.self_attn.q_norm.weight"), head_dim);
+            self.norm(family, &format!("{prefix}.self_attn.k_norm.weight"), head_dim);
         }
     }
 

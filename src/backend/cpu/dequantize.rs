@@ -1,7 +1,8 @@
 //! What the numbers of a checkpoint's rows are: ggml's block formats, taken apart and turned into f32.
 //!
 //! The block layouts are those of ggml's `ggml-common.h` and `ggml-quants.c` (formats Q4_0 to Q6_K). Packing
-//! (`packed.rs`) starts from the same [`Block`], so that a packed weight and a dequantised one are the same number.
+//! (`packed.rs`, and the records of CUDA) starts from the same [`Block`], so that a packed weight and a dequantised one are
+//! the same number.
 
 use half::{bf16, f16};
 
@@ -12,15 +13,15 @@ pub(super) const MAX_BLOCK: usize = 256;
 
 /// One block of a row, taken apart. An element is `scale * (code - bias) + minimum`; see [`Block::term`].
 #[derive(Clone)]
-pub(super) struct Block {
+pub(in crate::backend) struct Block {
     /// The block's scale.
-    pub(super) scale: f16,
+    pub(in crate::backend) scale: f16,
     /// The block's offset (Q4_1, Q5_1) or the scale of its minima (Q4_K, Q5_K); else zero.
-    pub(super) offset: f16,
+    pub(in crate::backend) offset: f16,
     /// Of K-quants, per 32 elements: (scale, minimum) unsigned, or for Q6_K the signed scales of two halves.
-    pub(super) sub_scales: [[u8; 2]; MAX_BLOCK / 32],
+    pub(in crate::backend) sub_scales: [[u8; 2]; MAX_BLOCK / 32],
     /// The codes, unsigned.
-    pub(super) codes: [u8; MAX_BLOCK],
+    pub(in crate::backend) codes: [u8; MAX_BLOCK],
 }
 
 /// Scale and minimum that some elements share.
@@ -101,7 +102,7 @@ impl Term {
 }
 
 impl Block {
-    pub(super) fn new() -> Self {
+    pub(in crate::backend) fn new() -> Self {
         Self { scale: f16::ZERO, offset: f16::ZERO, sub_scales: [[0; 2]; MAX_BLOCK / 32], codes: [0; MAX_BLOCK] }
     }
 
@@ -111,7 +112,7 @@ impl Block {
     }
 
     /// Takes one block of a quantised `dtype` apart.
-    pub(super) fn read(&mut self, dtype: DType, bytes: &[u8]) {
+    pub(in crate::backend) fn read(&mut self, dtype: DType, bytes: &[u8]) {
         match dtype {
             DType::Q4_0 => self.read_small(bytes, false, false),
             DType::Q4_1 => self.read_small(bytes, true, false),

@@ -6,7 +6,6 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -55,7 +54,6 @@ pub struct CudaBackend {
     watch: Arc<CopyWatch>,
     /// Used while weights and adapters are loaded.
     uploader: Arc<Mutex<Uploader>>,
-    said_dequantised: AtomicBool,
     context: Arc<CudaContext>,
 }
 
@@ -73,7 +71,6 @@ impl CudaBackend {
             partials: Partials::allocate(&context)?,
             lora: LoraScratch::allocate(&context)?,
             uploader: Arc::new(Mutex::new(Uploader::new(&context, &events)?)),
-            said_dequantised: AtomicBool::new(false),
             watch: Arc::new(CopyWatch::new(info.is_software())),
             info,
             dtype,
@@ -213,13 +210,6 @@ impl Backend for CudaBackend {
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<CudaMatrix> {
-        let quantised = parts.iter().find(|part| part.dtype().is_quantised());
-        if let Some(part) = quantised
-            && !self.said_dequantised.swap(true, Ordering::Relaxed)
-        {
-            let (found, kept) = (part.dtype(), self.dtype);
-            tracing::info!("quantised weights ({found} and others) are unpacked to {kept} on CUDA");
-        }
         CudaMatrix::load(self, parts, dtype)
     }
 
@@ -256,12 +246,7 @@ impl Backend for CudaBackend {
         scale: f32,
         out: &CudaTensor,
     ) -> Result<()> {
-        let (table, num_tokens) = (table.tensor(), ids.columns());
-        ids.expect("token ids", 1, num_tokens, DType::I32)?;
-        out.expect("embedding output", num_tokens, table.columns(), DType::F32)?;
-        let arguments = Arguments::new().tensor(out)?.tensor(table)?.tensor(ids)?.int(table.columns())?.float(scale);
-        // SAFETY: embed(out, table, ids, hidden, scale), shapes as checked; ids are below the vocabulary.
-        unsafe { self.launch(stream, &self.kernels.embed, (num_tokens, 1, 1), 256, arguments) }
+        table.embed(self, stream, ids, scale, out)
     }
 
     fn linear(
@@ -272,23 +257,7 @@ impl Backend for CudaBackend {
         bias: Option<&CudaTensor>,
         out: &CudaTensor,
     ) -> Result<()> {
-        let weight = weight.tensor();
-        let (num_tokens, inputs, outputs) = (x.rows(), weight.columns(), weight.rows());
-        x.expect("projection input", num_tokens, inputs, self.dtype)?;
-        if out.dtype() != DType::F32 {
-            out.expect("projection output", num_tokens, outputs, self.dtype)?;
-        }
-        out.expect("projection output", num_tokens, outputs, out.dtype())?;
-        if let Some(bias) = bias {
-            bias.expect("projection bias", 1, outputs, DType::F32)?;
-        }
-        let gemm = self.kernels.gemm(out.dtype(), num_tokens);
-        let tile = gemm.tile;
-        let blocks = (num_tokens.div_ceil(tile.tokens), outputs.div_ceil(tile.outputs), 1);
-        let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(weight)?.optional(bias)?;
-        let arguments = arguments.int(num_tokens)?.int(outputs)?.int(inputs)?;
-        // SAFETY: gemm(out, x, weight, bias, num_tokens, n, k), shapes as checked.
-        unsafe { self.launch(stream, &gemm.kernel, blocks, tile.threads, arguments) }
+        weight.multiply(self, stream, x, bias, out)
     }
 
     fn add_lora(
@@ -303,7 +272,7 @@ impl Backend for CudaBackend {
     }
 
     fn merged_bytes(&self, weight: &CudaMatrix) -> Result<usize> {
-        Ok(weight.tensor().num_bytes())
+        Ok(weight.plain()?.num_bytes())
     }
 
     fn allocate_merged(&self, weight: &CudaMatrix) -> Result<CudaMatrix> {

@@ -4,10 +4,12 @@
 
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::{CudaContext, CudaFunction};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use super::driver::driver_error;
 use super::modules::Modules;
+use super::records::{GROUP_ROWS, Records};
 use crate::backend::DType;
 use crate::{Result, unsupported};
 
@@ -48,6 +50,27 @@ const GEMM_TILES: [GemmTile; 4] = [
     GemmTile { tokens: 128, outputs: 128, threads: 256, shared_bytes: 65536 },
 ];
 
+/// What multiplies and looks up weights of one quantised format.
+pub(super) struct QuantisedKernels {
+    /// Rows as an embedding.
+    pub(super) embed: Kernel,
+    /// For few rows; a narrow tile, and a wide one for many outputs.
+    decode: [QuantisedTile; 2],
+    /// The same for more rows.
+    prefill: [QuantisedTile; 2],
+}
+
+/// One tiling of the product with quantised weights.
+pub(super) struct QuantisedTile {
+    pub(super) kernel: Kernel,
+    pub(super) tokens: usize,
+    pub(super) outputs: usize,
+    pub(super) threads: usize,
+}
+
+/// Blocks that are enough for a large GPU. With more, each with fewer outputs, x would be read more often.
+const WANTED_BLOCKS: usize = 128;
+
 /// Attention for one head size.
 pub(super) struct AttentionKernels {
     pub(super) head_dim: usize,
@@ -81,12 +104,14 @@ pub(super) struct Kernels {
     pub(super) gather_rows: Kernel,
     pub(super) argmax: Kernel,
     pub(super) sample: Kernel,
+    dtype: DType,
+    quantised: Mutex<HashMap<DType, Arc<QuantisedKernels>>>,
 }
 
 impl Kernels {
-    /// Loads the modules and finds the functions for activations of `dtype`.
+    /// Finds the functions for activations of `dtype`, but those for quantised weights, which few models have.
     pub(super) fn load(context: &Arc<CudaContext>, dtype: DType) -> Result<Self> {
-        let modules = Modules::load(context)?;
+        let modules = Modules::new(context);
         let plain = |file: &str, name: String| Kernel::find(&modules, file, name, 0);
         let gemm = |output: DType| -> Result<Vec<GemmKernel>> {
             GEMM_TILES.into_iter().map(|tile| GemmKernel::find(&modules, dtype, output, tile)).collect()
@@ -114,6 +139,8 @@ impl Kernels {
             gather_rows: plain("rows", "gather_rows".into())?,
             argmax: plain("sampling", "argmax".into())?,
             sample: plain("sampling", "sample".into())?,
+            dtype,
+            quantised: Mutex::default(),
             modules,
         })
     }
@@ -125,6 +152,17 @@ impl Kernels {
                 "attention on CUDA is compiled for heads of {HEAD_DIMS:?} numbers, not {head_dim}; use --device cpu"
             )
         })
+    }
+
+    /// What weights of a quantised format are used with; found when the first are loaded.
+    pub(super) fn quantised(&self, format: DType) -> Result<Arc<QuantisedKernels>> {
+        let mut found = self.quantised.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(kernels) = found.get(&format) {
+            return Ok(Arc::clone(kernels));
+        }
+        let kernels = Arc::new(QuantisedKernels::find(&self.modules, self.dtype, format)?);
+        found.insert(format, Arc::clone(&kernels));
+        Ok(kernels)
     }
 
     /// The tiling for `num_tokens` rows. Which one it is does not change a bit of the result.
@@ -152,6 +190,38 @@ impl GemmKernel {
     fn find(modules: &Modules, input: DType, output: DType, tile: GemmTile) -> Result<Self> {
         let name = format!("gemm_{input}_{output}_t{}", tile.tokens);
         Ok(Self { kernel: Kernel::find(modules, "gemm", name, tile.shared_bytes)?, tile })
+    }
+}
+
+impl QuantisedKernels {
+    fn find(modules: &Modules, dtype: DType, format: DType) -> Result<Self> {
+        let tile = |tokens, warps| QuantisedTile::find(modules, dtype, format, tokens, warps);
+        // As wide as 99 KiB of shared memory allow, which is what the smallest of the GPUs have.
+        let wide = if format.block_bytes() * 8 <= format.block_elements() * 5 { 16 } else { 8 };
+        Ok(Self {
+            embed: Kernel::find(modules, "quantised", format!("quant_embed_{dtype}_{format}"), 0)?,
+            decode: [tile(16, 4)?, tile(16, wide)?],
+            prefill: [tile(64, 4)?, tile(64, 8)?],
+        })
+    }
+
+    /// The tiling for so many rows and outputs. Which one it is does not change a bit of the result.
+    pub(super) fn tile(&self, num_tokens: usize, num_outputs: usize) -> &QuantisedTile {
+        let [narrow, wide] = if num_tokens <= 16 { &self.decode } else { &self.prefill };
+        let num_blocks = num_tokens.div_ceil(wide.tokens) * num_outputs.div_ceil(wide.outputs);
+        if num_blocks >= WANTED_BLOCKS { wide } else { narrow }
+    }
+}
+
+impl QuantisedTile {
+    /// The tile of `tokens` rows for blocks of so many warps. Tiles of the same kernel are found in order of width: the last
+    /// says how much shared memory it may use.
+    fn find(modules: &Modules, dtype: DType, format: DType, tokens: usize, warps: usize) -> Result<Self> {
+        let (groups, x_bytes, num_units) = if tokens == 16 { (warps, 16 << 10, 4) } else { (2 * warps, 24 << 10, 2) };
+        let shared_bytes = x_bytes + num_units * groups * Records::new(format).unit_bytes();
+        let name = format!("quant_gemm_{dtype}_{format}_t{tokens}");
+        let kernel = Kernel::find(modules, "quantised", name, shared_bytes)?;
+        Ok(Self { kernel, tokens, outputs: groups * GROUP_ROWS, threads: 32 * warps })
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) fn merge_rows(
     rows: Range<usize>,
     target: &CudaMatrix,
 ) -> Result<()> {
-    let (weight, target) = (weight.tensor(), target.tensor());
+    let (weight, target) = (weight.plain()?, target.plain()?);
     target.expect("a copy of weights", weight.rows(), weight.columns(), weight.dtype())?;
     if rows.end > weight.rows() {
         return Err(invalid!("rows {rows:?} are to be merged of weights with {}", weight.rows()));

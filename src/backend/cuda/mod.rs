@@ -1,7 +1,8 @@
 //! The CUDA backend: the kernels of `kernels/` behind the [`Backend`](super::Backend) trait.
 //!
 //! The driver is loaded at run time, so this is part of every build and costs nothing where there is no driver.
-//! Activations, weights and the KV cache are bf16 or f16; the residual stream, norms and logits are f32.
+//! Activations, weights and the KV cache are bf16 or f16; quantised weights stay quantised; the residual stream, norms and
+//! logits are f32.
 
 mod attention;
 mod backend;
@@ -16,6 +17,8 @@ mod lora_loader;
 mod lora_merge;
 mod memory;
 mod modules;
+mod quantised;
+mod records;
 mod stream;
 mod transfer;
 mod upload;

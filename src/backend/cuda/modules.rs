@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, sys};
 use cudarc::nvrtc::{self, CompileOptions, Ptx};
@@ -13,20 +13,33 @@ use crate::{Error, Result, unsupported};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// Modules by the name of their source file.
-pub(super) struct Modules(HashMap<&'static str, Arc<CudaModule>>);
+/// Modules by the name of their source file, each loaded onto the device when the first of its kernels is asked for.
+pub(super) struct Modules {
+    context: Arc<CudaContext>,
+    loaded: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+}
 
 impl Modules {
-    /// Loads every module onto the device.
-    pub(super) fn load(context: &Arc<CudaContext>) -> Result<Self> {
-        let load = |(name, image): &(&'static str, Image)| Ok((*name, load_module(context, name, image)?));
-        IMAGES.iter().map(load).collect::<Result<_>>().map(Self)
+    pub(super) fn new(context: &Arc<CudaContext>) -> Self {
+        Self { context: Arc::clone(context), loaded: Mutex::default() }
     }
 
     /// Kernel `name` of source file `file`.
     pub(super) fn function(&self, file: &str, name: &str) -> Result<CudaFunction> {
-        let module = self.0.get(file).ok_or_else(|| Error::Device(format!("there is no kernel file {file}.cu")))?;
+        let module = self.module(file)?;
         module.load_function(name).map_err(driver_error(&format!("find kernel {name} in {file}.cu")))
+    }
+
+    fn module(&self, file: &str) -> Result<Arc<CudaModule>> {
+        let image = IMAGES.iter().find(|(name, _)| *name == file);
+        let (name, image) = image.ok_or_else(|| Error::Device(format!("there is no kernel file {file}.cu")))?;
+        let mut loaded = self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(module) = loaded.get(name) {
+            return Ok(Arc::clone(module));
+        }
+        let module = load_module(&self.context, name, image)?;
+        loaded.insert(name, Arc::clone(&module));
+        Ok(module)
     }
 }
 

@@ -1,18 +1,28 @@
 //! Weights and tables on the device.
 
+#![allow(unsafe_code)]
+
 use std::sync::Arc;
 
 use cudarc::driver::CudaContext;
 use half::{bf16, f16};
 
 use super::backend::CudaBackend;
+use super::launch::Arguments;
 use super::memory::CudaBuffer;
+use super::quantised::QuantisedMatrix;
+use super::stream::CudaStream;
 use crate::backend::cpu::RopeTable;
 use crate::backend::{DType, HostTensor, RopeConfig, Tensor, dequantize_row};
 use crate::{Result, malformed, unsupported};
 
-/// A row-major matrix `[N, K]` of bf16 or f16.
-pub struct CudaMatrix(Tensor<CudaBuffer>);
+/// A row-major matrix `[N, K]` of bf16 or f16, or of blocks of a quantised format.
+pub struct CudaMatrix(Weights);
+
+enum Weights {
+    Plain(Tensor<CudaBuffer>),
+    Quantised(QuantisedMatrix),
+}
 
 /// Cosines and sines of every position: `[max_positions][cosines | sines][head_dim / 2]` f32.
 pub struct CudaRopeTable {
@@ -21,18 +31,41 @@ pub struct CudaRopeTable {
 }
 
 impl CudaMatrix {
-    /// The matrix as a tensor.
-    pub(super) fn tensor(&self) -> &Tensor<CudaBuffer> {
-        &self.0
+    /// Output features.
+    pub(super) fn rows(&self) -> usize {
+        match &self.0 {
+            Weights::Plain(tensor) => tensor.rows(),
+            Weights::Quantised(matrix) => matrix.rows(),
+        }
+    }
+
+    /// Input features.
+    pub(super) fn columns(&self) -> usize {
+        match &self.0 {
+            Weights::Plain(tensor) => tensor.columns(),
+            Weights::Quantised(matrix) => matrix.columns(),
+        }
+    }
+
+    /// The matrix as a tensor, for what changes weights; an error where they are quantised.
+    pub(super) fn plain(&self) -> Result<&Tensor<CudaBuffer>> {
+        match &self.0 {
+            Weights::Plain(tensor) => Ok(tensor),
+            Weights::Quantised(_) => Err(unsupported!(
+                "adapters cannot be merged into quantised weights; they are applied beside them, or merged with --dtype \
+                 bf16, which unpacks weights"
+            )),
+        }
     }
 
     /// Zeros in its shape.
     pub(super) fn zeroed_like(&self, context: &Arc<CudaContext>) -> Result<Self> {
-        let like = self.tensor();
+        let like = self.plain()?;
         let buffer = CudaBuffer::allocate(context, like.num_bytes())?;
-        Ok(Self(Tensor::new(buffer, 0, like.rows(), like.columns(), like.dtype())))
+        Ok(Self(Weights::Plain(Tensor::new(buffer, 0, like.rows(), like.columns(), like.dtype()))))
     }
 
+    /// Quantised parts stay as they are unless a type is wanted; others become the device's type.
     pub(super) fn load(backend: &CudaBackend, parts: &[HostTensor], wanted: Option<DType>) -> Result<Self> {
         let dtype = backend.dtype();
         if let Some(wanted) = wanted.filter(|wanted| *wanted != dtype) {
@@ -40,23 +73,83 @@ impl CudaMatrix {
                 "this CUDA backend keeps matrices as {dtype}, not {wanted}; f32 weights are for --device cpu"
             ));
         }
-        let columns = parts.first().map_or(0, HostTensor::columns);
-        if let Some(part) = parts.iter().find(|part| part.columns() != columns) {
-            return Err(malformed!("{} has {} columns, others beside it {columns}", part.name(), part.columns()));
+        if wanted.is_none() && !parts.is_empty() && parts.iter().all(|part| part.dtype().is_quantised()) {
+            return QuantisedMatrix::load(backend, parts).map(|matrix| Self(Weights::Quantised(matrix)));
         }
-        if columns == 0 || !columns.is_multiple_of(8) {
-            let name = parts.first().map_or("a matrix", HostTensor::name);
-            return Err(unsupported!("{name} has {columns} columns; CUDA kernels need a multiple of 8"));
-        }
-        let rows: Vec<(&HostTensor, usize)> =
-            parts.iter().flat_map(|part| (0..part.rows()).map(move |row| (part, row))).collect();
-        let mut numbers = vec![0.0f32; columns];
-        let buffer = backend.upload_rows(rows.len(), columns * dtype.block_bytes(), |row, out| {
-            let (part, row) = rows[row];
-            round_row(part.dtype(), part.row_bytes(row), dtype, &mut numbers, out);
-        })?;
-        Ok(Self(Tensor::new(buffer, 0, rows.len(), columns, dtype)))
+        load_plain(backend, parts).map(|tensor| Self(Weights::Plain(tensor)))
     }
+
+    /// See [`Backend::embed`](crate::backend::Backend::embed).
+    pub(super) fn embed(
+        &self,
+        backend: &CudaBackend,
+        stream: &CudaStream,
+        ids: &Tensor<CudaBuffer>,
+        scale: f32,
+        out: &Tensor<CudaBuffer>,
+    ) -> Result<()> {
+        ids.expect("token ids", 1, ids.columns(), DType::I32)?;
+        out.expect("embedding output", ids.columns(), self.columns(), DType::F32)?;
+        let table = match &self.0 {
+            Weights::Plain(tensor) => tensor,
+            Weights::Quantised(matrix) => return matrix.embed(backend, stream, ids, scale, out),
+        };
+        let arguments = Arguments::new().tensor(out)?.tensor(table)?.tensor(ids)?.int(table.columns())?.float(scale);
+        // SAFETY: embed(out, table, ids, hidden, scale), shapes as checked; ids are below the vocabulary.
+        unsafe { backend.launch(stream, &backend.kernels().embed, (ids.columns(), 1, 1), 256, arguments) }
+    }
+
+    /// `out = x W^T + bias`; see [`Backend::linear`](crate::backend::Backend::linear).
+    pub(super) fn multiply(
+        &self,
+        backend: &CudaBackend,
+        stream: &CudaStream,
+        x: &Tensor<CudaBuffer>,
+        bias: Option<&Tensor<CudaBuffer>>,
+        out: &Tensor<CudaBuffer>,
+    ) -> Result<()> {
+        let (num_tokens, inputs, outputs) = (x.rows(), self.columns(), self.rows());
+        x.expect("projection input", num_tokens, inputs, backend.dtype())?;
+        if out.dtype() != DType::F32 {
+            out.expect("projection output", num_tokens, outputs, backend.dtype())?;
+        }
+        out.expect("projection output", num_tokens, outputs, out.dtype())?;
+        if let Some(bias) = bias {
+            bias.expect("projection bias", 1, outputs, DType::F32)?;
+        }
+        let weight = match &self.0 {
+            Weights::Plain(tensor) => tensor,
+            Weights::Quantised(matrix) => return matrix.multiply(backend, stream, x, bias, out),
+        };
+        let gemm = backend.kernels().gemm(out.dtype(), num_tokens);
+        let tile = gemm.tile;
+        let blocks = (num_tokens.div_ceil(tile.tokens), outputs.div_ceil(tile.outputs), 1);
+        let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(weight)?.optional(bias)?;
+        let arguments = arguments.int(num_tokens)?.int(outputs)?.int(inputs)?;
+        // SAFETY: gemm(out, x, weight, bias, num_tokens, n, k), shapes as checked.
+        unsafe { backend.launch(stream, &gemm.kernel, blocks, tile.threads, arguments) }
+    }
+}
+
+/// Parts stacked along their rows, rounded to the device's type.
+fn load_plain(backend: &CudaBackend, parts: &[HostTensor]) -> Result<Tensor<CudaBuffer>> {
+    let dtype = backend.dtype();
+    let columns = parts.first().map_or(0, HostTensor::columns);
+    if let Some(part) = parts.iter().find(|part| part.columns() != columns) {
+        return Err(malformed!("{} has {} columns, others beside it {columns}", part.name(), part.columns()));
+    }
+    if columns == 0 || !columns.is_multiple_of(8) {
+        let name = parts.first().map_or("a matrix", HostTensor::name);
+        return Err(unsupported!("{name} has {columns} columns; CUDA kernels need a multiple of 8"));
+    }
+    let rows: Vec<(&HostTensor, usize)> =
+        parts.iter().flat_map(|part| (0..part.rows()).map(move |row| (part, row))).collect();
+    let mut numbers = vec![0.0f32; columns];
+    let buffer = backend.upload_rows(rows.len(), columns * dtype.block_bytes(), |row, out| {
+        let (part, row) = rows[row];
+        round_row(part.dtype(), part.row_bytes(row), dtype, &mut numbers, out);
+    })?;
+    Ok(Tensor::new(buffer, 0, rows.len(), columns, dtype))
 }
 
 /// Writes one stored row as `target`, through `numbers` where the types differ.

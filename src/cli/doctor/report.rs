@@ -161,7 +161,7 @@ impl Report {
         match (&cuda.chosen, &cuda.problem) {
             (Some(gpu), _) => {
                 line(f, "computes on", &format!("CUDA {gpu}; --device cpu overrides"))?;
-                line(f, "GPU weights", "bf16; quantised checkpoints are unpacked to bf16 when they are loaded")
+                line(f, "GPU weights", "bf16; quantised ones stay quantised; --dtype bf16 unpacks them")
             }
             (None, Some(problem)) => line(f, "computes on", &format!("the CPU: {problem}")),
             (None, None) => line(f, "computes on", "the CPU"),
