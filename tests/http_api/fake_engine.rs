@@ -13,7 +13,7 @@ use mneme::telemetry::EngineMetrics;
 use mneme::text::Tokenizer;
 
 use crate::support::byte_tokenizer;
-pub(crate) use crate::support::byte_tokenizer::{BOS, EOS};
+pub(crate) use crate::support::byte_tokenizer::BOS;
 
 pub(crate) const MAX_MODEL_LEN: usize = 256;
 pub(crate) const HIDDEN_SIZE: usize = 8;

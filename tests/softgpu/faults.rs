@@ -10,7 +10,7 @@ use mneme::engine::{EngineHandle, FetchDecision, FinishReason, OutputStream, Sub
 
 use crate::landing::{NUM_SHARED, ask, engine_on, engine_with_blocks_on_the_host, prompts};
 use crate::paging_tiers::bits;
-use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
+use crate::support::engine::{Output, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, Written};

@@ -81,7 +81,7 @@ pub(crate) fn run_cases(test: &str, cases: &[(&str, fn())]) {
         open();
         return case();
     }
-    let program = std::env::current_exe().unwrap();
+    let program = std::env::current_exe().expect("a test program has a path");
     for (name, _) in cases {
         for (mode, seed) in [("eager", "0"), ("lazy", "0"), ("lazy", "1"), ("lazy", "2")] {
             let run = Command::new(&program)
@@ -90,7 +90,7 @@ pub(crate) fn run_cases(test: &str, cases: &[(&str, fn())]) {
                 .env("SOFTGPU_STREAMS", mode)
                 .env("SOFTGPU_SEED", seed)
                 .output()
-                .unwrap();
+                .expect("the program can be run again");
             let log = String::from_utf8_lossy(&run.stderr);
             assert!(run.status.success(), "{name}, {mode}, seed {seed}:\n{log}");
         }
