@@ -171,3 +171,12 @@ fn a_tiny_model_with_adapters_matches_peft() {
     peft::check_added(TestEngine::start_on_cpu(&peft::model(), setup.clone()), tolerance);
     peft::check_merged(|| TestEngine::start_on_cpu(&peft::model(), peft::merging(setup.clone())), tolerance);
 }
+
+/// The same with updates of the embedding and of the output projection that is tied to it.
+#[test]
+fn updates_of_the_vocabulary_match_peft() {
+    let isa = Isa::best().min(Isa::Avx512);
+    let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+    let tolerance = Tolerance { most: 5e-4, most_mean: 1e-4 };
+    peft::check_vocabulary(TestEngine::start_on_cpu(&peft::model(), setup), tolerance);
+}

@@ -1,4 +1,5 @@
-//! The model under an adapter: which modules it has, and their shapes.
+//! The model under an adapter: which modules it has, and their shapes. Each layer has the same seven; around them are the
+//! embedding and the output projection.
 
 use crate::backend::{LoraSite, Projection};
 
@@ -13,13 +14,17 @@ pub enum Module {
     Gate,
     Up,
     Down,
+    /// Of which there is one, counted with layer 0.
+    Embedding,
+    /// As that.
+    Head,
 }
 
 impl Module {
     /// All of a layer.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
-    /// The module's name inside a layer, as Hugging Face models have it.
+    /// The module's name, inside its layer where it has one, as Hugging Face models have it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Q => "self_attn.q_proj",
@@ -29,15 +34,26 @@ impl Module {
             Self::Gate => "mlp.gate_proj",
             Self::Up => "mlp.up_proj",
             Self::Down => "mlp.down_proj",
+            Self::Embedding => "embed_tokens",
+            Self::Head => "lm_head",
         }
     }
 
-    /// The module of that name.
+    /// The module's whole name, as Hugging Face models have it.
+    pub fn full_name(self, layer: usize) -> String {
+        match self {
+            Self::Embedding => "model.embed_tokens".to_owned(),
+            Self::Head => "lm_head".to_owned(),
+            _ => format!("model.layers.{layer}.{}", self.name()),
+        }
+    }
+
+    /// The module of a layer with that name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|module| module.name() == name)
     }
 
-    /// The module's name inside a layer in GGUF files.
+    /// The module's name, inside its layer where it has one, in GGUF files.
     pub fn gguf_name(self) -> &'static str {
         match self {
             Self::Q => "attn_q",
@@ -47,10 +63,12 @@ impl Module {
             Self::Gate => "ffn_gate",
             Self::Up => "ffn_up",
             Self::Down => "ffn_down",
+            Self::Embedding => "token_embd",
+            Self::Head => "output",
         }
     }
 
-    /// The module of that name in GGUF files.
+    /// The module of a layer with that name in GGUF files.
     pub fn from_gguf_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|module| module.gguf_name() == name)
     }
@@ -79,6 +97,8 @@ pub struct BaseShapes {
     pub q_size: usize,
     /// Numbers in all key heads of a token.
     pub kv_size: usize,
+    /// Tokens there are.
+    pub vocab_size: usize,
     /// What GGUF files of the model are like.
     pub gguf: GgufConventions,
 }
@@ -87,9 +107,10 @@ impl BaseShapes {
     /// Input features of a module.
     pub fn inputs(&self, module: Module) -> usize {
         match module {
-            Module::Q | Module::K | Module::V | Module::Gate | Module::Up => self.hidden_size,
+            Module::Q | Module::K | Module::V | Module::Gate | Module::Up | Module::Head => self.hidden_size,
             Module::O => self.q_size,
             Module::Down => self.intermediate_size,
+            Module::Embedding => self.vocab_size,
         }
     }
 
@@ -98,13 +119,21 @@ impl BaseShapes {
         match module {
             Module::Q => self.q_size,
             Module::K | Module::V => self.kv_size,
-            Module::O | Module::Down => self.hidden_size,
+            Module::O | Module::Down | Module::Embedding => self.hidden_size,
             Module::Gate | Module::Up => self.intermediate_size,
+            Module::Head => self.vocab_size,
         }
     }
 
-    /// The product that computes a module, and the column of its output where the module begins.
-    pub(super) fn place(&self, layer: usize, module: Module) -> (LoraSite, usize) {
+    /// Every module there is.
+    pub fn places(&self) -> impl Iterator<Item = (usize, Module)> + use<> {
+        let in_layers = (0..self.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module)));
+        in_layers.chain([(0, Module::Embedding), (0, Module::Head)])
+    }
+
+    /// The product that computes a layer's module, and the column of its output where the module begins; `None` of the
+    /// embedding and the output projection.
+    pub(super) fn place(&self, layer: usize, module: Module) -> Option<(LoraSite, usize)> {
         let (projection, first_column) = match module {
             Module::Q => (Projection::Qkv, 0),
             Module::K => (Projection::Qkv, self.q_size),
@@ -113,7 +142,8 @@ impl BaseShapes {
             Module::Gate => (Projection::GateUp, 0),
             Module::Up => (Projection::GateUp, self.intermediate_size),
             Module::Down => (Projection::Down, 0),
+            Module::Embedding | Module::Head => return None,
         };
-        (LoraSite { layer, projection }, first_column)
+        Some((LoraSite { layer, projection }, first_column))
     }
 }

@@ -1,7 +1,7 @@
 //! From an adapter's tensors to what a device adds.
 
 use super::base::{BaseShapes, Module};
-use super::format::Adapter;
+use super::format::{Adapter, Update};
 use crate::Result;
 use crate::backend::{LoraAdapter, LoraLoader, LoraPart, LoraSite, PageImage, PagedImage, Projection, Transfer};
 
@@ -28,6 +28,11 @@ impl<L: LoraLoader> PackedAdapter<L> {
                 }
             }
         }
+        let embedding = adapter.update(0, Module::Embedding).map(whole_part);
+        let embedding = embedding.map(|part| loader.pack_embedding(&part, &mut image)).transpose()?;
+        let head = adapter.update(0, Module::Head).map(whole_part);
+        let head = head.map(|part| loader.pack_head(&part, &mut image)).transpose()?;
+        updates.set_vocabulary(embedding, head);
         Ok(Self { updates, image: image.finish()? })
     }
 
@@ -66,10 +71,14 @@ impl<L: LoraLoader> PackedAdapter<L> {
 
 fn parts_at(adapter: &Adapter, shapes: &BaseShapes, wanted: LoraSite) -> Vec<LoraPart> {
     let part = |module: Module| {
-        let (site, first_column) = shapes.place(wanted.layer, module);
+        let (site, first_column) = shapes.place(wanted.layer, module)?;
         let update = adapter.update(wanted.layer, module).filter(|_| site == wanted)?;
-        let (a, b) = (update.a.clone(), update.b.clone());
-        Some(LoraPart { a, b, scaling: update.scaling, first_column })
+        Some(LoraPart { first_column, ..whole_part(update) })
     };
     Module::ALL.into_iter().filter_map(part).collect()
+}
+
+/// The update of a product that is one module.
+fn whole_part(update: &Update) -> LoraPart {
+    LoraPart { a: update.a.clone(), b: update.b.clone(), scaling: update.scaling, first_column: 0 }
 }

@@ -131,11 +131,12 @@ impl Adapter {
         let config = PeftConfig::parse(config)?;
         let num_bytes = weights.len();
         let mut updates = BTreeMap::new();
-        for (place, halves) in read_halves(weights)? {
-            let name = module_name(place);
+        for (place, halves) in read_halves(weights, shapes)? {
+            let name = place.1.full_name(place.0);
             let (a, b) = join(place, halves, Some(config.rank(&name)), shapes)?;
             updates.insert(place, Update::new(a, b, config.scaling(&name))?);
         }
+        config.check_tying(updates.keys().any(|(_, module)| matches!(module, Module::Embedding | Module::Head)))?;
         if updates.is_empty() {
             return Err(malformed!("adapter_model.safetensors has no lora_A and lora_B of any module"));
         }
@@ -187,7 +188,7 @@ fn read_file(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
 }
 
 /// All tensors of a file, by module.
-fn read_halves(bytes: Vec<u8>) -> Result<BTreeMap<Place, Halves>> {
+fn read_halves(bytes: Vec<u8>, shapes: &BaseShapes) -> Result<BTreeMap<Place, Halves>> {
     let header_bytes = bytes.first_chunk().map(|length| u64::from_le_bytes(*length));
     if let Some(length) = header_bytes.filter(|length| *length > MAX_HEADER_BYTES) {
         return Err(malformed!("the header of adapter_model.safetensors claims {length} bytes"));
@@ -197,6 +198,9 @@ fn read_halves(bytes: Vec<u8>) -> Result<BTreeMap<Place, Halves>> {
     let source: SharedBytes = Arc::new(bytes);
     let mut found: BTreeMap<Place, Halves> = BTreeMap::new();
     for (name, info) in metadata.tensors() {
+        if is_base_layer(&name, info, shapes)? {
+            continue;
+        }
         let (place, half) = parse_name(&name)?;
         let tensor = host_tensor(&name, info, &source, header_bytes + 8)?;
         found.entry(place).or_default().insert(half, tensor)?;
@@ -204,10 +208,33 @@ fn read_halves(bytes: Vec<u8>) -> Result<BTreeMap<Place, Halves>> {
     Ok(found)
 }
 
+/// Whether a tensor is the base's embedding or output projection, which PEFT writes beside updates of these. It was frozen
+/// while the adapter was trained; only its shape says whether the vocabulary was another one.
+fn is_base_layer(name: &str, info: &TensorInfo, shapes: &BaseShapes) -> Result<bool> {
+    let inner = name.strip_prefix("base_model.model.").unwrap_or(name);
+    if !matches!(inner, "model.embed_tokens.base_layer.weight" | "lm_head.base_layer.weight") {
+        return Ok(false);
+    }
+    match info.shape == [shapes.vocab_size, shapes.hidden_size] {
+        true => Ok(true),
+        false => Err(malformed!(
+            "{name} is {:?}, in the model [{}, {}]: the adapter was made for another vocabulary",
+            info.shape,
+            shapes.vocab_size,
+            shapes.hidden_size
+        )),
+    }
+}
+
 /// `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`, with or without the first two and with or without
-/// the adapter's name before `weight`.
+/// the adapter's name before `weight`; `base_model.model.model.embed_tokens.lora_embedding_A`, which is no module's weight.
 fn parse_name(name: &str) -> Result<(Place, Half)> {
     let inner = name.strip_prefix("base_model.model.").unwrap_or(name);
+    for (marker, half) in [(".lora_embedding_A", Half::A), (".lora_embedding_B", Half::B)] {
+        if matches!(inner.split_once(marker), Some(("model.embed_tokens", "" | ".default"))) {
+            return Ok(((0, Module::Embedding), half));
+        }
+    }
     for (marker, half) in [(".lora_A.", Half::A), (".lora_B.", Half::B)] {
         let Some((module, last)) = inner.split_once(marker) else { continue };
         let Some(place) = parse_module(module).filter(|_| matches!(last, "weight" | "default.weight")) else {
@@ -217,16 +244,16 @@ fn parse_name(name: &str) -> Result<(Place, Half)> {
     }
     let advice = match () {
         () if name.contains("lora_magnitude_vector") => "DoRA adapters are not supported",
-        () if name.contains("embed_tokens") || name.contains("lm_head") || name.contains("lora_embedding") => {
-            "updates of the embedding and of the output projection are not supported"
-        }
         () if name.ends_with("bias") => "biases are not supported",
-        () => "updates of q, k, v, o, gate, up and down projections are",
+        () => "updates of q, k, v, o, gate, up and down projections, of embed_tokens and of lm_head are",
     };
     Err(unsupported!("the adapter has a tensor {name:?}; {advice}"))
 }
 
 fn parse_module(name: &str) -> Option<Place> {
+    if name == "lm_head" {
+        return Some((0, Module::Head));
+    }
     let (layer, module) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let is_plain = layer.bytes().all(|byte| byte.is_ascii_digit()) && (layer == "0" || !layer.starts_with('0'));
     Some((layer.parse().ok().filter(|_| is_plain)?, Module::from_name(module)?))
@@ -272,11 +299,6 @@ fn is_finite(tensor: &HostTensor) -> bool {
     }
 }
 
-/// What the model calls a module.
-fn module_name((layer, module): Place) -> String {
-    format!("model.layers.{layer}.{}", module.name())
-}
-
 /// The halves of one module, after a look at each other, at the rank that is `said` elsewhere, and at the model.
 pub(super) fn join(
     place: Place,
@@ -285,7 +307,7 @@ pub(super) fn join(
     shapes: &BaseShapes,
 ) -> Result<(HostTensor, HostTensor)> {
     let (layer, module) = place;
-    let name = module_name(place);
+    let name = place.1.full_name(place.0);
     if layer >= shapes.num_layers {
         return Err(malformed!("the adapter changes {name}, the model has {} layers", shapes.num_layers));
     }

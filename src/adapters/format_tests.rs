@@ -7,8 +7,15 @@ use super::super::base::GgufConventions;
 use super::*;
 
 const GGUF: GgufConventions = GgufConventions { architecture: "llama", interleaved_heads: None };
-const SHAPES: BaseShapes =
-    BaseShapes { num_layers: 2, hidden_size: 8, intermediate_size: 12, q_size: 16, kv_size: 4, gguf: GGUF };
+const SHAPES: BaseShapes = BaseShapes {
+    num_layers: 2,
+    hidden_size: 8,
+    intermediate_size: 12,
+    q_size: 16,
+    kv_size: 4,
+    vocab_size: 20,
+    gguf: GGUF,
+};
 
 struct Tensor {
     name: String,
@@ -108,6 +115,39 @@ fn patterns_give_modules_ranks_and_factors_of_their_own() {
     assert!(regex.contains("regular expression"), "{regex}");
 }
 
+fn around_layers(rank: usize) -> Vec<Tensor> {
+    let prefix = "base_model.model";
+    vec![
+        tensor(format!("{prefix}.model.embed_tokens.lora_embedding_A"), rank, SHAPES.vocab_size),
+        tensor(format!("{prefix}.model.embed_tokens.lora_embedding_B"), SHAPES.hidden_size, rank),
+        tensor(format!("{prefix}.lm_head.lora_A.weight"), rank, SHAPES.hidden_size),
+        tensor(format!("{prefix}.lm_head.lora_B.weight"), SHAPES.vocab_size, rank),
+    ]
+}
+
+#[test]
+fn embedding_and_output_projection_are_modules_too() {
+    let mut tensors = around_layers(4);
+    let adapter = parse(json!({"alpha_pattern": {"lm_head": 2, "embed_tokens": 20}}), &tensors).unwrap();
+    let (embedding, head) = (adapter.update(0, Module::Embedding).unwrap(), adapter.update(0, Module::Head).unwrap());
+    assert_eq!((embedding.a.columns(), embedding.b.rows(), embedding.scaling), (20, 8, 5.0));
+    assert_eq!((head.a.columns(), head.b.rows(), head.scaling), (8, 20, 0.5));
+    let digest = adapter.digest();
+    // PEFT writes the base's own beside them.
+    tensors.push(tensor("base_model.model.model.embed_tokens.base_layer.weight".into(), 20, 8));
+    tensors.push(tensor("base_model.model.lm_head.base_layer.weight".into(), 20, 8));
+    let changes = json!({"alpha_pattern": {"lm_head": 2, "embed_tokens": 20}, "ensure_weight_tying": false});
+    assert_eq!(parse(changes, &tensors).unwrap().digest(), digest);
+    tensors[5] = tensor("base_model.model.lm_head.base_layer.weight".into(), 21, 8);
+    assert!(refusal(json!({}), &tensors).contains("another vocabulary"));
+    assert!(refusal(json!({"ensure_weight_tying": true}), &around_layers(4)).contains("ensure_weight_tying"));
+    assert!(parse(json!({"ensure_weight_tying": true}), &all_modules(4)).is_ok());
+    let mut short = around_layers(4);
+    short[0] = tensor("base_model.model.model.embed_tokens.lora_embedding_A".into(), 4, 19);
+    assert!(refusal(json!({}), &short).contains("another base model"));
+    assert!(refusal(json!({}), &around_layers(4)[1..]).contains("lora_B and no lora_A"));
+}
+
 #[test]
 fn all_float_types_are_read() {
     let mut tensors = pair(0, Module::V, 4);
@@ -153,8 +193,9 @@ fn other_kinds_of_adapters_are_refused_by_name() {
     }
     for (name, word) in [
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.lm_head.lora_A.weight", "output projection"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
+        ("base_model.model.lm_head.lora_embedding_A", "lm_head"),
+        ("base_model.model.model.embed_tokens.lora_A.weight", "embed_tokens"),
+        ("base_model.model.model.embed_tokens.weight", "embed_tokens"),
         ("base_model.model.model.layers.0.self_attn.q_proj.bias", "biases"),
         ("base_model.model.model.layers.00.self_attn.q_proj.lora_A.weight", "projections"),
         ("base_model.model.model.layers.0.mlp.router.lora_A.weight", "projections"),

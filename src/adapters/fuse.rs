@@ -88,27 +88,23 @@ impl Fused {
 pub fn fuse(parts: &[Part], shapes: &BaseShapes, method: FuseMethod) -> Result<Fused> {
     check(parts, method)?;
     let mut fused = Fused { updates: BTreeMap::new(), shapes: *shapes, largest_loss: 0.0 };
-    for layer in 0..shapes.num_layers {
-        for module in Module::ALL {
-            let mut updates: Vec<(Part, Update)> = Vec::with_capacity(parts.len());
-            for part in parts {
-                updates.extend(part.adapter.update(layer, module).map(|update| (*part, update.clone())));
-            }
-            if updates.is_empty() {
-                continue;
-            }
-            let size = (shapes.outputs(module), shapes.inputs(module));
-            let (factors, loss) = fuse_module(&updates, size, method, (layer, module));
-            fused.largest_loss = fused.largest_loss.max(loss);
-            let update = FusedUpdate::new(&factors, size);
-            if update.rank > MAX_RANK {
-                let rank = update.rank;
-                return Err(invalid!(
-                    "the sum has rank {rank}, more than {MAX_RANK}; name a smaller rank to cut it to"
-                ));
-            }
-            fused.updates.insert((layer, module), update);
+    for (layer, module) in shapes.places() {
+        let mut updates: Vec<(Part, Update)> = Vec::with_capacity(parts.len());
+        for part in parts {
+            updates.extend(part.adapter.update(layer, module).map(|update| (*part, update.clone())));
         }
+        if updates.is_empty() {
+            continue;
+        }
+        let size = (shapes.outputs(module), shapes.inputs(module));
+        let (factors, loss) = fuse_module(&updates, size, method, (layer, module));
+        fused.largest_loss = fused.largest_loss.max(loss);
+        let update = FusedUpdate::new(&factors, size);
+        if update.rank > MAX_RANK {
+            let rank = update.rank;
+            return Err(invalid!("the sum has rank {rank}, more than {MAX_RANK}; name a smaller rank to cut it to"));
+        }
+        fused.updates.insert((layer, module), update);
     }
     Ok(fused)
 }

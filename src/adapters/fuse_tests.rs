@@ -4,8 +4,15 @@ use super::super::base::GgufConventions;
 use super::*;
 
 const GGUF: GgufConventions = GgufConventions { architecture: "llama", interleaved_heads: None };
-const SHAPES: BaseShapes =
-    BaseShapes { num_layers: 2, hidden_size: 24, intermediate_size: 40, q_size: 32, kv_size: 16, gguf: GGUF };
+const SHAPES: BaseShapes = BaseShapes {
+    num_layers: 2,
+    hidden_size: 24,
+    intermediate_size: 40,
+    q_size: 32,
+    kv_size: 16,
+    vocab_size: 20,
+    gguf: GGUF,
+};
 
 fn number(at: usize, seed: usize) -> f32 {
     ((at * 2_654_435_761 + seed * 40_503) % 2000) as f32 / 1000.0 - 1.0

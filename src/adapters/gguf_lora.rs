@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::base::{BaseShapes, GgufConventions, Module};
-use super::format::{Half, Halves, Place, Update, expect_finite, join};
+use super::format::{Half, Halves, MAX_RANK, Place, Update, expect_finite, join};
 use crate::backend::{DType, HostTensor, RowOrder, SharedBytes, dequantize_row};
 use crate::gguf::Gguf;
 use crate::{Result, malformed, unsupported};
@@ -25,7 +25,7 @@ pub(super) fn read_updates(file: Vec<u8>, shapes: &BaseShapes) -> Result<BTreeMa
     check_kind(&gguf, &shapes.gguf)?;
     let alpha = gguf.find_f32(ALPHA)?.unwrap_or(0.0);
     let mut updates = BTreeMap::new();
-    for (place, halves) in read_halves(&gguf)? {
+    for (place, halves) in read_halves(&gguf, shapes)? {
         let (a, b) = join(place, halves, None, shapes)?;
         let (a, b) = (plain(&a)?, plain(&in_rows_of(place.1, b, &shapes.gguf)?)?);
         let scaling = scaling(alpha, b.columns());
@@ -66,7 +66,7 @@ fn check_kind(gguf: &Gguf, base: &GgufConventions) -> Result<()> {
     }
 }
 
-fn read_halves(gguf: &Gguf) -> Result<BTreeMap<Place, Halves>> {
+fn read_halves(gguf: &Gguf, shapes: &BaseShapes) -> Result<BTreeMap<Place, Halves>> {
     let mut found: BTreeMap<Place, Halves> = BTreeMap::new();
     for (name, info) in gguf.tensors() {
         let (place, half) = parse_name(name)?;
@@ -77,7 +77,10 @@ fn read_halves(gguf: &Gguf) -> Result<BTreeMap<Place, Halves>> {
             let found = info.dtype;
             return Err(unsupported!("tensor {name:?} is {found}; f32, f16, bf16 and q8_0 are supported"));
         }
-        found.entry(place).or_default().insert(half, gguf.tensor(name)?)?;
+        let tensor = gguf.tensor(name)?;
+        let is_lookup = place.1 == Module::Embedding && half == Half::A;
+        let tensor = if is_lookup { transposed(&tensor, shapes.vocab_size)? } else { tensor };
+        found.entry(place).or_default().insert(half, tensor)?;
     }
     Ok(found)
 }
@@ -89,20 +92,41 @@ fn parse_name(name: &str) -> Result<(Place, Half)> {
         }
     }
     let advice = match () {
-        () if name.starts_with("token_embd.") || name.starts_with("output.") => {
-            "updates of the embedding and of the output projection are not supported"
-        }
         () if name.contains("_norm.") => "norms are not supported",
         () if name.contains(".bias") => "biases are not supported",
-        () => "lora_a and lora_b of attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up and ffn_down are",
+        () => {
+            "lora_a and lora_b of attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up, ffn_down, token_embd and output are"
+        }
     };
     Err(unsupported!("the adapter has a tensor {name:?}; {advice}"))
 }
 
 fn parse_module(name: &str) -> Option<Place> {
+    if let Some(whole) = [Module::Embedding, Module::Head].into_iter().find(|module| module.gguf_name() == name) {
+        return Some((0, whole));
+    }
     let (layer, module) = name.strip_prefix("blk.")?.split_once('.')?;
     let is_plain = layer.bytes().all(|byte| byte.is_ascii_digit()) && (layer == "0" || !layer.starts_with('0'));
     Some((layer.parse().ok().filter(|_| is_plain)?, Module::from_gguf_name(module)?))
+}
+
+/// The embedding's `A`, of which files have a row for each of the `vocab_size` tokens, as `[rank, vocab_size]`.
+fn transposed(tensor: &HostTensor, vocab_size: usize) -> Result<HostTensor> {
+    let (name, rows, rank) = (tensor.name(), tensor.rows(), tensor.columns());
+    if rows != vocab_size || rank > MAX_RANK {
+        return Err(malformed!(
+            "tensor {name:?} is [{rows}, {rank}], wanted a row of at most {MAX_RANK} numbers for each of {vocab_size} tokens"
+        ));
+    }
+    let tensor = plain(tensor)?;
+    let number_bytes = tensor.bytes().len() / (rows * rank);
+    let mut bytes = vec![0; tensor.bytes().len()];
+    for (at, number) in tensor.bytes().chunks_exact(number_bytes).enumerate() {
+        let (token, row) = (at / rank, at % rank);
+        bytes[(row * rows + token) * number_bytes..][..number_bytes].copy_from_slice(number);
+    }
+    let range = 0..bytes.len();
+    HostTensor::new(name, Arc::new(bytes), range, tensor.dtype(), rank, rows)
 }
 
 /// `B` with its rows as they lie in the file known.

@@ -11,8 +11,15 @@ use crate::Error;
 use crate::gguf::writer::Writer;
 
 const LLAMA: GgufConventions = GgufConventions { architecture: "llama", interleaved_heads: Some([4, 2]) };
-const SHAPES: BaseShapes =
-    BaseShapes { num_layers: 2, hidden_size: 32, intermediate_size: 64, q_size: 32, kv_size: 16, gguf: LLAMA };
+const SHAPES: BaseShapes = BaseShapes {
+    num_layers: 2,
+    hidden_size: 32,
+    intermediate_size: 64,
+    q_size: 32,
+    kv_size: 16,
+    vocab_size: 96,
+    gguf: LLAMA,
+};
 
 /// How a test stores a tensor.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,6 +80,13 @@ fn factor(name: String, rows: usize, columns: usize) -> Factor {
     Factor { name, rows, columns, numbers: (0..rows * columns).map(number).collect() }
 }
 
+/// A row for each token.
+fn by_token(a: &Factor) -> Factor {
+    let number = |at: usize| a.numbers[at % a.rows * a.columns + at / a.rows];
+    let numbers = (0..a.numbers.len()).map(number).collect();
+    Factor { name: a.name.clone(), rows: a.columns, columns: a.rows, numbers }
+}
+
 /// As llama.cpp's converter has them: of each head the halves' rows in turn.
 fn interleaved(factor: &Factor, num_heads: usize) -> Vec<f32> {
     let half = factor.rows / num_heads / 2;
@@ -82,15 +96,13 @@ fn interleaved(factor: &Factor, num_heads: usize) -> Vec<f32> {
 }
 
 fn places() -> Vec<Place> {
-    (0..SHAPES.num_layers).flat_map(|layer| Module::ALL.map(|module| (layer, module))).collect()
+    SHAPES.places().collect()
 }
 
 fn factors(module: Module, rank: usize) -> [Factor; 2] {
-    let name = module.name();
-    [
-        factor(format!("{name}.lora_A"), rank, SHAPES.inputs(module)),
-        factor(format!("{name}.lora_B"), SHAPES.outputs(module), rank),
-    ]
+    let names = if module == Module::Embedding { ["_embedding_A", "_embedding_B"] } else { ["_A.weight", "_B.weight"] };
+    let [a, b] = names.map(|part| format!("lora{part}"));
+    [factor(a, rank, SHAPES.inputs(module)), factor(b, SHAPES.outputs(module), rank)]
 }
 
 fn head(architecture: &str, alpha: f32) -> Writer {
@@ -110,7 +122,10 @@ fn gguf_file(base: &GgufConventions, rank: usize, alpha: f32, storage: Storage) 
     let mut writer = head(base.architecture, alpha);
     for (layer, module) in places() {
         let [a, b] = factors(module, rank);
-        let name = format!("blk.{layer}.{}.weight", module.gguf_name());
+        let is_whole = matches!(module, Module::Embedding | Module::Head);
+        let prefix = if is_whole { String::new() } else { format!("blk.{layer}.") };
+        let name = format!("{prefix}{}.weight", module.gguf_name());
+        let a = if module == Module::Embedding { by_token(&a) } else { a };
         let stored = match (module, base.interleaved_heads) {
             (Module::Q, Some([num_heads, _])) | (Module::K, Some([_, num_heads])) => interleaved(&b, num_heads),
             _ => b.numbers.clone(),
@@ -127,7 +142,7 @@ fn peft(rank: usize, alpha: f32, storage: Storage) -> Adapter {
     let mut tensors = Vec::new();
     for (layer, module) in places() {
         for factor in factors(module, rank) {
-            let name = format!("base_model.model.model.layers.{layer}.{}.weight", factor.name);
+            let name = format!("base_model.model.{}.{}", module.full_name(layer), factor.name);
             tensors.push((name, factor.rows, factor.columns, float.encode(&factor.numbers)));
         }
     }
@@ -230,8 +245,9 @@ fn tensors_that_do_not_belong_there_are_refused_by_name() {
         (vec![a.clone(), b.clone(), sized("blk.0.attn_qkv.weight.lora_a", 4, 32)], "lora_a and lora_b of"),
         (vec![a.clone(), b.clone(), sized("blk.0.attn_q.bias.lora_a", 4, 32)], "biases"),
         (vec![a.clone(), b.clone(), sized("blk.0.attn_norm.weight", 1, 32)], "norms"),
-        (vec![a.clone(), b.clone(), sized("token_embd.weight.lora_a", 32, 4)], "embedding"),
-        (vec![a, b, sized("output.weight.lora_a", 4, 32)], "output projection"),
+        (vec![a.clone(), b.clone(), sized("token_embd.weight.lora_a", 32, 4)], "for each of 96 tokens"),
+        (vec![a.clone(), b.clone(), sized("token_embd.weight.lora_a", 96, large)], "at most 512"),
+        (vec![a, b, sized("output.weight.lora_a", 4, 32)], "lora_A and no lora_B"),
     ];
     for (tensors, word) in cases {
         let writer = tensors.iter().fold(head("llama", 8.0), |writer, (name, factor)| {

@@ -12,6 +12,7 @@ pub(super) struct PeftConfig {
     rank_pattern: Vec<(Pattern, f64)>,
     alpha_pattern: Vec<(Pattern, f64)>,
     use_rslora: bool,
+    ensure_weight_tying: bool,
 }
 
 #[derive(Deserialize)]
@@ -33,6 +34,7 @@ struct Stored {
     alora_invocation_tokens: Option<Value>,
     trainable_token_indices: Option<Value>,
     target_parameters: Option<Vec<String>>,
+    ensure_weight_tying: Option<bool>,
     use_bdlora: Option<Value>,
     kasa_config: Option<Value>,
     monteclora_config: Option<Value>,
@@ -85,7 +87,17 @@ impl PeftConfig {
             rank_pattern: patterns("rank_pattern", stored.rank_pattern)?,
             alpha_pattern: patterns("alpha_pattern", stored.alpha_pattern)?,
             use_rslora: stored.use_rslora.unwrap_or(false),
+            ensure_weight_tying: stored.ensure_weight_tying.unwrap_or(false),
         })
+    }
+
+    /// Refuses an adapter that `updates_vocabulary` and whose update of the embedding is to be one of the output projection
+    /// too.
+    pub(super) fn check_tying(&self, updates_vocabulary: bool) -> Result<()> {
+        match self.ensure_weight_tying && updates_vocabulary {
+            true => Err(unsupported!("the adapter ties its updates of embed_tokens and lm_head (ensure_weight_tying)")),
+            false => Ok(()),
+        }
     }
 
     /// The rank of `module`, which is named as in the model.

@@ -7,6 +7,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value, json};
 
+use super::base::Module;
 use super::fuse::Fused;
 use crate::{Error, Result, invalid};
 
@@ -32,12 +33,16 @@ impl Fused {
         let failed = |error| Error::Format(format!("the fused adapter cannot be written: {error}"));
         let mut tensors = Vec::with_capacity(2 * self.updates.len());
         for ((layer, module), update) in &self.updates {
-            let name = format!("base_model.model.model.layers.{layer}.{}", module.name());
+            let name = format!("base_model.model.{}", module.full_name(*layer));
+            let [name_of_a, name_of_b] = match module {
+                Module::Embedding => ["lora_embedding_A", "lora_embedding_B"],
+                _ => ["lora_A.weight", "lora_B.weight"],
+            };
             let (inputs, outputs) = (self.shapes.inputs(*module), self.shapes.outputs(*module));
             let a = TensorView::new(Dtype::F32, vec![update.rank, inputs], bytemuck::cast_slice(&update.a));
             let b = TensorView::new(Dtype::F32, vec![outputs, update.rank], bytemuck::cast_slice(&update.b));
-            tensors.push((format!("{name}.lora_A.weight"), a.map_err(failed)?));
-            tensors.push((format!("{name}.lora_B.weight"), b.map_err(failed)?));
+            tensors.push((format!("{name}.{name_of_a}"), a.map_err(failed)?));
+            tensors.push((format!("{name}.{name_of_b}"), b.map_err(failed)?));
         }
         safetensors::serialize(tensors, None).map_err(failed)
     }
@@ -46,9 +51,8 @@ impl Fused {
     fn config(&self, base_model: &str) -> Value {
         let rank = self.max_rank();
         let others = self.updates.iter().filter(|(_, update)| update.rank != rank);
-        let pattern: Map<String, Value> = others
-            .map(|((layer, module), update)| (format!("model.layers.{layer}.{}", module.name()), json!(update.rank)))
-            .collect();
+        let pattern: Map<String, Value> =
+            others.map(|((layer, module), update)| (module.full_name(*layer), json!(update.rank))).collect();
         let last = |name: &'static str| name.rsplit('.').next().unwrap_or(name);
         let modules: BTreeSet<&str> = self.updates.keys().map(|(_, module)| last(module.name())).collect();
         json!({

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Backend, DType, HostTensor, LoraPages, PageImage, Tensor};
-use crate::{Result, invalid};
+use crate::{Error, Result, invalid, unsupported};
 
 /// A matrix product of a decoder layer. Some stack several projections of a checkpoint along their output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +82,22 @@ pub trait LoraLoader: Send + Sync + 'static {
     /// `Unsupported` where the device cannot apply them.
     fn pack(&self, parts: &[LoraPart], image: &mut PageImage) -> Result<Self::Packed>;
 
+    /// The same of the embedding's update, whose `A` has a column for each token and is looked up.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device has no kernels for it.
+    fn pack_embedding(&self, _part: &LoraPart, _image: &mut PageImage) -> Result<Self::Packed> {
+        Err(no_kernels("embed_tokens"))
+    }
+
+    /// The same of the output projection's update.
+    ///
+    /// # Errors
+    /// `Unsupported` where the device has no kernels for it.
+    fn pack_head(&self, _part: &LoraPart, _image: &mut PageImage) -> Result<Self::Packed> {
+        Err(no_kernels("lm_head"))
+    }
+
     /// The update in pages that hold the image.
     ///
     /// # Errors
@@ -89,21 +105,47 @@ pub trait LoraLoader: Send + Sync + 'static {
     fn place(&self, packed: &Self::Packed, pages: &LoraPages<Self::Buffer>) -> Result<Self::Lora>;
 }
 
+/// That a device cannot apply updates of a module.
+pub(super) fn no_kernels(module: &str) -> Error {
+    unsupported!(
+        "the adapter updates {module}, for which this device has no kernels: serve it with --device cpu, or train it without \
+         {module} among its target_modules"
+    )
+}
+
 /// An adapter on a device, or arranged for one.
 pub struct LoraAdapter<L> {
     sites: Vec<Option<L>>,
+    embedding: Option<L>,
+    head: Option<L>,
 }
 
 impl<L> LoraAdapter<L> {
     /// An adapter for `num_layers` layers that changes nothing yet.
     pub fn new(num_layers: usize) -> Self {
         let num_sites = num_layers * Projection::ALL.len();
-        Self { sites: std::iter::repeat_with(|| None).take(num_sites).collect() }
+        let sites = std::iter::repeat_with(|| None).take(num_sites).collect();
+        Self { sites, embedding: None, head: None }
     }
 
     /// Adds the update of one projection.
     pub fn insert(&mut self, site: LoraSite, update: L) {
         self.sites[site.index()] = Some(update);
+    }
+
+    /// Adds the updates of the embedding and of the output projection, where there are any.
+    pub fn set_vocabulary(&mut self, embedding: Option<L>, head: Option<L>) {
+        (self.embedding, self.head) = (embedding, head);
+    }
+
+    /// The update of the embedding, if the adapter has one.
+    pub fn embedding(&self) -> Option<&L> {
+        self.embedding.as_ref()
+    }
+
+    /// The update of the output projection, if the adapter has one.
+    pub fn head(&self) -> Option<&L> {
+        self.head.as_ref()
     }
 
     /// The update of a projection, if the adapter has one.
@@ -113,8 +155,9 @@ impl<L> LoraAdapter<L> {
 
     /// The same adapter with other updates, site by site.
     pub fn try_map<M>(&self, map: impl Fn(&L) -> Result<M>) -> Result<LoraAdapter<M>> {
-        let sites = self.sites.iter().map(|update| update.as_ref().map(&map).transpose());
-        Ok(LoraAdapter { sites: sites.collect::<Result<_>>()? })
+        let mapped = |update: &Option<L>| update.as_ref().map(&map).transpose();
+        let sites = self.sites.iter().map(mapped).collect::<Result<_>>()?;
+        Ok(LoraAdapter { sites, embedding: mapped(&self.embedding)?, head: mapped(&self.head)? })
     }
 }
 

@@ -137,6 +137,43 @@ pub trait Backend: Device {
     where
         Self: Sized;
 
+    /// Adds low-rank updates to embeddings: `out[r] += factor * scale * scaling * B A[:, ids[r]]` for the rows of every
+    /// group with an update of the embedding. `ids` is `[1, T]` i32, `out` `[T, H]` f32.
+    ///
+    /// # Errors
+    /// `Unsupported` where the loader takes no such updates.
+    fn add_lora_embedding(
+        &self,
+        _stream: &Self::Stream,
+        _ids: &Tensor<Self::Buffer>,
+        _batch: &LoraBatch<'_, Self>,
+        _factor: f32,
+        _out: &Tensor<Self::Buffer>,
+    ) -> Result<()>
+    where
+        Self: Sized,
+    {
+        Err(lora::no_kernels("embed_tokens"))
+    }
+
+    /// As [`add_lora`](Self::add_lora), of the output projection: `x` are final hidden states, `out` logits, and the
+    /// batch's rows are theirs.
+    ///
+    /// # Errors
+    /// `Unsupported` where the loader takes no such updates.
+    fn add_lora_head(
+        &self,
+        _stream: &Self::Stream,
+        _x: &Tensor<Self::Buffer>,
+        _batch: &LoraBatch<'_, Self>,
+        _out: &Tensor<Self::Buffer>,
+    ) -> Result<()>
+    where
+        Self: Sized,
+    {
+        Err(lora::no_kernels("lm_head"))
+    }
+
     /// Bytes of a copy of `weight` that adapters can be merged into.
     ///
     /// # Errors

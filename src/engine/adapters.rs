@@ -140,6 +140,7 @@ pub fn base_shapes(config: &ModelConfig) -> BaseShapes {
         intermediate_size: config.intermediate_size,
         q_size: config.num_heads * config.head_dim,
         kv_size: config.num_kv_heads * config.head_dim,
+        vocab_size: config.vocab_size,
         gguf: GgufConventions {
             architecture: config.architecture.gguf_name(),
             interleaved_heads: config.interleaved_heads(),

@@ -12,21 +12,37 @@ use crate::backend::{LoraAdapter, LoraGroup};
 pub(super) struct LoraGroups<L> {
     active: Vec<(AdapterDigest, Arc<LoraAdapter<L>>)>,
     groups: Vec<LoraGroup<L>>,
+    /// Those with an update of the output projection; their entries are rows of logits.
+    head: Vec<LoraGroup<L>>,
 }
 
 impl<L: Send + Sync + 'static> LoraGroups<L> {
     pub(super) fn new(max_adapters: usize) -> Self {
-        Self { active: Vec::with_capacity(max_adapters), groups: Vec::with_capacity(max_adapters) }
+        Self {
+            active: Vec::with_capacity(max_adapters),
+            groups: Vec::with_capacity(max_adapters),
+            head: Vec::with_capacity(max_adapters),
+        }
     }
 
     pub(super) fn groups(&self) -> &[LoraGroup<L>] {
         &self.groups
     }
 
+    pub(super) fn head_groups(&self) -> &[LoraGroup<L>] {
+        &self.head
+    }
+
+    /// Whether an adapter of the step updates the output projection.
+    pub(super) fn has_head(&self) -> bool {
+        self.active.iter().any(|(_, adapter)| adapter.head().is_some())
+    }
+
     /// Lets go of the adapters.
     pub(super) fn clear(&mut self) {
         self.active.clear();
         self.groups.clear();
+        self.head.clear();
     }
 
     /// Takes note of the step's adapters and says how many entries [`fill`](Self::fill) will write.
@@ -73,5 +89,33 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
             }
             self.groups.push(LoraGroup { adapter: Arc::clone(adapter), entries: start..at });
         }
+    }
+
+    /// Writes the rows of logits that adapters are added to, as [`fill`](Self::fill) does those of the step, and says how many
+    /// they are. `num_logits` says how many a scheduled sequence has.
+    pub(super) fn fill_head(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        num_logits: impl Fn(&ScheduledSequence) -> usize,
+        mut write: impl FnMut(usize, i32, u32),
+    ) -> usize {
+        let mut at = 0;
+        for (digest, adapter) in self.active.iter().filter(|(_, adapter)| adapter.head().is_some()) {
+            let (start, mut first_row) = (at, 0);
+            for entry in scheduled {
+                let num_rows = num_logits(entry);
+                let mut adapters = running[entry.index].added_adapters().iter();
+                if let Some(applied) = adapters.find(|applied| applied.adapter.digest() == *digest) {
+                    for row in first_row..first_row + num_rows {
+                        write(at, row as i32, applied.scale.to_bits());
+                        at += 1;
+                    }
+                }
+                first_row += num_rows;
+            }
+            self.head.push(LoraGroup { adapter: Arc::clone(adapter), entries: start..at });
+        }
+        at
     }
 }

@@ -72,7 +72,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         linear: Linear<'_, B>,
         out: &Tensor<B::Buffer>,
     ) -> Result<()> {
-        let Some(Adapted { lora, merged }) = self.adapted else {
+        let Some(Adapted { lora, merged, .. }) = self.adapted else {
             return self.backend.linear(self.stream, x, linear.weight, linear.bias, out);
         };
         self.multiply(site, x, &linear, merged.as_ref(), out)?;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::config::ModelConfig;
 use super::model::Model;
-use crate::Result;
 use crate::backend::{Backend, LoraAdapter, LoraBatch, LoraLoader, LoraSite, Projection, ScaledUpdate};
+use crate::{Result, unsupported};
 
 /// An adapter on the device of `B`, and its scale.
 pub type ScaledAdapter<B> = (Arc<LoraAdapter<<<B as Backend>::LoraLoader as LoraLoader>::Lora>>, f32);
@@ -41,6 +41,8 @@ pub struct MergedRows<'a, B: Backend> {
 pub struct Adapted<'a, B: Backend> {
     /// Added to some rows of every projection.
     pub lora: Option<LoraBatch<'a, B>>,
+    /// Added to some rows of logits; rows are theirs. Of adapters with an update of the output projection.
+    pub head: Option<LoraBatch<'a, B>>,
     /// Rows that use a copy of the projections in which it is contained.
     pub merged: Option<MergedRows<'a, B>>,
 }
@@ -49,8 +51,13 @@ impl<B: Backend> MergedCopy<B> {
     /// Plans a copy, without taking memory for it.
     ///
     /// # Errors
-    /// `Unsupported` when one of the projections cannot be merged into.
+    /// `Unsupported` when one of the projections cannot be merged into, or an adapter updates more than those.
     pub fn plan(backend: &B, model: &Model<B>, adapters: Vec<ScaledAdapter<B>>) -> Result<Self> {
+        if adapters.iter().any(|(adapter, _)| adapter.embedding().is_some() || adapter.head().is_some()) {
+            return Err(unsupported!(
+                "an adapter of the embedding or the output projection cannot be merged: the copy is of the layers alone"
+            ));
+        }
         let num_layers = model.config().num_layers;
         let all = (0..num_layers).flat_map(|layer| Projection::ALL.map(|projection| LoraSite { layer, projection }));
         let sites: Vec<LoraSite> =

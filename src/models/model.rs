@@ -8,7 +8,7 @@ use super::llama::LlamaLayers;
 use super::merged::Adapted;
 use super::weights::Checkpoint;
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, KvLayer, KvLayout, LoraSite, RotatedCopies};
+use crate::backend::{AttentionMetadata, Backend, DType, KvLayer, KvLayout, LoraSite, RotatedCopies, Tensor};
 
 /// A model on a device. Written once for every backend.
 pub struct Model<B: Backend> {
@@ -116,7 +116,7 @@ impl<B: Backend> Model<B> {
         let buffers = &workspace.for_tokens(batch.attention.num_tokens);
         let metadata = &batch.attention;
         let pass = Pass { backend, stream, buffers, kv, metadata, landings: &[], adapted, outputs: None };
-        backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
+        self.embed(&pass, &batch.input_ids)?;
         self.layers.forward(&pass, batch.layer)?;
         let metadata = &AttentionMetadata { slot_mapping: batch.no_slots.clone(), ..batch.attention.clone() };
         let pass = Pass { metadata, ..pass };
@@ -147,7 +147,7 @@ impl<B: Backend> Model<B> {
         let outputs = is_cut.then_some(&outputs);
         let (metadata, landings) = (&batch.attention, batch.landings);
         let pass = Pass { backend, stream, buffers, kv, metadata, landings, adapted, outputs };
-        backend.embed(stream, &self.embedding, &batch.input_ids, self.config.embedding_scale, &buffers.residual)?;
+        self.embed(&pass, &batch.input_ids)?;
         self.layers.forward(&pass, self.config.num_layers)?;
         if !is_cut {
             backend.gather_rows(stream, &buffers.normed, &batch.output_rows, &workspace.hidden(num_outputs))?;
@@ -157,6 +157,24 @@ impl<B: Backend> Model<B> {
         }
         let lm_head = self.lm_head.as_ref().unwrap_or(&self.embedding);
         let hidden = workspace.hidden(batch.num_logits);
-        backend.linear(stream, &hidden, lm_head, None, &workspace.logits(batch.num_logits))
+        let logits = workspace.logits(batch.num_logits);
+        backend.linear(stream, &hidden, lm_head, None, &logits)?;
+        match adapted.and_then(|adapted| adapted.head.as_ref()) {
+            Some(head) => backend.add_lora_head(stream, &hidden, head, &logits),
+            None => Ok(()),
+        }
+    }
+
+    /// The embeddings of a pass's tokens, and what adapters add to some of them. As in PEFT, what scales embeddings scales
+    /// updates too.
+    fn embed(&self, pass: &Pass<'_, B>, input_ids: &Tensor<B::Buffer>) -> Result<()> {
+        let Pass { backend, stream, buffers, adapted, .. } = pass;
+        let scale = self.config.embedding_scale;
+        backend.embed(stream, &self.embedding, input_ids, scale, &buffers.residual)?;
+        let lora = adapted.and_then(|adapted| adapted.lora.as_ref());
+        match lora.filter(|lora| lora.groups.iter().any(|group| group.adapter.embedding().is_some())) {
+            Some(lora) => backend.add_lora_embedding(stream, input_ids, lora, scale, &buffers.residual),
+            None => Ok(()),
+        }
     }
 }

@@ -3,15 +3,18 @@
 
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
-use mneme::engine::{AppliedAdapter, FinishReason, LoadedAdapter, OutputStream, SamplingParams, SchedulerLimits, Task};
-use mneme::telemetry::Evictor;
+use mneme::engine::{
+    AppliedAdapter, FinishReason, LoadedAdapter, MergeRule, OutputStream, SamplingParams, SchedulerLimits, Task,
+};
+use mneme::telemetry::{Evictor, MergeRefusal};
 
 use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
 use crate::invariance::{Fingerprint, fingerprint};
 use crate::kinds;
+use crate::merging::merging;
 use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, request};
 use crate::support::random::Random;
-use crate::support::tiny_adapter::{ALL, TinyAdapter};
+use crate::support::tiny_adapter::{ALL, EMBEDDING, HEAD, TinyAdapter};
 use crate::support::tiny_model::{Family, HEAD_DIM, TinyModel, VOCAB};
 
 /// Adapters of a request, by number.
@@ -27,6 +30,15 @@ fn adapters(model: &TinyModel) -> [TinyAdapter; 3] {
         TinyAdapter::of(model, &ALL, 16, 2),
         TinyAdapter::of(model, &["self_attn.v_proj", "mlp.down_proj"], 40, 3),
     ]
+}
+
+/// Of the embedding and the output projection as well.
+fn of_vocabulary(model: &TinyModel) -> TinyAdapter {
+    let hidden = model.tensor("model.embed_tokens.weight").columns;
+    let mut whole = TinyAdapter::of(model, &ALL, 16, 2);
+    let around = [(EMBEDDING.to_owned(), hidden, VOCAB), (HEAD.to_owned(), VOCAB, hidden)];
+    whole.updates.extend(TinyAdapter::new(&around, 16, 7).updates);
+    whole
 }
 
 fn load(engine: &TestEngine, adapter: &TinyAdapter) -> LoadedAdapter {
@@ -80,6 +92,63 @@ fn adapted_logits_are_those_of_weights_with_the_updates_added() {
     }
 }
 
+/// An update of the embedding is one of what goes in, and of the output projection one of what comes out, tied or not.
+#[test]
+fn updates_of_embedding_and_output_projection_are_added_where_they_belong() {
+    for family in [Family::Llama, Family::Llama3, Family::Gemma3] {
+        let model = TinyModel::new(family, 31);
+        let hidden = model.tensor("model.embed_tokens.weight").columns;
+        let (embedding, head) = ((EMBEDDING.to_owned(), hidden, VOCAB), (HEAD.to_owned(), VOCAB, hidden));
+        let q_proj = model.tensor("model.layers.0.self_attn.q_proj.weight");
+        let q_proj = ("model.layers.0.self_attn.q_proj".to_owned(), q_proj.rows, q_proj.columns);
+        let adapters = [
+            TinyAdapter::new(&[embedding.clone()], 8, 4),
+            TinyAdapter::new(&[head.clone()], 5, 5),
+            TinyAdapter::new(&[embedding, head, q_proj], 16, 6),
+        ];
+        let (written, prompt) = (model.write(), Random::new(3).tokens(60, VOCAB));
+        for isa in Isa::available() {
+            let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+            let engine = TestEngine::start_on_cpu(written.path(), setup);
+            let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
+            for composition in COMPOSITIONS {
+                let output = collect(submit(&engine, &prompt, everything(), compose(&loaded, composition)));
+                let mut merged = model.clone();
+                for (at, scale) in composition {
+                    adapters[*at].merge_into(&mut merged, f64::from(*scale));
+                }
+                let (worst, _) = differences_of(&output, &merged, &prompt, false);
+                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
+                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
+                if !composition.is_empty() {
+                    let (without, _) = differences_of(&output, &model, &prompt, false);
+                    assert!(without > 4.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
+                }
+            }
+        }
+    }
+}
+
+/// A copy is of the layers alone.
+#[test]
+fn adapters_of_the_vocabulary_are_added_where_others_are_merged() {
+    let model = TinyModel::new(Family::Llama, 12);
+    let (written, prompt) = (model.write(), Random::new(6).tokens(40, VOCAB));
+    let run = |setup: Setup| {
+        let engine = TestEngine::start_on_cpu(written.path(), setup);
+        let loaded = [load(&engine, &of_vocabulary(&model)).with_merge_rule(MergeRule::Always)];
+        let answer = |_| collect(submit(&engine, &prompt, sampling(), compose(&loaded, &[(0, 1.0)])));
+        let outputs = [0, 1, 2].map(answer);
+        assert!(outputs.iter().all(|output| !output.reuse.is_merged));
+        (
+            outputs.map(|output| fingerprint(&output)),
+            engine.handle.metrics().merges.num_refusals(MergeRefusal::Unsupported),
+        )
+    };
+    let (never, _) = run(Setup::default());
+    assert_eq!(run(merging(Setup::default())), (never, 1));
+}
+
 /// Prompts with beginnings in common, under every composition.
 fn mixed(seed: u64) -> Vec<(Vec<u32>, Composition)> {
     let mut random = Random::new(seed);
@@ -99,7 +168,7 @@ fn a_gguf_file_is_the_same_adapter_as_its_folder() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("adapter.gguf");
     let model = TinyModel::new(Family::Llama, 12);
-    let [adapter, ..] = adapters(&model);
+    let adapter = of_vocabulary(&model);
     adapter.write_gguf(&path, HEAD_DIM);
     let written = model.write();
     let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
@@ -118,7 +187,8 @@ fn a_gguf_file_is_the_same_adapter_as_its_folder() {
 fn a_request_has_the_same_bits_alone_and_among_other_adapters() {
     for (isa, dtype, kv_dtype) in kinds() {
         let model = TinyModel::new(Family::Qwen3, 5);
-        let (written, adapters) = (model.write(), adapters(&model));
+        let (written, [first, _, third]) = (model.write(), adapters(&model));
+        let adapters = [first, of_vocabulary(&model), third];
         let cold = SchedulerLimits { prefix_caching: false, ..limits() };
         let small = SchedulerLimits { max_num_batched_tokens: 23, num_blocks: 70, ..limits() };
         let start = |limits: SchedulerLimits, num_threads: usize| {

@@ -20,8 +20,15 @@ use crate::support::tiny_adapter::TinyAdapter;
 use crate::{TestServer, served_model};
 
 const GGUF: GgufConventions = GgufConventions { architecture: "llama", interleaved_heads: None };
-const SHAPES: BaseShapes =
-    BaseShapes { num_layers: 1, hidden_size: 8, intermediate_size: 16, q_size: 8, kv_size: 8, gguf: GGUF };
+const SHAPES: BaseShapes = BaseShapes {
+    num_layers: 1,
+    hidden_size: 8,
+    intermediate_size: 16,
+    q_size: 8,
+    kv_size: 8,
+    vocab_size: 32,
+    gguf: GGUF,
+};
 const PAGE_BYTES: usize = 1024;
 const NUM_PAGES: usize = 4;
 

@@ -1,6 +1,7 @@
 //! Faults that the software GPU plays: what is lost ends with an error and nothing hangs, what can go on with less does, with
 //! the same bits.
 
+use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use mneme::engine::{EngineHandle, FetchDecision, FinishReason, OutputStream, Sub
 
 use crate::landing::{NUM_SHARED, ask, engine_on, engine_with_blocks_on_the_host, prompts};
 use crate::paging_tiers::bits;
-use crate::support::engine::{Output, TestEngine, collect, greedy, request};
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, Written};
@@ -60,6 +61,31 @@ impl Doomed {
         assert!(why.contains(wanted), "{why}");
         let refused = self.handle.submit(request(&[1], Task::Embed));
         assert_eq!(refused.err(), Some(SubmitError::ShuttingDown));
+    }
+}
+
+/// Steps that are launched, steps that are replayed, and waits for them.
+#[test]
+fn a_lost_device_ends_every_request() {
+    if !softgpu::is_alone("faults::a_lost_device_ends_every_request") {
+        return;
+    }
+    let model = model();
+    for (rules, wanted) in [
+        ("cuLaunchKernel=719@30", "CUDA_ERROR_LAUNCH_FAILED"),
+        ("cuGraphLaunch=214@3", "CUDA_ERROR_ECC_UNCORRECTABLE"),
+        ("cuEventSynchronize=700@12", "CUDA_ERROR_ILLEGAL_ADDRESS"),
+    ] {
+        let engine = Doomed::new(TestEngine::start(backend(), model.path(), Setup::default()));
+        softgpu::fail(rules);
+        let mut random = Random::new(1);
+        let streams: Vec<OutputStream> = (1..4).map(|at| engine.submit(&random.tokens(5 * at, VOCAB), 60)).collect();
+        for output in streams.into_iter().map(collect) {
+            let why = error_of(&output);
+            assert!(why.contains(wanted), "{rules}: {why}");
+        }
+        engine.end(wanted);
+        softgpu::revive();
     }
 }
 
@@ -179,4 +205,61 @@ fn blocks_that_stand_still_are_computed() {
     assert_eq!((found.reuse.decision, bits(&found)), (FetchDecision::Late, wanted.clone()));
     softgpu::stall_copies(false);
     assert_eq!(bits(&ask(&engine, &second)), wanted);
+}
+
+/// A copy of the software GPU's library in which nobody finds a function: the table of symbols has it as the library's own.
+fn library_without(function: &str, folder: &Path) {
+    let mut bytes = std::fs::read(softgpu::library()).unwrap();
+    let number =
+        |at: usize, len: usize| bytes[at..at + len].iter().rev().fold(0, |sum, byte| sum << 8 | usize::from(*byte));
+    // Of ELF: where section headers are and how many; of each the type, offset, size and link.
+    let header = |index: usize| number(0x28, 8) + index * number(0x3a, 2);
+    let section = |index: usize| (number(header(index) + 0x18, 8), number(header(index) + 0x20, 8));
+    let is_dynamic = |index: &usize| number(header(*index) + 4, 4) == 11;
+    let symbols = (0..number(0x3c, 2)).find(is_dynamic).unwrap();
+    let (first_name, _) = section(number(header(symbols) + 0x28, 4));
+    let ((start, len), wanted) = (section(symbols), [function.as_bytes(), b"\0"].concat());
+    let is_wanted = |at: &usize| bytes[first_name + number(*at, 4)..].starts_with(&wanted);
+    let symbol = (start..start + len).step_by(24).find(is_wanted).unwrap();
+    // A binding of 0 is local.
+    bytes[symbol + 4] &= 0xf;
+    std::fs::write(folder.join("libcuda.so.1"), bytes).unwrap();
+}
+
+/// A driver without a function is said to be too old, not called.
+#[test]
+fn a_driver_without_a_function_is_refused() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    for function in ["cuMemcpy2DAsync_v2", "cuLaunchKernel", "cuInit"] {
+        let folder = tempfile::tempdir().unwrap();
+        library_without(function, folder.path());
+        let cuda = crate::command::doctor(folder.path())["cuda"].clone();
+        let problem = cuda["problem"].as_str().unwrap();
+        assert!(problem.contains(function) && problem.contains("update"), "{problem}");
+    }
+}
+
+/// Without the functions for graphs steps are launched kernel by kernel.
+#[test]
+fn a_driver_without_graphs_is_enough() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    library_without("cuGraphLaunch", folder.path());
+    softgpu::pass_with("faults::requests_without_graphs", &folder.path().join("libcuda.so.1"));
+}
+
+/// What `a_driver_without_graphs_is_enough` runs.
+#[test]
+#[ignore = "wants a driver without graphs"]
+fn requests_without_graphs() {
+    let model = model();
+    let engine = TestEngine::start(backend(), model.path(), Setup::default());
+    assert_eq!(engine.greedy(&[1, 2, 3], 12).len(), 12);
+    assert_eq!(engine.stop().metrics().repeated_steps.get(), 0);
 }

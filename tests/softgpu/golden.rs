@@ -96,3 +96,11 @@ fn a_tiny_model_with_adapters_matches_peft() {
         peft::check_merged(|| TestEngine::start_on_softgpu(&peft::model(), peft::merging(setup.clone())), tolerance);
     }
 }
+
+/// There are no kernels for it: said when the adapter is loaded, not when it is used.
+#[test]
+fn an_adapter_of_the_vocabulary_is_refused_by_the_name_of_its_module() {
+    let engine = TestEngine::start_on_softgpu(&peft::model(), Setup::default());
+    let refused = engine.handle.load_adapter(&peft::around()).err().unwrap().to_string();
+    assert!(refused.contains("embed_tokens") && refused.contains("--device cpu"), "{refused}");
+}

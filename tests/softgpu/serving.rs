@@ -84,6 +84,29 @@ fn ask(address: &str, request: &str, body: &str) -> String {
 
 const COMPLETION: &str = r#"{"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0}"#;
 
+#[test]
+fn health_says_that_the_device_is_lost() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let model = model();
+    let mut served = Served::start(
+        &model,
+        &["--kv-cache-memory-bytes", "4M"],
+        &[("SOFTGPU_FAIL", "cuGraphLaunch=719@5"), ("SOFTGPU_QUIET", "1")],
+    );
+    let address = served.address();
+    assert!(ask(&address, "GET /health", "").starts_with("HTTP/1.1 200"));
+    let failed = ask(&address, "POST /v1/completions", COMPLETION);
+    assert!(failed.starts_with("HTTP/1.1 500") && failed.contains("CUDA_ERROR_LAUNCH_FAILED"), "{failed}");
+    served.wait_for("the engine has ended");
+    let health = ask(&address, "GET /health", "");
+    assert!(health.starts_with("HTTP/1.1 503") && health.contains("CUDA_ERROR_LAUNCH_FAILED"), "{health}");
+    let refused = ask(&address, "POST /v1/completions", COMPLETION);
+    assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+}
+
 /// 2 GiB of KV blocks are the default.
 #[test]
 fn a_small_device_gets_a_small_pool() {

@@ -15,6 +15,8 @@ type Composition = &'static [(&'static str, f32)];
 
 const VOCAB: usize = 160;
 const ADAPTERS: [&str; 2] = ["first", "second"];
+/// The second of which updates the embedding and the output projection.
+const AROUND: [&str; 2] = ["first", "around"];
 
 /// Compositions by the names of their golden data: the model, each adapter, and both as `add_weighted_adapter` adds them.
 const COMPOSITIONS: [(&str, Composition); 4] = [
@@ -23,6 +25,10 @@ const COMPOSITIONS: [(&str, Composition); 4] = [
     ("second", &[("second", 1.0)]),
     ("composed", &[("first", 0.7), ("second", -0.5)]),
 ];
+
+/// The same of those that update the embedding and the output projection.
+const AROUND_COMPOSITIONS: [(&str, Composition); 3] =
+    [("base", &[]), ("around", &[("around", 1.0)]), ("around-composed", &[("first", 0.6), ("around", 1.2)])];
 
 /// How far a log-probability may be off, at worst and on average.
 #[derive(Debug, Clone, Copy)]
@@ -47,8 +53,21 @@ pub fn merging(setup: Setup) -> Setup {
 
 /// Outputs of the model and of all compositions, computed in the same steps.
 pub fn check_added(engine: TestEngine, tolerance: Tolerance) {
-    let adapted = Adapted::new(engine, MergeRule::Never);
-    let submitted = COMPOSITIONS.map(|(name, composition)| {
+    check_all(Adapted::new(engine, ADAPTERS, MergeRule::Never), COMPOSITIONS, tolerance);
+}
+
+/// The same of compositions with an adapter of the embedding and the output projection.
+pub fn check_vocabulary(engine: TestEngine, tolerance: Tolerance) {
+    check_all(Adapted::new(engine, AROUND, MergeRule::Never), AROUND_COMPOSITIONS, tolerance);
+}
+
+/// The folder of that adapter.
+pub fn around() -> PathBuf {
+    folder("around")
+}
+
+fn check_all<const N: usize>(adapted: Adapted, compositions: [(&str, Composition); N], tolerance: Tolerance) {
+    let submitted = compositions.map(|(name, composition)| {
         let records = golden::load(&format!("peft/{name}")).records;
         let streams: Vec<_> = records.iter().map(|record| adapted.submit(record, composition)).collect();
         (name, records, streams)
@@ -63,7 +82,7 @@ pub fn check_added(engine: TestEngine, tolerance: Tolerance) {
 /// Outputs of all compositions, each merged into a copy of the weights by an engine of its own.
 pub fn check_merged(start: impl Fn() -> TestEngine, tolerance: Tolerance) {
     for (name, composition) in &COMPOSITIONS[1..] {
-        let adapted = Adapted::new(start(), MergeRule::Always);
+        let adapted = Adapted::new(start(), ADAPTERS, MergeRule::Always);
         let records = golden::load(&format!("peft/{name}")).records;
         drop(collect(adapted.submit(&records[0], composition)));
         while adapted.engine.handle.metrics().merges.stage() != MergeStage::Merged {
@@ -78,18 +97,19 @@ pub fn check_merged(start: impl Fn() -> TestEngine, tolerance: Tolerance) {
 
 struct Adapted {
     engine: TestEngine,
+    names: [&'static str; 2],
     loaded: [LoadedAdapter; 2],
 }
 
 impl Adapted {
-    fn new(engine: TestEngine, rule: MergeRule) -> Self {
-        let loaded = ADAPTERS.map(|name| engine.handle.load_adapter(&folder(name)).unwrap().with_merge_rule(rule));
-        Self { engine, loaded }
+    fn new(engine: TestEngine, names: [&'static str; 2], rule: MergeRule) -> Self {
+        let loaded = names.map(|name| engine.handle.load_adapter(&folder(name)).unwrap().with_merge_rule(rule));
+        Self { engine, names, loaded }
     }
 
     fn submit(&self, record: &Record, composition: Composition) -> OutputStream {
         let applied = |(name, scale): &(&str, f32)| {
-            let at = ADAPTERS.iter().position(|other| other == name).unwrap();
+            let at = self.names.iter().position(|other| other == name).unwrap();
             AppliedAdapter { adapter: self.loaded[at].clone(), scale: *scale }
         };
         let sampling =

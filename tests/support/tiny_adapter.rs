@@ -22,12 +22,25 @@ pub const ALL: [&str; 7] = [
     "mlp.down_proj",
 ];
 
+/// The embedding, which [`ALL`] has not.
+pub const EMBEDDING: &str = "model.embed_tokens";
+/// The output projection.
+pub const HEAD: &str = "lm_head";
+
 /// A row-major matrix of numbers that bf16 holds.
 #[derive(Clone)]
 pub struct Matrix {
     pub rows: usize,
     pub columns: usize,
     pub values: Vec<f32>,
+}
+
+impl Matrix {
+    fn transposed(&self) -> Self {
+        let (rows, columns) = (self.columns, self.rows);
+        let values = (0..rows * columns).map(|at| self.values[at % columns * rows + at / columns]).collect();
+        Self { rows, columns, values }
+    }
 }
 
 /// An adapter in memory: `A` and `B` by the name of their module.
@@ -66,14 +79,21 @@ impl TinyAdapter {
         Self::new(&named.collect::<Vec<_>>(), rank, seed)
     }
 
-    /// `W += scale * alpha / rank * B A` in f64.
+    /// `W += scale * alpha / rank * B A` in f64; of the embedding, whose rows are inputs, the transposed.
     pub fn merge_into(&self, model: &mut TinyModel, scale: f64) {
+        if self.updates.contains_key(EMBEDDING) || self.updates.contains_key(HEAD) {
+            // From now on the two are different.
+            let embedding = model.tensor(&format!("{EMBEDDING}.weight")).clone();
+            model.tensors.entry(format!("{HEAD}.weight")).or_insert(embedding);
+        }
         for (name, (a, b)) in &self.updates {
+            let is_lookup = name == EMBEDDING;
             let weight = model.tensors.get_mut(&format!("{name}.weight")).unwrap();
             for row in 0..weight.rows {
                 for column in 0..weight.columns {
+                    let (output, input) = if is_lookup { (column, row) } else { (row, column) };
                     let product = |at: usize| {
-                        f64::from(b.values[row * self.rank + at]) * f64::from(a.values[at * a.columns + column])
+                        f64::from(b.values[output * self.rank + at]) * f64::from(a.values[at * a.columns + input])
                     };
                     let sum: f64 = (0..self.rank).map(product).sum();
                     let value = &mut weight.values[row * weight.columns + column];
@@ -101,7 +121,9 @@ impl TinyAdapter {
                 data.extend(matrix.values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()));
                 let shape = [matrix.rows, matrix.columns];
                 let facts = json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, data.len()]});
-                header.insert(format!("base_model.model.{name}.lora_{half}.weight"), facts);
+                let part =
+                    if name == EMBEDDING { format!("lora_embedding_{half}") } else { format!("lora_{half}.weight") };
+                header.insert(format!("base_model.model.{name}.{part}"), facts);
             }
         }
         let mut text = Value::Object(header).to_string();
@@ -123,6 +145,9 @@ impl TinyAdapter {
         metadata.extend((self.alpha as f32).to_le_bytes());
         for (name, (a, b)) in &self.updates {
             let b_values = interleaved(name, &b.values, b.columns, head_dim);
+            // Of the embedding there is a row for each token.
+            let rows_of_tokens = a.transposed();
+            let a = if name == EMBEDDING { &rows_of_tokens } else { a };
             for (half, matrix, values) in [("a", a, &a.values), ("b", b, &b_values)] {
                 text(&mut table, &format!("{}.weight.lora_{half}", gguf_name(name)));
                 table.extend(2u32.to_le_bytes());

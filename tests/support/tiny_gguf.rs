@@ -178,7 +178,12 @@ fn metadata(model: &TinyModel) -> (usize, Vec<u8>) {
 }
 
 pub(super) fn gguf_name(name: &str) -> String {
-    let whole = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("model.layers", "blk")];
+    let whole = [
+        ("model.embed_tokens", "token_embd"),
+        ("lm_head", "output"),
+        ("model.norm", "output_norm"),
+        ("model.layers", "blk"),
+    ];
     let parts = [
         ("input_layernorm", "attn_norm"),
         ("post_attention_layernorm", "ffn_norm"),

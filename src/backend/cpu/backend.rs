@@ -14,13 +14,13 @@ use super::transfer::CpuTransfer;
 use super::weight_memory::WeightArena;
 use super::{
     AttentionBatch, AttentionScratch, CpuLora, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
-    KvStoreBatch, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows, RowsMut,
-    SampleScratch, ThreadPool,
+    KvStoreBatch, LoraInput, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows,
+    RowsMut, SampleScratch, ThreadPool,
 };
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling, SamplingBatch, ScaledUpdate,
-    StepBounds, StreamKind, Tensor, dequantize_row,
+    KvLayer, KvOrder, LoraAdapter, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling, SamplingBatch,
+    ScaledUpdate, StepBounds, StreamKind, Tensor, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -61,6 +61,46 @@ impl CpuBackend {
 
     fn workers(&self) -> MutexGuard<'_, Workers> {
         self.workers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl CpuBackend {
+    /// `out[r] += scale * scaling * (x[r] A^T) B^T` with that update of each adapter.
+    fn add_products(
+        &self,
+        x: &CpuTensor,
+        batch: &LoraBatch<'_, Self>,
+        out: &CpuTensor,
+        update_of: impl Fn(&LoraAdapter<CpuLora>) -> Option<&CpuLora> + Sync,
+    ) -> Result<()> {
+        x.expect("projection input", out.rows(), x.columns(), DType::F32)?;
+        // SAFETY: the tensors are different buffers, and work before this call is done.
+        let input = LoraInput::Rows { x: unsafe { numbers(x) }, num_inputs: x.columns() };
+        self.add_updates(input, batch, out, update_of)
+    }
+
+    fn add_updates(
+        &self,
+        input: LoraInput<'_>,
+        batch: &LoraBatch<'_, Self>,
+        out: &CpuTensor,
+        update_of: impl Fn(&LoraAdapter<CpuLora>) -> Option<&CpuLora> + Sync,
+    ) -> Result<()> {
+        batch.check()?;
+        out.expect("rows with adapters", out.rows(), out.columns(), DType::F32)?;
+        // SAFETY: the tensors are different buffers, and work before this call is done.
+        let (rows, scales) = unsafe { (numbers::<i32>(&batch.rows), numbers::<f32>(&batch.scales)) };
+        expect_indices("adapted row", rows, out.rows())?;
+        let group = |index: usize| {
+            let group = &batch.groups[index];
+            update_of(&group.adapter).map(|update| LoraRows { update, entries: group.entries.clone() })
+        };
+        // SAFETY: as above.
+        let sums = unsafe { numbers_mut(out) };
+        let work = LoraWork { input, rows, scales, group, num_groups: batch.groups.len() };
+        let Workers { pool, lora, .. } = &mut *self.workers();
+        super::add_lora(pool, self.isa, lora, &work, sums, out.columns());
+        Ok(())
     }
 }
 
@@ -258,23 +298,34 @@ impl Backend for CpuBackend {
         site: LoraSite,
         out: &CpuTensor,
     ) -> Result<()> {
-        batch.check()?;
-        x.expect("projection input", x.rows(), x.columns(), DType::F32)?;
-        out.expect("projection output", x.rows(), out.columns(), DType::F32)?;
+        self.add_products(x, batch, out, |adapter| adapter.get(site))
+    }
+
+    fn add_lora_embedding(
+        &self,
+        _stream: &CpuStream,
+        ids: &CpuTensor,
+        batch: &LoraBatch<'_, Self>,
+        factor: f32,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        ids.expect("tokens", 1, out.rows(), DType::I32)?;
+        let embedding = |adapter: &'_ LoraAdapter<CpuLora>| adapter.embedding().map(CpuLora::num_inputs);
+        let Some(vocab_size) = batch.groups.iter().find_map(|group| embedding(&group.adapter)) else { return Ok(()) };
         // SAFETY: the tensors are different buffers, and work before this call is done.
-        let (rows, scales) = unsafe { (numbers::<i32>(&batch.rows), numbers::<f32>(&batch.scales)) };
-        expect_indices("adapted row", rows, x.rows())?;
-        let group = |index: usize| {
-            let group = &batch.groups[index];
-            group.adapter.get(site).map(|update| LoraRows { update, entries: group.entries.clone() })
-        };
-        // SAFETY: as above.
-        let (data, sums) = unsafe { (numbers(x), numbers_mut(out)) };
-        let num_groups = batch.groups.len();
-        let work = LoraWork { x: data, num_inputs: x.columns(), rows, scales, group, num_groups };
-        let Workers { pool, lora, .. } = &mut *self.workers();
-        super::add_lora(pool, self.isa, lora, &work, sums, out.columns());
-        Ok(())
+        let ids = unsafe { numbers::<i32>(ids) };
+        expect_indices("token id", ids, vocab_size)?;
+        self.add_updates(LoraInput::Tokens { ids, factor, vocab_size }, batch, out, |adapter| adapter.embedding())
+    }
+
+    fn add_lora_head(
+        &self,
+        _stream: &CpuStream,
+        x: &CpuTensor,
+        batch: &LoraBatch<'_, Self>,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        self.add_products(x, batch, out, |adapter| adapter.head())
     }
 
     fn merged_bytes(&self, weight: &PackedMatrix) -> Result<usize> {

@@ -1,23 +1,27 @@
-//! Low-rank updates of a projection's output, for all adapters of a step at once.
+//! Low-rank updates of a projection's output, or of embeddings, for all adapters of a step at once.
 //!
 //! Two passes. Shrink: `y = x A^T` for every row of every group, a task per group, few ranks and up to 64 rows. Expand:
 //! `out += scale y B^T`, a task per stripe of columns, which walks the groups in their order, so that no two threads
 //! write one number and a row's sums do not depend on how the work was cut. Where no two groups have a row in common, and
 //! there are enough of them, one task does both for a group, and threads meet once. Ranks are never filled up to those of
 //! another adapter. The products are made by `lora_pairs` where adapters are bf16 and the machine multiplies pairs of
-//! that, for which x is rounded beforehand, as the products with the weights round it; by `lora_plain` elsewhere.
+//! that, for which x is rounded beforehand, as the products with the weights round it; by `lora_plain` elsewhere. Of an embedding
+//! the first pass only looks numbers up.
 
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::disjoint::DisjointSlice;
 use super::gemm::grown;
 use super::line::Line;
-use super::lora_matrix::{CpuLora, CpuLoraPart, GROUP};
+use super::lora_matrix::{CpuLora, CpuLoraPart, GROUP, GroupedMatrix, ShrinkMatrix};
 #[cfg(target_arch = "x86_64")]
 use super::lora_pairs;
 use super::lora_plain;
+use super::lora_tokens::TokenTable;
 use super::simd::dispatch;
 use super::{Isa, ThreadPool};
 
@@ -73,12 +77,57 @@ pub struct LoraRows<'a> {
     pub entries: Range<usize>,
 }
 
-/// What is added to the output of one projection.
+/// What updates are applied to.
+#[derive(Clone, Copy)]
+pub enum LoraInput<'a> {
+    /// What a projection was given.
+    Rows {
+        /// `[T, num_inputs]`.
+        x: &'a [f32],
+        /// Numbers in a row.
+        num_inputs: usize,
+    },
+    /// What an embedding was given: rows that would be zeros but for one number.
+    Tokens {
+        /// Where that is, by row.
+        ids: &'a [i32],
+        /// What it is.
+        factor: f32,
+        /// Tokens there are.
+        vocab_size: usize,
+    },
+}
+
+impl LoraInput<'_> {
+    fn num_rows(&self) -> usize {
+        match self {
+            Self::Rows { x, num_inputs } => x.len() / num_inputs,
+            Self::Tokens { ids, .. } => ids.len(),
+        }
+    }
+
+    /// Whether a part is made for it.
+    fn suits(&self, part: &CpuLoraPart) -> bool {
+        match (self, &part.shrink) {
+            (Self::Rows { num_inputs, .. }, ShrinkMatrix::Multiplied(_)) => part.num_inputs == *num_inputs,
+            (Self::Tokens { vocab_size, .. }, ShrinkMatrix::LookedUp(_)) => part.num_inputs == *vocab_size,
+            _ => false,
+        }
+    }
+
+    /// Products that a rank of a part takes of a row.
+    fn products_per_rank(&self, part: &CpuLoraPart) -> usize {
+        match self {
+            Self::Rows { .. } => part.num_inputs + part.num_outputs,
+            Self::Tokens { .. } => part.num_outputs,
+        }
+    }
+}
+
+/// What is added to the output of one projection, or to embeddings.
 pub struct LoraWork<'a, G> {
-    /// `[T, num_inputs]`.
-    pub x: &'a [f32],
-    /// Numbers in a row of `x`.
-    pub num_inputs: usize,
+    /// What went into it.
+    pub input: LoraInput<'a>,
     /// Rows of the step.
     pub rows: &'a [i32],
     /// What multiplies their updates.
@@ -115,15 +164,18 @@ pub fn add_lora<'a, G: Fn(usize) -> Option<LoraRows<'a>> + Sync>(
     out: &mut [f32],
     num_outputs: usize,
 ) {
-    scratch.reserve(work.x.len() / work.num_inputs);
-    if multiplies_pairs(isa) && (0..work.num_groups).any(|group| (work.group)(group).is_some_and(has_pairs)) {
-        round_rows(pool, work.x, work.num_inputs, &mut scratch.rounded);
+    scratch.reserve(work.input.num_rows());
+    if let LoraInput::Rows { x, num_inputs } = work.input
+        && multiplies_pairs(isa)
+        && (0..work.num_groups).any(|group| (work.group)(group).is_some_and(has_pairs))
+    {
+        round_rows(pool, x, num_inputs, &mut scratch.rounded);
     }
     let mut run = Run { pool, isa, scratch, work, out, num_outputs, num_tasks: 0, num_shrunk: 0, num_products: 0 };
     for group in 0..work.num_groups {
         let Some(LoraRows { update, entries }) = (work.group)(group) else { continue };
         for (index, part) in update.parts.iter().enumerate() {
-            assert_eq!(part.num_inputs, work.num_inputs, "an adapter takes what its projection takes");
+            assert!(work.input.suits(part), "an adapter takes what its projection takes");
             assert!(part.first_column + part.num_outputs <= num_outputs, "an adapter gives what its projection gives");
             for start in entries.clone().step_by(PIECE_ROWS) {
                 run.push(group, index, part, start..entries.end.min(start + PIECE_ROWS));
@@ -188,7 +240,7 @@ impl<'u, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Run<'_, '_, G> {
         let (shrunk_at, first_task) = (self.num_shrunk, self.num_tasks);
         self.num_shrunk += num_shrunk;
         self.num_tasks += found.rank.div_ceil(TASK_RANKS);
-        self.num_products += num_shrunk * (found.num_inputs + found.num_outputs);
+        self.num_products += num_shrunk * self.work.input.products_per_rank(found);
         let columns = found.first_column..found.first_column + found.num_outputs;
         // A stripe of the second pass is the same columns of every part that writes there.
         let agrees =
@@ -215,7 +267,7 @@ impl<'u, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Run<'_, '_, G> {
     fn rows_are_disjoint(&mut self) -> bool {
         let LoraScratch { pieces, owners, .. } = &mut *self.scratch;
         owners.clear();
-        owners.resize(self.work.x.len() / self.work.num_inputs, usize::MAX);
+        owners.resize(self.work.input.num_rows(), usize::MAX);
         pieces.iter().all(|piece| {
             self.work.rows[piece.entries.clone()].iter().all(|row| {
                 let owner = &mut owners[*row as usize];
@@ -297,17 +349,70 @@ impl<'a, 'u, 'w, G: Fn(usize) -> Option<LoraRows<'u>> + Sync> Passes<'a, 'w, G> 
 
     /// Some ranks of a piece, which no other task has.
     fn shrink(&self, piece: &Piece, part: &CpuLoraPart, ranks: Range<usize>) {
+        match (&self.work.input, &part.shrink) {
+            (LoraInput::Rows { x, num_inputs }, ShrinkMatrix::Multiplied(a)) => {
+                self.multiply(piece, part, (x, *num_inputs), a, ranks);
+            }
+            (LoraInput::Tokens { ids, factor, .. }, ShrinkMatrix::LookedUp(a)) => {
+                self.look_up(piece, part, (ids, *factor), a, ranks);
+            }
+            _ => unreachable!("a part suits its input"),
+        }
+    }
+
+    fn multiply(
+        &self,
+        piece: &Piece,
+        part: &CpuLoraPart,
+        (work_x, num_inputs): (&[f32], usize),
+        a: &GroupedMatrix,
+        ranks: Range<usize>,
+    ) {
         let rows = &self.work.rows[piece.entries.clone()];
         let (target, target_at) = (&self.shrunk, piece.shrunk_at);
         #[cfg(target_arch = "x86_64")]
         if self.uses_pairs(part) {
             let (x, scales) = (self.rounded, &self.work.scales[piece.entries.clone()]);
-            let row_lines = row_lines(self.work.num_inputs);
+            let row_lines = row_lines(num_inputs);
             // SAFETY: the instructions are there, and every row was rounded; tasks have different ranks or pieces.
-            unsafe { lora_pairs::Shrink { x, row_lines, rows, scales, part, ranks, target, target_at }.run() };
+            unsafe { lora_pairs::Shrink { x, row_lines, rows, scales, part, a, ranks, target, target_at }.run() };
             return;
         }
-        dispatch(self.isa, lora_plain::Shrink { work_x: self.work.x, rows, part, ranks, target, target_at });
+        dispatch(self.isa, lora_plain::Shrink { work_x, rows, part, a, ranks, target, target_at });
+    }
+
+    /// The same of tokens. What follows reads pairs where `multiply` would have written them.
+    fn look_up(
+        &self,
+        piece: &Piece,
+        part: &CpuLoraPart,
+        (ids, factor): (&[i32], f32),
+        a: &TokenTable,
+        ranks: Range<usize>,
+    ) {
+        for (at, entry) in piece.entries.clone().enumerate() {
+            let token = ids[self.work.rows[entry] as usize] as usize;
+            // SAFETY: who schedules keeps an adapter's pages while it is used.
+            let number = |rank: usize| factor * unsafe { a.number(token, rank) };
+            if self.uses_pairs(part) {
+                let factor = self.work.scales[entry] * part.scaling;
+                let bits = |rank: usize| match rank < part.rank {
+                    true => u32::from(bf16::from_f32(number(rank) * factor).to_bits()),
+                    false => 0,
+                };
+                let start = piece.shrunk_at + at * part.rank.div_ceil(2) + ranks.start / 2;
+                // SAFETY: tasks have different ranks or pieces.
+                let words = unsafe { self.shrunk.part(start, ranks.len().div_ceil(2)) };
+                for (word, rank) in words.iter_mut().zip(ranks.clone().step_by(2)) {
+                    *word = f32::from_bits(bits(rank) | bits(rank + 1) << 16);
+                }
+            } else {
+                let start = piece.shrunk_at + at * part.rank + ranks.start;
+                // SAFETY: as above.
+                let shrunk = unsafe { self.shrunk.part(start, ranks.len()) };
+                shrunk.iter_mut().zip(ranks.clone()).for_each(|(shrunk, rank)| *shrunk = number(rank));
+            }
+        }
     }
 
     /// Some panels of a piece's part, in rows where no other task has them; all its ranks are shrunk.

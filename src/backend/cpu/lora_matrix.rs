@@ -1,5 +1,6 @@
 //! An adapter as the kernels read it, and its `A`: a run of rows of 32-number groups, in bf16 or f32, in pages. `B` is
-//! laid out by `lora_panels`.
+//! laid out by `lora_panels`, the `A` of an
+//! embedding by `lora_tokens`.
 //!
 //! Of bf16, word `i` of a group holds number `i` in its low half and number `16 + i` in its high half, so that two vectors
 //! of neighbours come out of one load. Rows are filled up with zeros.
@@ -10,6 +11,7 @@ use half::bf16;
 
 use super::dequantize::dequantize_row;
 use super::lora_panels::{PackedPanels, RankPanels};
+use super::lora_tokens::{PackedTokens, TokenTable};
 use super::memory::CpuBuffer;
 use super::simd::{LANES, Simd};
 use crate::backend::{DType, HostTensor, LoraLoader, LoraPages, LoraPart, PageImage, RowRun};
@@ -34,10 +36,24 @@ pub struct CpuLora {
     pub(super) parts: Vec<CpuLoraPart>,
 }
 
+/// `A`.
+pub(super) enum ShrinkMatrix {
+    /// Of a projection: a row per rank.
+    Multiplied(GroupedMatrix),
+    /// Of the embedding.
+    LookedUp(TokenTable),
+}
+
+impl CpuLora {
+    /// Numbers that go into it.
+    pub(super) fn num_inputs(&self) -> usize {
+        self.parts.first().map_or(0, |part| part.num_inputs)
+    }
+}
+
 /// An update of some columns.
 pub(super) struct CpuLoraPart {
-    /// `A`: a row per rank.
-    pub(super) shrink: GroupedMatrix,
+    pub(super) shrink: ShrinkMatrix,
     /// `B`.
     pub(super) expand: RankPanels,
     pub(super) rank: usize,
@@ -59,9 +75,15 @@ pub struct PackedCpuLora {
     parts: Vec<PackedPart>,
 }
 
+enum PackedShrink {
+    Multiplied(RowRun),
+    LookedUp(PackedTokens),
+}
+
 struct PackedPart {
-    shrink: RowRun,
+    shrink: PackedShrink,
     expand: PackedPanels,
+    rank: usize,
     is_bf16: bool,
     num_inputs: usize,
     num_outputs: usize,
@@ -78,11 +100,16 @@ impl LoraLoader for CpuLoraLoader {
     type Lora = CpuLora;
 
     fn pack(&self, parts: &[LoraPart], image: &mut PageImage) -> Result<PackedCpuLora> {
-        let pack = |part: &LoraPart| {
-            part.check()?;
-            PackedPart::new(part, image)
-        };
+        let pack = |part: &LoraPart| PackedPart::new(part, pack_rows, image);
         Ok(PackedCpuLora { parts: parts.iter().map(pack).collect::<Result<_>>()? })
+    }
+
+    fn pack_embedding(&self, part: &LoraPart, image: &mut PageImage) -> Result<PackedCpuLora> {
+        Ok(PackedCpuLora { parts: vec![PackedPart::new(part, pack_tokens, image)?] })
+    }
+
+    fn pack_head(&self, part: &LoraPart, image: &mut PageImage) -> Result<PackedCpuLora> {
+        self.pack(std::slice::from_ref(part), image)
     }
 
     fn place(&self, packed: &PackedCpuLora, pages: &LoraPages<CpuBuffer>) -> Result<CpuLora> {
@@ -91,27 +118,46 @@ impl LoraLoader for CpuLoraLoader {
     }
 }
 
+/// Arranges `A` as a row per rank; bf16 holds its numbers exactly when `is_bf16`.
+fn pack_rows(a: &HostTensor, is_bf16: bool, image: &mut PageImage) -> Result<PackedShrink> {
+    let row_bytes = a.columns().next_multiple_of(STRIDE) * if is_bf16 { 2 } else { 4 };
+    let run = image.reserve(a.name(), a.rows(), row_bytes)?;
+    for (row, numbers) in numbers(a).chunks_exact(a.columns()).enumerate() {
+        write_row(image.row_mut(&run, row), is_bf16, |column| numbers.get(column).copied());
+    }
+    Ok(PackedShrink::Multiplied(run))
+}
+
+/// Arranges `A` as a row per token.
+fn pack_tokens(a: &HostTensor, is_bf16: bool, image: &mut PageImage) -> Result<PackedShrink> {
+    Ok(PackedShrink::LookedUp(PackedTokens::new(a.name(), &numbers(a), a.columns(), is_bf16, image)?))
+}
+
 impl PackedPart {
-    fn new(part: &LoraPart, image: &mut PageImage) -> Result<Self> {
+    fn new(
+        part: &LoraPart,
+        pack_a: impl Fn(&HostTensor, bool, &mut PageImage) -> Result<PackedShrink>,
+        image: &mut PageImage,
+    ) -> Result<Self> {
+        part.check()?;
         let LoraPart { a, b, scaling, first_column } = part;
         let (rank, num_inputs, num_outputs) = (a.rows(), a.columns(), b.rows());
         let is_bf16 = a.dtype() == DType::BF16 && b.dtype() == DType::BF16;
-        let bytes = |columns: usize| columns.next_multiple_of(STRIDE) * if is_bf16 { 2 } else { 4 };
-        let shrink = image.reserve(a.name(), rank, bytes(num_inputs))?;
-        let numbers_of_a = numbers(a);
-        for (row, numbers) in numbers_of_a.chunks_exact(num_inputs).enumerate() {
-            write_row(image.row_mut(&shrink, row), is_bf16, |column| numbers.get(column).copied());
-        }
+        let shrink = pack_a(a, is_bf16, image)?;
         let expand = PackedPanels::new(b.name(), &numbers(b), rank, is_bf16, image)?;
         let (first_column, scaling) = (*first_column, *scaling);
-        Ok(Self { shrink, expand, is_bf16, num_inputs, num_outputs, first_column, scaling })
+        Ok(Self { shrink, expand, rank, is_bf16, num_inputs, num_outputs, first_column, scaling })
     }
 
     fn place(&self, pages: &LoraPages<CpuBuffer>) -> Result<CpuLoraPart> {
+        let shrink = match &self.shrink {
+            PackedShrink::Multiplied(run) => ShrinkMatrix::Multiplied(GroupedMatrix::new(run, self.is_bf16, pages)?),
+            PackedShrink::LookedUp(tokens) => ShrinkMatrix::LookedUp(tokens.place(pages)?),
+        };
         Ok(CpuLoraPart {
-            shrink: GroupedMatrix::new(&self.shrink, self.is_bf16, pages)?,
+            shrink,
             expand: self.expand.place(pages)?,
-            rank: self.shrink.num_rows,
+            rank: self.rank,
             num_inputs: self.num_inputs,
             num_outputs: self.num_outputs,
             first_column: self.first_column,
@@ -227,8 +273,17 @@ pub(super) mod tests {
 
     /// Pages of `page_bytes` that lie here and there, in another order.
     pub(in super::super) fn load_into_pages(parts: &[LoraPart], page_bytes: usize) -> CpuLora {
+        load_packed(page_bytes, |image| CpuLoraLoader.pack(parts, image))
+    }
+
+    /// The same of an embedding's update.
+    pub(in super::super) fn load_embedding(part: &LoraPart) -> CpuLora {
+        load_packed(PAGE_BYTES, |image| CpuLoraLoader.pack_embedding(part, image))
+    }
+
+    fn load_packed(page_bytes: usize, pack: impl Fn(&mut PageImage) -> Result<PackedCpuLora>) -> CpuLora {
         let mut image = PageImage::new(page_bytes);
-        let packed = CpuLoraLoader.pack(parts, &mut image).unwrap();
+        let packed = pack(&mut image).unwrap();
         let image = image.finish().unwrap();
         let num_pages = image.num_pages();
         let pages: Vec<u32> = (0..num_pages as u32).rev().map(|page| 2 * page + 1).collect();

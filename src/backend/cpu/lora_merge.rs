@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::disjoint::DisjointSlice;
 use super::lora::in_tasks;
-use super::lora_matrix::{CpuLora, CpuLoraPart, GROUP};
+use super::lora_matrix::{CpuLora, CpuLoraPart, GROUP, ShrinkMatrix};
 use super::packed::{HALF_ROWS, PANEL_ROWS, PackedMatrix, Segment, read_plain, write_plain};
 use super::simd::{Kernel, LANES, Simd, dispatch};
 use super::{Isa, ThreadPool, pool};
@@ -197,12 +197,13 @@ impl<'a> MergeChunk<'a> {
 /// Puts columns `[column, column + 32)` of `A` into `a`, `[rank][32]`.
 #[inline(always)]
 fn lay_out<S: Simd>(s: S, part: &CpuLoraPart, column: usize, a: &mut [f32]) {
+    let ShrinkMatrix::Multiplied(shrink) = &part.shrink else { unreachable!("embeddings are not merged into") };
     for (rank, a) in a.chunks_exact_mut(TILE).take(part.rank).enumerate() {
-        let row = part.shrink.row(rank);
+        let row = shrink.row(rank);
         // SAFETY: columns of a panel are filled up to no more than those of `A` are; `a` has 32 numbers; who merges keeps
         // the adapters' pages.
         unsafe {
-            let [low, high] = match part.shrink.is_bf16() {
+            let [low, high] = match shrink.is_bf16() {
                 true => row.group::<S, true>(s, column),
                 false => row.group::<S, false>(s, column),
             };

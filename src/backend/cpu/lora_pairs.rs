@@ -18,7 +18,7 @@ use super::bf16_rounding::{low_lanes, rounded};
 use super::disjoint::DisjointSlice;
 use super::float_avx512::{bf16_lanes, unroll};
 use super::line::Line;
-use super::lora_matrix::{CpuLoraPart, GROUP};
+use super::lora_matrix::{CpuLoraPart, GROUP, GroupedMatrix};
 use super::lora_panels::{PANEL_COLUMNS, STEP_BYTES};
 use super::simd::LANES;
 
@@ -73,6 +73,7 @@ pub(super) struct Shrink<'a> {
     pub(super) rows: &'a [i32],
     pub(super) scales: &'a [f32],
     pub(super) part: &'a CpuLoraPart,
+    pub(super) a: &'a GroupedMatrix,
     /// Begins with an even one.
     pub(super) ranks: Range<usize>,
     /// `[rows, rank / 2 rounded up]` from `target_at` on.
@@ -108,7 +109,7 @@ impl Shrink<'_> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     unsafe fn tile<const R: usize>(&self, at: usize, rank: usize) {
         let last = self.ranks.end - 1;
-        let row_of_a = |rank: usize| self.part.shrink.row(rank.min(last)).start();
+        let row_of_a = |rank: usize| self.a.row(rank.min(last)).start();
         let a: [*const u8; TILE_RANKS] = array::from_fn(|q| row_of_a(rank + q));
         // Rows are too short for the hardware's prefetch: the next ones arrive while these are multiplied.
         let next: [*const u8; TILE_RANKS] = array::from_fn(|q| row_of_a(rank + TILE_RANKS + q));

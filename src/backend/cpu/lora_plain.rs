@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::disjoint::DisjointSlice;
-use super::lora_matrix::{CpuLoraPart, GROUP, GroupedRow};
+use super::lora_matrix::{CpuLoraPart, GROUP, GroupedMatrix, GroupedRow};
 use super::lora_panels::{PANEL_COLUMNS, STEP_BYTES};
 use super::simd::{Kernel, LANES, Simd};
 
@@ -25,6 +25,7 @@ pub(super) struct Shrink<'a, 'x> {
     pub(super) work_x: &'x [f32],
     pub(super) rows: &'a [i32],
     pub(super) part: &'a CpuLoraPart,
+    pub(super) a: &'a GroupedMatrix,
     pub(super) ranks: Range<usize>,
     pub(super) target: &'a DisjointSlice<'a, f32>,
     pub(super) target_at: usize,
@@ -35,7 +36,7 @@ impl Kernel for Shrink<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.part.shrink.is_bf16() {
+        match self.a.is_bf16() {
             true => self.run_as::<S, true>(s),
             false => self.run_as::<S, false>(s),
         }
@@ -50,7 +51,7 @@ impl Shrink<'_, '_> {
             let count = TILE_RANKS.min(self.ranks.end - rank);
             // Rows are too short for the hardware's prefetch: the next ones arrive while these are multiplied.
             for next in rank + count..(rank + count + TILE_RANKS).min(self.ranks.end) {
-                self.part.shrink.row(next).prefetch::<BF16>(0, self.part.num_inputs.div_ceil(GROUP));
+                self.a.row(next).prefetch::<BF16>(0, self.part.num_inputs.div_ceil(GROUP));
             }
             let mut at = 0;
             while at < self.rows.len() {
@@ -74,7 +75,7 @@ impl Shrink<'_, '_> {
     fn tile<S: Simd, const BF16: bool, const R: usize, const Q: usize>(&self, s: S, at: usize, rank: usize) {
         let len = self.part.num_inputs;
         let x: [&[f32]; R] = std::array::from_fn(|row| &self.work_x[self.rows[at + row] as usize * len..][..len]);
-        let ranks: [GroupedRow; Q] = std::array::from_fn(|q| self.part.shrink.row(rank + q));
+        let ranks: [GroupedRow; Q] = std::array::from_fn(|q| self.a.row(rank + q));
         let mut sums = [[s.zero(); Q]; R];
         for column in (0..len).step_by(GROUP) {
             // SAFETY: the stride of `A` is at least `len`, and who schedules keeps an adapter's pages while it is used.

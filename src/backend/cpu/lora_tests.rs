@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::super::lora_matrix::tests::{PAGE_BYTES, load_into_pages};
+use super::super::lora_matrix::tests::{PAGE_BYTES, load_embedding, load_into_pages};
 use super::*;
 use crate::backend::{DType, HostTensor, LoraPart};
 
@@ -47,13 +47,16 @@ fn load(parts: &[Plain], dtype: DType) -> CpuLora {
 }
 
 fn load_in_pages_of(page_bytes: usize, parts: &[Plain], dtype: DType) -> CpuLora {
-    let part = |it: &Plain| LoraPart {
+    load_into_pages(&parts.iter().map(|it| part(it, dtype)).collect::<Vec<_>>(), page_bytes)
+}
+
+fn part(it: &Plain, dtype: DType) -> LoraPart {
+    LoraPart {
         a: tensor(&it.a, it.rank, dtype),
         b: tensor(&it.b, it.num_outputs, dtype),
         scaling: it.scaling,
         first_column: it.first_column,
-    };
-    load_into_pages(&parts.iter().map(part).collect::<Vec<_>>(), page_bytes)
+    }
 }
 
 /// Adapters of different ranks for a projection of two modules, of 80 columns and 70; the first one updates both.
@@ -76,7 +79,17 @@ fn multiplies_pairs_of(isa: Isa, dtype: DType) -> bool {
 }
 
 fn run(isa: Isa, threads: usize, loaded: &[CpuLora], entries: &[(usize, i32, f32)], num_rows: usize) -> Vec<f32> {
-    let (x, mut out) = (inputs(num_rows), numbers(num_rows * OUTPUTS, 21));
+    run_on(isa, threads, loaded, entries, LoraInput::Rows { x: &inputs(num_rows), num_inputs: INPUTS })
+}
+
+fn run_on(
+    isa: Isa,
+    threads: usize,
+    loaded: &[CpuLora],
+    entries: &[(usize, i32, f32)],
+    input: LoraInput<'_>,
+) -> Vec<f32> {
+    let mut out = numbers(input.num_rows() * OUTPUTS, 21);
     let rows: Vec<i32> = entries.iter().map(|entry| entry.1).collect();
     let scales: Vec<f32> = entries.iter().map(|entry| entry.2).collect();
     let group = |group: usize| {
@@ -84,7 +97,7 @@ fn run(isa: Isa, threads: usize, loaded: &[CpuLora], entries: &[(usize, i32, f32
         let count = entries.iter().filter(|entry| entry.0 == group).count();
         Some(LoraRows { update: &loaded[group], entries: start..start + count })
     };
-    let work = LoraWork { x: &x, num_inputs: INPUTS, rows: &rows, scales: &scales, group, num_groups: loaded.len() };
+    let work = LoraWork { input, rows: &rows, scales: &scales, group, num_groups: loaded.len() };
     let (mut pool, mut scratch) = (ThreadPool::new(threads), LoraScratch::default());
     add_lora(&mut pool, isa, &mut scratch, &work, &mut out, OUTPUTS);
     out
@@ -205,6 +218,26 @@ fn groups_without_common_rows_give_the_bits_of_those_with() {
                 let columns = row * OUTPUTS..(row + 1) * OUTPUTS;
                 assert_eq!(found[columns.clone()], wanted[columns], "{isa}, row {row}");
             }
+        }
+    }
+}
+
+/// A token is a row with one number.
+#[test]
+fn looking_a_token_up_is_multiplying_by_its_row() {
+    let adapters = [plain(3, OUTPUTS, 0, 1), plain(16, OUTPUTS, 0, 3), plain(33, OUTPUTS, 0, 5)];
+    let mut entries: Vec<(usize, i32, f32)> = (0..90).map(|row| (0, row, 1.0)).collect();
+    entries.extend([(1, 7, 0.25), (1, 95, -2.0), (2, 7, 0.7), (2, 149, 1.5)]);
+    let ids: Vec<i32> = (0..150).map(|row| row * 37 % INPUTS as i32).collect();
+    let mut x = vec![0.0; 150 * INPUTS];
+    ids.iter().enumerate().for_each(|(row, id)| x[row * INPUTS + *id as usize] = 1.5);
+    for dtype in [DType::BF16, DType::F32] {
+        let multiplied: Vec<CpuLora> = adapters.iter().map(|it| load(std::slice::from_ref(it), dtype)).collect();
+        let looked_up: Vec<CpuLora> = adapters.iter().map(|it| load_embedding(&part(it, dtype))).collect();
+        for isa in Isa::available() {
+            let wanted = run_on(isa, 3, &multiplied, &entries, LoraInput::Rows { x: &x, num_inputs: INPUTS });
+            let input = LoraInput::Tokens { ids: &ids, factor: 1.5, vocab_size: INPUTS };
+            assert_eq!(run_on(isa, 3, &looked_up, &entries, input), wanted, "{isa} {dtype}");
         }
     }
 }

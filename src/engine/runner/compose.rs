@@ -86,7 +86,7 @@ impl<B: Backend> ModelRunner<B> {
         let groups = self.lora.groups();
         let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
         let merged = merged_rows(self.merged.as_ref(), running, probing);
-        let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, merged });
+        let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, head: None, merged });
         self.model.probe(&self.backend, &self.stream, &batch, adapted.as_ref(), &self.kv, &self.workspace)?;
         drop(adapted);
         self.lora.clear();

@@ -74,7 +74,7 @@ pub(super) struct HostRows {
 type RowsAndScales<B> = (Tensor<<B as Device>::Buffer>, Tensor<<B as Device>::Buffer>);
 
 /// Arrays of a step.
-const NUM_INPUTS: usize = 16;
+const NUM_INPUTS: usize = 18;
 /// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 const ALIGNED_NUMBERS: usize = 4;
 
@@ -123,7 +123,7 @@ impl<B: Backend> ModelRunner<B> {
         // is drawn by.
         let capacity = (5 + 2 * MAX_APPLIED) * limits.max_num_batched_tokens
             + 3 * limits.max_num_seqs
-            + 9 * max_logits
+            + (9 + 2 * MAX_APPLIED) * max_logits
             + 1
             + limits.max_num_seqs * max_blocks
             + NUM_INPUTS * (ALIGNED_NUMBERS - 1);
@@ -243,12 +243,14 @@ impl<B: Backend> ModelRunner<B> {
         let batch = self.prepare(running, scheduled, shape, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
         let sampling = self.write_sampling(running, scheduled, batch.num_logits);
+        let head = self.write_head(running, scheduled, batch.num_logits);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
         let groups = self.lora.groups();
         let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
         let merged = merged_rows(self.merged.as_ref(), running, scheduled);
-        let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, merged });
+        let head = head.map(|(rows, scales)| LoraBatch { rows, scales, groups: self.lora.head_groups() });
+        let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, head, merged });
         // What is drawn changes from step to step, so it is never a part of what is repeated.
         let takes_likeliest = shape.is_some() || sampling.is_none();
         let compute = &mut || self.compute(&batch, adapted.as_ref(), takes_likeliest);
@@ -413,11 +415,36 @@ impl<B: Backend> ModelRunner<B> {
         })
     }
 
+    /// Which rows of logits are adapted by what; `None` when none is.
+    fn write_head(
+        &mut self,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+        num_logits: usize,
+    ) -> Option<RowsAndScales<B>> {
+        if num_logits == 0 || !self.lora.has_head() {
+            return None;
+        }
+        // As many as there can be: a row has each of its adapters once.
+        let (rows, rows_at) = self.inputs.reserve(1, num_logits * MAX_APPLIED);
+        let (scales, scales_at) = self.inputs.reserve(1, num_logits * MAX_APPLIED);
+        let numbers = bytemuck::cast_slice_mut::<u8, i32>(self.inputs.host.as_mut());
+        let logits_of = |entry: &ScheduledSequence| num_logits_of(&running[entry.index], entry.num_tokens);
+        let num_entries = self.lora.fill_head(running, scheduled, logits_of, |at, row, scale| {
+            numbers[rows_at.start + at] = row;
+            numbers[scales_at.start + at] = scale as i32;
+        });
+        let part = |tensor: Tensor<B::Buffer>, dtype| {
+            Tensor::new(tensor.buffer().clone(), tensor.offset_bytes(), 1, num_entries, dtype)
+        };
+        (num_entries > 0).then(|| (part(rows, DType::I32), part(scales, DType::F32)))
+    }
+
     fn count_outputs(&self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> (usize, usize) {
         scheduled.iter().fold((0, 0), |(num_logits, num_outputs), entry| {
             let sequence = &running[entry.index];
             let count = output_range(sequence, entry.num_tokens).len();
-            (num_logits + if is_embedding(sequence) { 0 } else { count }, num_outputs + count)
+            (num_logits + num_logits_of(sequence, entry.num_tokens), num_outputs + count)
         })
     }
 
@@ -585,6 +612,11 @@ fn needs_logits_on_host(sequence: &Sequence) -> bool {
         Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()).is_none(),
         Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
     }
+}
+
+/// Rows of logits of a sequence of which so many tokens are scheduled.
+fn num_logits_of(sequence: &Sequence, num_tokens: usize) -> usize {
+    if is_embedding(sequence) { 0 } else { output_range(sequence, num_tokens).len() }
 }
 
 /// Which of its scheduled tokens a sequence wants results for.

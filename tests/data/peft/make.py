@@ -20,6 +20,9 @@ ADAPTERS = {
     "second": LoraConfig(r=10, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"]),
 }
 COMPOSED = {"first": 0.7, "second": -0.5}
+# Of the embedding and the output projection too; drawn behind all else.
+AROUND = LoraConfig(r=6, lora_alpha=9, target_modules=["embed_tokens", "lm_head", "q_proj"])
+AROUND_COMPOSED = {"first": 0.6, "around": 1.2}
 CONFIG = LlamaConfig(
     vocab_size=VOCAB,
     hidden_size=64,
@@ -43,12 +46,17 @@ def fill(parameters):
         mean, scale = 0.0, 1.5 / parameter.shape[-1] ** 0.5
         if "norm" in name:
             mean, scale = 1.0, 0.2
-        elif "embed" in name:
+        elif "lora_embedding_A" in name:
+            # Looked up, not summed over.
             scale = 0.3
+        elif "lora_embedding_B" in name:
+            scale = 0.3 / parameter.shape[-1] ** 0.5
         elif "lora_B" in name:
             scale = 0.3 / parameter.shape[-1] ** 0.5
         elif "lora_A" in name:
             scale = 1.0 / parameter.shape[-1] ** 0.5
+        elif "embed" in name:
+            scale = 0.3
         numbers = mean + scale * torch.randn(parameter.shape)
         parameter.data = numbers.to(torch.bfloat16).to(torch.float32)
 
@@ -113,7 +121,7 @@ def write_outputs(name, model, prompts):
 
 def main():
     torch.manual_seed(SEED)
-    for name in ("base", *ADAPTERS):
+    for name in ("base", *ADAPTERS, "around"):
         shutil.rmtree(FOLDER / name, ignore_errors=True)
     base = make_base()
     for name, config in ADAPTERS.items():
@@ -128,6 +136,16 @@ def main():
     model = model.to(torch.float32)
     model.add_weighted_adapter(list(COMPOSED), list(COMPOSED.values()), "composed", combination_type="cat")
     for name in (*ADAPTERS, "composed"):
+        model.set_adapter(name)
+        write_outputs(name, model, prompts)
+
+    make_adapter("around", AROUND)
+    model = PeftModel.from_pretrained(load_base(), FOLDER / "around", adapter_name="around").eval()
+    model.load_adapter(FOLDER / "first", adapter_name="first")
+    model = model.to(torch.float32)
+    weights = (list(AROUND_COMPOSED), list(AROUND_COMPOSED.values()))
+    model.add_weighted_adapter(*weights, "around-composed", combination_type="cat")
+    for name in ("around", "around-composed"):
         model.set_adapter(name)
         write_outputs(name, model, prompts)
 
