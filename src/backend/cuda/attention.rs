@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::CudaContext;
 
@@ -28,11 +28,16 @@ const PREFILL_ROWS: usize = 64;
 const PARTIALS_BYTES: usize = 32 << 20;
 
 /// Where decode attention keeps the results of chunks until they are combined.
-pub(super) struct Partials(CudaBuffer);
+pub(super) struct Partials(Mutex<CudaBuffer>);
 
 impl Partials {
     pub(super) fn allocate(context: &Arc<CudaContext>) -> Result<Self> {
-        CudaBuffer::allocate(context, PARTIALS_BYTES).map(Self)
+        Ok(Self(Mutex::new(CudaBuffer::allocate(context, PARTIALS_BYTES)?)))
+    }
+
+    /// For the launches that write and read them, which nobody else's may come between.
+    fn lock(&self) -> MutexGuard<'_, CudaBuffer> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -170,7 +175,8 @@ impl Call<'_> {
         let num_chunks = self.metadata.max_context_len.div_ceil(CHUNK_POSITIONS);
         let partials_bytes = num_seqs * num_kv_heads * num_chunks * self.decode_rows * (head_dim + 2) * 4;
         let splits = num_chunks > 1 && partials_bytes <= PARTIALS_BYTES;
-        let partials = splits.then_some(&backend.partials().0);
+        let held = splits.then(|| backend.partials().lock());
+        let partials = held.as_deref();
         let num_chunks = if splits { num_chunks } else { 1 };
         let blocks = (num_chunks, num_kv_heads, num_seqs);
         let arguments = self.arguments(partials)?;
