@@ -15,6 +15,7 @@ pub struct DecodeShape {
 impl DecodeShape {
     /// The shape of larger tables and a longer context, so that only one in a doubling differs. Kernels ignore what is
     /// behind a sequence's own context.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) fn rounded_up(self, min_blocks: usize, min_context_len: usize) -> Self {
         Self {
             max_blocks: self.max_blocks.next_power_of_two().max(min_blocks),
