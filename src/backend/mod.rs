@@ -40,7 +40,7 @@ use crate::{Result, invalid};
 
 /// Raised whenever a kernel's results change in any bit, so that KV blocks from before are not taken for what they would
 /// be now.
-pub const NUMERICS_VERSION: u32 = 2;
+pub const NUMERICS_VERSION: u32 = 3;
 
 /// A device that can run the layers of a transformer. All methods queue work on `stream` and may return before it is
 /// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step.
