@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use mneme::backend::cuda::CudaBackend;
 use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
 
 use crate::paging_tiers::bits;
@@ -33,11 +32,7 @@ pub(crate) fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
 
 /// An engine whose host tier, and nothing else, has what both prompts begin with.
 pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> TestEngine {
-    engine_on(softgpu::backend(Setup::default().kv_dtype), model, family)
-}
-
-/// The same on this backend.
-pub(crate) fn engine_on(backend: CudaBackend, model: &Path, family: Family) -> TestEngine {
+    let backend = softgpu::backend(Setup::default().kv_dtype);
     let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
     let setup = Setup { limits, ..Setup::default() };
     let host_bytes = 100 * Tiers::new(family).block_bytes();

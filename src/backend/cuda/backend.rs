@@ -7,7 +7,6 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaFunction};
 
@@ -82,12 +81,6 @@ impl CudaBackend {
     /// The same with every step launched kernel by kernel.
     pub fn without_graphs(self) -> Self {
         self.graphs.disable();
-        self
-    }
-
-    /// The same with copies taken for lost that have not ended in `patience`.
-    pub fn with_copy_patience(self, patience: Duration) -> Self {
-        self.watch.set_patience(patience);
         self
     }
 
