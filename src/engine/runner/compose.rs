@@ -1,7 +1,8 @@
 //! What composed prompts take beside ordinary steps: copies of stored tokens into their blocks, and passes through the
 //! lowest layers that show which copies are far from what belongs there. Which tokens these are is the sequences' to say.
 
-use super::{ModelRunner, StepInputs, merged_rows};
+use super::inputs::{ALIGNED_NUMBERS, StepInputs};
+use super::{ModelRunner, merged_rows};
 use crate::Result;
 use crate::backend::{Backend, DType, LoraBatch, RotatedCopies, Tensor};
 use crate::engine::composition::Move;
@@ -27,7 +28,7 @@ impl<B: Backend> CompositionBuffers<B> {
         let max_tokens = limits.max_num_batched_tokens;
         let bytes = max_tokens * size_of::<f32>();
         Ok(Self {
-            moves: StepInputs::new(backend, NUM_MOVE_ARRAYS * (limits.max_model_len + super::ALIGNED_NUMBERS))?,
+            moves: StepInputs::new(backend, NUM_MOVE_ARRAYS * (limits.max_model_len + ALIGNED_NUMBERS))?,
             deviations: Tensor::new(backend.allocate(bytes)?, 0, 1, max_tokens, DType::F32),
             host_deviations: backend.allocate_host(bytes)?,
         })

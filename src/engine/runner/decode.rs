@@ -1,6 +1,7 @@
 //! Steps in which every sequence goes on by one token, so that they are like the step before: a device may keep them.
 
-use super::{ModelRunner, is_embedding, output_range};
+use super::ModelRunner;
+use super::outputs::{is_embedding, output_range};
 use crate::backend::{Backend, DecodeShape};
 use crate::engine::scheduler::ScheduledSequence;
 use crate::engine::sequence::Sequence;

@@ -2,26 +2,26 @@
 
 mod compose;
 mod decode;
+mod inputs;
+mod outputs;
 
 use std::sync::Arc;
 
 use crossbeam::channel::Sender;
-use half::{bf16, f16};
 
 use self::compose::CompositionBuffers;
+use self::inputs::{ALIGNED_NUMBERS, NUM_INPUTS, StepInputs};
+pub(super) use self::outputs::SequenceOutput;
 use super::adapter_io::AdapterIo;
 use super::adapter_store::AdapterStore;
 use super::adapters::{AppliedAdapter, MAX_APPLIED};
 use super::lora_groups::LoraGroups;
 use super::residency::Residency;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
-use super::sequence::{Sequence, Work};
+use super::sequence::Sequence;
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{
-    AttentionMetadata, Backend, DType, DecodeShape, Device, Landing, LoraBatch, LoraLoader, RowSampling, SamplingBatch,
-    StepBounds, StreamKind, Tensor,
-};
+use crate::backend::{Backend, DType, Landing, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor};
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
 
@@ -52,57 +52,6 @@ pub(super) struct ModelRunner<B: Backend> {
 
 /// What a backend makes of an adapter's update.
 type LoraOf<B> = <<B as Backend>::LoraLoader as LoraLoader>::Lora;
-
-/// Where the results of one scheduled sequence are.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct SequenceOutput {
-    /// Row of logits behind its last token, when all its tokens are computed.
-    pub(super) logits_row: Option<usize>,
-    /// The first of its rows on the host and their number.
-    pub(super) host_rows: HostRows,
-}
-
-/// Rows that were brought to the host for one sequence.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct HostRows {
-    /// Byte offset of the first.
-    start: usize,
-    pub(super) num_rows: usize,
-}
-
-/// Rows that adapters are added to, and by how much.
-type RowsAndScales<B> = (Tensor<<B as Device>::Buffer>, Tensor<<B as Device>::Buffer>);
-
-/// Arrays of a step.
-const NUM_INPUTS: usize = 18;
-/// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
-const ALIGNED_NUMBERS: usize = 4;
-
-/// The arrays of a step, written on the host and uploaded in one copy.
-struct StepInputs<B: Backend> {
-    host: B::HostBuffer,
-    device: B::Buffer,
-    len: usize,
-}
-
-impl<B: Backend> StepInputs<B> {
-    fn new(backend: &B, capacity: usize) -> Result<Self> {
-        let bytes = capacity * size_of::<i32>();
-        Ok(Self { host: backend.allocate_host(bytes)?, device: backend.allocate(bytes)?, len: 0 })
-    }
-
-    /// Reserves the next `rows * columns` numbers, aligned for vectors; the host side is filled by the caller.
-    fn reserve(&mut self, rows: usize, columns: usize) -> (Tensor<B::Buffer>, std::ops::Range<usize>) {
-        let range = self.len..self.len + rows * columns;
-        self.len = range.end.next_multiple_of(ALIGNED_NUMBERS);
-        let offset_bytes = range.start * size_of::<i32>();
-        (Tensor::new(self.device.clone(), offset_bytes, rows, columns, DType::I32), range)
-    }
-
-    fn numbers(&mut self) -> &mut [i32] {
-        bytemuck::cast_slice_mut(self.host.as_mut())
-    }
-}
 
 impl<B: Backend> ModelRunner<B> {
     pub(super) fn new(backend: B, model: Model<B>, kv_dtype: DType, limits: &SchedulerLimits) -> Result<Self> {
@@ -197,34 +146,6 @@ impl<B: Backend> ModelRunner<B> {
         AdapterIo::start(&self.backend, &self.kv.blocks, store, waker)
     }
 
-    pub(super) fn outputs(&self) -> &[SequenceOutput] {
-        &self.outputs
-    }
-
-    /// The token that the device has chosen from a row of logits.
-    pub(super) fn token(&self, logits_row: usize) -> u32 {
-        bytemuck::cast_slice::<u8, u32>(self.host_tokens.as_ref())[logits_row]
-    }
-
-    /// Row `row` of the logits that were brought to the host for a sequence.
-    pub(super) fn host_logits(&mut self, rows: HostRows, row: usize) -> &mut [f32] {
-        let columns = self.model.config().vocab_size;
-        let start = rows.start / 4 + row * columns;
-        &mut bytemuck::cast_slice_mut(self.host_rows.as_mut())[start..start + columns]
-    }
-
-    /// Adds row `row` of the hidden states that were brought to the host for a sequence to `sum`.
-    pub(super) fn add_host_hidden(&self, rows: HostRows, row: usize, sum: &mut [f32]) {
-        let dtype = self.backend.activation_dtype();
-        let row_bytes = sum.len() * dtype.block_bytes();
-        let bytes = &self.host_rows.as_ref()[rows.start + row * row_bytes..][..row_bytes];
-        match dtype {
-            DType::BF16 => add(sum, bytemuck::cast_slice::<u8, bf16>(bytes)),
-            DType::F16 => add(sum, bytemuck::cast_slice::<u8, f16>(bytes)),
-            _ => add(sum, bytemuck::cast_slice::<u8, f32>(bytes)),
-        }
-    }
-
     /// Computes the scheduled tokens, if there are any, and waits for the results. Some of their sequences' blocks may still
     /// be on their way up. Whether the device repeated a step that it had kept.
     pub(super) fn run<'a>(
@@ -285,11 +206,6 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    /// Where the tokens chosen from so many rows of logits are.
-    fn tokens_of(&self, num_rows: usize) -> Tensor<B::Buffer> {
-        Tensor::new(self.tokens.buffer().clone(), 0, 1, num_rows, DType::I32)
-    }
-
     /// Plans a copy of the projections with these adapters merged into them, and says how many bytes it takes.
     ///
     /// # Errors
@@ -321,250 +237,6 @@ impl<B: Backend> ModelRunner<B> {
         }
         has_freed
     }
-
-    /// Flattens the step's tokens.
-    fn prepare<'a>(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        shape: Option<DecodeShape>,
-        landings: &'a [&'a Landing<B::Event>],
-    ) -> ForwardBatch<'a, B::Buffer, B::Event> {
-        self.inputs.len = 0;
-        self.assign_outputs(running, scheduled);
-        let attention = self.write_tokens(running, scheduled, shape);
-        let (num_logits, num_outputs) = self.count_outputs(running, scheduled);
-        let (output_rows, range) = self.inputs.reserve(1, num_outputs);
-        let mut rows = range.start;
-        // Rows with logits first: prompt logits and samples in batch order, then rows for embeddings.
-        for wants_logits in [true, false] {
-            let mut token_row = 0;
-            for entry in scheduled {
-                let sequence = &running[entry.index];
-                let wanted = output_range(sequence, entry.num_tokens);
-                if is_embedding(sequence) != wants_logits {
-                    for row in wanted {
-                        self.inputs.numbers()[rows] = (token_row + row) as i32;
-                        rows += 1;
-                    }
-                }
-                token_row += entry.num_tokens;
-            }
-        }
-        let (attention, input_ids) = attention;
-        ForwardBatch { input_ids, attention, output_rows, num_logits, landings }
-    }
-
-    /// Which rows are adapted by what; `None` when none is.
-    fn write_adapters(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        residency: &Residency,
-    ) -> Option<RowsAndScales<B>> {
-        let num_entries = self.lora.collect(running, scheduled, residency);
-        if num_entries == 0 {
-            return None;
-        }
-        let (rows, rows_at) = self.inputs.reserve(1, num_entries);
-        let (scales, scales_at) = self.inputs.reserve(1, num_entries);
-        let numbers = bytemuck::cast_slice_mut::<u8, i32>(self.inputs.host.as_mut());
-        self.lora.fill(running, scheduled, |at, row, scale| {
-            numbers[rows_at.start + at] = row;
-            numbers[scales_at.start + at] = scale as i32;
-        });
-        Some((rows, floats(scales)))
-    }
-
-    /// How the device draws from each row of logits; `None` when each has its likeliest token, or one that the host chooses.
-    fn write_sampling(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        num_rows: usize,
-    ) -> Option<SamplingBatch<B::Buffer>> {
-        let drawn = |(output, entry): (&SequenceOutput, &ScheduledSequence)| {
-            let sampling = sampling_of(&running[entry.index])?;
-            Some((output.logits_row?, sampling)).filter(|(_, sampling)| sampling.temperature > 0.0)
-        };
-        let inputs = &mut self.inputs;
-        self.outputs.iter().zip(scheduled).find_map(drawn)?;
-        let mut reserve = |rows, columns| inputs.reserve(rows, columns);
-        let [temperatures, top_ks, top_ps, min_ps] = [(); 4].map(|()| reserve(1, num_rows));
-        let [seeds, indices] = [(); 2].map(|()| reserve(num_rows, 2));
-        let numbers = inputs.numbers();
-        let mut write = |row: usize, sampling: &RowSampling| {
-            numbers[temperatures.1.start + row] = sampling.temperature.to_bits() as i32;
-            numbers[top_ks.1.start + row] = sampling.top_k.min(i32::MAX as u32) as i32;
-            numbers[top_ps.1.start + row] = sampling.top_p.to_bits() as i32;
-            numbers[min_ps.1.start + row] = sampling.min_p.to_bits() as i32;
-            for (array, value) in [(&seeds, sampling.seed), (&indices, sampling.index)] {
-                numbers[array.1.start + 2 * row] = value as i32;
-                numbers[array.1.start + 2 * row + 1] = (value >> 32) as i32;
-            }
-        };
-        (0..num_rows).for_each(|row| write(row, &RowSampling::GREEDY));
-        self.outputs.iter().zip(scheduled).filter_map(drawn).for_each(|(row, sampling)| write(row, &sampling));
-        Some(SamplingBatch {
-            temperatures: floats(temperatures.0),
-            top_ks: top_ks.0,
-            top_ps: floats(top_ps.0),
-            min_ps: floats(min_ps.0),
-            seeds: seeds.0,
-            indices: indices.0,
-        })
-    }
-
-    /// Which rows of logits are adapted by what; `None` when none is.
-    fn write_head(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        num_logits: usize,
-    ) -> Option<RowsAndScales<B>> {
-        if num_logits == 0 || !self.lora.has_head() {
-            return None;
-        }
-        // As many as there can be: a row has each of its adapters once.
-        let (rows, rows_at) = self.inputs.reserve(1, num_logits * MAX_APPLIED);
-        let (scales, scales_at) = self.inputs.reserve(1, num_logits * MAX_APPLIED);
-        let numbers = bytemuck::cast_slice_mut::<u8, i32>(self.inputs.host.as_mut());
-        let logits_of = |entry: &ScheduledSequence| num_logits_of(&running[entry.index], entry.num_tokens);
-        let num_entries = self.lora.fill_head(running, scheduled, logits_of, |at, row, scale| {
-            numbers[rows_at.start + at] = row;
-            numbers[scales_at.start + at] = scale as i32;
-        });
-        let part = |tensor: Tensor<B::Buffer>, dtype| {
-            Tensor::new(tensor.buffer().clone(), tensor.offset_bytes(), 1, num_entries, dtype)
-        };
-        (num_entries > 0).then(|| (part(rows, DType::I32), part(scales, DType::F32)))
-    }
-
-    fn count_outputs(&self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) -> (usize, usize) {
-        scheduled.iter().fold((0, 0), |(num_logits, num_outputs), entry| {
-            let sequence = &running[entry.index];
-            let count = output_range(sequence, entry.num_tokens).len();
-            (num_logits + num_logits_of(sequence, entry.num_tokens), num_outputs + count)
-        })
-    }
-
-    /// Which logits row each sequence samples from.
-    fn assign_outputs(&mut self, running: &[Box<Sequence>], scheduled: &[ScheduledSequence]) {
-        self.outputs.clear();
-        let mut logits_row = 0;
-        for entry in scheduled {
-            let sequence = &running[entry.index];
-            let mut output = SequenceOutput::default();
-            if matches!(sequence.work, Work::Generate(_)) {
-                logits_row += output_range(sequence, entry.num_tokens).len();
-                if entry.num_tokens == sequence.num_uncomputed_tokens() {
-                    output.logits_row = Some(logits_row - 1);
-                }
-            }
-            self.outputs.push(output);
-        }
-    }
-
-    /// The tokens and where they belong, as if in a step of `shape` where that is given.
-    fn write_tokens(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        shape: Option<DecodeShape>,
-    ) -> (AttentionMetadata<B::Buffer>, Tensor<B::Buffer>) {
-        let num_seqs = scheduled.len();
-        let num_tokens = scheduled.iter().map(|entry| entry.num_tokens).sum();
-        let most_blocks = scheduled.iter().map(|entry| running[entry.index].blocks.len()).max().unwrap_or(0);
-        let max_blocks = shape.map_or(most_blocks, |shape| shape.max_blocks);
-        let (input_ids, ids_at) = self.inputs.reserve(1, num_tokens);
-        let (positions, positions_at) = self.inputs.reserve(1, num_tokens);
-        let (slot_mapping, slots_at) = self.inputs.reserve(1, num_tokens);
-        let (cu_seqlens_q, starts_at) = self.inputs.reserve(1, num_seqs + 1);
-        let (context_lens, lens_at) = self.inputs.reserve(1, num_seqs);
-        let (block_tables, tables_at) = self.inputs.reserve(num_seqs, max_blocks);
-        let block_size = self.kv.layout.block_size();
-        let numbers = self.inputs.numbers();
-        let mut token_row = 0;
-        let (mut max_query_len, mut max_context_len) = (0, 0);
-        numbers[starts_at.start] = 0;
-        for (at, entry) in scheduled.iter().enumerate() {
-            let sequence = &running[entry.index];
-            let context_len = sequence.end_of_next(entry.num_tokens);
-            for position in sequence.next_positions().take(entry.num_tokens) {
-                let block = sequence.blocks[position / block_size];
-                numbers[ids_at.start + token_row] = sequence.tokens[position] as i32;
-                numbers[positions_at.start + token_row] = position as i32;
-                numbers[slots_at.start + token_row] = (block.index() * block_size + position % block_size) as i32;
-                token_row += 1;
-            }
-            numbers[starts_at.start + at + 1] = token_row as i32;
-            numbers[lens_at.start + at] = context_len as i32;
-            for (column, block) in sequence.blocks.iter().enumerate() {
-                numbers[tables_at.start + at * max_blocks + column] = block.0 as i32;
-            }
-            max_query_len = max_query_len.max(entry.num_tokens);
-            max_context_len = max_context_len.max(context_len);
-        }
-        let max_context_len = shape.map_or(max_context_len, |shape| shape.max_context_len);
-        let metadata = AttentionMetadata {
-            num_seqs,
-            num_tokens,
-            max_query_len,
-            max_context_len,
-            cu_seqlens_q,
-            context_lens,
-            block_tables,
-            positions,
-            slot_mapping,
-        };
-        (metadata, input_ids)
-    }
-
-    /// Queues what the host needs: the token chosen from every row of logits, and the rows of sequences it has to look into.
-    fn fetch(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        batch: &ForwardBatch<'_, B::Buffer, B::Event>,
-        sampling: Option<&SamplingBatch<B::Buffer>>,
-    ) -> Result<()> {
-        self.num_row_bytes = 0;
-        if batch.num_logits > 0 {
-            let tokens = self.tokens_of(batch.num_logits);
-            if let Some(sampling) = sampling {
-                let logits = self.workspace.logits(batch.num_logits);
-                self.backend.sample(&self.stream, &logits, sampling, &tokens)?;
-            }
-            self.backend.download(&self.stream, &tokens, &mut self.host_tokens, 0)?;
-        }
-        let (mut logits_row, mut hidden_row) = (0, batch.num_logits);
-        for (at, entry) in scheduled.iter().enumerate() {
-            let sequence = &running[entry.index];
-            let num_rows = output_range(sequence, entry.num_tokens).len();
-            if is_embedding(sequence) {
-                let hidden = self.workspace.hidden(hidden_row + num_rows);
-                self.fetch_rows(at, &hidden, hidden_row, num_rows)?;
-                hidden_row += num_rows;
-            } else {
-                if needs_logits_on_host(sequence) {
-                    let logits = self.workspace.logits(logits_row + num_rows);
-                    self.fetch_rows(at, &logits, logits_row, num_rows)?;
-                }
-                logits_row += num_rows;
-            }
-        }
-        Ok(())
-    }
-
-    fn fetch_rows(&mut self, output: usize, rows: &Tensor<B::Buffer>, first: usize, num_rows: usize) -> Result<()> {
-        self.outputs[output].host_rows = HostRows { start: self.num_row_bytes, num_rows };
-        for row in first..first + num_rows {
-            let row = rows.row(row);
-            self.backend.download(&self.stream, &row, &mut self.host_rows, self.num_row_bytes)?;
-            self.num_row_bytes += row.num_bytes();
-        }
-        Ok(())
-    }
 }
 
 fn known_landing<E: 'static>(landing: &DeviceLanding) -> &Landing<E> {
@@ -584,48 +256,4 @@ fn merged_rows<'a, B: Backend>(
     }
     let first_row = scheduled[..num_added].iter().map(|entry| entry.num_tokens).sum();
     Some(MergedRows { copy: copy.expect("a sequence keeps the copy it uses"), first_row })
-}
-
-fn add<T: Copy + Into<f32>>(sum: &mut [f32], row: &[T]) {
-    sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += (*value).into());
-}
-
-fn is_embedding(sequence: &Sequence) -> bool {
-    matches!(sequence.work, Work::Embed { .. })
-}
-
-/// The same array, of f32.
-fn floats<B: Clone>(array: Tensor<B>) -> Tensor<B> {
-    Tensor::new(array.buffer().clone(), array.offset_bytes(), array.rows(), array.columns(), DType::F32)
-}
-
-/// How the device chooses the next token of a sequence, if it does.
-fn sampling_of(sequence: &Sequence) -> Option<RowSampling> {
-    match &sequence.work {
-        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()),
-        Work::Embed { .. } | Work::Deposit { .. } | Work::Source => None,
-    }
-}
-
-fn needs_logits_on_host(sequence: &Sequence) -> bool {
-    match &sequence.work {
-        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()).is_none(),
-        Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
-    }
-}
-
-/// Rows of logits of a sequence of which so many tokens are scheduled.
-fn num_logits_of(sequence: &Sequence, num_tokens: usize) -> usize {
-    if is_embedding(sequence) { 0 } else { output_range(sequence, num_tokens).len() }
-}
-
-/// Which of its scheduled tokens a sequence wants results for.
-fn output_range(sequence: &Sequence, num_tokens: usize) -> std::ops::Range<usize> {
-    let completes = num_tokens == sequence.num_uncomputed_tokens();
-    match &sequence.work {
-        Work::Embed { .. } => 0..num_tokens,
-        Work::Generate(generation) if generation.wants_prompt_logits() => 0..num_tokens,
-        Work::Generate(_) if completes => num_tokens - 1..num_tokens,
-        Work::Generate(_) | Work::Deposit { .. } | Work::Source => 0..0,
-    }
 }
