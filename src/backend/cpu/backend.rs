@@ -35,6 +35,8 @@ pub struct CpuBackend {
 struct Workers {
     pool: ThreadPool,
     weights: WeightArena,
+    /// Of copies with adapters merged into them. The last mapping of a copy that has gone stays for the next one.
+    merged_weights: WeightArena,
     gemm: GemmScratch,
     attention: AttentionScratch,
     lora: LoraScratch,
@@ -51,6 +53,7 @@ impl CpuBackend {
         let workers = Workers {
             pool,
             weights: WeightArena::default(),
+            merged_weights: WeightArena::default(),
             gemm: GemmScratch::default(),
             attention: AttentionScratch::default(),
             lora: LoraScratch::default(),
@@ -239,7 +242,7 @@ impl Backend for CpuBackend {
     }
 
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
-        let Workers { pool, gemm, attention, lora, weights: _, sampling: _ } = &mut *self.workers();
+        let Workers { pool, gemm, attention, lora, weights: _, merged_weights: _, sampling: _ } = &mut *self.workers();
         gemm.reserve(bounds.max_tokens);
         lora.reserve(bounds.max_tokens);
         attention.reserve(self.isa, pool.num_threads(), bounds);
@@ -335,7 +338,7 @@ impl Backend for CpuBackend {
 
     fn allocate_merged(&self, weight: &PackedMatrix) -> Result<PackedMatrix> {
         super::lora_merge::check(weight)?;
-        weight.zeroed_like()
+        weight.zeroed_like(&mut self.workers().merged_weights)
     }
 
     fn merge_rows(

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 
 use super::super::lora_matrix::tests::{PAGE_BYTES, load_into_pages};
+use super::super::weight_memory::WeightArena;
 use super::*;
 use crate::backend::{HostTensor, LoraPart};
 
@@ -98,7 +99,7 @@ fn merged(
 ) -> Vec<Vec<f32>> {
     let mut pool = ThreadPool::new(3);
     let updates: Vec<_> = adapters.iter().map(|(update, scale)| ScaledUpdate { update, scale: *scale }).collect();
-    let mut target = weight.zeroed_like().unwrap();
+    let mut target = weight.zeroed_like(&mut WeightArena::default()).unwrap();
     for rows in slices {
         merge_rows(&mut pool, isa, weight, &updates, rows, &mut target).unwrap();
     }
@@ -182,7 +183,7 @@ fn quantised_weights_and_updates_of_other_shapes_are_refused() {
     let why = check(&quantised).unwrap_err().to_string();
     assert!(why.contains("quantised") && why.to_lowercase().contains("q8_0"), "{why}");
     let weight = PackedMatrix::pack(&[tensor(&numbers(64, 1), 8, DType::F32)], None, &mut ThreadPool::new(1)).unwrap();
-    let mut target = weight.zeroed_like().unwrap();
+    let mut target = weight.zeroed_like(&mut WeightArena::default()).unwrap();
     for (outputs, inputs, first_column) in [(8, 9, 0), (9, 8, 0), (8, 8, 1)] {
         let update = load(&[plain(2, outputs, inputs, first_column, 1)], DType::F32);
         let updates = [ScaledUpdate { update: &update, scale: 1.0 }];

@@ -128,8 +128,8 @@ impl PackedMatrix {
     }
 
     /// A matrix of the same shape and types, all zeros.
-    pub(super) fn zeroed_like(&self) -> Result<Self> {
-        let storage = WeightMemory::alone(self.storage.len())?;
+    pub(super) fn zeroed_like(&self, arena: &mut WeightArena) -> Result<Self> {
+        let storage = arena.take(self.storage.len())?;
         Ok(Self { num_rows: self.num_rows, num_columns: self.num_columns, segments: self.segments.clone(), storage })
     }
 

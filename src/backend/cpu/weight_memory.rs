@@ -50,14 +50,6 @@ impl WeightArena {
     }
 }
 
-impl WeightMemory {
-    /// Memory that shares its mapping with nobody.
-    pub(super) fn alone(bytes: usize) -> Result<Self> {
-        let (chunk, offset) = map_chunk(bytes)?;
-        Ok(Self { chunk, offset, len: bytes })
-    }
-}
-
 impl Deref for WeightMemory {
     type Target = [u8];
 
