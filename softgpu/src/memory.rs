@@ -73,6 +73,10 @@ pub struct Allocation {
     freed: AtomicBool,
     /// The last launch that stored here; others need not look at the writers.
     last_launch: AtomicU64,
+    /// Whether all of it counts as written, whatever `init` says.
+    is_all_init: AtomicBool,
+    /// Whether its data is what the host gave, zeros.
+    is_untouched: AtomicBool,
 }
 
 /// Who makes an access: the operation of a stream and, in a kernel, the block.
@@ -136,6 +140,9 @@ impl Allocation {
     /// Whether all bytes of the range were written.
     #[inline(always)]
     pub fn is_init(&self, offset: u64, bytes: u64) -> bool {
+        if self.is_all_init.load(Relaxed) {
+            return true;
+        }
         // SAFETY: the init block has one byte per byte of the allocation and callers check the range first.
         let init = unsafe { std::slice::from_raw_parts(self.init.load(Relaxed).add(offset as usize), bytes as usize) };
         init.iter().fold(1, |all, &byte| all & byte) == 1
@@ -149,12 +156,26 @@ impl Allocation {
     /// Marks the range written.
     #[inline(always)]
     pub fn mark_init(&self, offset: u64, bytes: u64) {
+        if self.is_all_init.load(Relaxed) {
+            return;
+        }
+        if bytes == self.bytes {
+            // Many a program sets all of what it has allocated.
+            return self.is_all_init.store(true, Relaxed);
+        }
         // SAFETY: as in `is_init`; bytes of different accesses are different bytes.
         unsafe { std::ptr::write_bytes(self.init.load(Relaxed).add(offset as usize), 1, bytes as usize) };
     }
 
     /// Copies the init bytes of a range from another allocation.
     pub fn copy_init(&self, offset: u64, source: &Allocation, source_offset: u64, bytes: u64) {
+        if source.is_all_init.load(Relaxed) {
+            return self.mark_init(offset, bytes);
+        }
+        if self.is_all_init.swap(false, Relaxed) {
+            // SAFETY: as in `is_init`.
+            unsafe { std::ptr::write_bytes(self.init.load(Relaxed), 1, self.bytes as usize) };
+        }
         // SAFETY: both ranges were checked by the copy; `copy` allows overlap.
         unsafe {
             let from = source.init.load(Relaxed).add(source_offset as usize);
@@ -212,6 +233,19 @@ impl Allocation {
         Ok(new)
     }
 
+    /// Whether nobody has written to it, so that its data is zeros.
+    pub fn is_untouched(&self) -> bool {
+        self.is_untouched.load(Relaxed)
+    }
+
+    /// Notes that somebody writes to it.
+    #[inline(always)]
+    pub fn touch(&self) {
+        if self.is_untouched.load(Relaxed) {
+            self.is_untouched.store(false, Relaxed);
+        }
+    }
+
     /// Checks a write likewise and takes the bytes over.
     #[inline]
     pub fn note_write(
@@ -221,6 +255,7 @@ impl Allocation {
         by: &Accessor,
         foreign: impl Fn(u32) -> bool,
     ) -> Result<u64, Fault> {
+        self.touch();
         let mut new = 0;
         for [write, read] in self.stamps(offset, bytes) {
             if write.load(Relaxed) == by.stamp {
@@ -423,6 +458,8 @@ fn new_allocation(id: u64, base: u64, bytes: u64, origin: &str) -> Option<Alloca
         blocks: Mutex::new(Some(blocks)),
         freed: AtomicBool::new(false),
         last_launch: AtomicU64::new(0),
+        is_all_init: AtomicBool::new(false),
+        is_untouched: AtomicBool::new(true),
     })
 }
 

@@ -6,24 +6,35 @@ use crate::memory::Memory;
 use crate::ptx::syntax::{Init, Space, Var};
 use crate::ptx::{self, PtxError};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, LazyLock, Mutex};
 
 /// Dynamic shared memory that a kernel may use without asking, bytes.
 pub const DEFAULT_SHARED: u32 = 48 << 10;
 /// Shared memory that a kernel may ask for, bytes (compute capability 8.0).
 pub const MAX_SHARED: u32 = 163 << 10;
 
+/// The kernels of texts that were loaded before: a test program loads the same ones for every engine. What has variables is
+/// decoded for their addresses, and not kept.
+static KNOWN: LazyLock<Mutex<HashMap<Box<str>, Vec<Arc<Kernel>>>>> = LazyLock::new(Mutex::default);
+/// Texts that are kept.
+const MAX_KNOWN: usize = 64;
+
 /// A kernel with its settings.
 #[derive(Debug)]
 pub struct Function {
     /// The decoded kernel.
-    pub kernel: Kernel,
+    pub kernel: Arc<Kernel>,
     /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
     pub max_dynamic_shared: AtomicU32,
 }
 
 impl Function {
+    fn new(kernel: Arc<Kernel>) -> Self {
+        let allowed = DEFAULT_SHARED.saturating_sub(kernel.static_shared);
+        Self { kernel, max_dynamic_shared: AtomicU32::new(allowed) }
+    }
+
     /// Why a launch of this shape is not allowed, or `None`.
     pub fn refuse(&self, grid: [u32; 3], block: [u32; 3], dynamic_shared: u32) -> Option<String> {
         let threads: u64 = block.iter().map(|&n| u64::from(n)).product();
@@ -74,6 +85,10 @@ impl Module {
     /// # Errors
     /// The first construct that is not supported, with its line.
     pub fn load(text: &str, memory: &Memory) -> Result<Self, PtxError> {
+        let known = || KNOWN.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(kernels) = known().get(text) {
+            return Ok(Self::of(kernels, HashMap::new()));
+        }
         let module = ptx::parse(text)?;
         let vars: Vec<&Var> = module.vars.iter().filter(|v| matches!(v.space, Space::Global | Space::Const)).collect();
         let mut globals = HashMap::new();
@@ -89,14 +104,19 @@ impl Module {
             initialise(var, &addresses, memory);
         }
         let files = Arc::new(module.files.clone());
-        let mut functions = HashMap::new();
-        for entry in &module.entries {
-            let kernel = decode(&module, entry, &addresses, &files)?;
-            let allowed = DEFAULT_SHARED.saturating_sub(kernel.static_shared);
-            let function = Function { kernel, max_dynamic_shared: AtomicU32::new(allowed) };
-            functions.insert(entry.name.clone(), Arc::new(function));
+        let decoded = module.entries.iter().map(|entry| decode(&module, entry, &addresses, &files).map(Arc::new));
+        let kernels = decoded.collect::<Result<Vec<_>, _>>()?;
+        let loaded = Self::of(&kernels, globals);
+        let mut known = known();
+        if loaded.globals.is_empty() && known.len() < MAX_KNOWN {
+            known.insert(text.into(), kernels);
         }
-        Ok(Self { functions, globals })
+        Ok(loaded)
+    }
+
+    fn of(kernels: &[Arc<Kernel>], globals: HashMap<String, (u64, u64)>) -> Self {
+        let function = |kernel: &Arc<Kernel>| (kernel.name.clone(), Arc::new(Function::new(Arc::clone(kernel))));
+        Self { functions: kernels.iter().map(function).collect(), globals }
     }
 }
 
@@ -114,6 +134,7 @@ fn initialise(var: &Var, addresses: &HashMap<String, u64>, memory: &Memory) {
     // Variables without an initialiser are zero, as CUDA promises.
     bytes.resize(var.bytes as usize, 0);
     if let Ok(allocation) = memory.resolve(addresses[&var.name], var.bytes) {
+        allocation.touch();
         // SAFETY: the allocation was made with `var.bytes` bytes just now; nobody else knows it.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), allocation.data(0), bytes.len()) };
         allocation.mark_init(0, var.bytes);

@@ -182,11 +182,15 @@ fn fill(device: &Device, target: u64, value: u32, width: u64, count: u64, by: &A
     if !target.is_multiple_of(width) {
         return Err(Fault::new(FaultKind::Misaligned, format!("memset of {width}-byte elements at {target:#x}")));
     }
+    let is_untouched = device.memory.resolve(target, width * count)?.is_untouched();
     let allocation = take(device, target, width * count, by)?;
     let (offset, value) = (target - allocation.base, value.to_le_bytes());
-    // SAFETY: the range was resolved.
-    let bytes = unsafe { std::slice::from_raw_parts_mut(allocation.data(offset), (width * count) as usize) };
-    bytes.chunks_exact_mut(width as usize).for_each(|element| element.copy_from_slice(&value[..width as usize]));
+    // Memory that nobody has written to is zeros already, and costs the host nothing.
+    if !is_untouched || value != [0; 4] {
+        // SAFETY: the range was resolved.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(allocation.data(offset), (width * count) as usize) };
+        bytes.chunks_exact_mut(width as usize).for_each(|element| element.copy_from_slice(&value[..width as usize]));
+    }
     allocation.mark_init(offset, width * count);
     Ok(())
 }

@@ -1,30 +1,26 @@
-//! Adapters: what is computed is the sum of the updates, whatever else runs beside it, and no KV crosses from one
-//! composition to another.
+//! Adapters on every device: whatever else runs beside a request, it has the same bits, no KV crosses from one composition to
+//! another, and what cannot be served is refused. What is computed is for each device's own tests.
 
-use mneme::backend::DType;
-use mneme::backend::cpu::Isa;
 use mneme::engine::{
-    AppliedAdapter, FinishReason, LoadedAdapter, MergeRule, OutputStream, SamplingParams, SchedulerLimits, Task,
+    AppliedAdapter, FinishReason, GenerateRequest, LoadedAdapter, OutputStream, SamplingParams, SchedulerLimits, Task,
 };
-use mneme::telemetry::{Evictor, MergeRefusal};
+use mneme::telemetry::Evictor;
 
-use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
 use crate::invariance::{Fingerprint, fingerprint};
-use crate::kinds;
-use crate::merging::merging;
 use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, request};
 use crate::support::random::Random;
-use crate::support::tiny_adapter::{ALL, EMBEDDING, HEAD, TinyAdapter};
-use crate::support::tiny_model::{Family, HEAD_DIM, TinyModel, VOCAB};
+use crate::support::tiny_adapter::{ALL, TinyAdapter};
+use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::{kinds, start};
 
 /// Adapters of a request, by number.
-type Composition = &'static [(usize, f32)];
+pub(crate) type Composition = &'static [(usize, f32)];
 
 /// Of three adapters: ranks of no whole vector, one whole, and a subset of the modules.
-const COMPOSITIONS: [Composition; 7] =
+pub(crate) const COMPOSITIONS: [Composition; 7] =
     [&[], &[(0, 1.0)], &[(1, 0.7)], &[(2, -0.5)], &[(0, 0.7), (1, 0.3)], &[(1, 0.3), (0, 0.7), (2, 1.5)], &[(0, 0.5)]];
 
-fn adapters(model: &TinyModel) -> [TinyAdapter; 3] {
+pub(crate) fn adapters(model: &TinyModel) -> [TinyAdapter; 3] {
     [
         TinyAdapter::of(model, &ALL, 3, 1),
         TinyAdapter::of(model, &ALL, 16, 2),
@@ -32,121 +28,27 @@ fn adapters(model: &TinyModel) -> [TinyAdapter; 3] {
     ]
 }
 
-/// Of the embedding and the output projection as well.
-fn of_vocabulary(model: &TinyModel) -> TinyAdapter {
-    let hidden = model.tensor("model.embed_tokens.weight").columns;
-    let mut whole = TinyAdapter::of(model, &ALL, 16, 2);
-    let around = [(EMBEDDING.to_owned(), hidden, VOCAB), (HEAD.to_owned(), VOCAB, hidden)];
-    whole.updates.extend(TinyAdapter::new(&around, 16, 7).updates);
-    whole
-}
-
-fn load(engine: &TestEngine, adapter: &TinyAdapter) -> LoadedAdapter {
+pub(crate) fn load(engine: &TestEngine, adapter: &TinyAdapter) -> LoadedAdapter {
     engine.handle.load_adapter(adapter.write().path()).unwrap()
 }
 
-fn compose(loaded: &[LoadedAdapter], composition: Composition) -> Vec<AppliedAdapter> {
+pub(crate) fn compose(loaded: &[LoadedAdapter], composition: Composition) -> Vec<AppliedAdapter> {
     let applied = |&(at, scale): &(usize, f32)| AppliedAdapter { adapter: loaded[at].clone(), scale };
     composition.iter().map(applied).collect()
 }
 
-fn submit(
+pub(crate) fn submit(
     engine: &TestEngine,
     prompt: &[u32],
     sampling: SamplingParams,
     adapters: Vec<AppliedAdapter>,
 ) -> OutputStream {
-    let request = mneme::engine::GenerateRequest { adapters, ..request(prompt, Task::Generate(Box::new(sampling))) };
+    let request = GenerateRequest { adapters, ..request(prompt, Task::Generate(Box::new(sampling))) };
     engine.handle.submit(request).unwrap()
 }
 
-fn sampling() -> SamplingParams {
+pub(crate) fn sampling() -> SamplingParams {
     SamplingParams { logprobs: Some(3), ..greedy(12) }
-}
-
-#[test]
-fn adapted_logits_are_those_of_weights_with_the_updates_added() {
-    for family in [Family::Llama, Family::Qwen2, Family::Gemma3] {
-        let model = TinyModel::new(family, 11);
-        let (written, adapters) = (model.write(), adapters(&model));
-        let prompt = Random::new(3).tokens(60, VOCAB);
-        for isa in Isa::available() {
-            let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
-            let engine = TestEngine::start_on_cpu(written.path(), setup);
-            let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
-            for composition in COMPOSITIONS {
-                let output = collect(submit(&engine, &prompt, everything(), compose(&loaded, composition)));
-                let mut merged = model.clone();
-                for (at, scale) in composition {
-                    adapters[*at].merge_into(&mut merged, f64::from(*scale));
-                }
-                let (worst, _) = differences_of(&output, &merged, &prompt, false);
-                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
-                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
-                if !composition.is_empty() {
-                    let (without, _) = differences_of(&output, &model, &prompt, false);
-                    assert!(without > 10.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
-                }
-            }
-        }
-    }
-}
-
-/// An update of the embedding is one of what goes in, and of the output projection one of what comes out, tied or not.
-#[test]
-fn updates_of_embedding_and_output_projection_are_added_where_they_belong() {
-    for family in [Family::Llama, Family::Llama3, Family::Gemma3] {
-        let model = TinyModel::new(family, 31);
-        let hidden = model.tensor("model.embed_tokens.weight").columns;
-        let (embedding, head) = ((EMBEDDING.to_owned(), hidden, VOCAB), (HEAD.to_owned(), VOCAB, hidden));
-        let q_proj = model.tensor("model.layers.0.self_attn.q_proj.weight");
-        let q_proj = ("model.layers.0.self_attn.q_proj".to_owned(), q_proj.rows, q_proj.columns);
-        let adapters = [
-            TinyAdapter::new(std::slice::from_ref(&embedding), 8, 4),
-            TinyAdapter::new(std::slice::from_ref(&head), 5, 5),
-            TinyAdapter::new(&[embedding, head, q_proj], 16, 6),
-        ];
-        let (written, prompt) = (model.write(), Random::new(3).tokens(60, VOCAB));
-        for isa in Isa::available() {
-            let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
-            let engine = TestEngine::start_on_cpu(written.path(), setup);
-            let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
-            for composition in COMPOSITIONS {
-                let output = collect(submit(&engine, &prompt, everything(), compose(&loaded, composition)));
-                let mut merged = model.clone();
-                for (at, scale) in composition {
-                    adapters[*at].merge_into(&mut merged, f64::from(*scale));
-                }
-                let (worst, _) = differences_of(&output, &merged, &prompt, false);
-                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
-                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
-                if !composition.is_empty() {
-                    let (without, _) = differences_of(&output, &model, &prompt, false);
-                    assert!(without > 4.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
-                }
-            }
-        }
-    }
-}
-
-/// A copy is of the layers alone.
-#[test]
-fn adapters_of_the_vocabulary_are_added_where_others_are_merged() {
-    let model = TinyModel::new(Family::Llama, 12);
-    let (written, prompt) = (model.write(), Random::new(6).tokens(40, VOCAB));
-    let run = |setup: Setup| {
-        let engine = TestEngine::start_on_cpu(written.path(), setup);
-        let loaded = [load(&engine, &of_vocabulary(&model)).with_merge_rule(MergeRule::Always)];
-        let answer = |_| collect(submit(&engine, &prompt, sampling(), compose(&loaded, &[(0, 1.0)])));
-        let outputs = [0, 1, 2].map(answer);
-        assert!(outputs.iter().all(|output| !output.reuse.is_merged));
-        (
-            outputs.map(|output| fingerprint(&output)),
-            engine.handle.metrics().merges.num_refusals(MergeRefusal::Unsupported),
-        )
-    };
-    let (never, _) = run(Setup::default());
-    assert_eq!(run(merging(Setup::default())), (never, 1));
 }
 
 /// Prompts with beginnings in common, under every composition.
@@ -162,48 +64,21 @@ fn mixed(seed: u64) -> Vec<(Vec<u32>, Composition)> {
     (0..14).map(make).collect()
 }
 
-/// A file of llama.cpp's converter has the rows of q and k in another order, which the model alone says.
-#[test]
-fn a_gguf_file_is_the_same_adapter_as_its_folder() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("adapter.gguf");
-    let model = TinyModel::new(Family::Llama, 12);
-    let adapter = of_vocabulary(&model);
-    adapter.write_gguf(&path, HEAD_DIM);
+/// Alone and whole on one thread; all at once, in small steps, with a cache of prefixes.
+pub(crate) fn check_bits(model: &TinyModel, adapters: &[TinyAdapter]) {
     let written = model.write();
-    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
-    let loaded = engine.handle.load_adapter(&path).unwrap();
-    assert_eq!(loaded.digest(), load(&engine, &adapter).digest());
-    let unturned = folder.path().join("unturned.gguf");
-    adapter.write_gguf(&unturned, 2);
-    assert_ne!(engine.handle.load_adapter(&unturned).unwrap().digest(), loaded.digest());
-    let written = TinyModel::new(Family::Qwen2, 12).write();
-    let qwen = TestEngine::start_on_cpu(written.path(), Setup::default());
-    let refused = qwen.handle.load_adapter(&path).err().unwrap().to_string();
-    assert!(refused.contains("another base model"), "{refused}");
-}
-
-#[test]
-fn a_request_has_the_same_bits_alone_and_among_other_adapters() {
     for (isa, dtype, kv_dtype) in kinds() {
-        let model = TinyModel::new(Family::Qwen3, 5);
-        let (written, [first, _, third]) = (model.write(), adapters(&model));
-        let adapters = [first, of_vocabulary(&model), third];
         let cold = SchedulerLimits { prefix_caching: false, ..limits() };
         let small = SchedulerLimits { max_num_batched_tokens: 23, num_blocks: 70, ..limits() };
         let start = |limits: SchedulerLimits, num_threads: usize| {
-            let setup = Setup { isa, dtype, kv_dtype, num_threads, limits, ..Setup::default() };
-            let engine = TestEngine::start_on_cpu(written.path(), setup);
-            let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
-            (engine, loaded)
+            start(written.path(), Setup { isa, dtype, kv_dtype, num_threads, limits, ..Setup::default() })
         };
-        let (alone, loaded_alone) = start(cold, 1);
-        let never = TestEngine::start_on_cpu(
-            written.path(),
-            Setup { isa, dtype, kv_dtype, num_threads: 1, limits: cold, ..Setup::default() },
-        );
+        let load_all = |engine: &TestEngine| adapters.iter().map(|adapter| load(engine, adapter)).collect::<Vec<_>>();
+        let (alone, never) = (start(cold, 1), start(cold, 1));
+        let loaded_alone = load_all(&alone);
         for (limits, num_threads) in [(limits(), 3), (small, 2)] {
-            let (together, loaded) = start(limits, num_threads);
+            let together = start(limits, num_threads);
+            let loaded = load_all(&together);
             let requests = mixed(7);
             let streams: Vec<_> = requests
                 .iter()
@@ -223,13 +98,19 @@ fn a_request_has_the_same_bits_alone_and_among_other_adapters() {
     }
 }
 
+#[test]
+fn a_request_has_the_same_bits_alone_and_among_other_adapters() {
+    let model = TinyModel::new(Family::Qwen3, 5);
+    check_bits(&model, &adapters(&model));
+}
+
 /// A server that finds the KV of a prompt again under another adapter answers with a mixture of both.
 #[test]
 fn kv_is_never_shared_across_adapters() {
     let model = TinyModel::new(Family::Llama, 21);
     let (written, adapters) = (model.write(), adapters(&model));
     let start = || {
-        let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+        let engine = start(written.path(), Setup::default());
         let loaded: Vec<_> = adapters.iter().map(|adapter| load(&engine, adapter)).collect();
         (engine, loaded)
     };
@@ -261,7 +142,7 @@ fn kv_is_never_shared_across_adapters() {
 fn loaded_adapters_do_nothing_to_requests_that_name_none() {
     let model = TinyModel::new(Family::Llama, 22);
     let written = model.write();
-    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let engine = start(written.path(), Setup::default());
     let prompt = Random::new(10).tokens(40, VOCAB);
     let before = fingerprint(&collect(engine.submit(&prompt, sampling())));
     let loaded: Vec<_> = adapters(&model).iter().map(|adapter| load(&engine, adapter)).collect();
@@ -277,7 +158,7 @@ fn a_replaced_adapter_is_another_and_running_requests_keep_the_old_one() {
     let model = TinyModel::new(Family::Llama, 23);
     let written = model.write();
     let [old, new, _] = adapters(&model);
-    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let engine = start(written.path(), Setup::default());
     let folder = old.write();
     let one = |loaded: &LoadedAdapter| vec![AppliedAdapter { adapter: loaded.clone(), scale: 1.0 }];
     let first = engine.handle.load_adapter(folder.path()).unwrap();
@@ -298,7 +179,7 @@ fn a_replaced_adapter_is_another_and_running_requests_keep_the_old_one() {
 fn adapters_that_do_not_fit_are_refused_and_the_engine_goes_on() {
     let model = TinyModel::new(Family::Llama, 24);
     let written = model.write();
-    let engine = TestEngine::start_on_cpu(written.path(), Setup::default());
+    let engine = start(written.path(), Setup::default());
     let deeper = TinyAdapter::of(&TinyModel::new(Family::Gemma3, 1), &ALL, 4, 1).write();
     let error = engine.handle.load_adapter(deeper.path()).err().unwrap().to_string();
     assert!(error.contains("2 layers"), "{error}");
@@ -323,13 +204,14 @@ fn adapters_come_and_go_without_a_trace() {
     let folders: Vec<_> = adapters.iter().map(TinyAdapter::write).collect();
     let start = |num_blocks: usize, adapter_host_bytes: usize| {
         let limits = SchedulerLimits { num_blocks, max_model_len: 96, ..limits() };
-        let engine = TestEngine::start_on_cpu(written.path(), Setup { limits, adapter_host_bytes, ..Setup::default() });
+        let engine = start(written.path(), Setup { limits, adapter_host_bytes, ..Setup::default() });
         let loaded: Vec<_> = folders.iter().map(|folder| engine.handle.load_adapter(folder.path()).unwrap()).collect();
         (engine, loaded)
     };
     let mut random = Random::new(13);
-    let requests: Vec<_> =
-        (0..20).map(|at| (random.tokens(8 + 6 * (at % 5), VOCAB), COMPOSITIONS[[0, 1, 2, 3, 4, 6][at % 6]])).collect();
+    let requests: Vec<_> = (0..crate::NUM_ADAPTED)
+        .map(|at| (random.tokens(8 + 6 * (at % 5), VOCAB), COMPOSITIONS[[0, 1, 2, 3, 4, 6][at % 6]]))
+        .collect();
     let run_all = |engine: &TestEngine, loaded: &[LoadedAdapter]| -> Vec<Fingerprint> {
         let submitted = requests
             .iter()
@@ -363,7 +245,7 @@ fn adapters_come_and_go_without_a_trace() {
 fn an_adapter_whose_files_change_or_vanish_fails_its_requests_alone() {
     let model = TinyModel::new(Family::Llama, 26);
     let (written, [first, second, other]) = (model.write(), adapters(&model));
-    let engine = TestEngine::start_on_cpu(written.path(), Setup { adapter_host_bytes: 0, ..Setup::default() });
+    let engine = start(written.path(), Setup { adapter_host_bytes: 0, ..Setup::default() });
     let (folder, elsewhere) = (first.write(), other.write());
     let adapter = engine.handle.load_adapter(folder.path()).unwrap();
     let bystander = engine.handle.load_adapter(elsewhere.path()).unwrap();

@@ -1,22 +1,21 @@
 //! Composed prompts in which the tokens that deviate most are computed: which these are, and what follows from it. That
-//! nothing but the request decides it `link.rs` tests for all composed prompts.
+//! nothing but the request decides it `link.rs` tests for all composed prompts. Run on every device.
 
-use mneme::backend::DType;
-use mneme::backend::cpu::Isa;
 use mneme::engine::{Piece, SchedulerLimits};
 
-use crate::composition::{BLOCK_SIZE, Runner};
-use crate::start;
+use crate::composition::runner;
 use crate::support::composed::{bits, blended, composed, run};
 use crate::support::engine::{Output, Setup, limits};
 use crate::support::random::Random;
+use crate::support::runner::{BLOCK_SIZE, Runner};
 use crate::support::tiny_model::{Family, TinyModel, WINDOW};
+use crate::{FAMILIES, TestBackend, start};
 
 const SEED: u64 = 21;
 
 #[test]
 fn a_prompt_with_all_tokens_chosen_is_an_ordinary_one() {
-    for family in Family::ALL {
+    for &family in FAMILIES {
         let model = TinyModel::new(family, SEED).write();
         let engine = start(model.path(), Setup::default());
         let (prompt, pieces) = composed(&mut Random::new(1), &[20, 2 * WINDOW], 0);
@@ -49,14 +48,14 @@ fn the_more_are_chosen_the_fewer_are_moved() {
 
 /// What is stored of a prompt that somebody composes by hand.
 struct ByHand {
-    runner: Runner,
+    runner: Runner<TestBackend>,
     moved: Vec<Vec<usize>>,
 }
 
 impl ByHand {
     /// Computes each source alone, and moves what is kept of it with the device's own rotation.
     fn new(family: Family, pieces: &[Piece]) -> Self {
-        let runner = Runner::new(family, Isa::best(), DType::BF16);
+        let runner = runner(family);
         // Behind the prompt, which is not computed yet, so that computing the next source overwrites nothing.
         let aside = 8 * BLOCK_SIZE;
         let mut moved = vec![];
@@ -75,7 +74,7 @@ impl ByHand {
 
     /// The places of each piece, those first where `whole`, which has computed everything, has most different keys and
     /// values in the layer that is asked.
-    fn by_deviation(&self, whole: &Runner) -> Vec<Vec<usize>> {
+    fn by_deviation(&self, whole: &Runner<TestBackend>) -> Vec<Vec<usize>> {
         let layer = whole.probe_layer();
         let deviation = |at: usize| -> f64 {
             let [stored, fresh] = [&self.runner, whole].map(|runner| runner.stored(layer, at));
@@ -107,11 +106,11 @@ impl ByHand {
 /// something else comes out.
 #[test]
 fn the_chosen_tokens_are_those_of_a_slow_search() {
-    for family in Family::ALL {
+    for &family in FAMILIES {
         let model = TinyModel::new(family, SEED).write();
         for (num_recomputed, num_chosen) in [(0, 3), (4, 10)] {
             let (prompt, pieces) = composed(&mut Random::new(2), &[WINDOW - 5, WINDOW + 7], num_recomputed);
-            let whole = Runner::new(family, Isa::best(), DType::BF16);
+            let whole = runner(family);
             whole.forward(&prompt, &(0..prompt.len()).collect::<Vec<_>>());
             let by_hand = ByHand::new(family, &pieces);
             let order = by_hand.by_deviation(&whole);

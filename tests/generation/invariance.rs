@@ -8,7 +8,7 @@ use mneme::engine::{OutputStream, SamplingParams, SchedulerLimits, TokenLogprobs
 use crate::support::engine::{Output, Setup, TestEngine, collect, limits};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
-use crate::{NUM_WORKLOADS, kinds};
+use crate::{GEMMA, NUM_WORKLOADS, kinds};
 
 const MAX_MODEL_LEN: usize = 160;
 
@@ -117,8 +117,8 @@ fn check(family: Family, isa: Isa, dtype: Option<DType>, kv_dtype: DType) {
     let alone = start(&variants[0]);
     let engines: Vec<TestEngine> = variants.iter().map(start).collect();
     let mut num_cached = 0;
-    // Three times the layers, a quarter of the seeds.
-    let num_seeds = if family == Family::Gemma3 { NUM_WORKLOADS.div_ceil(4) } else { NUM_WORKLOADS };
+    // Some times the layers, a quarter of the seeds.
+    let num_seeds = if family.is_gemma() { NUM_WORKLOADS.div_ceil(4) } else { NUM_WORKLOADS };
     let is_preempting = |variant: &Variant| variant.limits.num_blocks == 11;
     // How often blocks run out depends on when requests arrive: it goes on until they have.
     let has_preempted = |(variant, engine): (&Variant, &TestEngine)| {
@@ -181,7 +181,7 @@ fn qwen3_output_depends_on_the_request_alone() {
 
 #[test]
 fn gemma3_output_depends_on_the_request_alone() {
-    check_family(Family::Gemma3);
+    check_family(GEMMA);
 }
 
 /// Quantised weights run through other kernels.
@@ -208,7 +208,7 @@ fn quantised_output_depends_on_the_request_alone() {
 
 #[test]
 fn embeddings_depend_on_the_prompt_alone() {
-    let model = TinyModel::new(Family::Gemma3, 1).write();
+    let model = TinyModel::new(GEMMA, 1).write();
     let start = |limits| crate::start(model.path(), Setup { limits, ..Setup::default() });
     let whole = start(limits());
     let chunked = start(SchedulerLimits { max_num_batched_tokens: 7, ..limits() });

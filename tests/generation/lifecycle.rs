@@ -116,7 +116,7 @@ fn cancelled_requests_leave_nothing_behind() {
     let wanted = engine.greedy(&prompt(50), 20);
     let random = &mut Random::new(1);
     let mut open: Vec<OutputStream> = Vec::new();
-    for _ in 0..1000 {
+    for _ in 0..crate::NUM_CANCELLED {
         let len = random.within(1, 80);
         let task = match random.below(4) {
             0 => Task::Embed,

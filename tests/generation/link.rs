@@ -1,21 +1,21 @@
-//! Prompts with pieces whose KV was computed elsewhere: what is computed, and that nothing but the request decides it.
+//! Prompts with pieces whose KV was computed elsewhere: what is computed, and that nothing but the request decides it. Run on
+//! every device.
 
-use mneme::backend::DType;
-use mneme::backend::cpu::Isa;
 use mneme::engine::{FinishReason, GenerateRequest, OutputStream, Piece, Reuse, SamplingParams, SchedulerLimits, Task};
 
-use crate::composition::{BLOCK_SIZE, Runner};
-use crate::start;
+use crate::composition::runner;
 use crate::support::composed::{bits, blended, composed, run, sampling, submit};
 use crate::support::engine::{Output, Setup, collect, limits, metric, request};
 use crate::support::random::Random;
+use crate::support::runner::BLOCK_SIZE;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, WINDOW};
+use crate::{FAMILIES, GEMMA, IS_FAST, start};
 
 const SEED: u64 = 21;
 
 #[test]
 fn a_prompt_with_all_pieces_recomputed_is_an_ordinary_one() {
-    for family in Family::ALL {
+    for &family in FAMILIES {
         let model = TinyModel::new(family, SEED).write();
         let engine = start(model.path(), Setup::default());
         let (prompt, pieces) = composed(&mut Random::new(1), &[20, 2 * WINDOW], 2 * WINDOW);
@@ -28,9 +28,10 @@ fn a_prompt_with_all_pieces_recomputed_is_an_ordinary_one() {
 /// Stored keys that stay where they are are what computing them gives; texts shorter and longer than the window.
 #[test]
 fn a_piece_that_is_not_moved_is_a_prefix() {
-    for family in Family::ALL {
+    for &family in FAMILIES {
         let model = TinyModel::new(family, SEED).write();
-        for num_stored in [16, WINDOW, 3 * WINDOW, 50] {
+        let lengths = [50, 16, WINDOW, 3 * WINDOW];
+        for &num_stored in if IS_FAST || family == GEMMA { &lengths[..] } else { &lengths[..1] } {
             let source = Random::new(num_stored as u64).tokens(num_stored, VOCAB);
             let prompt = [&source[..], &Random::new(3).tokens(9, VOCAB)].concat();
             let piece = Piece {
@@ -59,12 +60,12 @@ fn a_piece_that_is_not_moved_is_a_prefix() {
 /// The same as computing each source alone, copying it with the device's own rotation, and computing the rest.
 #[test]
 fn a_composed_prompt_is_what_its_parts_are_by_hand() {
-    for family in Family::ALL {
+    for &family in FAMILIES {
         let model = TinyModel::new(family, SEED).write();
         let engine = start(model.path(), Setup::default());
         for num_recomputed in [0, 4, 13] {
             let (prompt, pieces) = composed(&mut Random::new(2), &[WINDOW - 5, WINDOW + 7], num_recomputed);
-            let runner = Runner::new(family, Isa::best(), DType::BF16);
+            let runner = runner(family);
             // Behind the prompt, which is not computed yet, so that computing the next source overwrites nothing.
             let aside = 8 * BLOCK_SIZE;
             let mut computed: Vec<usize> = (0..prompt.len()).collect();
@@ -104,7 +105,8 @@ fn a_composed_prompt_is_what_its_parts_are_by_hand() {
 #[test]
 fn nothing_but_the_request_decides_the_answer() {
     let base = SchedulerLimits { max_model_len: 160, ..limits() };
-    for family in [Family::Llama, Family::Llama3, Family::Qwen3, Family::Gemma3] {
+    let families = [GEMMA, Family::Llama3, Family::Llama, Family::Qwen3];
+    for &family in if IS_FAST { &families[..] } else { &families[..2] } {
         let model = TinyModel::new(family, SEED).write();
         let random = &mut Random::new(4);
         let kinds: [(&[usize], usize, usize); 6] =

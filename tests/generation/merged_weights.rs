@@ -6,7 +6,8 @@ use mneme::backend::cpu::Isa;
 use mneme::engine::{MergeRule, SamplingParams};
 use mneme::telemetry::{MergeRefusal, MergeStage};
 
-use crate::definitions::{BF16_DOT, EXACT, differences_of, everything};
+use crate::adapted_weights::Case;
+use crate::definitions::everything;
 use crate::merging::{Served, adapters, check_refused, merging};
 use crate::support::engine::{Setup, collect, greedy};
 use crate::support::random::Random;
@@ -17,23 +18,16 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 fn merged_logits_are_those_of_weights_with_the_updates_added() {
     for family in [Family::Llama, Family::Qwen2, Family::Gemma3] {
         let model = TinyModel::new(family, 11);
-        let prompt = Random::new(3).tokens(60, VOCAB);
+        let adapters = adapters(&model).into();
+        let case = Case::new(model, adapters, 10.0);
         for isa in Isa::available() {
             let exact = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
             for composition in [&[(0, 1.0)][..], &[(0, 0.7), (1, -0.5)]] {
-                let served = Served::start(&model, MergeRule::Always, merging(exact.clone()));
+                let served = Served::start(&case.model, MergeRule::Always, merging(exact.clone()));
                 served.merge(composition);
-                let output = collect(served.submit(&prompt, everything(), composition));
+                let output = collect(served.submit(&case.prompt, everything(), composition));
                 assert!(output.reuse.is_merged);
-                let mut merged = model.clone();
-                for (at, scale) in composition {
-                    adapters(&model)[*at].merge_into(&mut merged, f64::from(*scale));
-                }
-                let (worst, _) = differences_of(&output, &merged, &prompt, false);
-                let tolerance = if isa >= Isa::Avx512Bf16 { BF16_DOT } else { 4.0 * EXACT };
-                assert!(worst < tolerance, "{family:?} on {isa}, {composition:?}: off by {worst}");
-                let (without, _) = differences_of(&output, &model, &prompt, false);
-                assert!(without > 10.0 * worst.max(EXACT), "{family:?}, {composition:?}: only {without} without");
+                case.check(&output, composition, isa);
             }
         }
     }

@@ -111,6 +111,25 @@ impl Gpu {
         (0..count).map(|_| round((scale * random.normal()) as f32, dtype)).collect()
     }
 
+    /// The same on the device, `[rows, columns]`, about one in size.
+    pub fn random_rows(&self, random: &mut Random, rows: usize, columns: usize) -> GpuTensor {
+        self.activations(&self.numbers(random, rows * columns, 1.0), rows, columns)
+    }
+
+    /// Rows of `x` times a matrix of `outputs` rows, and a bias, as `dtype`.
+    pub fn product(
+        &self,
+        x: &GpuTensor,
+        matrix: &CudaMatrix,
+        bias: Option<&GpuTensor>,
+        outputs: usize,
+        dtype: DType,
+    ) -> Output {
+        let out = self.output(x.rows(), outputs, dtype);
+        self.backend.linear(&self.stream, x, matrix, bias, &out.tensor).unwrap();
+        out
+    }
+
     /// A tensor that begins its buffer, full of poison.
     pub fn poison(&self, rows: usize, columns: usize, dtype: DType) -> GpuTensor {
         let buffer = self.upload(&vec![POISON; rows * columns * dtype.block_bytes()]);

@@ -1,8 +1,9 @@
 //! Matrix products against sums in f64, and against themselves in other company.
 
+use mneme::backend::cuda::CudaMatrix;
 use mneme::backend::{Backend, DType, dequantize_row};
 
-use crate::gpu::{self, assert_close, encode, epsilon, host_tensor};
+use crate::gpu::{self, Gpu, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
 use crate::support::tiny_gguf::Storage;
 
@@ -51,8 +52,7 @@ fn products_are_sums_of_products() {
             let device_bias = bias.as_ref().map(|bias| gpu.vector(bias));
             let wanted = product(&x, &weight, bias.as_deref(), inputs);
             for dtype in [gpu.dtype(), DType::F32] {
-                let out = gpu.output(num_tokens, outputs, dtype);
-                gpu.backend.linear(&gpu.stream, &device_x, &matrix, device_bias.as_ref(), &out.tensor).unwrap();
+                let out = gpu.product(&device_x, &matrix, device_bias.as_ref(), outputs, dtype);
                 let what = format!("{} to {dtype}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}]", gpu.dtype());
                 assert_close(&what, &out.numbers(gpu), &wanted, epsilon(dtype), 1e-5);
             }
@@ -60,25 +60,31 @@ fn products_are_sums_of_products() {
     }
 }
 
-/// Decode and prefill take different tiles; a row must not notice.
+/// Rows of a batch of 150 alone and in other company, each `first` and how many.
+const BATCH: usize = 150;
+const PARTS: [(usize, usize); 8] = [(0, 1), (149, 1), (3, 16), (20, 17), (7, 33), (80, 64), (40, 65), (0, 128)];
+
+/// Decode and prefill take different tiles; a row must not notice. The matrix has `outputs` rows of `inputs` numbers.
+pub fn check_parts(gpu: &Gpu, random: &mut Random, matrix: &CudaMatrix, outputs: usize, inputs: usize) {
+    let x = gpu.numbers(random, BATCH * inputs, 1.0);
+    let run = |first: usize, num_tokens: usize| {
+        let rows = gpu.activations(&x[first * inputs..(first + num_tokens) * inputs], num_tokens, inputs);
+        gpu.product(&rows, matrix, None, outputs, DType::F32).bytes(gpu)
+    };
+    let whole = run(0, BATCH);
+    for (first, num_tokens) in PARTS {
+        let part = &whole[first * outputs * 4..(first + num_tokens) * outputs * 4];
+        assert_eq!(run(first, num_tokens), part, "{num_tokens} rows from {first} on");
+    }
+}
+
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
     for gpu in gpu::shared() {
         let random = &mut Random::new(2);
-        let (most, outputs, inputs) = (150, 70, 328);
-        let x = gpu.numbers(random, most * inputs, 1.0);
+        let (outputs, inputs) = (70, 328);
         let matrix = gpu.matrix(&gpu.numbers(random, outputs * inputs, 0.1), outputs, inputs);
-        let run = |first: usize, num_tokens: usize| {
-            let rows = gpu.activations(&x[first * inputs..(first + num_tokens) * inputs], num_tokens, inputs);
-            let out = gpu.output(num_tokens, outputs, DType::F32);
-            gpu.backend.linear(&gpu.stream, &rows, &matrix, None, &out.tensor).unwrap();
-            out.bytes(gpu)
-        };
-        let whole = run(0, most);
-        for (first, num_tokens) in [(0, 1), (149, 1), (3, 16), (20, 17), (7, 33), (80, 64), (40, 65), (0, 128)] {
-            let part = &whole[first * outputs * 4..(first + num_tokens) * outputs * 4];
-            assert_eq!(run(first, num_tokens), part, "{} rows from {first} on", num_tokens);
-        }
+        check_parts(gpu, random, &matrix, outputs, inputs);
     }
 }
 

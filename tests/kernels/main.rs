@@ -21,5 +21,5 @@ mod traffic;
 /// Orders of work that are all allowed: streams that run only when waited for, blocks and warps shuffled by a seed.
 #[test]
 fn every_test_passes_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules("", "every_test_passes_in_other_schedules");
+    support::softgpu::pass_in_other_schedules(&[], "every_test_passes_in_other_schedules");
 }

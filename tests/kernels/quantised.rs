@@ -6,6 +6,7 @@ use mneme::backend::cuda::CudaMatrix;
 use mneme::backend::{Backend, DType};
 
 use crate::gpu::{self, Gpu, host_tensor};
+use crate::linear::check_parts;
 use crate::support::random::Random;
 
 pub const FORMATS: [DType; 8] =
@@ -50,14 +51,11 @@ fn check_product(gpu: &Gpu, random: &mut Random, format: DType, shape: (usize, u
     let inputs = blocks.min(if format.block_elements() == 256 { 3 } else { 9 }) * format.block_elements();
     let stored = random_blocks(random, format, outputs, inputs);
     let [quantised, unpacked] = both(gpu, &stored, outputs, inputs, format);
-    let x = gpu.activations(&gpu.numbers(random, num_tokens * inputs, 1.0), num_tokens, inputs);
+    let x = gpu.random_rows(random, num_tokens, inputs);
     let bias = (blocks % 2 == 0).then(|| gpu.vector(&gpu.numbers(random, outputs, 1.0)));
     for dtype in [gpu.dtype(), DType::F32] {
-        let [found, wanted] = [&quantised, &unpacked].map(|matrix| {
-            let out = gpu.output(num_tokens, outputs, dtype);
-            gpu.backend.linear(&gpu.stream, &x, matrix, bias.as_ref(), &out.tensor).unwrap();
-            out
-        });
+        let [found, wanted] =
+            [&quantised, &unpacked].map(|matrix| gpu.product(&x, matrix, bias.as_ref(), outputs, dtype));
         let what = format!("{format} in {}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}]", gpu.dtype());
         let numbers = wanted.numbers(gpu);
         assert!(
@@ -105,35 +103,20 @@ fn wide_tiles_give_the_same_bits() {
         let random = &mut Random::new(2);
         let inputs = 64;
         let [quantised, unpacked] = both(gpu, &random_blocks(random, format, outputs, inputs), outputs, inputs, format);
-        let x = gpu.activations(&gpu.numbers(random, num_tokens * inputs, 1.0), num_tokens, inputs);
-        let [found, wanted] = [quantised, unpacked].map(|matrix| {
-            let out = gpu.output(num_tokens, outputs, DType::F32);
-            gpu.backend.linear(&gpu.stream, &x, &matrix, None, &out.tensor).unwrap();
-            out.bytes(gpu)
-        });
+        let x = gpu.random_rows(random, num_tokens, inputs);
+        let [found, wanted] =
+            [quantised, unpacked].map(|matrix| gpu.product(&x, &matrix, None, outputs, DType::F32).bytes(gpu));
         assert!(found == wanted, "{format}, {num_tokens} tokens");
     }
 }
 
-/// Decode and prefill take different tiles; a row must not notice.
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
     for gpu in gpu::shared() {
         let random = &mut Random::new(3);
-        let (most, outputs, inputs, format) = (150, 70, 512, DType::Q4K);
-        let x = gpu.numbers(random, most * inputs, 1.0);
+        let (outputs, inputs, format) = (70, 512, DType::Q4K);
         let [matrix, _] = both(gpu, &random_blocks(random, format, outputs, inputs), outputs, inputs, format);
-        let run = |first: usize, num_tokens: usize| {
-            let rows = gpu.activations(&x[first * inputs..(first + num_tokens) * inputs], num_tokens, inputs);
-            let out = gpu.output(num_tokens, outputs, DType::F32);
-            gpu.backend.linear(&gpu.stream, &rows, &matrix, None, &out.tensor).unwrap();
-            out.bytes(gpu)
-        };
-        let whole = run(0, most);
-        for (first, num_tokens) in [(0, 1), (149, 1), (3, 16), (20, 17), (80, 64), (40, 65)] {
-            let part = &whole[first * outputs * 4..(first + num_tokens) * outputs * 4];
-            assert_eq!(run(first, num_tokens), part, "{num_tokens} rows from {first} on");
-        }
+        check_parts(gpu, random, &matrix, outputs, inputs);
     }
 }
 
@@ -145,14 +128,12 @@ fn formats_are_stacked() {
         let (inputs, num_tokens) = (256, 19);
         let parts = [(DType::Q4K, 20), (DType::Q4K, 15), (DType::Q6K, 9), (DType::Q8_0, 24)]
             .map(|(format, rows)| host_tensor(&random_blocks(random, format, rows, inputs), rows, inputs, format));
-        let x = gpu.activations(&gpu.numbers(random, num_tokens * inputs, 1.0), num_tokens, inputs);
+        let x = gpu.random_rows(random, num_tokens, inputs);
         let bias = gpu.vector(&gpu.numbers(random, 68, 1.0));
         for dtype in [gpu.dtype(), DType::F32] {
             let [found, wanted] = [None, Some(gpu.dtype())].map(|kept| {
                 let matrix = gpu.backend.load_matrix(&parts, kept).unwrap();
-                let out = gpu.output(num_tokens, 68, dtype);
-                gpu.backend.linear(&gpu.stream, &x, &matrix, Some(&bias), &out.tensor).unwrap();
-                out.bytes(gpu)
+                gpu.product(&x, &matrix, Some(&bias), 68, dtype).bytes(gpu)
             });
             assert_eq!(found, wanted, "{dtype}");
         }

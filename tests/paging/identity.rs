@@ -4,10 +4,10 @@ use std::sync::mpsc::{Sender, channel};
 
 use mneme::engine::Task;
 
-use super::vault::{Tiers, wait_until_open};
 use crate::support::engine::{Output, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::vault::{Tiers, wait_until_open};
 
 /// An engine with room for two sequences at a time whose vault opens on a message.
 fn start(tiers: &Tiers, seed: u64, identity: &[u8]) -> (TestEngine, Sender<()>) {

@@ -19,8 +19,12 @@ use mneme::engine::TierConfig;
 use support::engine::{Setup, TestEngine};
 use support::tiny_model::Family;
 
-/// The families that every tier is tested with.
+/// The families that every tier is tested with, and which of them has a sliding window.
 const FAMILIES: &[Family] = &Family::ALL;
+const GEMMA: Family = Family::Gemma3;
+
+/// Whether a step takes so little that every family may go through every case.
+const IS_FAST: bool = true;
 
 /// Starts an engine on the device that these tests are about.
 fn start_with_tiers(path: &Path, setup: Setup, tiers: TierConfig) -> TestEngine {

@@ -9,11 +9,11 @@ use mneme::backend::{DType, Device};
 use mneme::engine::{EngineHandle, FetchDecision, FinishReason, OutputStream, SubmitError, Task};
 
 use crate::landing::{NUM_SHARED, ask, engine_with_blocks_on_the_host, prompts};
-use crate::paging_tiers::bits;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, Written};
+use crate::tiers::bits;
 use crate::vault::Tiers;
 
 const FAMILY: Family = Family::Llama;

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
 
-use crate::paging_tiers::bits;
 use crate::support::engine::{Output, Setup, TestEngine, collect, limits};
 use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::tiers::bits;
 use crate::vault::Tiers;
 
 /// Three blocks, all of which may be on their way down at a time.

@@ -4,33 +4,48 @@
 #![cfg(feature = "cuda")]
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod adapted;
+#[path = "../generation/adapters.rs"]
 mod adapters;
+#[path = "../generation/blend.rs"]
 mod blend;
 mod command;
+#[path = "../generation/composition.rs"]
+mod composition;
+#[path = "../paging/deposits.rs"]
+mod deposits;
 mod families;
 mod faults;
 #[path = "../paging/gate.rs"]
 mod gate;
 mod golden;
 mod graphs;
+#[path = "../paging/identity.rs"]
+mod identity;
 #[path = "../generation/invariance.rs"]
 mod invariance;
 mod landing;
+#[path = "../generation/levels.rs"]
+mod levels;
 #[path = "../generation/lifecycle.rs"]
 mod lifecycle;
+#[path = "../generation/link.rs"]
+mod link;
 mod merged;
 #[path = "../generation/merging.rs"]
 mod merging;
-#[path = "../paging/deposits.rs"]
-mod paging_deposits;
-#[path = "../paging/tiers.rs"]
-mod paging_tiers;
 #[path = "../generation/parameters.rs"]
 mod parameters;
+#[path = "../paging/portable.rs"]
+mod portable;
 mod quantised;
 mod serving;
 #[path = "../support/mod.rs"]
 mod support;
+#[path = "../paging/tails.rs"]
+mod tails;
+#[path = "../paging/tiers.rs"]
+mod tiers;
 #[path = "../paging/vault.rs"]
 mod vault;
 
@@ -38,28 +53,47 @@ use std::path::Path;
 
 use mneme::backend::DType;
 use mneme::backend::cpu::Isa;
+use mneme::backend::cuda::CudaBackend;
 use mneme::engine::TierConfig;
 use support::engine::{Setup, TestEngine};
 use support::tiny_model::Family;
 
-/// Random workloads for every family: a step takes thousands of times longer than on a GPU.
+/// Random workloads for every family.
 const NUM_WORKLOADS: u64 = 1;
+
+/// Requests of which most are given up.
+const NUM_CANCELLED: usize = 150;
+
+/// Requests under adapters that come and go: a few under each composition.
+const NUM_ADAPTED: usize = 12;
 
 /// Tokens of an answer that a merge beside it takes less time than.
 const LONG_ANSWER: usize = 150;
 
-/// Starts an engine on the device that these tests are about.
-fn start(path: &Path, setup: Setup) -> TestEngine {
-    TestEngine::start_on_softgpu(path, setup)
+/// The families that computing and every tier are tested with, and which of them has a sliding window: one of few layers.
+/// `families` and `landing` have the longer one.
+const FAMILIES: &[Family] = &Family::SHORT;
+const GEMMA: Family = Family::ShortGemma3;
+
+/// A step takes thousands of times longer than on a GPU: one family goes through every case, the others through a few.
+const IS_FAST: bool = false;
+
+/// The device that these tests are about.
+type TestBackend = CudaBackend;
+
+/// It computes in the type of the KV cache.
+fn backend(setup: &Setup) -> TestBackend {
+    support::softgpu::backend(setup.kv_dtype)
 }
 
-/// The families that every tier is tested with: one with a sliding window, whose kernels the others' are a part of.
-const FAMILIES: &[Family] = &[Family::Gemma3];
+/// Starts an engine on it.
+fn start(path: &Path, setup: Setup) -> TestEngine {
+    TestEngine::start(backend(&setup), path, setup)
+}
 
 /// The same with tiers below the device.
 fn start_with_tiers(path: &Path, setup: Setup, tiers: TierConfig) -> TestEngine {
-    let backend = support::softgpu::backend(setup.kv_dtype);
-    TestEngine::start_with_tiers(backend, path, setup, tiers)
+    TestEngine::start_with_tiers(backend(&setup), path, setup, tiers)
 }
 
 /// What the tests of invariance go through: f16 runs through the same kernels with other conversions, which
@@ -71,29 +105,29 @@ fn kinds() -> Vec<(Isa, Option<DType>, DType)> {
 /// The kernels have tests of their own; here it is about the order of copies, events and steps.
 #[test]
 fn families_are_the_cpus_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules("families::", "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["families::"], "other_schedules");
 }
 
 /// A graph's kernels run when their stream gets to them, like single launches.
 #[test]
 fn graphs_are_replayed_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules("graphs::graphs_give", "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["graphs::graphs_give"], "other_schedules");
 }
 
 /// Copies of layers, the waits for them and the step that uses them come from different threads.
 #[test]
 fn blocks_land_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules("landing::", "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["landing::"], "other_schedules");
 }
 
 /// Adapters come from another thread and another stream than those that use them.
 #[test]
 fn adapters_are_the_cpus_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules("adapters::", "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["adapted::", "adapters::adapters_come_and_go"], "other_schedules");
 }
 
 /// A copy is written between steps, from pages that another stream has brought.
 #[test]
 fn copies_are_the_cpus_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules("merged::llama", "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["merged::llama"], "other_schedules");
 }

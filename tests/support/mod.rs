@@ -10,6 +10,7 @@ pub mod models;
 pub mod peft;
 pub mod random;
 pub mod reference;
+pub mod runner;
 #[cfg(feature = "cuda")]
 pub mod softgpu;
 pub mod tiny_adapter;

@@ -27,7 +27,7 @@ pub fn forward(model: &TinyModel, tokens: &[u32]) -> Reference {
 /// The same; keys and values may be rounded to bf16 on their way, as a cache of that type does.
 pub fn forward_with(model: &TinyModel, tokens: &[u32], rounds_kv: bool) -> Reference {
     let embedding = model.tensor("model.embed_tokens.weight");
-    let scale = if model.family == Family::Gemma3 { (HIDDEN as f64).sqrt() } else { 1.0 };
+    let scale = if model.family.is_gemma() { (HIDDEN as f64).sqrt() } else { 1.0 };
     let embed = |&token: &u32| row(embedding, token as usize).map(|value| value * scale).collect();
     let mut residual: Vec<Row> = tokens.iter().map(embed).collect();
     for layer in 0..model.family.num_layers() {
@@ -47,7 +47,7 @@ pub fn log_softmax(logits: &[f64]) -> Row {
 }
 
 fn run_layer(model: &TinyModel, layer: usize, residual: &mut [Row], rounds_kv: bool) {
-    let gemma = model.family == Family::Gemma3;
+    let gemma = model.family.is_gemma();
     let prefix = format!("model.layers.{layer}");
     let named = |part: &str| format!("{prefix}.{part}.weight");
     let normed: Vec<Row> = residual.iter().map(|x| norm(model, &named("input_layernorm"), x)).collect();
@@ -68,7 +68,7 @@ fn run_layer(model: &TinyModel, layer: usize, residual: &mut [Row], rounds_kv: b
 fn attention(model: &TinyModel, layer: usize, normed: &[Row], rounds_kv: bool) -> Vec<Row> {
     let prefix = format!("model.layers.{layer}");
     let family = model.family;
-    let slides = family == Family::Gemma3 && !(layer + 1).is_multiple_of(6);
+    let slides = family.window_period().is_some_and(|period| !(layer + 1).is_multiple_of(period));
     let frequencies = inverse_frequencies(family, slides);
     let heads = |part: &str, x: &Row, position: usize| -> Vec<Row> {
         let mut out = project(model.tensor(&format!("{prefix}.self_attn.{part}_proj.weight")), x);
@@ -88,7 +88,7 @@ fn attention(model: &TinyModel, layer: usize, normed: &[Row], rounds_kv: bool) -
     if rounds_kv {
         k.iter_mut().chain(&mut v).flatten().flatten().for_each(|x| *x = bf16::from_f64(*x).to_f64());
     }
-    let scale = if family == Family::Gemma3 { 24f64 } else { HEAD_DIM as f64 }.sqrt().recip();
+    let scale = if family.is_gemma() { 24f64 } else { HEAD_DIM as f64 }.sqrt().recip();
     let o_proj = model.tensor(&format!("{prefix}.self_attn.o_proj.weight"));
     let attend = |at: usize| {
         let first = if slides { (at + 1).saturating_sub(WINDOW) } else { 0 };
@@ -112,7 +112,7 @@ fn feed_forward(model: &TinyModel, prefix: &str, x: &Row) -> Row {
     let weight = |part: &str| model.tensor(&format!("{prefix}.mlp.{part}_proj.weight"));
     let silu = |x: f64| x / (1.0 + (-x).exp());
     let gelu = |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh());
-    let activate = |x: f64| if model.family == Family::Gemma3 { gelu(x) } else { silu(x) };
+    let activate = |x: f64| if model.family.is_gemma() { gelu(x) } else { silu(x) };
     let (gate, up) = (project(weight("gate"), x), project(weight("up"), x));
     project(weight("down"), &gate.into_iter().zip(up).map(|(gate, up)| activate(gate) * up).collect())
 }
@@ -121,13 +121,13 @@ fn inverse_frequencies(family: Family, slides: bool) -> Row {
     let theta: f64 = match family {
         Family::Llama => 10_000.0,
         Family::Llama3 => 500_000.0,
-        Family::Gemma3 if slides => 10_000.0,
+        family if family.is_gemma() && slides => 10_000.0,
         _ => 1_000_000.0,
     };
     let plain = (0..HEAD_DIM / 2).map(|at| theta.powf(-((2 * at) as f64) / HEAD_DIM as f64));
     match family {
         Family::Llama3 => plain.map(llama3_frequency).collect(),
-        Family::Gemma3 if !slides => plain.map(|frequency| frequency / 4.0).collect(),
+        family if family.is_gemma() && !slides => plain.map(|frequency| frequency / 4.0).collect(),
         _ => plain.collect(),
     }
 }
@@ -155,7 +155,7 @@ fn rotate(head: &Row, position: usize, frequencies: &[f64]) -> Row {
 }
 
 fn norm(model: &TinyModel, name: &str, x: &Row) -> Row {
-    let offset = if model.family == Family::Gemma3 { 1.0 } else { 0.0 };
+    let offset = if model.family.is_gemma() { 1.0 } else { 0.0 };
     let inverse = (dot(x, x) / x.len() as f64 + EPSILON).sqrt().recip();
     x.iter().zip(&model.tensor(name).values).map(|(x, weight)| x * inverse * (offset + f64::from(*weight))).collect()
 }

@@ -42,17 +42,36 @@ pub enum Family {
     Qwen2,
     Qwen3,
     Gemma3,
+    /// Gemma with fewer layers, every second of which sees everything: for devices on which a layer takes long.
+    ShortGemma3,
 }
 
 impl Family {
     pub const ALL: [Family; 5] = [Family::Llama, Family::Llama3, Family::Qwen2, Family::Qwen3, Family::Gemma3];
 
+    /// The same without a long one.
+    pub const SHORT: [Family; 5] = [Family::Llama, Family::Llama3, Family::Qwen2, Family::Qwen3, Family::ShortGemma3];
+
+    /// One more than it takes to see everything once.
     pub fn num_layers(self) -> usize {
-        if self == Family::Gemma3 { 7 } else { 2 }
+        1 + self.window_period().unwrap_or(1)
+    }
+
+    /// Of so many layers the last sees everything; `None` where all do.
+    pub fn window_period(self) -> Option<usize> {
+        match self {
+            Family::Gemma3 => Some(6),
+            Family::ShortGemma3 => Some(2),
+            _ => None,
+        }
+    }
+
+    pub fn is_gemma(self) -> bool {
+        self.window_period().is_some()
     }
 
     pub fn has_head_norms(self) -> bool {
-        matches!(self, Family::Qwen3 | Family::Gemma3)
+        self == Family::Qwen3 || self.is_gemma()
     }
 }
 
@@ -132,9 +151,9 @@ impl TinyModel {
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
             Family::Qwen2 => json!({"model_type": "qwen2", "rope_theta": 1_000_000.0, "tie_word_embeddings": true}),
             Family::Qwen3 => json!({"model_type": "qwen3", "rope_theta": 1_000_000.0, "tie_word_embeddings": true}),
-            Family::Gemma3 => json!({"model_type": "gemma3_text", "rope_theta": 1_000_000.0,
+            Family::Gemma3 | Family::ShortGemma3 => json!({"model_type": "gemma3_text", "rope_theta": 1_000_000.0,
                 "rope_local_base_freq": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
-                "sliding_window": WINDOW, "sliding_window_pattern": 6, "query_pre_attn_scalar": 24,
+                "sliding_window": WINDOW, "sliding_window_pattern": self.family.window_period(), "query_pre_attn_scalar": 24,
                 "hidden_activation": "gelu_pytorch_tanh"}),
         };
         config.as_object_mut().unwrap().extend(own.as_object().unwrap().clone());
@@ -213,7 +232,7 @@ impl Maker {
             }
         }
         let mut norms = vec!["input_layernorm", "post_attention_layernorm"];
-        if family == Family::Gemma3 {
+        if family.is_gemma() {
             norms.extend(["pre_feedforward_layernorm", "post_feedforward_layernorm"]);
         }
         for norm in norms {
@@ -231,7 +250,7 @@ impl Maker {
 
     /// Gemma stores what is added to one.
     fn norm(&mut self, family: Family, name: &str, len: usize) {
-        self.insert(name, 1, len, if family == Family::Gemma3 { 0.0 } else { 1.0 }, 0.2);
+        self.insert(name, 1, len, if family.is_gemma() { 0.0 } else { 1.0 }, 0.2);
     }
 
     fn insert(&mut self, name: &str, rows: usize, columns: usize, mean: f64, scale: f64) {

@@ -10,11 +10,27 @@ use crate::fault::{Fault, FaultKind};
 use crate::memory::Accessor;
 use crate::rng::Rng;
 use std::collections::HashMap;
+use std::sync::Mutex;
 
 /// Warp instructions before another warp has its turn.
 const SLICE: u32 = 20_000;
 /// Turns of a block before it is taken for an endless loop.
 const MAX_TURNS: u64 = 2_000_000;
+
+/// What workers leave behind for later ones: to get fresh memory takes longer than many a launch.
+static SPARE: Mutex<Vec<Spare>> = Mutex::new(Vec::new());
+/// As many as there may be workers at a time.
+const MAX_SPARE: usize = 64;
+
+#[derive(Default)]
+struct Spare {
+    shared: Shared,
+    warps: Vec<Warp>,
+}
+
+fn spare() -> std::sync::MutexGuard<'static, Vec<Spare>> {
+    SPARE.lock().unwrap_or_else(|e| e.into_inner())
+}
 
 /// What the warps of a block share.
 pub struct Block<'a> {
@@ -51,17 +67,20 @@ pub struct Worker<'a> {
 impl<'a> Worker<'a> {
     /// A worker for a launch.
     pub fn new(launch: &'a Launch<'a>) -> Self {
+        let Spare { mut shared, mut warps } = spare().pop().unwrap_or_default();
+        launch.prepare(&mut shared);
+        warps.resize_with(launch.threads().div_ceil(LANES as u32) as usize, Warp::default);
+        warps.iter_mut().for_each(Warp::forget);
         let block = Block {
             launch,
             index: [0; 3],
-            shared: launch.shared(),
+            shared,
             by: launch.by.clone(),
             acquired: HashMap::new(),
             counters: Counters::default(),
             fences: 0,
             linear: 0,
         };
-        let warps = (0..launch.threads().div_ceil(LANES as u32)).map(|_| Warp::default()).collect();
         Self { block, warps }
     }
 
@@ -178,6 +197,17 @@ impl<'a> Worker<'a> {
         }
         self.block.shared.next_epoch();
         self.block.counters.barriers += 1;
+    }
+}
+
+impl Drop for Worker<'_> {
+    /// Where a block was left in its middle, memory is not what the next one may count on.
+    fn drop(&mut self) {
+        let mut spare = spare();
+        if spare.len() < MAX_SPARE && !self.block.launch.is_stopped() && !std::thread::panicking() {
+            spare
+                .push(Spare { shared: std::mem::take(&mut self.block.shared), warps: std::mem::take(&mut self.warps) });
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use super::alu::{self, Alu};
 use super::block::Block;
 use super::convert::convert;
 use super::isa::Op;
-use super::lanes::{FULL, LANES, Lane};
+use super::lanes::{FULL, LANES, Lane, Row32};
 use super::simd;
 use super::warp::Warp;
 
@@ -75,14 +75,15 @@ impl Warp {
         }
     }
 
+    pub(super) fn lop3(&mut self, d: u16, sources: [u16; 3], table: u8, mask: u32) {
+        let out = lop3(sources.map(|slot| self.regs.r32[slot as usize]), table);
+        <u32 as Lane>::store(&mut self.regs, d, &out, mask);
+    }
+
     /// Forms that are rare enough to go lane by lane.
     pub(super) fn lane_by_lane(&mut self, op: &Op, mask: u32) {
         for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
             match *op {
-                Op::Lop3 { d, a, b, c, table } => {
-                    let [a, b, c] = [a, b, c].map(|slot| self.regs.r32[slot as usize][lane]);
-                    self.regs.r32[d as usize][lane] = lop3(a, b, c, table);
-                }
                 Op::Insert { wide, d, field, base, position, length } => {
                     let (field, base) = (self.get(field, wide, lane), self.get(base, wide, lane));
                     let (position, length) = (self.get(position, false, lane), self.get(length, false, lane));
@@ -112,10 +113,15 @@ impl Warp {
     }
 }
 
-/// Any function of three bits, by its truth table.
-fn lop3(a: u32, b: u32, c: u32, table: u8) -> u32 {
-    (0..8).filter(|i| table >> i & 1 == 1).fold(0, |out, i| {
-        let pick = |bit: u32, value: u32| if i >> bit & 1 == 1 { value } else { !value };
-        out | pick(2, a) & pick(1, b) & pick(0, c)
-    })
+/// Any function of three bits, by its truth table, for all lanes.
+fn lop3([a, b, c]: [Row32; 3], table: u8) -> Row32 {
+    let mut out = [0; LANES];
+    for i in (0..8).filter(|i| table >> i & 1 == 1) {
+        // What turns a bit of the three into one where it is that of row `i`.
+        let [x, y, z] = [2, 1, 0].map(|bit| if i >> bit & 1 == 1 { 0 } else { u32::MAX });
+        for lane in 0..LANES {
+            out[lane] |= (a[lane] ^ x) & (b[lane] ^ y) & (c[lane] ^ z);
+        }
+    }
+    out
 }

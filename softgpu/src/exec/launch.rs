@@ -82,8 +82,8 @@ impl<'a> Launch<'a> {
         self.stop.load(Relaxed)
     }
 
-    /// Fresh shared memory for a worker.
-    pub(super) fn shared(&self) -> Shared {
+    /// Makes shared memory for a worker of some that it may have had before.
+    pub(super) fn prepare(&self, shared: &mut Shared) {
         let kernel = self.kernel;
         let mut unowned = Vec::new();
         for (i, var) in kernel.shared.iter().enumerate() {
@@ -92,7 +92,7 @@ impl<'a> Launch<'a> {
         }
         let end = kernel.dynamic_offset + self.dynamic_shared;
         unowned.retain(|(start, end)| start < end);
-        Shared::new(end, unowned)
+        shared.prepare(end, unowned);
     }
 
     /// The zero-terminated text at a device address, for assertion messages.

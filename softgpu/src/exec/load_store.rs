@@ -30,12 +30,18 @@ pub fn addresses(regs: &Regs, address: Address) -> [u64; LANES] {
     }
 }
 
-/// Splits generic addresses by window: (space, lanes, start of the window).
-pub(super) fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> Vec<(Space, u32, u64)> {
-    if space != Space::Generic {
-        return vec![(space, mask, if space == Space::Param { PARAM_WINDOW } else { 0 })];
+/// Splits generic addresses by window: (space, lanes, start of the window), of which those without lanes are to be left out.
+pub(super) fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> impl Iterator<Item = (Space, u32, u64)> {
+    let mut found = [(space, 0, 0); 4];
+    if space == Space::Generic {
+        split_by_window(addresses, mask, &mut found);
+    } else {
+        found[0] = (space, mask, if space == Space::Param { PARAM_WINDOW } else { 0 });
     }
-    let mut found: Vec<(Space, u32, u64)> = Vec::with_capacity(1);
+    found.into_iter().filter(|(_, mask, _)| *mask != 0)
+}
+
+fn split_by_window(addresses: &[u64; LANES], mask: u32, found: &mut [(Space, u32, u64); 4]) {
     for lane in lanes(mask) {
         let window = addresses[lane] & !(WINDOW_BYTES - 1);
         let (space, start) = match window {
@@ -44,12 +50,10 @@ pub(super) fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> Vec<(
             PARAM_WINDOW => (Space::Param, window),
             _ => (Space::Global, 0),
         };
-        match found.iter_mut().find(|f| f.0 == space) {
-            Some(f) => f.1 |= 1 << lane,
-            None => found.push((space, 1 << lane, start)),
+        if let Some(part) = found.iter_mut().find(|part| part.0 == space || part.1 == 0) {
+            *part = (space, part.1 | 1 << lane, start);
         }
     }
-    found
 }
 
 pub(super) fn check_alignment(addresses: &[u64; LANES], mask: u32, width: u64) -> Lanes<()> {

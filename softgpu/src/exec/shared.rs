@@ -1,8 +1,8 @@
 //! Shared memory of one block and its shadow.
 //!
 //! Each byte has a cell: the last writer (epoch, atomic or not, warp) and the last reader (epoch, warp). The epoch counts
-//! barriers; it goes on from block to block, so a cell from before the block is uninitialised. Two warps that touch a
-//! byte in the same epoch, one of them writing and not both atomically, race.
+//! barriers; it goes on from block to block and from launch to launch, so a cell from before the block is uninitialised. Two
+//! warps that touch a byte in the same epoch, one of them writing and not both atomically, race.
 
 use crate::fault::{Fault, FaultKind};
 
@@ -18,8 +18,10 @@ const UNOWNED: u64 = u64::MAX;
 /// Shared memory and its cells.
 #[derive(Debug, Default)]
 pub struct Shared {
+    /// As many as any launch has wanted; this one has the first `bytes`.
     data: Vec<u8>,
     cells: Vec<u64>,
+    bytes: usize,
     unowned: Vec<(u32, u32)>,
     epoch: u32,
     block_start: u32,
@@ -28,19 +30,28 @@ pub struct Shared {
 type Checked<T> = Result<T, Fault>;
 
 impl Shared {
-    /// Memory of `bytes`, of which the ranges in `unowned` (start, end) belong to no variable.
-    pub fn new(bytes: u32, unowned: Vec<(u32, u32)>) -> Self {
-        let mut shared =
-            Self { data: vec![0; bytes as usize], cells: vec![0; bytes as usize], unowned, epoch: 0, block_start: 0 };
-        shared.clear();
-        shared
+    /// Makes it memory of `bytes`, of which the ranges in `unowned` (start, end) belong to no variable, whatever it was
+    /// before: what no launch has spoiled may serve the next one.
+    pub fn prepare(&mut self, bytes: u32, unowned: Vec<(u32, u32)>) {
+        self.mark_unowned(0);
+        self.bytes = bytes as usize;
+        if self.bytes > self.cells.len() {
+            self.data.resize(self.bytes, 0);
+            self.cells.resize(self.bytes, 0);
+        }
+        self.unowned = unowned;
+        self.mark_unowned(UNOWNED);
+    }
+
+    fn mark_unowned(&mut self, cell: u64) {
+        for &(start, end) in &self.unowned {
+            self.cells[start as usize..end as usize].fill(cell);
+        }
     }
 
     fn clear(&mut self) {
         self.cells.fill(0);
-        for &(start, end) in &self.unowned {
-            self.cells[start as usize..end as usize].fill(UNOWNED);
-        }
+        self.mark_unowned(UNOWNED);
         (self.epoch, self.block_start) = (1, 1);
     }
 
@@ -60,13 +71,12 @@ impl Shared {
 
     /// Size, bytes.
     pub fn bytes(&self) -> usize {
-        self.data.len()
+        self.bytes
     }
 
     fn range(&self, address: u64, bytes: u64) -> Checked<std::ops::Range<usize>> {
-        if address + bytes > self.data.len() as u64 {
-            let what =
-                format!("{bytes} bytes at shared address {address:#x} of {} bytes of shared memory", self.data.len());
+        if address + bytes > self.bytes as u64 {
+            let what = format!("{bytes} bytes at shared address {address:#x} of {} bytes of shared memory", self.bytes);
             return Err(Fault::new(FaultKind::OutOfBounds, what));
         }
         Ok(address as usize..(address + bytes) as usize)

@@ -90,6 +90,14 @@ pub(super) enum Flow {
 pub(super) type LaneResult<T> = load_store::Lanes<T>;
 
 impl Warp {
+    /// Empties the registers, which another kernel may have had.
+    pub fn forget(&mut self) {
+        self.regs.r32.clear();
+        self.regs.r64.clear();
+        self.regs.p.clear();
+        self.local.clear();
+    }
+
     /// Prepares the warp for a block: `started` lanes at the first instruction, constants in their rows.
     pub fn begin(&mut self, kernel: &Kernel, index: u32, started: u32) {
         self.regs.r32.resize(kernel.rows.0, [0; LANES]);
@@ -250,7 +258,8 @@ impl Warp {
                 self.alu_flush(block, (*op, *d, *s), *count, flush, result, mask);
             }
             Op::Clock { d, wide } => self.clock(block, *d, *wide, mask),
-            Op::Lop3 { .. } | Op::Insert { .. } | Op::Convert { .. } | Op::Pack { .. } | Op::Unpack { .. } => {
+            Op::Lop3 { d, a, b, c, table } => self.lop3(*d, [*a, *b, *c], *table, mask),
+            Op::Insert { .. } | Op::Convert { .. } | Op::Pack { .. } | Op::Unpack { .. } => {
                 self.lane_by_lane(op, mask);
             }
             Op::Alu { op, d, s } => block.launch.simd.alu(*op, &mut self.regs, *d, *s, mask),
