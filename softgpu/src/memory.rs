@@ -172,9 +172,11 @@ impl Allocation {
         if source.is_all_init.load(Relaxed) {
             return self.mark_init(offset, bytes);
         }
-        if self.is_all_init.swap(false, Relaxed) {
+        if self.is_all_init.load(Relaxed) {
+            // The bytes first: others may be reading.
             // SAFETY: as in `is_init`.
             unsafe { std::ptr::write_bytes(self.init.load(Relaxed), 1, self.bytes as usize) };
+            self.is_all_init.store(false, Relaxed);
         }
         // SAFETY: both ranges were checked by the copy; `copy` allows overlap.
         unsafe {
