@@ -16,7 +16,8 @@ pub const MAX_SHARED: u32 = 163 << 10;
 
 /// The kernels of texts that were loaded before: a test program loads the same ones for every engine. What has variables is
 /// decoded for their addresses, and not kept.
-static KNOWN: LazyLock<Mutex<HashMap<Box<str>, Vec<Arc<Kernel>>>>> = LazyLock::new(Mutex::default);
+static KNOWN: LazyLock<Mutex<KernelsByText>> = LazyLock::new(Mutex::default);
+type KernelsByText = HashMap<Box<str>, Vec<Arc<Kernel>>>;
 /// Texts that are kept.
 const MAX_KNOWN: usize = 64;
 
