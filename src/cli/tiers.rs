@@ -106,7 +106,7 @@ impl TierArgs {
             host_bytes: self.kv_host_memory_bytes,
             num_io_threads: NUM_IO_THREADS,
             open_vault: open_vault.transpose()?,
-            max_fetch_wait: None,
+            fetch_wait: None,
         })
     }
 

@@ -78,7 +78,7 @@ impl Scheduler {
     pub(super) fn new(
         limits: SchedulerLimits,
         pager: Pager,
-        max_fetch_wait: Option<Duration>,
+        fetch_wait: Option<Duration>,
         residency: Residency,
     ) -> Self {
         Self {
@@ -89,7 +89,7 @@ impl Scheduler {
             scheduled: Vec::with_capacity(limits.max_num_seqs),
             probing: Vec::with_capacity(limits.max_num_seqs),
             pool: CachedPool::new(limits.num_blocks, limits.block_size),
-            tiers: Tiers::new(pager, max_fetch_wait, limits.num_blocks, limits.block_size),
+            tiers: Tiers::new(pager, fetch_wait, limits.num_blocks, limits.block_size),
             promised: HashSet::with_capacity(limits.num_blocks * 2),
             num_preemptions: 0,
             limits,

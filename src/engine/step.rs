@@ -117,7 +117,7 @@ impl<B: Backend> Engine<B> {
         let hash_identity = Uuid::new_v4().as_bytes().to_vec();
         let shapes = base_shapes(model.config());
         let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
-        let max_fetch_wait = tiers.max_fetch_wait;
+        let fetch_wait = tiers.fetch_wait;
         let pager = runner.start_pager(tiers, limits, &waker)?;
         let (page_bytes, num_pages, host_bytes) = (runner.block_bytes(), limits.num_blocks, config.adapter_host_bytes);
         let space = AdapterSpace { shapes, page_bytes, num_pages, host_bytes };
@@ -132,7 +132,7 @@ impl<B: Backend> Engine<B> {
             .with_failure(Arc::clone(&failure))
             .with_adapters(store);
         let engine = Self {
-            scheduler: Scheduler::new(*limits, pager, max_fetch_wait, residency),
+            scheduler: Scheduler::new(*limits, pager, fetch_wait, residency),
             sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
             runner,
             merger: Merger::new(config.merge),

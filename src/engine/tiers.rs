@@ -46,8 +46,9 @@ pub struct TierConfig {
     pub num_io_threads: usize,
     /// Opens the disk tier; none without it.
     pub open_vault: Option<VaultOpener>,
-    /// No request waits longer for blocks from below; `None` for ten seconds.
-    pub max_fetch_wait: Option<Duration>,
+    /// So long requests wait for blocks from below, whatever it would take to compute them; `None` to go by that, within ten
+    /// seconds.
+    pub fetch_wait: Option<Duration>,
 }
 
 /// Blocks under way, and who waits for them.
@@ -65,7 +66,7 @@ pub(super) struct Tiers {
     max_saves: usize,
     /// When something went to disk that would not survive a crash yet.
     unsealed_since: Option<Instant>,
-    max_wait: Duration,
+    fetch_wait: Option<Duration>,
     num_declined: usize,
     block_size: usize,
 }
@@ -106,7 +107,7 @@ pub(super) enum Arrival {
 }
 
 impl Tiers {
-    pub(super) fn new(pager: Pager, max_wait: Option<Duration>, num_blocks: usize, block_size: usize) -> Self {
+    pub(super) fn new(pager: Pager, fetch_wait: Option<Duration>, num_blocks: usize, block_size: usize) -> Self {
         let is_enabled = pager.is_enabled();
         Self {
             pager,
@@ -118,7 +119,7 @@ impl Tiers {
             in_backlog: vec![false; if is_enabled { num_blocks } else { 0 }],
             max_saves: (num_blocks / POOL_SHARE_OF_SAVES).max(1),
             unsealed_since: None,
-            max_wait: max_wait.unwrap_or(MAX_WAIT),
+            fetch_wait,
             num_declined: 0,
             block_size,
         }
@@ -209,7 +210,7 @@ impl Tiers {
         let fetch_ms = rates.fetch_ms(num_host, num_disk, num_threads);
         let recompute_ms = rates.recompute_ms(num_tokens);
         let is_dear = matches!((fetch_ms, recompute_ms), (Some(fetch), Some(compute)) if fetch > compute);
-        if is_dear && self.num_declined < DECLINED_BEFORE_RETRY {
+        if is_dear && self.fetch_wait.is_none() && self.num_declined < DECLINED_BEFORE_RETRY {
             self.num_declined += 1;
             sequence.reuse.decision = FetchDecision::RecomputeIsCheaper;
             return Plan::Compute;
@@ -233,13 +234,18 @@ impl Tiers {
         let full = blocks.iter().filter(|fetched| fetched.num_tail_tokens.is_none());
         let promised = full.map(|fetched| fetched.hash).collect();
         let started_at = Instant::now();
-        let expected_ms = self.pager.rates().recompute_ms(blocks.len() * self.block_size);
-        let wait = expected_ms.map_or(MAX_WAIT, |ms| Duration::from_secs_f64(ms * 2e-3).clamp(MIN_WAIT, MAX_WAIT));
+        let wait = self.fetch_wait.unwrap_or_else(|| self.sensible_wait(blocks.len()));
         let num_pending = blocks.len();
-        let deadline = started_at + wait.min(self.max_wait);
+        let deadline = started_at + wait;
         let sequence = Some(sequence);
         let landing = None;
         self.fetches.push(Fetch { ticket, sequence, blocks, promised, num_pending, started_at, deadline, landing });
+    }
+
+    /// Twice what it takes to compute so many blocks.
+    fn sensible_wait(&self, num_blocks: usize) -> Duration {
+        let expected_ms = self.pager.rates().recompute_ms(num_blocks * self.block_size);
+        expected_ms.map_or(MAX_WAIT, |ms| Duration::from_secs_f64(ms * 2e-3).clamp(MIN_WAIT, MAX_WAIT))
     }
 
     /// Takes blocks for what a sequence is to be brought, the last perhaps for a partial block: it goes on in its own copy.

@@ -235,7 +235,7 @@ fn check_attention(gpu: &Gpu, shape: Shape, parts: &[Lengths], seed: u64) {
 
 #[test]
 fn one_new_token_sees_its_context() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         for (at, head_dim) in [64, 128, 256].into_iter().enumerate() {
             for group in [1, 3, 8] {
                 let shape = Shape { num_kv_heads: 2, group, head_dim, ..SMALL };
@@ -250,7 +250,7 @@ fn one_new_token_sees_its_context() {
 
 #[test]
 fn many_new_tokens_see_their_context() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         for (at, head_dim) in [64, 128, 256].into_iter().enumerate() {
             for group in [1, 3, 8] {
                 let shape = Shape { num_kv_heads: 1, group, head_dim, ..SMALL };
@@ -265,7 +265,7 @@ fn many_new_tokens_see_their_context() {
 
 #[test]
 fn decodes_and_prefills_share_a_batch() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         check_attention(gpu, SMALL, &[(1, 40), (70, 70), (1, 1), (3, 90), (1, 17)], 20);
         check_attention(gpu, Shape { block_size: 64, ..SMALL }, &[(1, 64), (65, 130), (2, 65)], 21);
         // More rows of a KV head than decode attention takes.
@@ -275,7 +275,7 @@ fn decodes_and_prefills_share_a_batch() {
 
 #[test]
 fn long_contexts_are_split_and_combined() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         check_attention(gpu, SMALL, &[(1, 256), (1, 257), (1, 600), (1, 3)], 30);
         check_attention(gpu, SMALL, &[(30, 530), (1, 511)], 31);
     }
@@ -283,7 +283,7 @@ fn long_contexts_are_split_and_combined() {
 
 #[test]
 fn windows_hide_what_lies_before_them() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         for (at, window) in [1, 7, 16, 32, 100].into_iter().enumerate() {
             let shape = Shape { window: Some(window), ..SMALL };
             check_attention(gpu, shape, &[(1, 50), (40, 90), (1, 5), (1, 17), (2, 34)], 40 + at as u64);
@@ -296,7 +296,7 @@ fn windows_hide_what_lies_before_them() {
 /// Chunked prefill, decode, splitting and the rest of the batch leave the bits of a row alone.
 #[test]
 fn a_row_has_the_same_bits_however_it_is_computed() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         for window in [None, Some(40), Some(300)] {
             let shape = Shape { window, ..SMALL };
             let world = World::new(gpu, shape, &[530, 60, 300], &mut Random::new(50));
@@ -321,7 +321,7 @@ fn a_row_has_the_same_bits_however_it_is_computed() {
 /// New tokens need not be the last of their sequence: each sees what lies before it, whichever others are new.
 #[test]
 fn new_tokens_with_gaps_see_what_lies_before_them() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         for (at, window) in [None, Some(1), Some(40), Some(300)].into_iter().enumerate() {
             // Decode attention takes 16 rows of a KV head at most, but one new token only.
             for group in [1, 3, 20] {
@@ -350,7 +350,7 @@ fn new_tokens_with_gaps_see_what_lies_before_them() {
 
 #[test]
 fn heads_are_normalised_rotated_and_stored() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(60);
         for (head_dim, block_size, has_norms) in
             [(64, 16, false), (128, 32, true), (256, 16, true), (16, 16, true), (80, 16, false), (96, 64, true)]
@@ -432,7 +432,8 @@ fn check_stored(world: &World<'_>, rows: &[f32], parts: &[Lengths]) {
 
 #[test]
 fn impossible_heads_are_refused() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let world = World::new(gpu, SMALL, &[5], &mut Random::new(70));
     let metadata = world.metadata(&[0], &[(5, 5)]);
     let qkv = gpu.activations(&vec![0.0; 5 * SMALL.columns()], 5, SMALL.columns());

@@ -88,7 +88,7 @@ impl Copies {
 
 #[test]
 fn copies_are_rotated_and_nothing_else_is_written() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(90);
         for (num_kv_heads, head_dim, block_size) in
             [(1, 64, 16), (3, 64, 32), (2, 128, 16), (1, 256, 16), (2, 16, 48), (1, 80, 16), (2, 96, 16)]
@@ -111,7 +111,7 @@ fn copies_are_rotated_and_nothing_else_is_written() {
 
 #[test]
 fn deviations_are_sums_of_squares() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(91);
         for (num_kv_heads, group, head_dim) in [(1, 1, 64), (3, 3, 64), (2, 2, 128), (8, 1, 256), (1, 4, 16)] {
             let layout = layout(gpu, num_kv_heads, head_dim, 16);
@@ -152,7 +152,8 @@ fn deviations_are_sums_of_squares() {
 
 #[test]
 fn impossible_copies_are_refused() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let layout = layout(gpu, 1, 64, 16);
     let (blocks, _) = cache(gpu, &layout, 2, &mut Random::new(92));
     let table = gpu.backend.load_rope(&rope(64), MAX_POSITIONS).unwrap();

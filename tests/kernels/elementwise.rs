@@ -7,7 +7,7 @@ use crate::support::random::Random;
 
 #[test]
 fn embeddings_are_scaled_rows() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(1);
         for (vocab, hidden, num_tokens, scale) in [(5, 8, 1, 1.0f32), (300, 64, 33, 8.0), (17, 1032, 3, 0.7)] {
             let table = gpu.numbers(random, vocab * hidden, 1.0);
@@ -46,7 +46,7 @@ const NORM_SHAPES: [(usize, usize); 7] = [(1, 8), (3, 64), (2, 576), (1, 1032), 
 
 #[test]
 fn norms_are_root_mean_square() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(2);
         for (rows, columns) in NORM_SHAPES {
             let weight: Vec<f32> = (0..columns).map(|_| random.normal() as f32).collect();
@@ -66,7 +66,7 @@ fn norms_are_root_mean_square() {
 
 #[test]
 fn sums_are_kept_and_normalised() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(3);
         for (rows, columns) in NORM_SHAPES {
             let weight: Vec<f32> = (0..columns).map(|_| random.normal() as f32).collect();
@@ -98,7 +98,7 @@ fn gate(activation: Activation, x: f64) -> f64 {
 
 #[test]
 fn activations_gate() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(4);
         for (rows, features) in [(1, 8), (3, 96), (5, 1536), (2, 2048), (1, 4104)] {
             for activation in [Activation::Silu, Activation::GeluTanh] {
@@ -122,7 +122,7 @@ fn activations_gate() {
 
 #[test]
 fn rows_are_gathered() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(5);
         for (rows, columns, dtype) in [(7, 8, gpu.dtype()), (40, 576, gpu.dtype()), (3, 2052, DType::F32)] {
             let x = gpu.numbers(random, rows * columns, 1.0);
@@ -147,7 +147,8 @@ fn argmax(gpu: &Gpu, logits: &[f32], rows: usize) -> Vec<i32> {
 
 #[test]
 fn argmax_is_the_first_of_the_largest() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(6);
     for (rows, vocab) in [(1, 1), (3, 7), (2, 300), (2, 1024), (3, 1025), (1, 49_152)] {
         // Few different numbers, so that many are equal.
@@ -168,7 +169,8 @@ fn argmax_is_the_first_of_the_largest() {
 #[test]
 fn copies_keep_the_order_of_events() {
     use mneme::backend::BufferCopy;
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let copies = gpu.backend.create_stream(StreamKind::Copy).unwrap();
     let bytes: Vec<u8> = (0..4096u32).map(|at| (at * 7 % 251) as u8).collect();
     let (source, target) = (gpu.output(1, 1024, DType::I32), gpu.output(1, 1024, DType::I32));

@@ -1,6 +1,7 @@
 //! Tensors on the device and back, with poison where nothing has been written.
 
-use std::sync::{Arc, OnceLock};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use half::{bf16, f16};
 use mneme::backend::cuda::{CudaBackend, CudaBuffer, CudaMatrix, CudaStream};
@@ -218,8 +219,31 @@ pub fn assert_close(what: &str, found: &[f32], wanted: &[f64], relative: f64, ab
     }
 }
 
-/// One backend of each type for all tests of the program: loading the kernels takes a while.
-pub fn shared() -> &'static [Gpu; 2] {
-    static SHARED: OnceLock<[Gpu; 2]> = OnceLock::new();
-    SHARED.get_or_init(Gpu::both)
+/// A backend of each type, this test's alone while it has them: calls of one backend share memory between kernels.
+pub struct Lent(Option<[Gpu; 2]>);
+
+/// Those that no test has at the moment: loading the kernels takes a while.
+static FREE: Mutex<Vec<[Gpu; 2]>> = Mutex::new(Vec::new());
+
+fn free() -> MutexGuard<'static, Vec<[Gpu; 2]>> {
+    FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+pub fn lend() -> Lent {
+    let known = free().pop();
+    Lent(Some(known.unwrap_or_else(Gpu::both)))
+}
+
+impl Deref for Lent {
+    type Target = [Gpu; 2];
+
+    fn deref(&self) -> &[Gpu; 2] {
+        self.0.as_ref().unwrap()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        free().extend(self.0.take());
+    }
 }

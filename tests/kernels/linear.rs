@@ -41,7 +41,7 @@ fn product(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> Ve
 
 #[test]
 fn products_are_sums_of_products() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(1);
         for (at, (num_tokens, outputs, inputs)) in SHAPES.into_iter().enumerate() {
             let x = gpu.numbers(random, num_tokens * inputs, 1.0);
@@ -80,7 +80,7 @@ pub fn check_parts(gpu: &Gpu, random: &mut Random, matrix: &CudaMatrix, outputs:
 
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(2);
         let (outputs, inputs) = (70, 328);
         let matrix = gpu.matrix(&gpu.numbers(random, outputs * inputs, 0.1), outputs, inputs);
@@ -91,7 +91,7 @@ fn a_row_has_the_same_bits_in_any_batch() {
 /// Matrices of several parts and stored types become one matrix of the device's type.
 #[test]
 fn stored_types_become_the_devices() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(3);
         let columns = 64;
         let stored: Vec<f32> = (0..3 * columns).map(|_| random.normal() as f32).collect();
@@ -127,7 +127,8 @@ fn stored_types_become_the_devices() {
 
 #[test]
 fn wrong_shapes_are_refused_before_a_launch() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let matrix = gpu.matrix(&[0.0; 16 * 8], 16, 8);
     let x = gpu.activations(&[0.0; 8], 1, 8);
     for (rows, columns, dtype) in [(1, 15, DType::F32), (2, 16, DType::F32), (1, 16, DType::I32)] {

@@ -216,7 +216,7 @@ const SHAPES: &[(usize, usize, &[usize], &[&[usize]])] = &[
 
 #[test]
 fn updates_are_products_of_products() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(120);
         for &(num_tokens, inputs, modules, ranks) in SHAPES {
             let case = Case::random(gpu, random, num_tokens, inputs, modules, ranks);
@@ -238,7 +238,7 @@ fn updates_are_products_of_products() {
 
 #[test]
 fn a_row_has_the_same_bits_alone_and_in_any_batch() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(121);
         let ranks: &[&[usize]] = &[&[16, 16], &[40, 0], &[3, 65]];
         let case = Case::random(gpu, random, 40, 328, &[264, 72], ranks);
@@ -261,7 +261,7 @@ fn a_row_has_the_same_bits_alone_and_in_any_batch() {
 
 #[test]
 fn bits_do_not_depend_on_pages() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let ranks: &[&[usize]] = &[&[16, 16], &[40, 0], &[3, 65]];
         let case = Case::random(gpu, &mut Random::new(125), 20, 328, &[264, 72], ranks);
         let entries = scattered(20, 3);
@@ -276,7 +276,8 @@ fn bits_do_not_depend_on_pages() {
 /// More adapters than the arguments of a launch hold, and more ranks than there is room for in one round of all rows.
 #[test]
 fn adapters_without_number_take_several_launches_and_rounds() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let (num_tokens, num_adapters) = (40, 210);
     let case = Case::random(gpu, &mut Random::new(122), num_tokens, 8, &[8], &[&[512]]);
     let same = vec![case.load(gpu).remove(0); num_adapters];
@@ -295,7 +296,7 @@ fn adapters_without_number_take_several_launches_and_rounds() {
 /// Whatever type factors are stored in, they are kept as the device's, and small ones do not vanish in f16.
 #[test]
 fn factors_of_other_types_are_rounded_once() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let mut case = Case::random(gpu, &mut Random::new(123), 5, 64, &[48], &[&[12]]);
         let part = &mut case.adapters[0][0];
         part.b.iter_mut().for_each(|number| *number *= 2.0f32.powi(-30));
@@ -320,7 +321,8 @@ fn factors_of_other_types_are_rounded_once() {
 
 #[test]
 fn updates_that_do_not_fit_are_refused() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let case = Case::random(gpu, &mut Random::new(124), 2, 16, &[16], &[&[4]]);
     let loader = gpu.backend.create_lora_loader().unwrap();
     let refused = |change: &dyn Fn(&mut LoraPart)| {

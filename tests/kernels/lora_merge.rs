@@ -111,7 +111,7 @@ const SHAPES: &[(&[usize], usize, &[&[usize]])] = &[
 
 #[test]
 fn copies_are_what_the_definition_says() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         for (seed, (modules, inputs, ranks)) in SHAPES.iter().enumerate() {
             let case = Case::random(gpu, 130 + seed as u64, modules, *inputs, ranks);
             let (found, wanted) = (case.merge(gpu, case.whole(), PAGE_BYTES_WIDE), case.reference(gpu.dtype()));
@@ -128,7 +128,7 @@ fn copies_are_what_the_definition_says() {
 /// Slices of any lengths, in the order in which an engine asks for them; a copy without an adapter is a copy.
 #[test]
 fn slices_come_to_the_same_whole_and_touch_nothing_else() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let case = Case::random(gpu, 140, &[72, 40], 264, &[&[16, 5], &[0, 70]]);
         let whole = bits(&case.merge(gpu, case.whole(), PAGE_BYTES_WIDE));
         assert_eq!(whole, bits(&case.reference(gpu.dtype())));
@@ -151,7 +151,7 @@ fn slices_come_to_the_same_whole_and_touch_nothing_else() {
 
 #[test]
 fn rows_without_an_update_keep_their_bits() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let case = Case::random(gpu, 141, &[24, 40, 16], 72, &[&[0, 8, 0]]);
         let found = bits(&case.merge(gpu, case.whole(), PAGE_BYTES));
         for (row, (found, weight)) in found.chunks(72).zip(case.weight.chunks(72)).enumerate() {
@@ -162,7 +162,8 @@ fn rows_without_an_update_keep_their_bits() {
 
 #[test]
 fn bits_do_not_depend_on_pages() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let case = Case::random(gpu, 142, &[264, 72], 328, &[&[16, 16], &[40, 0], &[3, 65]]);
     let wanted = bits(&case.merge(gpu, case.whole(), 1 << 20));
     for page_bytes in [656, 1024, 4096, 12_288] {
@@ -173,7 +174,8 @@ fn bits_do_not_depend_on_pages() {
 /// A composition of as many adapters as the arguments of a launch hold, and of more.
 #[test]
 fn many_adapters_are_merged_and_too_many_refused() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let ranks: [&[usize]; 33] = [&[3, 0]; 33];
     let mut case = Case::random(gpu, 143, &[16, 8], 24, &ranks);
     let refused = {
@@ -188,7 +190,8 @@ fn many_adapters_are_merged_and_too_many_refused() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let case = Case::random(gpu, 144, &[16], 16, &[&[4], &[2]]);
     let loaded = case.load(gpu, PAGE_BYTES);
     let merge = |outputs: usize, inputs: usize, copy: (usize, usize), rows: Range<usize>| {

@@ -67,7 +67,7 @@ fn check_product(gpu: &Gpu, random: &mut Random, format: DType, shape: (usize, u
 }
 
 fn check_products(format: DType) {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(1);
         SHAPES.into_iter().for_each(|shape| check_product(gpu, random, format, shape));
     }
@@ -96,7 +96,8 @@ products! {
 /// More outputs than a narrow tile's blocks should have: the wide ones.
 #[test]
 fn wide_tiles_give_the_same_bits() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     for (format, num_tokens, outputs) in
         [(DType::Q4_1, 3, 128 * 128), (DType::Q8_0, 2, 64 * 128), (DType::Q5_0, 70, 8200)]
     {
@@ -112,7 +113,7 @@ fn wide_tiles_give_the_same_bits() {
 
 #[test]
 fn a_row_has_the_same_bits_in_any_batch() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(3);
         let (outputs, inputs, format) = (70, 512, DType::Q4K);
         let [matrix, _] = both(gpu, &random_blocks(random, format, outputs, inputs), outputs, inputs, format);
@@ -123,7 +124,7 @@ fn a_row_has_the_same_bits_in_any_batch() {
 /// Stacked parts of several formats, as q, k and v of mixed files are; one of them with rows that fill no record.
 #[test]
 fn formats_are_stacked() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(4);
         let (inputs, num_tokens) = (256, 19);
         let parts = [(DType::Q4K, 20), (DType::Q4K, 15), (DType::Q6K, 9), (DType::Q8_0, 24)]
@@ -142,7 +143,7 @@ fn formats_are_stacked() {
 
 #[test]
 fn rows_are_embeddings() {
-    for gpu in gpu::shared() {
+    for gpu in gpu::lend().iter() {
         let random = &mut Random::new(5);
         for format in FORMATS {
             let (rows, columns) = (37, format.block_elements() * 3);
@@ -162,7 +163,8 @@ fn rows_are_embeddings() {
 /// There is nothing that a sum could be rounded to.
 #[test]
 fn adapters_are_not_merged_into_blocks() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let blocks = random_blocks(&mut Random::new(6), DType::Q8_0, 8, 64);
     let [quantised, unpacked] = both(gpu, &blocks, 8, 64, DType::Q8_0);
     let error = gpu.backend.merged_bytes(&quantised).unwrap_err().to_string();

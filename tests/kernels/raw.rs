@@ -25,7 +25,8 @@ fn grid(x: usize, y: usize, threads: u32) -> LaunchConfig {
 
 #[test]
 fn numbers_are_cast() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(1);
     for len in [4, 8, 1020, 1024, 1028, 5000] {
         let mut wide: Vec<f32> = (0..len).map(|_| random.normal() as f32).collect();
@@ -60,7 +61,8 @@ fn numbers_are_cast() {
 
 #[test]
 fn blocks_are_copied_in_pairs() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let (stream, function) = open(gpu, "copy_blocks", "copy_blocks");
     for (block_bytes, pairs) in [
         (16, vec![0, 1]),
@@ -158,7 +160,8 @@ fn kept(logits: &[f32], params: Params) -> Vec<(i32, f64)> {
 
 #[test]
 fn draws_keep_to_the_cuts_and_to_the_distribution() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(2);
     let (vocab, rows) = (300, 200);
     let row: Vec<f32> = (0..vocab).map(|_| 2.0 * random.normal() as f32).collect();
@@ -203,7 +206,8 @@ fn draws_keep_to_the_cuts_and_to_the_distribution() {
 
 #[test]
 fn draws_without_temperature_are_the_largest() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(3);
     for vocab in [1, 31, 1025, 49_152] {
         let logits: Vec<f32> = (0..2 * vocab).map(|_| random.normal() as f32).collect();

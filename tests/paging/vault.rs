@@ -2,12 +2,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mneme::engine::{Task, TierConfig};
 use mneme::paging::faulty::FaultyFiles;
 use mneme::paging::{BlockFormat, BlockStore, Files, OpenedVault, StoreConfig};
 
-use crate::support::engine::{Setup, TestEngine, collect, request};
+use crate::support::engine::{PATIENCE, Setup, TestEngine, collect, request};
 use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
 
 const FOLDER: &str = "/vault/segments";
@@ -18,11 +19,12 @@ pub struct Tiers {
     pub host_bytes: usize,
     pub family: Family,
     pub setup: Setup,
+    pub fetch_wait: Duration,
 }
 
 impl Tiers {
     pub fn new(family: Family) -> Self {
-        Self { files: FaultyFiles::new(1), host_bytes: 0, family, setup: Setup::default() }
+        Self { files: FaultyFiles::new(1), host_bytes: 0, family, setup: Setup::default(), fetch_wait: PATIENCE }
     }
 
     /// Bytes of a block, as the engine lays it out.
@@ -73,6 +75,7 @@ impl Tiers {
         let tiers = TierConfig {
             host_bytes: self.host_bytes,
             num_io_threads: 2,
+            fetch_wait: Some(self.fetch_wait),
             open_vault: Some(Box::new(open)),
             ..TierConfig::default()
         };

@@ -15,7 +15,7 @@ pub struct Machine {
     host_bytes: usize,
     adapter_host_bytes: usize,
     num_io_threads: usize,
-    max_fetch_wait: Option<Duration>,
+    fetch_wait: Option<Duration>,
     /// Of the delays of transfers, where there are any.
     slow_seed: Option<u64>,
     merge: MergeConfig,
@@ -36,7 +36,7 @@ impl Machine {
             adapter_host_bytes: [0, 20_000, 1 << 20][random.below(3)],
             host_bytes: num_host_blocks * MAX_BLOCK_BYTES * limits.block_size / 32,
             num_io_threads: random.within(1, 4),
-            max_fetch_wait: random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100)),
+            fetch_wait: random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100)),
             slow_seed: (!random.once_in(3)).then_some(seed),
             merge: merge_config(random),
         }
@@ -51,7 +51,7 @@ impl Machine {
             host_bytes: self.host_bytes,
             num_io_threads: self.num_io_threads,
             open_vault: disk.map(|disk| disk.opener(delay)),
-            max_fetch_wait: self.max_fetch_wait,
+            fetch_wait: self.fetch_wait,
         };
         let backend = self.slow_seed.map_or_else(SimBackend::default, SimBackend::slow);
         TestEngine::start_with_tiers(backend, checkpoints.model(), setup, tiers)

@@ -126,9 +126,9 @@ fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
     let prompt = random.tokens(71, VOCAB);
     let limits = SchedulerLimits { num_blocks: 5, max_model_len: 80, ..limits() };
     let disk = Disk::new(1, &mut random, limits.block_size, limits.num_blocks);
-    let start = |max_fetch_wait| {
+    let start = |fetch_wait| {
         let open_vault = Some(disk.opener(Duration::ZERO));
-        let tiers = TierConfig { num_io_threads: 1, open_vault, max_fetch_wait, ..TierConfig::default() };
+        let tiers = TierConfig { num_io_threads: 1, open_vault, fetch_wait, ..TierConfig::default() };
         let setup = Setup { limits, ..Setup::default() };
         TestEngine::start_with_tiers(SimBackend::slow(1), model.path(), setup, tiers)
     };

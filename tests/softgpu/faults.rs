@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{DType, Device};
@@ -176,9 +177,10 @@ fn blocks_that_stand_still_are_computed() {
     }
     let model = model();
     let [first, second] = prompts();
-    let tiers = Tiers::new(FAMILY);
+    let mut tiers = Tiers::new(FAMILY);
     let wanted = bits(&ask(&tiers.start(model.path()), &second));
     ask(&tiers.start(model.path()), &first);
+    tiers.fetch_wait = Duration::from_millis(100);
     let engine = tiers.start(model.path());
     softgpu::stall_copies(true);
     let found = ask(&engine, &second);

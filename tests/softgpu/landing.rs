@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
 
-use crate::support::engine::{Output, Setup, TestEngine, collect, limits};
+use crate::support::engine::{Output, PATIENCE, Setup, TestEngine, collect, limits};
 use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
@@ -36,7 +36,7 @@ pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> Te
     let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
     let setup = Setup { limits, ..Setup::default() };
     let host_bytes = 100 * Tiers::new(family).block_bytes();
-    let tiers = TierConfig { host_bytes, num_io_threads: 2, ..TierConfig::default() };
+    let tiers = TierConfig { host_bytes, num_io_threads: 2, fetch_wait: Some(PATIENCE), ..TierConfig::default() };
     let engine = TestEngine::start_with_tiers(backend, model, setup, tiers);
     ask(&engine, &prompts()[0]);
     for seed in 100..103 {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use mneme::backend::cpu::{CpuBackend, Isa};
 use mneme::backend::{Backend, DType};
@@ -67,6 +68,9 @@ pub struct TestEngine {
     thread: Option<JoinHandle<()>>,
 }
 
+/// How long a test waits for blocks from below: it wants them, however busy the machine is.
+pub const PATIENCE: Duration = Duration::from_secs(600);
+
 /// What came back for one request.
 #[derive(Debug, Clone, Default)]
 pub struct Output {
@@ -83,7 +87,12 @@ pub struct Output {
 impl TestEngine {
     /// Loads a checkpoint onto `backend`; the setup's instruction set and threads were the caller's to use.
     pub fn start<B: Backend>(backend: B, path: &Path, setup: Setup) -> Self {
-        let tiers = TierConfig { host_bytes: setup.host_bytes, num_io_threads: 2, ..TierConfig::default() };
+        let tiers = TierConfig {
+            host_bytes: setup.host_bytes,
+            num_io_threads: 2,
+            fetch_wait: Some(PATIENCE),
+            ..TierConfig::default()
+        };
         Self::start_with_tiers(backend, path, setup, tiers)
     }
 

@@ -165,7 +165,9 @@ pub fn pass_in_other_schedules(wanted: &[&str], skipped: &str) {
         command.args(wanted).args(["--skip", skipped]).env("SOFTGPU_STREAMS", streams).env(SEED_VARIABLE, seed);
         let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}");
+        // What the device found stands there.
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}\n{errors}");
         assert!(!text.contains("running 0 tests"), "no test is called one of {wanted:?}");
     }
 }
