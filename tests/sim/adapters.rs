@@ -11,7 +11,7 @@ use mneme::backend::sim::mix;
 use mneme::engine::{AppliedAdapter, EngineHandle, LoadedAdapter, MergeConfig, MergeRule};
 use tempfile::TempDir;
 
-use crate::oracle::{NUM_PRODUCTS, Tags, Update};
+use super::oracle::{NUM_PRODUCTS, Tags, Update};
 use crate::support::random::Random;
 use crate::support::tiny_adapter::{ALL, TinyAdapter};
 use crate::support::tiny_model::{Family, TinyModel, Written};
@@ -46,6 +46,11 @@ impl Checkpoints {
 
     pub fn model(&self) -> &Path {
         self.model.path()
+    }
+
+    /// All adapters, unharmed.
+    pub fn adapters(&self) -> impl Iterator<Item = (&Path, Tags)> {
+        self.adapters.iter().map(|stored| (stored.folder.path(), stored.tags))
     }
 }
 

@@ -9,8 +9,8 @@ use mneme::kv::BlockHash;
 use mneme::paging::faulty::{Fault, FaultyFiles};
 use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, PinnedBlocks, StoreConfig, Stored, VaultOpener};
 
-use crate::oracle::{NUM_LAYERS, Oracle};
-use crate::sharing::Asked;
+use super::oracle::{NUM_LAYERS, Oracle};
+use super::sharing::Asked;
 use crate::support::random::Random;
 
 /// Of a block of 32 tokens of the tiny model.
@@ -39,12 +39,20 @@ pub struct Disk {
     may_have_lost: bool,
     max_blocks: usize,
     block_size: usize,
+    /// Whether what is stored is the double's, of which the oracle knows every byte.
+    is_of_double: bool,
     /// The store of this life, once it is open.
     open: Arc<OnceLock<Arc<BlockStore>>>,
 }
 
 impl Disk {
-    pub fn new(seed: u64, random: &mut Random, block_size: usize, num_device_blocks: usize) -> Self {
+    pub fn new(
+        seed: u64,
+        random: &mut Random,
+        block_size: usize,
+        num_device_blocks: usize,
+        is_of_double: bool,
+    ) -> Self {
         let few_blocks = random.within(8, 4 * num_device_blocks + 8);
         let max_blocks = if random.once_in(2) { few_blocks } else { ENOUGH_BLOCKS };
         Self {
@@ -55,6 +63,7 @@ impl Disk {
             may_have_lost: false,
             max_blocks,
             block_size,
+            is_of_double,
             open: Arc::default(),
         }
     }
@@ -94,7 +103,7 @@ impl Disk {
 
     /// Stores the KV of `asked` beside the engine, as it comes in a cube's file; `false` when that is not possible now.
     pub fn import(&self, asked: &Asked) -> bool {
-        let Some(store) = self.open.get() else { return false };
+        let Some(store) = self.open.get().filter(|_| self.is_of_double) else { return false };
         let root = BlockHash::root(&self.identity, asked.domain.as_bytes());
         let (full, tail) = root.blocks_of(asked.prompt(), self.block_size);
         let stored = Oracle::stored(asked.prompt());
@@ -164,7 +173,7 @@ impl Disk {
             let range = number * self.block_size..prompt.len().min((number + 1) * self.block_size);
             let found = store.read(hash, &prompt[range.clone()], &mut bytes);
             assert_eq!(found, Found::Whole, "block {number} of a durable deposit of {} tokens", prompt.len());
-            for (token, wanted) in wanted[range].iter().enumerate() {
+            for (token, wanted) in wanted[range].iter().enumerate().filter(|_| self.is_of_double) {
                 let found = std::array::from_fn(|layer| payload(&bytes, layer * self.block_size + token));
                 assert_eq!(&found as &[u64; NUM_LAYERS], wanted, "token {token} of block {number} on disk");
             }

@@ -5,12 +5,12 @@ use std::time::Duration;
 use mneme::backend::sim::{SimBackend, SimMemory};
 use mneme::engine::{Deposited, EngineHandle, GenerateRequest, OutputStream, SharedPrefix, Task, TierConfig};
 
-use crate::disk::{Disk, MAX_BLOCK_BYTES};
-use crate::oracle::Oracle;
+use super::disk::{Disk, MAX_BLOCK_BYTES};
+use super::oracle::Oracle;
+use super::take_turn;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
-use crate::take_turn;
 
 /// Fills two blocks and a part of a third.
 const NUM_CUBE_TOKENS: usize = 40;
@@ -29,7 +29,7 @@ impl World {
         let model = TinyModel::new(Family::Llama, 1).write();
         let mut random = Random::new(1);
         let setup = Setup { limits: limits(), ..Setup::default() };
-        let disk = Disk::new(1, &mut random, setup.limits.block_size, setup.limits.num_blocks);
+        let disk = Disk::new(1, &mut random, setup.limits.block_size, setup.limits.num_blocks, true);
         let host_bytes = 64 * MAX_BLOCK_BYTES;
         let tiers = TierConfig { host_bytes, open_vault: Some(disk.opener(Duration::ZERO)), ..TierConfig::default() };
         let backend = SimBackend::slow(1);

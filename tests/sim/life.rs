@@ -9,14 +9,14 @@ use mneme::engine::{
 };
 use mneme::telemetry::{Evictor, MergeRefusal};
 
-use crate::adapters::{Checkpoints, Composed, Names};
-use crate::disk::{Disk, Kept};
-use crate::machine::Machine;
-use crate::oracle::Oracle;
-use crate::prompts::Prompts;
-use crate::reached::Reached;
-use crate::running::{Running, Wanted, check};
-use crate::sharing::{Asked, Sharing};
+use super::adapters::{Checkpoints, Composed, Names};
+use super::device::{Device, Scale, Start};
+use super::disk::{Disk, Kept};
+use super::machine::Machine;
+use super::prompts::Prompts;
+use super::reached::Reached;
+use super::running::{Running, Wanted, check};
+use super::sharing::{Asked, Sharing};
 use crate::support::engine::{Output, TestEngine, collect, greedy, metric, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::VOCAB;
@@ -24,6 +24,7 @@ use crate::support::tiny_model::VOCAB;
 /// Whoever lives here, and all that was seen so far.
 pub struct Simulation {
     random: Random,
+    device: Device,
     machine: Machine,
     /// Where the disk tier lies, in lives that have one.
     disk: Option<Disk>,
@@ -37,14 +38,18 @@ pub struct Simulation {
 }
 
 impl Simulation {
-    pub fn new(seed: u64) -> Self {
+    /// On the double, unless `start` says how to start an engine on another device.
+    pub fn new(seed: u64, start: Option<Start>, checkpoints: &Checkpoints) -> Self {
         let mut random = Random::new(seed);
         let machine = Machine::draw(seed, &mut random);
         let SchedulerLimits { max_model_len, block_size, num_blocks, .. } = machine.limits;
         let prompts = Prompts::new(&mut random, max_model_len);
-        let disk = (!random.once_in(4)).then(|| Disk::new(seed, &mut random, block_size, num_blocks));
+        let device = Device::new(start, machine.limits, checkpoints);
+        let has_disk = !random.once_in(4);
+        let disk = has_disk.then(|| Disk::new(seed, &mut random, block_size, num_blocks, device.is_double()));
         Self {
             random,
+            device,
             sharing: Sharing::new(machine.limits),
             machine,
             disk,
@@ -83,7 +88,7 @@ impl Simulation {
     }
 
     fn live(&mut self, checkpoints: &Checkpoints) {
-        let engine = self.machine.start(self.disk.as_ref(), checkpoints, &mut self.random);
+        let engine = self.machine.start(&self.device, self.disk.as_ref(), checkpoints, &mut self.random);
         self.names = Names::new(&mut self.random);
         (0..Names::COUNT).for_each(|name| self.load(&engine, name, checkpoints));
         self.is_open = false;
@@ -92,7 +97,8 @@ impl Simulation {
             self.wait_until_open(&engine);
             self.ask_for_kept(&engine);
         }
-        for _ in 0..self.random.within(40, 120) {
+        let Scale { num_actions: (least, most), .. } = self.device.scale();
+        for _ in 0..self.random.within(least, most) {
             match self.random.below(21) {
                 0..=7 => self.submit(&engine),
                 8..=9 => self.submit_deposit(&engine),
@@ -162,7 +168,7 @@ impl Simulation {
             return;
         }
         let output = collect(engine.handle.submit(request_for(&asked, Task::Generate(Box::new(greedy(1))))).unwrap());
-        assert_eq!(output.tokens, Oracle::continuation(asked.prompt(), 1));
+        assert_eq!(output.tokens, self.device.answer(&asked, &self.machine.limits, 1));
         match output.reuse.decision {
             FetchDecision::Fetched | FetchDecision::Attached => {
                 let (num_cached, num_tail) = (output.cached_tokens, self.machine.limits.block_size - 1);
@@ -208,15 +214,16 @@ impl Simulation {
         let Composed { applied: adapters, updates, num_pages, are_harmed } = self.names.compose(random);
         (asked.adapters, asked.num_pages) = (updates, num_pages);
         let most = most_under(&self.machine.limits, num_pages);
-        let mut merged = (!asked.adapters.is_empty()).then(|| Asked { is_merged: true, ..asked.clone() });
+        let may_merge = self.device.is_double() && !asked.adapters.is_empty();
+        let mut merged = may_merge.then(|| Asked { is_merged: true, ..asked.clone() });
         let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
             (Task::Embed, if asked.num_prompt <= most { Wanted::Embedding } else { Wanted::Refusal })
         } else if asked.num_prompt >= most {
             (Task::Generate(Box::new(greedy(1))), Wanted::Refusal)
         } else {
-            let max_tokens = random.within(1, (most - asked.num_prompt).min(60));
+            let max_tokens = random.within(1, (most - asked.num_prompt).min(self.device.scale().max_tokens));
             for asked in std::iter::once(&mut asked).chain(&mut merged) {
-                asked.tokens.extend(Oracle::answer(asked, &self.machine.limits, max_tokens));
+                asked.tokens.extend(self.device.answer(asked, &self.machine.limits, max_tokens));
             }
             (Task::Generate(Box::new(greedy(max_tokens))), Wanted::Tokens(max_tokens))
         };

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use mneme::backend::sim::SimBackend;
 use mneme::engine::{MergeConfig, SchedulerLimits, TierConfig};
 
-use crate::adapters::{Checkpoints, merge_config};
-use crate::disk::{Disk, MAX_BLOCK_BYTES};
+use super::adapters::{Checkpoints, merge_config};
+use super::device::Device;
+use super::disk::{Disk, MAX_BLOCK_BYTES};
 use crate::support::engine::{Setup, TestEngine, limits};
 use crate::support::random::Random;
 
@@ -42,9 +42,16 @@ impl Machine {
         }
     }
 
-    /// Starts an engine on it, over `disk` where there is one.
-    pub fn start(&self, disk: Option<&Disk>, checkpoints: &Checkpoints, random: &mut Random) -> TestEngine {
-        let Self { limits, merge, adapter_host_bytes, .. } = *self;
+    /// Starts an engine on it, over `disk` where there is one. What merged adapters come to is predicted of the double alone.
+    pub fn start(
+        &self,
+        device: &Device,
+        disk: Option<&Disk>,
+        checkpoints: &Checkpoints,
+        random: &mut Random,
+    ) -> TestEngine {
+        let Self { limits, mut merge, adapter_host_bytes, .. } = *self;
+        merge.is_enabled &= device.is_double();
         let setup = Setup { limits, merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
         let tiers = TierConfig {
@@ -53,8 +60,7 @@ impl Machine {
             open_vault: disk.map(|disk| disk.opener(delay)),
             fetch_wait: self.fetch_wait,
         };
-        let backend = self.slow_seed.map_or_else(SimBackend::default, SimBackend::slow);
-        TestEngine::start_with_tiers(backend, checkpoints.model(), setup, tiers)
+        device.start(self.slow_seed, checkpoints.model(), setup, tiers)
     }
 }
 

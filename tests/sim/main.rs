@@ -1,7 +1,8 @@
 //! Whole-engine simulation: random requests against a double of the device that notices any block mapped, shared or
 //! freed wrongly (`backend::sim`), over tiers that are slow, break and come up again after crashes. What must come out is
 //! predicted by a pure function of token ids, adapters and pieces (`oracle.rs`), and what may be found by one of cache domains
-//! too (`sharing.rs`).
+//! too (`sharing.rs`). Fewer and shorter lives run on devices that compute (`device.rs`), the CPU backend here and the software
+//! GPU in `tests/softgpu`, where an engine says what must come out on which nothing else happens.
 //!
 //! `MNEME_SIM_SEEDS=n` runs `n` seeds (500 otherwise), `MNEME_SIM_FIRST=n` begins with seed `n`; a failure names its seed.
 //! With the feature `planted-bugs` mistakes are planted one by one, and each has to be found (`MNEME_SIM_BUG=part`: those
@@ -10,6 +11,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod adapters;
+mod device;
 mod disk;
 mod erasing;
 mod life;
@@ -32,8 +34,10 @@ use std::thread;
 use std::time::Duration;
 
 use adapters::Checkpoints;
+use device::Start;
 use disk::Disk;
 use life::Simulation;
+use mneme::backend::cpu::CpuBackend;
 use mneme::backend::sim::SimBackend;
 use mneme::engine::{SchedulerLimits, Task, TierConfig};
 use oracle::Oracle;
@@ -43,6 +47,9 @@ use support::random::Random;
 use support::tiny_model::{Family, TinyModel, VOCAB};
 
 const NUM_SEEDS: u64 = 500;
+
+/// On the CPU backend.
+const NUM_COMPUTED_SEEDS: u64 = 80;
 
 /// More than processors: a seed mostly waits for slow copies.
 const NUM_WORKERS: usize = 4;
@@ -62,7 +69,7 @@ fn take_turn() -> MutexGuard<'static, ()> {
 fn run_seed(seed: u64, checkpoints: &Arc<Checkpoints>) -> Result<Reached, String> {
     let (sender, receiver) = channel();
     let checkpoints = Arc::clone(checkpoints);
-    let run = move || sender.send(Simulation::new(seed).run(&checkpoints)).is_ok();
+    let run = move || sender.send(Simulation::new(seed, None, &checkpoints).run(&checkpoints)).is_ok();
     let thread = thread::Builder::new().name(format!("seed {seed}")).spawn(run).unwrap();
     match receiver.recv_timeout(MAX_WAIT) {
         Ok(reached) => Ok(reached),
@@ -117,6 +124,25 @@ fn random_lives_end_as_predicted() {
     }
 }
 
+/// The same lives, shorter and fewer, on a device that computes.
+#[test]
+fn random_lives_on_the_cpu_end_as_alone() {
+    let _turn = take_turn();
+    let checkpoints = Checkpoints::write();
+    let start: Start = |path, setup, tiers| {
+        let backend = CpuBackend::new(setup.isa, 1).unwrap();
+        TestEngine::start_with_tiers(backend, path, setup, tiers)
+    };
+    let mut total = Reached::default();
+    for seed in 0..NUM_COMPUTED_SEEDS {
+        let reached = Simulation::new(seed, Some(start), &checkpoints).run(&checkpoints);
+        eprintln!("seed {seed}: {reached:?}");
+        total += reached;
+    }
+    total.check_few();
+    assert!(total.num_preemptions > 0 && total.num_host_tokens > 0, "{total:?}");
+}
+
 /// Whose blocks do not come in time computes them, also where the late ones take the room that it needs for that.
 #[test]
 fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
@@ -125,7 +151,7 @@ fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
     let mut random = Random::new(1);
     let prompt = random.tokens(71, VOCAB);
     let limits = SchedulerLimits { num_blocks: 5, max_model_len: 80, ..limits() };
-    let disk = Disk::new(1, &mut random, limits.block_size, limits.num_blocks);
+    let disk = Disk::new(1, &mut random, limits.block_size, limits.num_blocks, true);
     let start = |fetch_wait| {
         let open_vault = Some(disk.opener(Duration::ZERO));
         let tiers = TierConfig { num_io_threads: 1, open_vault, fetch_wait, ..TierConfig::default() };

@@ -5,7 +5,7 @@
 use mneme::backend::sim::{MERGED, deviation, mix, rotated};
 use mneme::engine::{Piece, SchedulerLimits};
 
-use crate::sharing::Asked;
+use super::sharing::Asked;
 use crate::support::tiny_model::VOCAB;
 
 pub const NUM_LAYERS: usize = 2;

@@ -5,8 +5,8 @@ use std::panic::{set_hook, take_hook};
 
 use mneme::planted::{Bug, plant};
 
-use crate::adapters::Checkpoints;
-use crate::{NUM_SEEDS, run_seeds, take_turn};
+use super::adapters::Checkpoints;
+use super::{NUM_SEEDS, run_seeds, take_turn};
 
 /// Takes a planted bug out again, also when the test fails.
 struct Planted;

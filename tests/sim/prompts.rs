@@ -3,7 +3,7 @@
 
 use mneme::engine::{Piece, SharedPrefix};
 
-use crate::sharing::Asked;
+use super::sharing::Asked;
 use crate::support::random::Random;
 use crate::support::tiny_model::VOCAB;
 

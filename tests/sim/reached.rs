@@ -169,4 +169,19 @@ impl Reached {
         ];
         assert!(places.iter().all(|(reached, least)| reached >= least), "{self:?}");
     }
+
+    /// That a few short ones come to most.
+    pub fn check_few(&self) {
+        let places = [
+            self.num_finished,
+            self.num_cancelled,
+            self.num_cached_tokens,
+            self.num_disk_tokens,
+            self.num_deposits,
+            self.num_adapted,
+            self.num_composed,
+            self.num_linked_tokens,
+        ];
+        assert!(places.iter().all(|reached| *reached > 0), "{self:?}");
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use mneme::engine::OutputStream;
 
-use crate::sharing::{Asked, Sharing};
+use super::sharing::{Asked, Sharing};
 use crate::support::engine::Output;
 
 /// What a request is to come to.

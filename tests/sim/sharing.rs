@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use mneme::engine::{Piece, SchedulerLimits, SharedPrefix};
 
-use crate::oracle::{Update, moves, num_source_blocks};
+use super::oracle::{Update, moves, num_source_blocks};
 
 /// What somebody asked for, as far as it decides what comes out and which blocks may be shared.
 #[derive(Clone, Default)]

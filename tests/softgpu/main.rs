@@ -40,6 +40,7 @@ mod parameters;
 mod portable;
 mod quantised;
 mod serving;
+mod simulation;
 #[path = "../support/mod.rs"]
 mod support;
 #[path = "../paging/tails.rs"]
@@ -130,4 +131,10 @@ fn adapters_are_the_cpus_in_other_schedules() {
 #[test]
 fn copies_are_the_cpus_in_other_schedules() {
     support::softgpu::pass_in_other_schedules(&["merged::llama"], "other_schedules");
+}
+
+/// Everything at once, each from its own thread and stream.
+#[test]
+fn lives_end_as_alone_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules(&["simulation::"], "other_schedules");
 }
