@@ -113,7 +113,7 @@ pub trait Backend: Device {
     ) -> Result<()>;
 
     /// `out = x W^T + bias`; `x` `[T, K]` activations, `out` `[T, N]` activations or f32. A row's result does not depend
-    /// on the other rows.
+    /// on the other rows, unless the device was opened with products that say so, and names them in [`name`](Self::name).
     fn linear(
         &self,
         stream: &Self::Stream,

@@ -9,10 +9,12 @@ use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel};
 
-/// A folder in which the loader finds the software GPU under the driver's name.
+/// A folder in which the loader finds the software GPU under the names of the driver and of cuBLASLt.
 pub(crate) fn driver_folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink(softgpu::library(), folder.path().join("libcuda.so.1")).unwrap();
+    for name in ["libcuda.so.1", "libcublasLt.so.13"] {
+        std::os::unix::fs::symlink(softgpu::library(), folder.path().join(name)).unwrap();
+    }
     folder
 }
 
@@ -61,4 +63,45 @@ fn the_software_gpu_has_to_be_asked_for() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && text.contains(wanted), "--device {device}: {text}");
     }
+}
+
+/// What is said where the fast products cannot be.
+#[test]
+fn fast_products_are_refused_with_reasons() {
+    softgpu::end_without_kernels();
+    let folder = driver_folder();
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let path = model.path().to_str().unwrap();
+    for (arguments, wanted) in [
+        (["--device", "cpu", "--no-enable-prefix-caching"], "leave --gemm exact"),
+        (["--device", "softgpu", "--deterministic"], "leave one of them"),
+        (["--device", "softgpu", "--cublaslt-library=/nowhere/it.so"], "/nowhere/it.so cannot be loaded"),
+        (["--device", "softgpu", "--cublaslt-library=libc.so.6"], "has no cublasLtCreate"),
+    ] {
+        let arguments = [&["bench", "latency", path, "--gemm", "cublaslt"], arguments.as_slice()].concat();
+        let output = mneme(&arguments, folder.path());
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(wanted), "{arguments:?}: {text}");
+    }
+}
+
+/// Every product is measured twice.
+#[test]
+fn kernels_are_compared_with_cublaslt() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let folder = driver_folder();
+    let sizes = ["--shape", "tiny", "--batch-size", "2", "--num-tokens", "8", "--context-len", "16"];
+    let arguments = [&["bench", "kernels", "--device", "softgpu", "--json"], sizes.as_slice()].concat();
+    let output = mneme(&arguments, folder.path());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let kernels = report["kernels"].as_array().unwrap();
+    let shapes = |library: &str| -> Vec<&Value> {
+        let of_library = |kernel: &&Value| kernel["kernel"].as_str().unwrap().starts_with(library);
+        kernels.iter().filter(of_library).map(|kernel| &kernel["shape"]).collect()
+    };
+    assert_eq!(shapes("linear ").len(), 15);
+    assert_eq!(shapes("cublaslt "), shapes("linear "));
 }

@@ -12,6 +12,7 @@ mod blend;
 mod command;
 #[path = "../generation/composition.rs"]
 mod composition;
+mod cublaslt;
 #[path = "../paging/deposits.rs"]
 mod deposits;
 mod families;

@@ -7,6 +7,8 @@
 mod attention;
 mod backend;
 mod compose;
+mod cublaslt;
+mod cublaslt_library;
 mod device;
 mod driver;
 mod graphs;
