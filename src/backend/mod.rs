@@ -24,7 +24,7 @@ pub use cpu::dequantize::dequantize_row;
 pub use decode_shape::DecodeShape;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
-pub use gpu::{GpuInfo, find_gpus, kernel_source};
+pub use gpu::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use landing::{Landing, LandingBlock};
 pub use layout::{KvLayout, KvOrder};

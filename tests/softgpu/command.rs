@@ -21,6 +21,7 @@ pub(crate) fn driver_folder() -> tempfile::TempDir {
 fn mneme(arguments: &[&str], library_path: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
     command.args(arguments).env("LD_LIBRARY_PATH", library_path).env_remove("MNEME_DEVICE").env("MNEME_LOG", "info");
+    command.env_remove("MNEME_CUBLASLT_LIBRARY");
     command.output().unwrap()
 }
 
@@ -42,6 +43,28 @@ fn the_doctor_says_what_computes_and_why() {
     assert!(cuda["problem"].as_str().unwrap().contains("--device softgpu"), "{cuda}");
     let text = String::from_utf8(mneme(&["doctor"], folder.path()).stdout).unwrap();
     assert!(text.lines().any(|line| line.starts_with("computes on") && line.contains("--device softgpu")), "{text}");
+}
+
+#[test]
+fn the_doctor_says_which_cublaslt_there_is() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let folder = driver_folder();
+    let cuda = &doctor(folder.path())["cuda"];
+    assert_eq!((&cuda["cublaslt_version"], &cuda["cublaslt_problem"]), (&"13.0.0".into(), &Value::Null));
+    let said = |folder: &Path| String::from_utf8(mneme(&["doctor"], folder).stdout).unwrap();
+    let line = |text: &str| text.lines().find(|line| line.starts_with("cuBLASLt")).map(str::to_owned);
+    assert!(line(&said(folder.path())).is_some_and(|line| line.contains(" 13.0.0; --gemm cublaslt ")));
+    // A file of that name that is no library stands before any that the system may have.
+    for name in ["libcublasLt.so.13", "libcublasLt.so.12"] {
+        std::fs::remove_file(folder.path().join(name)).ok();
+        std::fs::write(folder.path().join(name), "no library").unwrap();
+    }
+    let line = line(&said(folder.path())).unwrap();
+    assert!(line.contains("libcublasLt.so.13 cannot be loaded") && line.contains("--cublaslt-library"), "{line}");
+    assert_eq!(doctor(folder.path())["cuda"]["cublaslt_version"], Value::Null);
 }
 
 #[test]

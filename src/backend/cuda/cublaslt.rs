@@ -113,8 +113,7 @@ impl CublasLt {
 
     /// The library's version, as it counts.
     pub(super) fn version(&self) -> usize {
-        // SAFETY: it takes nothing.
-        unsafe { (self.library.version)() }
+        self.library.version_number()
     }
 
     /// Queues `out = x W^T`, shapes checked by the caller. `false`, and nothing queued, where the library has no algorithm.

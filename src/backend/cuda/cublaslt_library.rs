@@ -137,6 +137,12 @@ impl Library {
         Err(Error::NotFound(format!("--gemm cublaslt wants cuBLASLt, and {}; {ADVICE}", problems.join(", "))))
     }
 
+    /// Its version, as it counts.
+    pub(super) fn version_number(&self) -> usize {
+        // SAFETY: it takes nothing.
+        unsafe { (self.version)() }
+    }
+
     fn of(library: *mut c_void, name: &CStr) -> Result<Self> {
         // SAFETY: the library is loaded and never closed; the names are those of the functions.
         let resolved = unsafe { Self::resolve(|function| libc::dlsym(library, function.as_ptr())) };
@@ -145,6 +151,15 @@ impl Library {
             unsupported!("--gemm cublaslt wants cuBLASLt, and {name} has no {missing}: it is another library, or too old; {ADVICE}")
         })
     }
+}
+
+/// The version of the library that [`Library::load`] finds, as its packages have it.
+pub(in crate::backend) fn cublaslt_version(path: Option<&Path>, driver_version: (i32, i32)) -> Result<String> {
+    Ok(version_text(Library::load(path, driver_version)?.version_number()))
+}
+
+fn version_text(number: usize) -> String {
+    format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100)
 }
 
 fn own_names((major, _): (i32, i32)) -> impl Iterator<Item = &'static str> {
@@ -217,6 +232,11 @@ mod tests {
     fn another_library_is_not_taken_for_it() {
         let error = error_of("libc.so.6");
         assert!(error.contains("libc.so.6 has no cublasLtCreate") && error.contains("--gemm exact"), "{error}");
+    }
+
+    #[test]
+    fn versions_are_those_of_packages() {
+        assert_eq!([130_000, 120_905, 111_103].map(version_text), ["13.0.0", "12.9.5", "11.11.3"]);
     }
 
     #[test]

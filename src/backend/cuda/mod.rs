@@ -28,6 +28,7 @@ mod watch;
 mod weights;
 
 pub use backend::CudaBackend;
+pub(super) use cublaslt_library::cublaslt_version;
 pub(super) use driver::find_gpus;
 pub use lora_loader::{CudaLora, CudaLoraLoader, PackedCudaLora};
 pub use memory::{CudaBuffer, CudaHostBuffer};
