@@ -63,7 +63,7 @@ fn main() -> anyhow::Result<()> {
     let mut text = Detokenizer::new(Arc::clone(&tokenizer), options);
     while let Some(event) = stream.blocking_next() {
         if let OutputEvent::Token { id, .. } = event {
-            write!(out, "{}", text.push(id)?.text)?;
+            write!(out, "{}", text.push(id).text)?;
             out.flush()?;
         }
     }

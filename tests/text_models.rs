@@ -76,7 +76,7 @@ fn check_tokens(model: &Model) {
 fn streamed(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> String {
     let options = DetokenizerOptions { skip_special: true, stop: vec!["\u{1}".into()], include_stop: false };
     let mut detokenizer = Detokenizer::new(tokenizer.clone(), options);
-    let mut text: String = ids.iter().map(|id| detokenizer.push(*id).unwrap().text).collect();
+    let mut text: String = ids.iter().map(|id| detokenizer.push(*id).text).collect();
     text.push_str(&detokenizer.flush().text);
     text
 }

@@ -6,12 +6,13 @@
 //!
 //! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it; [`memory`] holds device memory and its shadow;
 //! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work and [`capture`] records it; [`driver`] is the C interface, whose
-//! calls [`inject`] makes fail.
+//! calls [`inject`] makes fail. Beside it [`cublaslt`] is that of a library of matrix products, which [`product`] computes.
 
 #![allow(clippy::needless_range_loop)] // Lane loops index several rows at once.
 
 pub mod capture;
 pub mod counters;
+pub mod cublaslt;
 pub mod decode;
 pub mod device;
 pub mod driver;
@@ -23,6 +24,7 @@ pub mod library;
 pub mod memory;
 pub mod module;
 pub mod pinned;
+pub mod product;
 pub mod ptx;
 pub mod report;
 pub mod rng;

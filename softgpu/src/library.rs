@@ -3,8 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Names under which programs look for the driver.
-const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
+/// Names under which programs look for the driver and for cuBLASLt.
+const NAMES: [&str; 3] = ["libcuda.so.1", "libcuda.so", "libcublasLt.so.13"];
 
 /// The built library: `SOFTGPU_LIBRARY`, or `libsoftgpu.so` beside the running program or in a folder above it (where cargo
 /// puts it for tests of this crate and of crates that depend on it).
@@ -27,7 +27,7 @@ pub fn library_path() -> io::Result<PathBuf> {
     })
 }
 
-/// Makes `libcuda.so.1` and `libcuda.so` in `folder`, links to [`library_path`]. A program started with `folder` first in
+/// Makes `libcuda.so.1`, `libcuda.so` and `libcublasLt.so.13` in `folder`, links to [`library_path`]. A program started with `folder` first in
 /// `LD_LIBRARY_PATH` finds the software device.
 ///
 /// # Errors

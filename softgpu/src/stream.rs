@@ -577,7 +577,7 @@ impl State {
             _ if self.streams[index].is_blocking => vec![0],
             _ => Vec::new(),
         };
-        let is_launch = matches!(work, Work::Launch { .. });
+        let is_launch = matches!(work, Work::Launch { .. } | Work::Product(_));
         self.num_launches += u64::from(is_launch);
         self.streams[index].has_launched |= is_launch;
         let mut clock = std::mem::take(&mut self.streams[index].clock);

@@ -6,6 +6,7 @@ use crate::fault::{Fault, FaultKind};
 use crate::memory::{Accessor, Allocation};
 use crate::module::Function;
 use crate::pinned::digest;
+use crate::product::Product;
 use crate::report;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -45,6 +46,8 @@ pub enum Work {
         /// Parameter buffer.
         params: Arc<[u8]>,
     },
+    /// A matrix product of the library.
+    Product(Product),
     /// Host to device.
     ToDevice(HostSource, u64, u64),
     /// Device to host: source address, target, bytes.
@@ -85,6 +88,7 @@ impl Work {
                 report::add(&function.kernel.name, launch.run()?);
                 Ok(())
             }
+            Self::Product(product) => product.run(device, &by),
             Self::ToDevice(source, target, bytes) => to_device(device, source, *target, *bytes, &by),
             Self::ToHost(source, target, bytes) => to_host(device, *source, *target, *bytes, &by),
             Self::Copy(source, target, bytes) => copy(device, *source, *target, *bytes, &by),
@@ -111,7 +115,8 @@ impl Work {
     }
 }
 
-fn take(device: &Device, address: u64, bytes: u64, by: &Accessor) -> Result<&'static Allocation, Fault> {
+/// What is going to be written, unless it must not be.
+pub(crate) fn take(device: &Device, address: u64, bytes: u64, by: &Accessor) -> Result<&'static Allocation, Fault> {
     let allocation = device.memory.resolve(address, bytes)?;
     if bytes > 0 {
         allocation.note_write(address - allocation.base, bytes, by, |_| false)?;
@@ -120,7 +125,8 @@ fn take(device: &Device, address: u64, bytes: u64, by: &Accessor) -> Result<&'st
     Ok(unsafe { &*std::ptr::from_ref(allocation) })
 }
 
-fn source(device: &Device, address: u64, bytes: u64, by: &Accessor) -> Result<&'static Allocation, Fault> {
+/// What is going to be read, unless it must not be.
+pub(crate) fn source(device: &Device, address: u64, bytes: u64, by: &Accessor) -> Result<&'static Allocation, Fault> {
     let allocation = device.memory.resolve(address, bytes)?;
     if bytes > 0 {
         allocation.note_read(address - allocation.base, bytes, by, |_| false)?;

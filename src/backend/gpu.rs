@@ -1,6 +1,7 @@
 //! The GPUs of this machine, in builds that can use them and in builds that cannot.
 
 use std::fmt;
+use std::path::Path;
 
 use crate::Result;
 
@@ -79,6 +80,18 @@ pub fn kernel_source() -> Result<&'static str> {
     return super::cuda::kernel_source();
     #[cfg(not(feature = "cuda"))]
     return Err(crate::unsupported!("this build has no CUDA kernels (cargo feature \"cuda\")"));
+}
+
+/// The version of cuBLASLt that products on this GPU would be computed by, from the file `library` or where the system's
+/// loader finds it. An error says what is missing.
+pub fn cublaslt_version(library: Option<&Path>, gpu: &GpuInfo) -> Result<String> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::cublaslt_version(library, gpu.driver_version);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = (library, gpu);
+        Err(crate::unsupported!("this build has no CUDA (cargo feature \"cuda\")"))
+    }
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub use cpu::dequantize::dequantize_row;
 pub use decode_shape::DecodeShape;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
-pub use gpu::{GpuInfo, find_gpus, kernel_source};
+pub use gpu::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use landing::{Landing, LandingBlock};
 pub use layout::{KvLayout, KvOrder};
@@ -114,7 +114,7 @@ pub trait Backend: Device {
     ) -> Result<()>;
 
     /// `out = x W^T + bias`; `x` `[T, K]` activations, `out` `[T, N]` activations or f32. A row's result does not depend
-    /// on the other rows.
+    /// on the other rows, unless the device was opened with products that say so, and names them in [`name`](Self::name).
     fn linear(
         &self,
         stream: &Self::Stream,

@@ -1,7 +1,7 @@
 //! The arguments every command that runs a model takes, under vLLM's names where vLLM has them.
 
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use clap::{Args, ValueEnum};
@@ -13,7 +13,7 @@ use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
 use mneme::models::{Checkpoint, ModelConfig};
 
-use super::device::DeviceArg;
+use super::device::{Chosen, DeviceArg};
 use super::kv_room::KvRoom;
 use super::merge_args::MergeArgs;
 
@@ -65,6 +65,13 @@ pub(crate) struct EngineArgs {
     /// Instruction set of the kernels: portable, avx2, avx512, avx512-bf16 or amx [default: the best one here]
     #[arg(long, env = "MNEME_ISA")]
     isa: Option<Isa>,
+    /// What multiplies by weights of 16 bits on a GPU: exact, whose answers do not depend on other requests, or cublaslt,
+    /// NVIDIA's library, whose do
+    #[arg(long, value_enum, default_value_t = Gemm::Exact, env = "MNEME_GEMM")]
+    gemm: Gemm,
+    /// The file of cuBLASLt [default: libcublasLt.so.13 or .12 where the system's loader finds it]
+    #[arg(long, value_name = "FILE", env = "MNEME_CUBLASLT_LIBRARY")]
+    cublaslt_library: Option<PathBuf>,
     /// Launch every kernel of every step, rather than replaying decode steps as CUDA graphs
     #[arg(long)]
     enforce_eager: bool,
@@ -87,6 +94,13 @@ pub(crate) struct EngineArgs {
 enum LoadFormat {
     Auto,
     Dummy,
+}
+
+/// What multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Gemm {
+    Exact,
+    Cublaslt,
 }
 
 /// What matrices are kept as.
@@ -175,10 +189,30 @@ impl EngineArgs {
         !self.no_enable_prefix_caching
     }
 
+    /// An error unless products are what they have to be: on the CPU, and where no answer may depend on other requests, exact.
+    pub(crate) fn check_gemm(&self, device: &Chosen) -> anyhow::Result<()> {
+        if self.gemm == Gemm::Exact {
+            return Ok(());
+        }
+        if let Chosen::Cpu { reason } = device {
+            let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+            anyhow::bail!("--gemm cublaslt is for NVIDIA GPUs, and the CPU computes{reason}; leave --gemm exact");
+        }
+        anyhow::ensure!(
+            !self.merge.is_deterministic(),
+            "with --gemm cublaslt answers depend on other requests, which --deterministic does not allow; leave one of them"
+        );
+        Ok(())
+    }
+
     /// A GPU's backend as these arguments want it.
     #[cfg(feature = "cuda")]
     pub(crate) fn open_gpu(&self, ordinal: usize) -> mneme::Result<CudaBackend> {
         let backend = CudaBackend::new(ordinal, self.dtype.on_gpu())?;
+        let backend = match self.gemm {
+            Gemm::Exact => backend,
+            Gemm::Cublaslt => backend.with_cublaslt(self.cublaslt_library.as_deref())?,
+        };
         Ok(if self.enforce_eager { backend.without_graphs() } else { backend })
     }
 

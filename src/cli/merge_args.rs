@@ -59,6 +59,11 @@ impl FromStr for NamedRule {
 }
 
 impl MergeArgs {
+    /// Whether no answer may depend on other requests.
+    pub(crate) fn is_deterministic(&self) -> bool {
+        self.deterministic
+    }
+
     /// What the engine is told.
     pub(crate) fn config(&self) -> anyhow::Result<MergeConfig> {
         let (merge_share, unmerge_share) = (self.lora_merge_share, self.lora_unmerge_share);

@@ -7,7 +7,6 @@
 use std::sync::Arc;
 
 use super::Tokenizer;
-use crate::Result;
 
 /// What a [`Detokenizer`] leaves out and where it stops.
 #[derive(Debug, Clone, Default)]
@@ -49,20 +48,20 @@ impl Detokenizer {
         Self { tokenizer, options, partial: Vec::new(), held: String::new(), at_start, stopped: false }
     }
 
-    /// Adds one token. After a stop string matched, further tokens add nothing.
-    pub fn push(&mut self, token: u32) -> Result<Piece> {
-        let bytes = self.tokenizer.known_bytes(token)?;
+    /// Adds one token. After a stop string matched, further tokens add nothing; nor does an id without a token, which a model
+    /// with more output rows than the vocabulary has may give.
+    pub fn push(&mut self, token: u32) -> Piece {
         if self.stopped || (self.options.skip_special && self.tokenizer.is_special(token)) {
-            return Ok(Piece::default());
+            return Piece::default();
         }
-        let mut bytes = bytes;
+        let mut bytes = self.tokenizer.token_bytes(token);
         if self.at_start && !bytes.is_empty() {
             bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
             self.at_start = false;
         }
         self.partial.extend_from_slice(bytes);
         self.read_characters();
-        Ok(self.emit())
+        self.emit()
     }
 
     /// Ends the sequence: whatever was held back is emitted.
@@ -161,7 +160,7 @@ mod tests {
     fn run(mut detokenizer: Detokenizer, ids: &[u32]) -> (String, Option<usize>) {
         let mut text = String::new();
         for id in ids {
-            let piece = detokenizer.push(*id).unwrap();
+            let piece = detokenizer.push(*id);
             text.push_str(&piece.text);
             if piece.stop.is_some() {
                 return (text, piece.stop);
@@ -181,7 +180,7 @@ mod tests {
         let mut detokenizer = detokenizer(&tokenizer, false, &[], false);
         let pieces: Vec<_> = "a\u{6771}\u{1F600}"
             .bytes()
-            .map(|byte| detokenizer.push(samples::byte_id(&tokenizer, byte)).unwrap().text)
+            .map(|byte| detokenizer.push(samples::byte_id(&tokenizer, byte)).text)
             .collect();
         assert_eq!(pieces, ["a", "", "", "\u{6771}", "", "", "", "\u{1F600}"]);
     }
@@ -192,12 +191,12 @@ mod tests {
         let mut stopping = detokenizer(&tokenizer, false, &["END"], false);
         let mut texts = Vec::new();
         for byte in "aEEND".bytes() {
-            let piece = stopping.push(samples::byte_id(&tokenizer, byte)).unwrap();
+            let piece = stopping.push(samples::byte_id(&tokenizer, byte));
             texts.push((piece.text, piece.stop));
         }
         let wanted = [("a", None), ("", None), ("E", None), ("", None), ("", Some(0))];
         assert_eq!(texts, wanted.map(|(text, stop)| (text.to_owned(), stop)));
-        assert_eq!(stopping.push(samples::byte_id(&tokenizer, b'x')).unwrap(), Piece::default());
+        assert_eq!(stopping.push(samples::byte_id(&tokenizer, b'x')), Piece::default());
         assert_eq!(stopping.flush(), Piece::default());
     }
 
@@ -234,10 +233,13 @@ mod tests {
     }
 
     #[test]
-    fn unknown_ids_are_refused() {
+    fn ids_without_a_token_add_nothing() {
         let tokenizer = samples::byte_level();
-        let error = detokenizer(&tokenizer, true, &[], false).push(1 << 30).unwrap_err();
-        assert!(error.to_string().contains("outside the vocabulary"));
+        let mut ids = spelled(&tokenizer, "a\u{6771}b");
+        for at in [0, 2, 5, 7] {
+            ids.insert(at, tokenizer.vocab_size() as u32 + at as u32);
+        }
+        assert_eq!(run(detokenizer(&tokenizer, true, &["b"], true), &ids), ("a\u{6771}b".into(), Some(0)));
     }
 
     proptest! {

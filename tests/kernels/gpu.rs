@@ -30,7 +30,15 @@ pub struct Output {
 
 impl Gpu {
     pub fn new(dtype: DType) -> Self {
-        let backend = softgpu::backend(dtype);
+        Self::of(softgpu::backend(dtype))
+    }
+
+    /// With products by cuBLASLt, where there is one.
+    pub fn fast(dtype: DType) -> Option<Self> {
+        softgpu::fast_backend(dtype).map(Self::of)
+    }
+
+    fn of(backend: CudaBackend) -> Self {
         let stream = backend.create_stream(StreamKind::Compute).unwrap();
         Self { backend, stream }
     }

@@ -9,7 +9,7 @@ use crate::support::tiny_gguf::Storage;
 
 /// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64 and 128 outputs), and inputs
 /// that end inside a step.
-const SHAPES: [(usize, usize, usize); 14] = [
+pub const SHAPES: [(usize, usize, usize); 14] = [
     (1, 1, 8),
     (1, 33, 72),
     (2, 31, 64),
@@ -26,7 +26,8 @@ const SHAPES: [(usize, usize, usize); 14] = [
     (130, 129, 88),
 ];
 
-fn product(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> Vec<f64> {
+/// `x weight^T + bias` in f64.
+pub fn product(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> Vec<f64> {
     let dot = |row: &[f32], column: &[f32]| -> f64 {
         row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };

@@ -6,6 +6,7 @@
 
 mod attention;
 mod compose;
+mod cublaslt;
 mod elementwise;
 mod gpu;
 mod landing;

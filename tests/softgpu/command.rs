@@ -9,16 +9,19 @@ use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel};
 
-/// A folder in which the loader finds the software GPU under the driver's name.
+/// A folder in which the loader finds the software GPU under the names of the driver and of cuBLASLt.
 pub(crate) fn driver_folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    std::os::unix::fs::symlink(softgpu::library(), folder.path().join("libcuda.so.1")).unwrap();
+    for name in ["libcuda.so.1", "libcublasLt.so.13"] {
+        std::os::unix::fs::symlink(softgpu::library(), folder.path().join(name)).unwrap();
+    }
     folder
 }
 
 fn mneme(arguments: &[&str], library_path: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
     command.args(arguments).env("LD_LIBRARY_PATH", library_path).env_remove("MNEME_DEVICE").env("MNEME_LOG", "info");
+    command.env_remove("MNEME_CUBLASLT_LIBRARY");
     command.output().unwrap()
 }
 
@@ -43,6 +46,28 @@ fn the_doctor_says_what_computes_and_why() {
 }
 
 #[test]
+fn the_doctor_says_which_cublaslt_there_is() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let folder = driver_folder();
+    let cuda = &doctor(folder.path())["cuda"];
+    assert_eq!((&cuda["cublaslt_version"], &cuda["cublaslt_problem"]), (&"13.0.0".into(), &Value::Null));
+    let said = |folder: &Path| String::from_utf8(mneme(&["doctor"], folder).stdout).unwrap();
+    let line = |text: &str| text.lines().find(|line| line.starts_with("cuBLASLt")).map(str::to_owned);
+    assert!(line(&said(folder.path())).is_some_and(|line| line.contains(" 13.0.0; --gemm cublaslt ")));
+    // A file of that name that is no library stands before any that the system may have.
+    for name in ["libcublasLt.so.13", "libcublasLt.so.12"] {
+        std::fs::remove_file(folder.path().join(name)).ok();
+        std::fs::write(folder.path().join(name), "no library").unwrap();
+    }
+    let line = line(&said(folder.path())).unwrap();
+    assert!(line.contains("libcublasLt.so.13 cannot be loaded") && line.contains("--cublaslt-library"), "{line}");
+    assert_eq!(doctor(folder.path())["cuda"]["cublaslt_version"], Value::Null);
+}
+
+#[test]
 fn the_software_gpu_has_to_be_asked_for() {
     softgpu::end_without_kernels();
     let (folder, empty) = (driver_folder(), tempfile::tempdir().unwrap());
@@ -61,4 +86,45 @@ fn the_software_gpu_has_to_be_asked_for() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && text.contains(wanted), "--device {device}: {text}");
     }
+}
+
+/// What is said where the fast products cannot be.
+#[test]
+fn fast_products_are_refused_with_reasons() {
+    softgpu::end_without_kernels();
+    let folder = driver_folder();
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let path = model.path().to_str().unwrap();
+    for (arguments, wanted) in [
+        (["--device", "cpu", "--no-enable-prefix-caching"], "leave --gemm exact"),
+        (["--device", "softgpu", "--deterministic"], "leave one of them"),
+        (["--device", "softgpu", "--cublaslt-library=/nowhere/it.so"], "/nowhere/it.so cannot be loaded"),
+        (["--device", "softgpu", "--cublaslt-library=libc.so.6"], "has no cublasLtCreate"),
+    ] {
+        let arguments = [&["bench", "latency", path, "--gemm", "cublaslt"], arguments.as_slice()].concat();
+        let output = mneme(&arguments, folder.path());
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(wanted), "{arguments:?}: {text}");
+    }
+}
+
+/// Every product is measured twice.
+#[test]
+fn kernels_are_compared_with_cublaslt() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let folder = driver_folder();
+    let sizes = ["--shape", "tiny", "--batch-size", "2", "--num-tokens", "8", "--context-len", "16"];
+    let arguments = [&["bench", "kernels", "--device", "softgpu", "--json"], sizes.as_slice()].concat();
+    let output = mneme(&arguments, folder.path());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let kernels = report["kernels"].as_array().unwrap();
+    let shapes = |library: &str| -> Vec<&Value> {
+        let of_library = |kernel: &&Value| kernel["kernel"].as_str().unwrap().starts_with(library);
+        kernels.iter().filter(of_library).map(|kernel| &kernel["shape"]).collect()
+    };
+    assert_eq!(shapes("linear ").len(), 15);
+    assert_eq!(shapes("cublaslt "), shapes("linear "));
 }

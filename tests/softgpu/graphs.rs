@@ -18,7 +18,7 @@ use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 const CHUNK: usize = 256;
 
 /// Prompts and lengths of answers: the batch shrinks one by one, and two contexts grow into a second chunk.
-fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
+pub(crate) fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
     let mut random = Random::new(6);
     let lengths = [(5, 4), (CHUNK - 12, 24), (33, 9), (70, 14), (CHUNK - 3, 12)];
     let mut requests: Vec<_> =
@@ -30,7 +30,7 @@ fn requests() -> Vec<(Vec<u32>, SamplingParams)> {
 }
 
 /// What the requests give, and how many steps were replayed.
-fn run(backend: CudaBackend, model: &Path, dtype: DType) -> (Vec<Output>, u64) {
+pub(crate) fn run(backend: CudaBackend, model: &Path, dtype: DType) -> (Vec<Output>, u64) {
     let engine = TestEngine::start(backend, model, Setup { kv_dtype: dtype, ..Setup::default() });
     let submit = |(prompt, sampling): (Vec<u32>, SamplingParams)| engine.submit(&prompt, sampling);
     let streams: Vec<OutputStream> = requests().into_iter().map(submit).collect();

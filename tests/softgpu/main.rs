@@ -12,6 +12,7 @@ mod blend;
 mod command;
 #[path = "../generation/composition.rs"]
 mod composition;
+mod cublaslt;
 #[path = "../paging/deposits.rs"]
 mod deposits;
 mod families;
@@ -113,6 +114,12 @@ fn families_are_the_cpus_in_other_schedules() {
 #[test]
 fn graphs_are_replayed_in_other_schedules() {
     support::softgpu::pass_in_other_schedules(&["graphs::graphs_give"], "other_schedules");
+}
+
+/// Products of the library are work of their stream like kernels, and share one workspace.
+#[test]
+fn fast_products_are_near_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules(&["cublaslt::"], "other_schedules");
 }
 
 /// Copies of layers, the waits for them and the step that uses them come from different threads.

@@ -32,10 +32,14 @@ struct Served {
 
 impl Served {
     fn start(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_with_vault(model, &["--no-vault"], arguments, variables)
+    }
+
+    fn start_with_vault(model: &Written, vault: &[&str], arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let driver = driver_folder();
         let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
-        command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--no-vault", "--port", "0"]);
-        command.args(["--served-model-name", "tiny"]);
+        command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--port", "0"]);
+        command.args(["--served-model-name", "tiny"]).args(vault);
         command.args(arguments).envs(variables.iter().copied());
         command.env("LD_LIBRARY_PATH", driver.path()).env("MNEME_LOG", "info").env_remove("MNEME_API_KEY");
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
@@ -45,8 +49,11 @@ impl Served {
         Self { child, lines, log: String::new(), _driver: driver }
     }
 
-    /// Reads the log up to a line with `wanted`, which it returns; an end before that fails.
+    /// Reads the log, unless that is done, up to a line with `wanted`, which it returns; an end before that fails.
     fn wait_for(&mut self, wanted: &str) -> String {
+        if let Some(line) = self.log.lines().find(|line| line.contains(wanted)) {
+            return line.to_owned();
+        }
         loop {
             let Ok(line) = self.lines.recv() else { panic!("no {wanted:?} in {}", self.log) };
             self.log += &line;
@@ -61,6 +68,12 @@ impl Served {
     fn address(&mut self) -> String {
         let line = self.wait_for("mneme serves");
         line.split("http://").nth(1).unwrap().trim_end_matches("/v1").to_owned()
+    }
+
+    /// Has it end in order, so that what it computed is on disk.
+    fn stop(mut self) {
+        Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
+        assert!(self.child.wait().unwrap().success());
     }
 }
 
@@ -134,4 +147,33 @@ fn a_device_without_room_is_refused() {
     let mut served = Served::start(&model, &[], &[("SOFTGPU_MEMORY_MIB", "48"), ("SOFTGPU_QUIET", "1")]);
     served.wait_for("are free; give a smaller --kv-cache-memory-bytes");
     assert!(!served.child.wait().unwrap().success());
+}
+
+/// KV of exact products is not taken for what cuBLASLt would give, nor the other way round.
+#[test]
+fn a_vault_keeps_the_modes_of_products_apart() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let (model, vault) = (model(), tempfile::tempdir().unwrap());
+    let folder = ["--vault", vault.path().to_str().unwrap(), "--vault-size-bytes", "64M"];
+    let prompt = "abcdefgh".repeat(8);
+    let body = format!(r#"{{"model": "tiny", "prompt": "{prompt}", "max_tokens": 2, "temperature": 0}}"#);
+    let restored = |gemm: &str| {
+        let arguments = ["--kv-cache-memory-bytes", "4M", "--gemm", gemm];
+        let mut served = Served::start_with_vault(&model, &folder, &arguments, &[("SOFTGPU_QUIET", "1")]);
+        served.wait_for("the vault is open");
+        let address = served.address();
+        let answer = ask(&address, "POST /v1/completions", &body);
+        if !answer.starts_with("HTTP/1.1 200") {
+            served.child.kill().ok();
+            let rest: Vec<String> = served.lines.iter().collect();
+            panic!("{gemm}: {answer} {} {rest:?}", served.log);
+        }
+        served.stop();
+        !answer.contains(r#""storage_cached_tokens":0"#)
+    };
+    let found: Vec<bool> = ["exact", "cublaslt", "cublaslt", "exact"].into_iter().map(restored).collect();
+    assert_eq!(found, [false, false, true, true]);
 }

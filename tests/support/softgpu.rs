@@ -49,6 +49,27 @@ pub fn backend(dtype: DType) -> CudaBackend {
     CudaBackend::new(0, dtype).unwrap()
 }
 
+/// The same with products by cuBLASLt: that of the software GPU, or beside a driver that was named NVIDIA's, if it is there.
+pub fn fast_backend(dtype: DType) -> Option<CudaBackend> {
+    let exact = backend(dtype);
+    if !is_replaced() {
+        return Some(exact.with_cublaslt(Some(&library())).unwrap());
+    }
+    exact.with_cublaslt(None).inspect_err(|error| eprintln!("skipped: {error}")).ok()
+}
+
+/// How often cuBLASLt was asked for algorithms, and for products, since the program began.
+pub fn cublaslt_counts() -> [u64; 2] {
+    let [mut asked, mut queued] = [0; 2];
+    let ask = |ask: &unsafe extern "C" fn(*mut u64, *mut u64) -> u32| {
+        // SAFETY: pointers to locals.
+        unsafe { ask(&mut asked, &mut queued) }
+    };
+    // SAFETY: the function's type.
+    unsafe { tell("softgpu_cublaslt_counts", ask) };
+    [asked, queued]
+}
+
 /// Whether another library was named in its place, perhaps the driver of a GPU, which reports nothing.
 pub fn is_replaced() -> bool {
     std::env::var_os(LIBRARY_VARIABLE).is_some()

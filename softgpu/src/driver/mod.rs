@@ -77,8 +77,8 @@ pub(crate) fn refuse<T>(code: u32, message: &str) -> Result<T, u32> {
     Err(code)
 }
 
-/// Defines exported functions whose bodies give an [`Outcome`], and a table of them.
-macro_rules! entries {
+/// Defines exported functions whose bodies give an [`Outcome`].
+macro_rules! exports {
     ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block)+) => {
         $(
             #[unsafe(no_mangle)]
@@ -88,6 +88,14 @@ macro_rules! entries {
                 $crate::driver::guard(stringify!($name), move || unsafe { $body })
             }
         )+
+    };
+}
+pub(crate) use exports;
+
+/// The same, and a table of them.
+macro_rules! entries {
+    ($(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block)+) => {
+        $crate::driver::exports! { $(fn $name($($arg: $ty),*) $body)+ }
 
         /// Name and address of every function here.
         pub(super) fn table() -> Vec<(&'static str, *const std::ffi::c_void)> {

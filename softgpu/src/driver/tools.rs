@@ -3,7 +3,7 @@
 use super::{INVALID_VALUE, NOT_FOUND, entries, put, refuse};
 use crate::counters::Counters;
 use crate::device::device;
-use crate::{inject, report};
+use crate::{cublaslt, inject, report};
 use std::ffi::{CStr, c_char, c_uint};
 
 /// Copies text with its terminator into a buffer, cut to fit. `needed` (may be null) gets the bytes for all of it.
@@ -68,6 +68,13 @@ entries! {
     // Page-locked memory in use.
     fn softgpu_pinned_bytes(bytes: *mut u64) {
         put(bytes, device().pinned.num_bytes())
+    }
+
+    // How often cuBLASLt was asked for algorithms, and for products, since the start.
+    fn softgpu_cublaslt_counts(heuristics: *mut u64, products: *mut u64) {
+        let [asked, queued] = cublaslt::counts();
+        put(heuristics, asked)?;
+        put(products, queued)
     }
 
     // Which calls fail from now on; `inject.rs` says how they are named.

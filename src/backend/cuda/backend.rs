@@ -6,12 +6,14 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaContext, CudaFunction};
 
 use super::attention::{self, CHUNK_POSITIONS, Partials};
 use super::compose;
+use super::cublaslt::CublasLt;
 use super::driver::{driver_error, has_graphs, open};
 use super::graphs::Graphs;
 use super::kernels::{Kernel, Kernels};
@@ -49,6 +51,8 @@ pub struct CudaBackend {
     kernels: Kernels,
     partials: Partials,
     lora: LoraScratch,
+    /// What multiplies by plain weights, unless our kernels do.
+    cublaslt: Option<CublasLt>,
     events: Arc<EventPool>,
     watch: Arc<CopyWatch>,
     /// Used while weights and adapters are loaded.
@@ -69,6 +73,7 @@ impl CudaBackend {
             kernels: Kernels::load(&context, dtype)?,
             partials: Partials::allocate(&context)?,
             lora: LoraScratch::allocate(&context)?,
+            cublaslt: None,
             uploader: Arc::new(Mutex::new(Uploader::new(&context, &events)?)),
             watch: Arc::new(CopyWatch::new(info.is_software())),
             info,
@@ -82,6 +87,16 @@ impl CudaBackend {
     pub fn without_graphs(self) -> Self {
         self.graphs.disable();
         self
+    }
+
+    /// The same with products by weights of 16 bits from cuBLASLt, loaded from `library` or under its own name. A row's
+    /// results then depend on how many rows are computed beside it, which they do nowhere else.
+    ///
+    /// # Errors
+    /// `NotFound` or `Unsupported` when there is no such library; `Device` when it does not start.
+    pub fn with_cublaslt(self, library: Option<&Path>) -> Result<Self> {
+        let cublaslt = CublasLt::load(&self.context, &self.info, self.dtype, library)?;
+        Ok(Self { cublaslt: Some(cublaslt), ..self })
     }
 
     /// The device.
@@ -116,6 +131,10 @@ impl CudaBackend {
 
     pub(super) fn partials(&self) -> &Partials {
         &self.partials
+    }
+
+    pub(super) fn cublaslt(&self) -> Option<&CublasLt> {
+        self.cublaslt.as_ref()
     }
 
     pub(super) fn lora(&self) -> &LoraScratch {
@@ -187,7 +206,8 @@ impl Backend for CudaBackend {
 
     fn name(&self) -> String {
         let (major, minor) = self.info.compute_capability;
-        format!("cuda-sm{major}{minor}-{}", self.dtype)
+        let products = self.cublaslt.as_ref().map(|cublaslt| format!("-cublaslt{}", cublaslt.version()));
+        format!("cuda-sm{major}{minor}-{}{}", self.dtype, products.unwrap_or_default())
     }
 
     fn activation_dtype(&self) -> DType {

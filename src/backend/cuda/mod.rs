@@ -7,6 +7,8 @@
 mod attention;
 mod backend;
 mod compose;
+mod cublaslt;
+mod cublaslt_library;
 mod device;
 mod driver;
 mod graphs;
@@ -26,6 +28,7 @@ mod watch;
 mod weights;
 
 pub use backend::CudaBackend;
+pub(super) use cublaslt_library::cublaslt_version;
 pub(super) use driver::find_gpus;
 pub use lora_loader::{CudaLora, CudaLoraLoader, PackedCudaLora};
 pub use memory::{CudaBuffer, CudaHostBuffer};

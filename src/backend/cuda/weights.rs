@@ -121,6 +121,12 @@ impl CudaMatrix {
             Weights::Plain(tensor) => tensor,
             Weights::Quantised(matrix) => return matrix.multiply(backend, stream, x, bias, out),
         };
+        // Its biases are of 16 bits, ours of f32.
+        if let (None, Some(cublaslt)) = (bias, backend.cublaslt())
+            && cublaslt.multiply(stream, x, weight, out)?
+        {
+            return Ok(());
+        }
         let gemm = backend.kernels().gemm(out.dtype(), num_tokens);
         let tile = gemm.tile;
         let blocks = (num_tokens.div_ceil(tile.tokens), outputs.div_ceil(tile.outputs), 1);

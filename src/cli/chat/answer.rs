@@ -40,7 +40,7 @@ pub(super) async fn write_answer(
         };
         match event {
             Some(OutputEvent::Token { id, .. }) => {
-                let piece = detokenizer.push(id)?;
+                let piece = detokenizer.push(id);
                 show(out, &piece.text, &mut text)?;
                 if piece.stop.is_some() {
                     break End::Done;

@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use mneme::backend::{GpuInfo, find_gpus, kernel_source};
+use mneme::backend::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
 use serde::Serialize;
 
 use crate::cli::device::{Chosen, DeviceArg};
@@ -38,6 +38,10 @@ pub(super) struct Cuda {
     pub(super) devices: Vec<String>,
     /// Where the kernels come from, or what they lack.
     pub(super) kernels: String,
+    /// The version of the library of `--gemm cublaslt`, where there is a GPU.
+    pub(super) cublaslt_version: Option<String>,
+    /// Why there is a GPU and no such library.
+    pub(super) cublaslt_problem: Option<String>,
     /// The device that `--device auto` takes; `None` is the CPU.
     pub(super) chosen: Option<String>,
     /// Why it is the CPU.
@@ -54,15 +58,24 @@ impl Cuda {
             Err(error) => (None, Some(error.to_string())),
         };
         let gpus = find_gpus().unwrap_or_default();
+        let cublaslt = gpus.first().map(find_cublaslt);
         Self {
             driver_library: find(&search_path, &FOLDERS),
             driver_version: gpus.first().map(|gpu| format!("{}.{}", gpu.driver_version.0, gpu.driver_version.1)),
             devices: gpus.iter().map(GpuInfo::to_string).collect(),
             kernels: kernel_source().map_or_else(|error| error.to_string(), str::to_owned),
+            cublaslt_version: cublaslt.as_ref().and_then(|found| found.clone().ok()),
+            cublaslt_problem: cublaslt.and_then(Result::err),
             chosen,
             problem,
         }
     }
+}
+
+/// The version of what a server would load.
+fn find_cublaslt(gpu: &GpuInfo) -> Result<String, String> {
+    let named = env::var_os("MNEME_CUBLASLT_LIBRARY").filter(|path| !path.is_empty());
+    cublaslt_version(named.as_deref().map(Path::new), gpu).map_err(|error| error.to_string())
 }
 
 fn find(search_path: &OsStr, folders: &[&str]) -> Option<PathBuf> {

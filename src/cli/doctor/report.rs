@@ -13,8 +13,17 @@ use super::host::Host;
 use super::python::Python;
 
 /// Variables that change where models come from and where they run.
-const VARIABLES: [&str; 7] =
-    ["MNEME_MODEL", "MNEME_DEVICE", "MNEME_CACHE_DIR", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE"];
+const VARIABLES: [&str; 9] = [
+    "MNEME_MODEL",
+    "MNEME_DEVICE",
+    "MNEME_GEMM",
+    "MNEME_CUBLASLT_LIBRARY",
+    "MNEME_CACHE_DIR",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+];
 
 /// All that was found.
 #[derive(Debug, Serialize)]
@@ -158,6 +167,11 @@ impl Report {
             line(f, "GPU", device)?;
         }
         line(f, "GPU kernels", &cuda.kernels)?;
+        match (&cuda.cublaslt_version, &cuda.cublaslt_problem) {
+            (Some(version), _) => line(f, "cuBLASLt", &format!("{version}; --gemm cublaslt multiplies by it"))?,
+            (None, Some(problem)) => line(f, "cuBLASLt", problem)?,
+            (None, None) => {}
+        }
         match (&cuda.chosen, &cuda.problem) {
             (Some(gpu), _) => {
                 line(f, "computes on", &format!("CUDA {gpu}; --device cpu overrides"))?;

@@ -136,19 +136,12 @@ impl Choice {
     }
 
     fn on_token(&mut self, id: u32, logprobs: Option<Box<TokenLogprobs>>, stream: OutputStream) -> ChoiceEvent {
-        match self.detokenizer.push(id) {
-            Ok(piece) => {
-                self.state = match piece.stop {
-                    Some(index) => State::Ending(self.stopped_by(index)),
-                    None => State::Running(stream),
-                };
-                ChoiceEvent::Token { id, text: piece.text, logprobs }
-            }
-            Err(error) => {
-                tracing::error!(%error, "the engine sampled a token without a text");
-                ChoiceEvent::Failed(engine_failure())
-            }
-        }
+        let piece = self.detokenizer.push(id);
+        self.state = match piece.stop {
+            Some(index) => State::Ending(self.stopped_by(index)),
+            None => State::Running(stream),
+        };
+        ChoiceEvent::Token { id, text: piece.text, logprobs }
     }
 
     fn stopped_by(&self, stop_index: usize) -> Finish {

@@ -139,7 +139,7 @@ impl Tokenizer {
         self.pieces.get(id).unwrap_or_default()
     }
 
-    pub(crate) fn known_bytes(&self, id: u32) -> Result<&[u8]> {
+    fn known_bytes(&self, id: u32) -> Result<&[u8]> {
         self.pieces
             .get(id)
             .ok_or_else(|| invalid!("token id {id} is outside the vocabulary of {} tokens", self.vocab_size()))

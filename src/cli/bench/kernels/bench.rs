@@ -12,6 +12,12 @@ use super::shape::Dimensions;
 /// The kernel that all others are compared with.
 pub(super) const COPY: &str = "copy";
 
+/// Matrix products of our kernels, in the order of [`Bench::products`], and the same of cuBLASLt.
+const PRODUCTS: [&str; 5] = ["linear qkv", "linear output", "linear gate_up", "linear down", "linear lm_head"];
+#[cfg(feature = "cuda")]
+pub(super) const CUBLASLT_PRODUCTS: [&str; 5] =
+    ["cublaslt qkv", "cublaslt output", "cublaslt gate_up", "cublaslt down", "cublaslt lm_head"];
+
 /// Bytes that are copied; more than any cache holds.
 const COPY_BYTES: usize = 256 << 20;
 
@@ -40,6 +46,8 @@ pub(super) struct Bench<B: Backend> {
     pub(super) batch_size: usize,
     /// Tokens of a prefill step.
     pub(super) num_tokens: usize,
+    /// What products are called.
+    pub(super) product_names: [&'static str; 5],
 }
 
 /// Numbers of either sign around a quarter, in whatever type they are read: bit patterns that no type takes for
@@ -54,15 +62,13 @@ fn pattern(index: usize) -> u8 {
 impl<B: Backend> Bench<B> {
     pub(super) fn new(backend: B, dimensions: Dimensions, batch_size: usize, num_tokens: usize) -> Result<Self> {
         let stream = backend.create_stream(StreamKind::Compute)?;
-        Ok(Self { backend, stream, dimensions, batch_size, num_tokens })
+        Ok(Self { backend, stream, dimensions, batch_size, num_tokens, product_names: PRODUCTS })
     }
 
     /// Measures everything, one kernel after the other.
     pub(super) fn run(&self, context_len: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
         self.copy(effort, sink)?;
-        for num_tokens in [1, self.batch_size, self.num_tokens] {
-            self.products(num_tokens, effort, sink)?;
-        }
+        self.run_products(effort, sink)?;
         for num_tokens in [self.batch_size, self.num_tokens] {
             self.elementwise(num_tokens, effort, sink)?;
         }
@@ -71,6 +77,12 @@ impl<B: Backend> Bench<B> {
             self.lora(num_tokens, effort, sink)?;
         }
         self.merge(effort, sink)
+    }
+
+    /// Measures matrix products for one token, a decode step and a prefill step.
+    pub(super) fn run_products(&self, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let sizes = [1, self.batch_size, self.num_tokens];
+        sizes.into_iter().try_for_each(|num_tokens| self.products(num_tokens, effort, sink))
     }
 
     /// Measures one kernel.

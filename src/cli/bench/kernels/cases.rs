@@ -13,27 +13,27 @@ impl<B: Backend> Bench<B> {
     pub(super) fn products(&self, num_tokens: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
         let dimensions = self.dimensions;
         let (hidden, intermediate) = (dimensions.hidden_size, dimensions.intermediate_size);
-        self.product("linear qkv", num_tokens, dimensions.qkv_size(), hidden, effort, sink)?;
-        self.product("linear output", num_tokens, hidden, dimensions.q_size(), effort, sink)?;
-        self.product("linear gate_up", num_tokens, 2 * intermediate, hidden, effort, sink)?;
-        self.product("linear down", num_tokens, hidden, intermediate, effort, sink)?;
+        let [qkv, output, gate_up, down, lm_head] = self.product_names;
+        let activations = self.backend.activation_dtype();
+        self.product(qkv, [num_tokens, hidden, dimensions.qkv_size()], activations, effort, sink)?;
+        self.product(output, [num_tokens, dimensions.q_size(), hidden], activations, effort, sink)?;
+        self.product(gate_up, [num_tokens, hidden, 2 * intermediate], activations, effort, sink)?;
+        self.product(down, [num_tokens, intermediate, hidden], activations, effort, sink)?;
         // Rows of a prefill that nobody samples from are left out before it.
         let num_rows = num_tokens.min(self.batch_size);
-        self.product("linear lm_head", num_rows, dimensions.vocab_size, hidden, effort, sink)
+        self.product(lm_head, [num_rows, hidden, dimensions.vocab_size], DType::F32, effort, sink)
     }
 
     fn product(
         &self,
         name: &'static str,
-        num_tokens: usize,
-        outputs: usize,
-        inputs: usize,
+        [num_tokens, inputs, outputs]: [usize; 3],
+        out_dtype: DType,
         effort: &Effort,
         sink: Sink<'_>,
     ) -> Result<()> {
         let matrices = self.matrices(outputs, inputs)?;
         let x = self.activations(num_tokens, inputs)?;
-        let out_dtype = if name == "linear lm_head" { DType::F32 } else { self.backend.activation_dtype() };
         let out = self.tensor(num_tokens, outputs, out_dtype)?;
         let weight_bytes = outputs * inputs * self.weight_dtype().block_bytes();
         let work = Work {

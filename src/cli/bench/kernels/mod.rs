@@ -22,6 +22,8 @@ use mneme::backend::cuda::CudaBackend;
 use mneme::backend::{Backend, GpuInfo};
 
 use self::bench::Bench;
+#[cfg(feature = "cuda")]
+use self::bench::CUBLASLT_PRODUCTS;
 use self::measure::Effort;
 use self::report::Report;
 use self::shape::ShapeName;
@@ -58,6 +60,10 @@ pub(super) struct KernelBenchArgs {
     /// Milliseconds that each kernel is measured for
     #[arg(long, default_value = "200")]
     duration_ms: NonZeroUsize,
+    /// The file of cuBLASLt, whose products are measured as well [default: libcublasLt.so.13 or .12 where the system's
+    /// loader finds it]
+    #[arg(long, value_name = "FILE", env = "MNEME_CUBLASLT_LIBRARY")]
+    cublaslt_library: Option<PathBuf>,
     /// Threads of the CPU [default: one per physical core]
     #[arg(long, short = 't')]
     threads: Option<NonZeroUsize>,
@@ -70,6 +76,16 @@ pub(super) struct KernelBenchArgs {
     /// Print the result as JSON instead of the table
     #[arg(long)]
     json: bool,
+}
+
+impl KernelBenchArgs {
+    /// The software GPU takes seconds for what a GPU does in microseconds, every time the same.
+    fn effort(&self, gpu: Option<&GpuInfo>) -> Effort {
+        match gpu.is_some_and(GpuInfo::is_software) {
+            true => Effort::once(),
+            false => Effort::lasting(self.duration_ms.get()),
+        }
+    }
 }
 
 /// Runs the measurement.
@@ -96,7 +112,29 @@ pub(super) fn run(args: &KernelBenchArgs) -> anyhow::Result<()> {
 
 #[cfg(feature = "cuda")]
 fn measure_on_gpu(args: &KernelBenchArgs, gpu: &GpuInfo) -> anyhow::Result<Report> {
-    measure(args, CudaBackend::new(gpu.ordinal, args.dtype.on_gpu())?, Some(gpu))
+    let open = || CudaBackend::new(gpu.ordinal, args.dtype.on_gpu());
+    let mut report = measure(args, open()?, Some(gpu))?;
+    match open()?.with_cublaslt(args.cublaslt_library.as_deref()) {
+        Ok(backend) => measure_cublaslt(args, backend, gpu, &mut report)?,
+        Err(error) if args.cublaslt_library.is_none() => {
+            tracing::warn!(%error, "products are not compared with cuBLASLt's");
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(report)
+}
+
+/// Adds the library's products.
+#[cfg(feature = "cuda")]
+fn measure_cublaslt(
+    args: &KernelBenchArgs,
+    backend: CudaBackend,
+    gpu: &GpuInfo,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let bench = Bench::new(backend, args.shape.dimensions(), args.batch_size.get(), args.num_tokens.get())?;
+    let bench = Bench { product_names: CUBLASLT_PRODUCTS, ..bench };
+    Ok(bench.run_products(&args.effort(Some(gpu)), &mut |result| report.push(result))?)
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -106,11 +144,9 @@ fn measure_on_gpu(_: &KernelBenchArgs, gpu: &GpuInfo) -> anyhow::Result<Report> 
 
 fn measure<B: Backend>(args: &KernelBenchArgs, backend: B, gpu: Option<&GpuInfo>) -> anyhow::Result<Report> {
     let is_software = gpu.is_some_and(GpuInfo::is_software);
-    // The software GPU takes seconds for what a GPU does in microseconds, every time the same.
-    let effort = if is_software { Effort::once() } else { Effort::lasting(args.duration_ms.get()) };
     let device = gpu.map_or_else(|| backend.name(), GpuInfo::to_string);
     let mut report = Report::new(device, backend.name(), args.shape.name(), is_software);
     let bench = Bench::new(backend, args.shape.dimensions(), args.batch_size.get(), args.num_tokens.get())?;
-    bench.run(args.context_len.get(), &effort, &mut |result| report.push(result))?;
+    bench.run(args.context_len.get(), &args.effort(gpu), &mut |result| report.push(result))?;
     Ok(report)
 }
