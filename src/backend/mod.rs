@@ -43,8 +43,8 @@ use crate::{Result, invalid};
 pub const NUMERICS_VERSION: u32 = 3;
 
 /// A device that can run the layers of a transformer. All methods queue work on `stream` and may return before it is
-/// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step. One thread at a time queues
-/// kernels, and on one stream: between the kernels of a call stands memory that all calls share.
+/// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step. Kernels are
+/// queued on one stream: between those of a call stands memory that all calls share.
 pub trait Backend: Device {
     /// The weights of a linear projection, in the device's own order.
     type Matrix: Send + Sync + 'static;

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::CudaContext;
 
@@ -33,17 +33,24 @@ const MAX_PIECES: usize = 16 * 1024;
 const SHRUNK_BYTES: usize = 16 << 20;
 
 /// What stands between the two kernels.
-pub(super) struct LoraScratch {
+pub(super) struct LoraScratch(Mutex<Between>);
+
+struct Between {
     table: CudaBuffer,
     shrunk: CudaBuffer,
 }
 
 impl LoraScratch {
     pub(super) fn allocate(context: &Arc<CudaContext>) -> Result<Self> {
-        Ok(Self {
+        Ok(Self(Mutex::new(Between {
             table: CudaBuffer::allocate(context, MAX_PIECES * PIECE_WORDS * 8)?,
             shrunk: CudaBuffer::allocate(context, SHRUNK_BYTES)?,
-        })
+        })))
+    }
+
+    /// For the launches of a call, which nobody else's may come between.
+    fn lock(&self) -> MutexGuard<'_, Between> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -59,7 +66,8 @@ pub(super) fn add_lora(
     batch.check()?;
     x.expect("projection input", x.rows(), x.columns(), backend.dtype())?;
     out.expect("projection output", x.rows(), out.columns(), backend.dtype())?;
-    let call = Call { backend, stream, x, batch, site, out };
+    let between = &backend.lora().lock();
+    let call = Call { backend, stream, x, batch, site, out, between };
     let Measure { num_pieces, shrunk_stride, page_bytes } = call.measure()?;
     if num_pieces == 0 {
         return Ok(());
@@ -87,6 +95,7 @@ struct Call<'a> {
     batch: &'a LoraBatch<'a, CudaBackend>,
     site: LoraSite,
     out: &'a CudaTensor,
+    between: &'a Between,
 }
 
 /// Some rows of the step.
@@ -160,7 +169,7 @@ impl Call<'_> {
     }
 
     fn launch_shrink(&self, round: &Round, pieces: &LaunchPieces) -> Result<()> {
-        let LoraScratch { table, shrunk } = self.backend.lora();
+        let Between { table, shrunk } = self.between;
         let arguments = Arguments::new()
             .buffer(shrunk)?
             .buffer(table)?
@@ -183,7 +192,7 @@ impl Call<'_> {
     }
 
     fn expand(&self, round: &Round) -> Result<()> {
-        let LoraScratch { table, shrunk } = self.backend.lora();
+        let Between { table, shrunk } = self.between;
         let arguments = Arguments::new()
             .tensor(self.out)?
             .buffer(shrunk)?
