@@ -16,6 +16,7 @@ mod composition;
 mod deposits;
 mod families;
 mod faults;
+mod fp8;
 #[path = "../paging/gate.rs"]
 mod gate;
 mod golden;

@@ -12,7 +12,7 @@ use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, Written};
 
 /// A model that text can be given to.
-fn model() -> Written {
+pub(crate) fn model() -> Written {
     let model = TinyModel::new(Family::Llama, 3).write();
     let (file, config) = byte_tokenizer::files();
     std::fs::write(model.path().join("tokenizer.json"), file).unwrap();
@@ -21,7 +21,7 @@ fn model() -> Written {
 }
 
 /// A server, killed when dropped.
-struct Served {
+pub(crate) struct Served {
     child: Child,
     /// Lines of its log.
     lines: Receiver<String>,
@@ -32,9 +32,14 @@ struct Served {
 
 impl Served {
     fn start(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+        Self::start_with_vault(model, &[&["--no-vault"], arguments].concat(), variables)
+    }
+
+    /// The same with the vault that the arguments name.
+    pub(crate) fn start_with_vault(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let driver = driver_folder();
         let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
-        command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--no-vault", "--port", "0"]);
+        command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--port", "0"]);
         command.args(["--served-model-name", "tiny"]);
         command.args(arguments).envs(variables.iter().copied());
         command.env("LD_LIBRARY_PATH", driver.path()).env("MNEME_LOG", "info").env_remove("MNEME_API_KEY");
@@ -58,7 +63,7 @@ impl Served {
     }
 
     /// Where it listens, once it does.
-    fn address(&mut self) -> String {
+    pub(crate) fn address(&mut self) -> String {
         let line = self.wait_for("mneme serves");
         line.split("http://").nth(1).unwrap().trim_end_matches("/v1").to_owned()
     }
@@ -72,7 +77,7 @@ impl Drop for Served {
 }
 
 /// The answer to one request, head and all.
-fn ask(address: &str, request: &str, body: &str) -> String {
+pub(crate) fn ask(address: &str, request: &str, body: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let length = body.len();
     let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n");
