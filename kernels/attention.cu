@@ -1,7 +1,7 @@
 // Causal attention over the paged KV cache: decode and prefill kernels that give a row the same bits.
 //
 //   qkv          [num_tokens, (num_heads + 2 num_kv_heads) D] T, q normalised and rotated (kv_store.cu)
-//   blocks       KV blocks; kv_store.cu says how they lie, block_stride and layer_offset count numbers of T
+//   blocks       KV blocks of T or fp8; kv_store.cu says how they lie, block_stride and layer_offset count their numbers
 //   block_tables [num_seqs, max_blocks] i32; entries past the context are not read
 //   context_lens [num_seqs] i32, one past the position of the last query
 //   cu_seqlens_q [num_seqs + 1] i32
@@ -19,7 +19,8 @@
 // attention_prefill: the other sequences. Grid (ceil(max rows / 64), num_kv_heads, num_seqs), block 128: 64 rows, 16 a
 //                    warp. For D = 256 block 256: two warps share rows, and have half of the dimensions each.
 // Dynamic shared memory: queries, a tile of 64 keys, one of 64 values; decode has 16 query rows and 4608 bytes more.
-// Keys and values arrive by cp.async: values while scores are computed, the next keys while values are weighed.
+// Keys and values arrive by cp.async: values while scores are computed, the next keys while values are weighed. Those of
+// fp8 arrive beside the tiles, in as much memory again as fp8 takes, and each thread turns what it has copied into T.
 //
 // Arithmetic of a row, the same in all kernels: scores are chains of mma steps in order of dimensions; tiles of 64
 // positions are weighed in order, with a running maximum that begins anew at every multiple of 256; weights are rounded
@@ -34,10 +35,11 @@ constexpr int CHUNK = 256;
 constexpr int SCORE_STRIDE = 72;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-template <class T> struct Arguments {
+template <class T, class C> struct Arguments {
     T* out;
     float* partials;
-    const T *qkv, *blocks;
+    const T* qkv;
+    const C* blocks;
     const int *block_tables, *context_lens, *cu_seqlens_q, *positions;
     u64 block_stride, layer_offset;
     int max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window;
@@ -85,18 +87,23 @@ struct Cursor {
     }
 };
 
+// A tile of 64 keys, or values, in shared memory, and where its bytes arrive if they are not of T.
+struct TileMemory {
+    u32 tile, arriving;
+};
+
 // Queues the copy of keys (or values) [first, first + TILE) of a head, which are at the cursor; zeros past the context.
-template <int D, int THREADS, class T>
-__device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, const Rows& rows, int first,
-                                          bool is_value, Cursor& cursor) {
-    constexpr int CHUNKS = D / 8, VECTORS = RUN * CHUNKS;
+template <int D, int THREADS, class T, class C>
+__device__ __forceinline__ void load_tile(const TileMemory& target, const Arguments<T, C>& args, const Rows& rows,
+                                          int first, bool is_value, Cursor& cursor) {
+    constexpr int NUMBERS = 16 / sizeof(C), CHUNKS = D / NUMBERS, VECTORS = RUN * CHUNKS;
     const u64 tile_numbers = static_cast<u64>(args.block_size) * D;
-    const T* head = args.blocks + args.layer_offset + (2 * rows.kv_head + is_value) * tile_numbers;
+    const C* head = args.blocks + args.layer_offset + (2 * rows.kv_head + is_value) * tile_numbers;
     const int* table = args.block_tables + static_cast<u64>(rows.sequence) * args.max_blocks;
 #pragma unroll
     for (int run = 0; run < TILE / RUN; run++) {
         const int position = first + run * RUN;
-        const T* source = head;
+        const C* source = head;
         if (position < rows.context_len) {
             source += table[cursor.index] * args.block_stride + static_cast<u64>(cursor.offset) * D;
         }
@@ -107,14 +114,38 @@ __device__ __forceinline__ void load_tile(u32 target, const Arguments<T>& args, 
             if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
             const int row = vector / CHUNKS, chunk = vector % CHUNKS;
             const bool exists = position + row < rows.context_len;
-            const T* from = exists ? source + vector * 8 : head;
-            copy16_async(target + swizzled<CHUNKS>(run * RUN + row, chunk), from, exists);
+            const C* from = exists ? source + vector * NUMBERS : head;
+            const u32 place = sizeof(C) == sizeof(T) ? target.tile + swizzled<CHUNKS>(run * RUN + row, chunk)
+                                                     : target.arriving + (run * VECTORS + vector) * 16;
+            copy16_async(place, from, exists);
         }
     }
 }
 
-template <int D, int THREADS, int ROWS, class T>
-__device__ __forceinline__ void load_queries(u32 target, const Arguments<T>& args, const Rows& rows, int first_row) {
+// Behind the wait for copies and before the barrier: turns the numbers that this thread has copied into T. Not unrolled,
+// which would cost registers that decode has not.
+template <int D, int THREADS, class T, class C> __device__ __forceinline__ void land_tile(const TileMemory& target) {
+    if constexpr (sizeof(C) != sizeof(T)) {
+        constexpr int CHUNKS = D / 16, VECTORS = RUN * CHUNKS;
+        u8* tile = shared_bytes + (target.tile - shared_address(shared_bytes));
+        const u8* arriving = shared_bytes + (target.arriving - shared_address(shared_bytes));
+#pragma unroll 1
+        for (int run = 0; run < TILE / RUN; run++) {
+#pragma unroll 1
+            for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
+                const int vector = i * THREADS + threadIdx.x;
+                if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
+                const int row = run * RUN + vector / CHUNKS, chunk = vector % CHUNKS * 2;
+                const C* from = reinterpret_cast<const C*>(arriving + (run * VECTORS + vector) * 16);
+                store8(reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk)), load8(from));
+                store8(reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk + 1)), load8(from + 8));
+            }
+        }
+    }
+}
+
+template <int D, int THREADS, int ROWS, class T, class C>
+__device__ __forceinline__ void load_queries(u32 target, const Arguments<T, C>& args, const Rows& rows, int first_row) {
     constexpr int CHUNKS = D / 8, VECTORS = ROWS * CHUNKS;
     const int heads = args.num_heads + 2 * args.num_kv_heads;
 #pragma unroll
@@ -346,8 +377,8 @@ template <class Number> struct Partials {
     }
 };
 
-template <int D, int N, class T>
-__device__ __forceinline__ void store_partial(const Arguments<T>& args, const Rows& rows, RowSums<N>& sums, int chunk) {
+template <int D, int N, class T, class C>
+__device__ __forceinline__ void store_partial(const Arguments<T, C>& args, const Rows& rows, RowSums<N>& sums, int chunk) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     sums.end_chunk();
     const Partials<float> partials(args.partials, rows, gridDim.x, args.decode_rows, D);
@@ -369,8 +400,8 @@ __device__ __forceinline__ void store_partial(const Arguments<T>& args, const Ro
     }
 }
 
-template <int D, int N, class T>
-__device__ __forceinline__ void store_rows(const Arguments<T>& args, const Rows& rows, const RowSums<N>& sums) {
+template <int D, int N, class T, class C>
+__device__ __forceinline__ void store_rows(const Arguments<T, C>& args, const Rows& rows, const RowSums<N>& sums) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -385,7 +416,7 @@ __device__ __forceinline__ void store_rows(const Arguments<T>& args, const Rows&
     }
 }
 
-template <int D, class T> __device__ __forceinline__ void decode(const Arguments<T>& args) {
+template <int D, class T, class C> __device__ __forceinline__ void decode(const Arguments<T, C>& args) {
     constexpr int THREADS = 128, WARPS = 4, N = (D / 8 + WARPS - 1) / WARPS;
     const Rows rows(args.context_lens, args.cu_seqlens_q, args.positions, args.num_heads, args.num_kv_heads,
                     args.window);
@@ -394,8 +425,10 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     if (rows.count() == 0 || rows.count() > args.decode_rows) return;
     if (is_split && (chunk < rows.first_chunk() || chunk >= rows.end_chunk())) return;
 
-    const u32 queries = shared_address(shared_bytes), keys = queries + 16 * D * 2, values = keys + TILE * D * 2;
-    float* shared_scores = reinterpret_cast<float*>(shared_bytes + (16 + 2 * TILE) * D * 2);
+    constexpr u32 SCORES = (16 + 2 * TILE) * D * 2, ARRIVING = SCORES + 16 * SCORE_STRIDE * 4;
+    const u32 queries = shared_address(shared_bytes), tiles = queries + 16 * D * 2, arriving = queries + ARRIVING;
+    const TileMemory keys = {tiles, arriving}, values = {tiles + TILE * D * 2, arriving + TILE * D};
+    float* shared_scores = reinterpret_cast<float*>(shared_bytes + SCORES);
     int tile = rows.begin(0) / TILE, end_tile = ceil_div(rows.context_len, TILE);
     if (is_split) tile = max(tile, chunk * (CHUNK / TILE)), end_tile = min(end_tile, (chunk + 1) * (CHUNK / TILE));
     const float scale = __fmul_rn(args.scale, LOG2_E);
@@ -407,19 +440,21 @@ template <int D, class T> __device__ __forceinline__ void decode(const Arguments
     RowSums<N> sums(rows, 0);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
+        land_tile<D, THREADS, T, C>(keys);
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
         load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
         commit_copies();
         float own[2][4], scores[TILE / 8][4];
-        score<T, D, 1>(own, queries, 0, keys, warp * 16);
+        score<T, D, 1>(own, queries, 0, keys.tile, warp * 16);
         exchange_scores(scores, own, shared_scores);  // Its barrier: nobody reads the keys any more.
         if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
         wait_for_copies<1>();
+        land_tile<D, THREADS, T, C>(values);
         __syncthreads();  // The values are here, and nobody reads the exchanged scores.
-        sums.template add_values<T, D>(weights, values, warp, WARPS);
+        sums.template add_values<T, D>(weights, values.tile, warp, WARPS);
         const bool ends_chunk = (tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile;
         if (!is_split && ends_chunk) sums.fold_chunk();
     }
@@ -452,8 +487,8 @@ __device__ __forceinline__ void combine(T* out, const float* partials, const Row
 }
 
 // Brings the warps' rows together in shared memory, where the queries were, and stores them in vectors of 16 bytes.
-template <int D, int THREADS, int N, class T>
-__device__ __forceinline__ void store_query_tile(const Arguments<T>& args, const Rows& rows, const RowSums<N>& sums,
+template <int D, int THREADS, int N, class T, class C>
+__device__ __forceinline__ void store_query_tile(const Arguments<T, C>& args, const Rows& rows, const RowSums<N>& sums,
                                                  int first_row, int warp_row, int first_tile) {
     constexpr int CHUNKS = D / 8, VECTORS = TILE * CHUNKS;
     const int lane = threadIdx.x % 32;
@@ -479,14 +514,15 @@ __device__ __forceinline__ void store_query_tile(const Arguments<T>& args, const
 
 template <int D> constexpr int PREFILL_THREADS = D > 128 ? 256 : 128;
 
-template <int D, class T> __device__ __forceinline__ void prefill(const Arguments<T>& args) {
+template <int D, class T, class C> __device__ __forceinline__ void prefill(const Arguments<T, C>& args) {
     constexpr int THREADS = PREFILL_THREADS<D>, N = D / 8 / (THREADS / 128);
     const Rows rows(args.context_lens, args.cu_seqlens_q, args.positions, args.num_heads, args.num_kv_heads,
                     args.window);
     const int first_row = blockIdx.x * TILE;
     if (rows.count() <= args.decode_rows || first_row >= rows.count()) return;
 
-    const u32 queries = shared_address(shared_bytes), keys = queries + TILE * D * 2, values = keys + TILE * D * 2;
+    const u32 queries = shared_address(shared_bytes), tiles = queries + TILE * D * 2, arriving = queries + 3 * TILE * D * 2;
+    const TileMemory keys = {tiles, arriving}, values = {tiles + TILE * D * 2, arriving + TILE * D};
     const int warp = threadIdx.x / 32, warp_row = warp % 4 * 16, first_tile = warp / 4 * N;
     const int last_row = min(first_row + TILE, rows.count()) - 1;
     const int end_tile = ceil_div(rows.end(last_row), TILE);
@@ -500,19 +536,21 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
     RowSums<N> sums(rows, first_row + warp_row);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
+        land_tile<D, THREADS, T, C>(keys);
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
         load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
         commit_copies();
         float scores[TILE / 8][4];
-        score<T, D, TILE / 16>(scores, queries, warp_row, keys, 0);
+        score<T, D, TILE / 16>(scores, queries, warp_row, keys.tile, 0);
         __syncthreads();  // Nobody reads the keys any more.
         if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
         wait_for_copies<1>();
+        land_tile<D, THREADS, T, C>(values);
         __syncthreads();  // The values are here.
-        sums.template add_values<T, D>(weights, values, first_tile, 1);
+        sums.template add_values<T, D>(weights, values.tile, first_tile, 1);
         if ((tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile) sums.fold_chunk();
     }
     wait_for_copies<0>();
@@ -520,8 +558,8 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
     store_query_tile<D, THREADS>(args, rows, sums, first_row, warp_row, first_tile);
 }
 
-#define ATTENTION_PARAMETERS(T)                                                                                        \
-    T *out, float *partials, const T *qkv, const T *blocks, const int *block_tables, const int *context_lens,          \
+#define ATTENTION_PARAMETERS(T, C)                                                                                     \
+    T *out, float *partials, const T *qkv, const C *blocks, const int *block_tables, const int *context_lens,          \
         const int *cu_seqlens_q, const int *positions, u64 block_stride, u64 layer_offset, int max_blocks,             \
         int block_size, int num_heads, int num_kv_heads, int decode_rows, int window, float scale
 #define ATTENTION_ARGUMENTS                                                                                            \
@@ -529,30 +567,35 @@ template <int D, class T> __device__ __forceinline__ void prefill(const Argument
      block_stride, layer_offset, max_blocks, block_size, num_heads,    num_kv_heads, decode_rows,  window,             \
      scale}
 
-#define ATTENTION_KERNELS(T, D)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##T##_d##D(ATTENTION_PARAMETERS(T)) {           \
-        decode<D, T>(ATTENTION_ARGUMENTS);                                                                             \
+#define ATTENTION_KERNELS(name, T, C, D)                                                                               \
+    extern "C" __global__ void __launch_bounds__(128) attention_decode_##name##_d##D(ATTENTION_PARAMETERS(T, C)) {     \
+        decode<D, T, C>(ATTENTION_ARGUMENTS);                                                                          \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(PREFILL_THREADS<D>)                                                   \
-    attention_prefill_##T##_d##D(ATTENTION_PARAMETERS(T)) {                                                            \
-        prefill<D, T>(ATTENTION_ARGUMENTS);                                                                            \
+    attention_prefill_##name##_d##D(ATTENTION_PARAMETERS(T, C)) {                                                      \
+        prefill<D, T, C>(ATTENTION_ARGUMENTS);                                                                         \
     }
 
-#define COMBINE_AND_ATTENTION_KERNELS(T)                                                                               \
+#define ALL_ATTENTION_KERNELS(name, T, C)                                                                              \
+    ATTENTION_KERNELS(name, T, C, 16)                                                                                  \
+    ATTENTION_KERNELS(name, T, C, 32)                                                                                  \
+    ATTENTION_KERNELS(name, T, C, 64)                                                                                  \
+    ATTENTION_KERNELS(name, T, C, 80)                                                                                  \
+    ATTENTION_KERNELS(name, T, C, 96)                                                                                  \
+    ATTENTION_KERNELS(name, T, C, 128)                                                                                 \
+    ATTENTION_KERNELS(name, T, C, 256)
+
+#define COMBINE_KERNEL(T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256)                                                                  \
     attention_combine_##T(T* out, const float* partials, const int* context_lens, const int* cu_seqlens_q,             \
                           const int* positions, int num_chunks, int num_heads, int num_kv_heads, int head_dim,         \
                           int decode_rows, int window) {                                                               \
         const Rows rows(context_lens, cu_seqlens_q, positions, num_heads, num_kv_heads, window);                       \
         combine(out, partials, rows, num_chunks, num_heads, head_dim, decode_rows);                                    \
-    }                                                                                                                  \
-    ATTENTION_KERNELS(T, 16)                                                                                           \
-    ATTENTION_KERNELS(T, 32)                                                                                           \
-    ATTENTION_KERNELS(T, 64)                                                                                           \
-    ATTENTION_KERNELS(T, 80)                                                                                           \
-    ATTENTION_KERNELS(T, 96)                                                                                           \
-    ATTENTION_KERNELS(T, 128)                                                                                          \
-    ATTENTION_KERNELS(T, 256)
+    }
 
-COMBINE_AND_ATTENTION_KERNELS(bf16)
-COMBINE_AND_ATTENTION_KERNELS(f16)
+COMBINE_KERNEL(bf16)
+COMBINE_KERNEL(f16)
+ALL_ATTENTION_KERNELS(bf16, bf16, bf16)
+ALL_ATTENTION_KERNELS(f16, f16, f16)
+ALL_ATTENTION_KERNELS(bf16_fp8, bf16, fp8)

@@ -16,6 +16,10 @@ struct bf16 {
 struct f16 {
     u16 bits;
 };
+// e4m3: what a KV cache may be kept as. Without infinities; the largest number is 448.
+struct fp8 {
+    u8 bits;
+};
 
 // NVRTC has no constant for it.
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -68,6 +72,43 @@ template <class T> __device__ __forceinline__ void store8(T* target, const Eight
     *reinterpret_cast<uint4*>(target) = make_uint4(pack<T>(x.at[0], x.at[1]), pack<T>(x.at[2], x.at[3]),
                                                    pack<T>(x.at[4], x.at[5]), pack<T>(x.at[6], x.at[7]));
 }
+
+// Byte `at` of a word as a number: its bits in place make it 2^-120 times as large, below the normal numbers too.
+__device__ __forceinline__ float unpack_fp8(u32 word, int at) {
+    const u32 top = word << (24 - 8 * at);
+    return __fmul_rn(__uint_as_float((top & 0x80000000u) | (top & 0x7f000000u) >> 4), __uint_as_float(0x7b800000u));
+}
+// The nearest number, ties to even; what is larger than 448 becomes 448.
+__device__ __forceinline__ u32 pack_fp8(float x) {
+    const float size = fminf(fabsf(x), 448.0f);
+    const u32 bits = __float_as_uint(size);
+    // Three bits of fraction, and the exponent's bias of 7 for that of 127.
+    const u32 normal = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120u << 3);
+    // Multiples of 2^-9, which a sum with 2^14 is rounded to.
+    const u32 small = __float_as_uint(__fadd_rn(size, 16384.0f)) - 0x46800000u;
+    return (size < 0.015625f ? small : normal) | (__float_as_uint(x) >> 24 & 0x80);
+}
+template <> __device__ __forceinline__ Eight load8(const fp8* source) {
+    const uint2 words = *reinterpret_cast<const uint2*>(source);
+    Eight x;
+#pragma unroll
+    for (int i = 0; i < 8; i++) x.at[i] = unpack_fp8(i < 4 ? words.x : words.y, i % 4);
+    return x;
+}
+template <> __device__ __forceinline__ void store8(fp8* target, const Eight& x) {
+    u32 words[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; i++) words[i / 4] |= pack_fp8(x.at[i]) << i % 4 * 8;
+    *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+}
+
+// What is read back where eight numbers are stored as T.
+template <class T> __device__ __forceinline__ Eight as_stored(const Eight& x) {
+    uint4 words;
+    store8(reinterpret_cast<T*>(&words), x);
+    return load8(reinterpret_cast<const T*>(&words));
+}
+
 // Four numbers, for what streams f32: 16 bytes a lane there, 8 in 16-bit types, and whole sectors in both.
 template <class T> __device__ __forceinline__ float4 load4(const T* source) {
     const uint2 words = *reinterpret_cast<const uint2*>(source);

@@ -7,7 +7,7 @@
 // taken apart first.
 //
 //   qkv          [num_tokens, (num_heads + 2 num_kv_heads) head_dim] T; q and k are changed in place
-//   blocks       the cache; layer_offset = layer * num_kv_heads * 2 * block_size * head_dim
+//   blocks       the cache, of T or fp8; layer_offset = layer * num_kv_heads * 2 * block_size * head_dim
 //   positions    [num_tokens] i32
 //   slot_mapping [num_tokens] i32, block * block_size + offset; a negative slot stores nothing
 //   angles       [max_positions][cosines | sines][head_dim / 2] f32
@@ -15,7 +15,8 @@
 //
 // head_dim is a multiple of 16, at most 256. A head has `lanes` neighbouring lanes (`rotation_lanes`). Grid
 // (ceil(num_tokens * (num_heads + 2 num_kv_heads) / (128 / lanes))), block 128.
-// Equals `cpu::rope_and_store_kv` on numbers rounded to T; the sum of squares is in another order.
+// Equals `cpu::rope_and_store_kv` on numbers rounded to T; the sum of squares is in another order. A cache of fp8 has the
+// fp8 next to each of these.
 
 #include "common.cuh"
 
@@ -37,8 +38,8 @@ __device__ __forceinline__ void norm_head(Eight& low, Eight& high, const float* 
     }
 }
 
-template <class T>
-__device__ __forceinline__ void rope_store_kv(T* qkv, T* blocks, const int* positions, const int* slot_mapping,
+template <class T, class C>
+__device__ __forceinline__ void rope_store_kv(T* qkv, C* blocks, const int* positions, const int* slot_mapping,
                                               const float* angles, const float* q_norm, const float* k_norm,
                                               float epsilon, int num_tokens, int num_heads, const CacheShape& shape) {
     const int half = shape.head_dim / 2, lanes = rotation_lanes(shape.head_dim);
@@ -69,19 +70,22 @@ __device__ __forceinline__ void rope_store_kv(T* qkv, T* blocks, const int* posi
     const int slot = slot_mapping[token];
     if (is_query || slot < 0) return;
     const int kv_head = head - num_heads - (is_value ? shape.num_kv_heads : 0);
-    T* target = cache_row(blocks, shape, slot, kv_head, is_value) + first;
+    C* target = cache_row(blocks, shape, slot, kv_head, is_value) + first;
+    // The cache keeps what the row has, however few bits: kv_deviation.cu finds no difference.
+    if constexpr (sizeof(C) != sizeof(T)) low = as_stored<T>(low), high = as_stored<T>(high);
     store8(target, low);
     store8(target + half, high);
 }
 
-#define STORE_KERNEL(T)                                                                                                \
+#define STORE_KERNEL(name, T, C)                                                                                       \
     extern "C" __global__ void __launch_bounds__(128)                                                                  \
-    rope_store_kv_##T(T* qkv, T* blocks, const int* positions, const int* slot_mapping, const float* angles,           \
-                      const float* q_norm, const float* k_norm, float epsilon, u64 block_stride, u64 layer_offset,     \
-                      int num_tokens, int num_heads, int num_kv_heads, int head_dim, int block_size) {                 \
+    rope_store_kv_##name(T* qkv, C* blocks, const int* positions, const int* slot_mapping, const float* angles,        \
+                         const float* q_norm, const float* k_norm, float epsilon, u64 block_stride, u64 layer_offset,  \
+                         int num_tokens, int num_heads, int num_kv_heads, int head_dim, int block_size) {              \
         rope_store_kv(qkv, blocks, positions, slot_mapping, angles, q_norm, k_norm, epsilon, num_tokens, num_heads,    \
                       {num_kv_heads, head_dim, block_size, block_stride, layer_offset});                               \
     }
 
-STORE_KERNEL(bf16)
-STORE_KERNEL(f16)
+STORE_KERNEL(bf16, bf16, bf16)
+STORE_KERNEL(f16, f16, f16)
+STORE_KERNEL(bf16_fp8, bf16, fp8)

@@ -1,7 +1,7 @@
 // Copies stored tokens to other slots and positions: K rotated by the difference of positions (pairs
 // (i, i + head_dim / 2), in f32, rounded once), V as it is.
 //
-//   blocks          the cache; common.cuh says how a block lies
+//   blocks          the cache, of T or fp8; common.cuh says how a block lies
 //   source_slots    [num_copies] i32, block * block_size + offset
 //   target_slots    [num_copies] i32; no two are the same, and none is in a block with a source
 //   position_deltas [num_copies] i32, of any sign; 0 copies the bits of K
@@ -12,6 +12,13 @@
 // Equals `cpu::rotate_gather` bit for bit on a cache of bf16.
 
 #include "common.cuh"
+
+template <class T> __device__ __forceinline__ void copy8(T* target, const T* source) {
+    *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
+}
+template <> __device__ __forceinline__ void copy8(fp8* target, const fp8* source) {
+    *reinterpret_cast<uint2*>(target) = *reinterpret_cast<const uint2*>(source);
+}
 
 template <class T>
 __device__ __forceinline__ void rotate_gather(T* blocks, const int* source_slots, const int* target_slots,
@@ -28,8 +35,8 @@ __device__ __forceinline__ void rotate_gather(T* blocks, const int* source_slots
 
     const T* from = cache_row(blocks, shape, source, kv_head, true) + first;
     T* to = cache_row(blocks, shape, target, kv_head, true) + first;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    *reinterpret_cast<uint4*>(to + half) = *reinterpret_cast<const uint4*>(from + half);
+    copy8(to, from);
+    copy8(to + half, from + half);
 
     from = cache_row(blocks, shape, source, kv_head, false) + first;
     to = cache_row(blocks, shape, target, kv_head, false) + first;
@@ -54,3 +61,4 @@ __device__ __forceinline__ void rotate_gather(T* blocks, const int* source_slots
 
 ROTATE_GATHER_KERNEL(bf16)
 ROTATE_GATHER_KERNEL(f16)
+ROTATE_GATHER_KERNEL(fp8)

@@ -192,6 +192,11 @@ fn comparison_and_selection() {
         |a, b, c| if a < b && c != 0 { b } else { c },
     );
     exact32(&pick("setp.lt.u32 %q, %ra, %rb; not.pred %p, %q;"), |a, b, c| if a < b { c } else { b });
+    exact32(&pick("setp.lt.u32 %q, %ra, %rb; xor.pred %p, %q, -1;"), |a, b, c| if a < b { c } else { b });
+    exact32(&pick("setp.lt.u32 %q, %ra, %rb; xor.pred %p, %q, 0;"), |a, b, c| if a < b { b } else { c });
+    exact32(&pick("setp.lt.u32 %q, %ra, %rb; and.pred %p, %q, -1;"), |a, b, c| if a < b { b } else { c });
+    exact32(&pick("setp.lt.u32 %q, %ra, %rb; and.pred %p, %q, 0;"), |_, _, c| c);
+    exact32(&pick("setp.lt.u32 %q, %ra, %rb; or.pred %p, %q, -1;"), |_, b, _| b);
     exact32(&pick("setp.lt.u32 %p|%q, %ra, %rb; and.pred %p, %p, !%q;"), |a, b, c| if a < b { b } else { c });
     exact32(
         &pick("mov.pred %p, 0; setp.lt.u32 %q, %ra, %rb; @%q mov.pred %p, -1;"),

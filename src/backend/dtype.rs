@@ -10,6 +10,8 @@ pub enum DType {
     F16,
     BF16,
     I32,
+    /// Eight bits, e4m3: what a KV cache may be kept as.
+    F8E4M3,
     Q4_0,
     Q4_1,
     Q5_0,
@@ -24,7 +26,7 @@ impl DType {
     /// Elements that share one block (1 for plain types).
     pub const fn block_elements(self) -> usize {
         match self {
-            DType::F32 | DType::F16 | DType::BF16 | DType::I32 => 1,
+            DType::F32 | DType::F16 | DType::BF16 | DType::I32 | DType::F8E4M3 => 1,
             DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 => 32,
             DType::Q4K | DType::Q5K | DType::Q6K => 256,
         }
@@ -35,6 +37,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
+            DType::F8E4M3 => 1,
             DType::Q4_0 => 18,
             DType::Q4_1 => 20,
             DType::Q5_0 => 22,
@@ -67,6 +70,7 @@ impl fmt::Display for DType {
             DType::F16 => "f16",
             DType::BF16 => "bf16",
             DType::I32 => "i32",
+            DType::F8E4M3 => "fp8",
             DType::Q4_0 => "q4_0",
             DType::Q4_1 => "q4_1",
             DType::Q5_0 => "q5_0",

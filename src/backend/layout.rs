@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | pairs, bf16 | `[D/2][B][2]`, innermost dimensions `2i, 2i + 1` | `[B/2][D][2]`, innermost tokens `2i, 2i + 1` |
 //! | pairs, f32 | `[D][B]` | `[B][D]` |
-//! | rows, bf16 or f16 | `[B][D]` | `[B][D]` |
+//! | rows, bf16, f16 or fp8 | `[B][D]` | `[B][D]` |
 //!
 //! Rows are for GPUs, whose `ldmatrix` transposes on the way into registers. Pairs are for the CPU: a vector of K holds
 //! consecutive tokens and a vector of V consecutive dimensions, so that neither scores nor weighted sums need a sum
@@ -58,7 +58,7 @@ impl KvLayout {
         Self::with_order(KvOrder::Pairs, num_layers, num_kv_heads, head_dim, block_size, dtype)
     }
 
-    /// The same in any order; pairs are bf16 or f32, rows bf16 or f16.
+    /// The same in any order; pairs are bf16 or f32, rows bf16, f16 or fp8.
     pub fn with_order(
         order: KvOrder,
         num_layers: usize,
@@ -74,9 +74,13 @@ impl KvLayout {
             return Err(invalid!("a KV block holds a multiple of {LANE_TOKENS} tokens, not {block_size}"));
         }
         match (order, dtype) {
-            (KvOrder::Pairs, DType::BF16 | DType::F32) | (KvOrder::Rows, DType::BF16 | DType::F16) => {}
-            (KvOrder::Pairs, _) => return Err(invalid!("the CPU keeps the KV cache as bf16 or f32, not {dtype}")),
-            (KvOrder::Rows, _) => return Err(invalid!("a GPU keeps the KV cache as bf16 or f16, not {dtype}")),
+            (KvOrder::Pairs, DType::BF16 | DType::F32) | (KvOrder::Rows, DType::BF16 | DType::F16 | DType::F8E4M3) => {}
+            (KvOrder::Pairs, _) => {
+                return Err(invalid!("the CPU keeps the KV cache as bf16 or f32, not {dtype} (--kv-cache-dtype)"));
+            }
+            (KvOrder::Rows, _) => {
+                return Err(invalid!("a GPU keeps the KV cache as bf16, f16 or fp8, not {dtype} (--kv-cache-dtype)"));
+            }
         }
         let bytes = [num_layers, num_kv_heads, head_dim, block_size, 2, dtype.block_bytes()];
         let bytes = bytes.into_iter().try_fold(1usize, usize::checked_mul);
@@ -214,6 +218,7 @@ mod tests {
             (KvOrder::Pairs, DType::F32),
             (KvOrder::Rows, DType::BF16),
             (KvOrder::Rows, DType::F16),
+            (KvOrder::Rows, DType::F8E4M3),
         ] {
             let layout = KvLayout::with_order(order, 2, 3, 48, 32, dtype).unwrap();
             let element_bytes = dtype.block_bytes();
@@ -273,6 +278,7 @@ mod tests {
             (1, 0, 16, DType::BF16),
             (1, 64, 8, DType::BF16),
             (1, 64, 16, DType::F16),
+            (1, 64, 16, DType::F8E4M3),
             (0, 64, 16, DType::F32),
             (usize::MAX / 64, 64, 16, DType::F32),
         ] {

@@ -65,6 +65,14 @@ pub trait Backend: Device {
     /// Element type of the KV cache unless another one is asked for.
     fn kv_dtype(&self) -> DType;
 
+    /// Says before anything is loaded whether kernels can use a KV cache of `layout`, one in the device's order.
+    ///
+    /// # Errors
+    /// `Unsupported` for a type or a head size that there are no kernels for.
+    fn check_kv_layout(&self, _layout: &KvLayout) -> Result<()> {
+        Ok(())
+    }
+
     /// Stacks `parts` along their rows into one matrix `[N, K]`. `dtype` is what the numbers are kept as; `None` keeps
     /// them as stored, quantised formats quantised.
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<Self::Matrix>;

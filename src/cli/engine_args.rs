@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use mneme::backend::cpu::Isa;
 #[cfg(feature = "cuda")]
 use mneme::backend::cuda::CudaBackend;
-use mneme::backend::{DType, KvLayout, KvOrder};
+use mneme::backend::{DType, KvLayout};
 use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
 use mneme::models::{Checkpoint, ModelConfig};
@@ -35,7 +35,7 @@ pub(crate) struct EngineArgs {
     /// What weights are kept as; auto keeps them as stored, quantised ones quantised, on a GPU the others bf16
     #[arg(long, value_enum, default_value_t = WeightDtype::Auto)]
     pub(crate) dtype: WeightDtype,
-    /// What the KV cache is kept as; auto is bf16, on a GPU the type of its weights
+    /// What the KV cache is kept as; auto is bf16, on a GPU the type of its activations; fp8 (e4m3) is for GPUs
     #[arg(long, value_enum, default_value_t = KvDtype::Auto)]
     pub(crate) kv_cache_dtype: KvDtype,
     /// Longest prompt plus output in tokens [default: what the model and the KV memory allow]
@@ -125,6 +125,8 @@ pub(crate) enum KvDtype {
     F16,
     #[value(alias = "float32")]
     F32,
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 impl WeightDtype {
@@ -153,6 +155,7 @@ impl KvDtype {
             KvDtype::Bf16 => Some(DType::BF16),
             KvDtype::F16 => Some(DType::F16),
             KvDtype::F32 => Some(DType::F32),
+            KvDtype::Fp8 => Some(DType::F8E4M3),
         }
     }
 }
@@ -226,16 +229,9 @@ impl EngineArgs {
         self.isa.unwrap_or_else(Isa::best)
     }
 
-    /// The bounds of an engine for this model, whose KV cache is kept in `kv_order` as `kv_dtype`. The length is cut to
-    /// what the KV memory holds unless it was asked for.
-    pub(crate) fn limits(
-        &self,
-        config: &ModelConfig,
-        kv_order: KvOrder,
-        kv_dtype: DType,
-    ) -> anyhow::Result<SchedulerLimits> {
-        let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = *config;
-        let layout = KvLayout::with_order(kv_order, num_layers, num_kv_heads, head_dim, self.block_size, kv_dtype)?;
+    /// The bounds of an engine for this model and its KV cache. The length is cut to what the KV memory holds unless it was
+    /// asked for.
+    pub(crate) fn limits(&self, config: &ModelConfig, layout: &KvLayout) -> anyhow::Result<SchedulerLimits> {
         let num_blocks = self.num_kv_blocks.unwrap_or(self.kv_cache_memory_bytes / layout.block_bytes());
         let capacity = num_blocks * self.block_size;
         let max_model_len = self.max_model_len.unwrap_or(config.max_position_embeddings.min(capacity));

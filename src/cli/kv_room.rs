@@ -1,7 +1,7 @@
 //! How many KV blocks there is room for beside the weights.
 
 use mneme::Result;
-use mneme::backend::{Backend, DType, KvLayout};
+use mneme::backend::{Backend, KvLayout};
 use mneme::engine::SchedulerLimits;
 use mneme::models::{ModelConfig, StepLimits, Workspace};
 
@@ -23,12 +23,9 @@ impl KvRoom {
         backend: &B,
         config: &ModelConfig,
         limits: &SchedulerLimits,
-        kv_dtype: DType,
+        layout: &KvLayout,
     ) -> Result<Option<Self>> {
         let Some(free_bytes) = backend.free_bytes()? else { return Ok(None) };
-        let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = *config;
-        let layout =
-            KvLayout::with_order(backend.kv_order(), num_layers, num_kv_heads, head_dim, limits.block_size, kv_dtype)?;
         let step = StepLimits {
             max_tokens: limits.max_num_batched_tokens,
             max_logits: limits.max_num_seqs + limits.max_prompt_logits,

@@ -85,7 +85,9 @@ fn launch_on<B: Backend>(
     let checkpoint = Arc::new(args.open_checkpoint(&model.path)?);
     let backend = make_backend()?;
     let kv_dtype = args.kv_cache_dtype.dtype().unwrap_or_else(|| backend.kv_dtype());
-    let limits = args.limits(checkpoint.config(), backend.kv_order(), kv_dtype)?;
+    let layout = checkpoint.config().kv_layout(backend.kv_order(), args.block_size, kv_dtype)?;
+    backend.check_kv_layout(&layout)?;
+    let limits = args.limits(checkpoint.config(), &layout)?;
     // The vocabulary and the weights take about equally long, and neither needs the other.
     let (assets, weights) = thread::scope(|scope| {
         let assets = scope.spawn(|| TextAssets::load(&checkpoint));
@@ -93,7 +95,7 @@ fn launch_on<B: Backend>(
         (assets.join(), weights)
     });
     let weights = weights?;
-    let limits = args.fit(limits, KvRoom::of(&backend, checkpoint.config(), &limits, kv_dtype)?)?;
+    let limits = args.fit(limits, KvRoom::of(&backend, checkpoint.config(), &limits, &layout)?)?;
     let assets = assets.map_err(|_| anyhow::anyhow!("the tokenizer's thread panicked"))??;
     let config = EngineConfig {
         model_name: model.name.clone(),
@@ -111,7 +113,7 @@ fn launch_on<B: Backend>(
     );
     let numerics = Numerics {
         backend: backend.name(),
-        layout: weights.kv_layout(&backend, limits.block_size, kv_dtype)?,
+        layout,
         weight_dtype: format!("{:?}", args.dtype.target()),
         assets: &assets,
     };

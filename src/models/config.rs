@@ -1,6 +1,6 @@
 //! What a checkpoint says about its model, in one form for every family and file format.
 
-use crate::backend::{Activation, RopeConfig};
+use crate::backend::{Activation, DType, KvLayout, KvOrder, RopeConfig};
 use crate::{Result, malformed};
 
 /// The families mneme runs.
@@ -85,6 +85,14 @@ impl ModelConfig {
         let sees_all = |layer: &usize| self.sliding.as_ref().is_none_or(|sliding| !sliding.layers[*layer]);
         let first = (0..self.num_layers).find(sees_all).unwrap_or(0);
         (first + 1).min(self.num_layers - 1)
+    }
+
+    /// The KV cache this model needs.
+    ///
+    /// # Errors
+    /// `Invalid` when there is none of such blocks and type.
+    pub fn kv_layout(&self, order: KvOrder, block_size: usize, dtype: DType) -> Result<KvLayout> {
+        KvLayout::with_order(order, self.num_layers, self.num_kv_heads, self.head_dim, block_size, dtype)
     }
 
     /// Numbers in the matrices that a token whose logits are wanted is multiplied by.

@@ -75,8 +75,7 @@ impl<B: Backend> Model<B> {
 
     /// The KV cache this model needs, as `backend` keeps it.
     pub fn kv_layout(&self, backend: &B, block_size: usize, dtype: DType) -> Result<KvLayout> {
-        let ModelConfig { num_layers, num_kv_heads, head_dim, .. } = self.config;
-        KvLayout::with_order(backend.kv_order(), num_layers, num_kv_heads, head_dim, block_size, dtype)
+        self.config.kv_layout(backend.kv_order(), block_size, dtype)
     }
 
     /// Queues copies of stored tokens to other slots and positions, all layers of them, each turned by its own angles.

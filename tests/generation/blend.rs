@@ -1,9 +1,11 @@
 //! Composed prompts in which the tokens that deviate most are computed: which these are, and what follows from it. That
 //! nothing but the request decides it `link.rs` tests for all composed prompts. Run on every device.
 
+use mneme::backend::DType;
+use mneme::backend::cpu::Isa;
 use mneme::engine::{Piece, SchedulerLimits};
 
-use crate::composition::runner;
+use crate::composition::runner_on;
 use crate::support::composed::{bits, blended, composed, run};
 use crate::support::engine::{Output, Setup, limits};
 use crate::support::random::Random;
@@ -54,8 +56,7 @@ struct ByHand {
 
 impl ByHand {
     /// Computes each source alone, and moves what is kept of it with the device's own rotation.
-    fn new(family: Family, pieces: &[Piece]) -> Self {
-        let runner = runner(family);
+    fn new(runner: Runner<TestBackend>, pieces: &[Piece]) -> Self {
         // Behind the prompt, which is not computed yet, so that computing the next source overwrites nothing.
         let aside = 8 * BLOCK_SIZE;
         let mut moved = vec![];
@@ -102,33 +103,38 @@ impl ByHand {
     }
 }
 
-/// The chosen tokens are those whose keys and values differ most from those of the whole prompt; when the others are chosen
-/// something else comes out.
+/// What is chosen with a KV cache of `kv_dtype`, and that something else comes out when others are.
+pub(crate) fn check_choice(family: Family, kv_dtype: DType, num_recomputed: usize, num_chosen: usize) {
+    let runner = || runner_on(family, Isa::best(), kv_dtype);
+    let (prompt, pieces) = composed(&mut Random::new(2), &[WINDOW - 5, WINDOW + 7], num_recomputed);
+    let whole = runner();
+    whole.forward(&prompt, &(0..prompt.len()).collect::<Vec<_>>());
+    let by_hand = ByHand::new(runner(), &pieces);
+    let order = by_hand.by_deviation(&whole);
+    let kept: Vec<usize> = order.iter().flat_map(|places| &places[num_chosen..]).copied().collect();
+    let wanted = by_hand.finish(&prompt, &kept);
+    let model = TinyModel::new(family, SEED).write();
+    let limits = SchedulerLimits { max_num_batched_tokens: 11, ..limits() };
+    let engine = start(model.path(), Setup { limits, kv_dtype, ..Setup::default() });
+    let found = run(&engine, &prompt, &blended(&pieces, num_chosen), 1);
+    assert_eq!(found.reuse.chosen_tokens, 2 * num_chosen);
+    let off = |wanted: &[f64]| -> f64 {
+        let tops = found.logprobs[0].top.iter();
+        tops.map(|top| (f64::from(top.logprob) - wanted[top.id as usize]).abs()).fold(0.0, f64::max)
+    };
+    let what = format!("{family:?} over {kv_dtype}, {num_recomputed} recomputed, {num_chosen} chosen");
+    assert!(off(&wanted) < 1e-4, "{what}: off by {}", off(&wanted));
+    let other: Vec<usize> = order.iter().flat_map(|places| &places[..places.len() - num_chosen]).copied().collect();
+    let other = ByHand::new(runner(), &pieces).finish(&prompt, &other);
+    assert!(off(&other) > 1e-4, "{what}: the choice does not matter");
+}
+
+/// The chosen tokens are those whose keys and values differ most from those of the whole prompt.
 #[test]
 fn the_chosen_tokens_are_those_of_a_slow_search() {
     for &family in FAMILIES {
-        let model = TinyModel::new(family, SEED).write();
         for (num_recomputed, num_chosen) in [(0, 3), (4, 10)] {
-            let (prompt, pieces) = composed(&mut Random::new(2), &[WINDOW - 5, WINDOW + 7], num_recomputed);
-            let whole = runner(family);
-            whole.forward(&prompt, &(0..prompt.len()).collect::<Vec<_>>());
-            let by_hand = ByHand::new(family, &pieces);
-            let order = by_hand.by_deviation(&whole);
-            let kept: Vec<usize> = order.iter().flat_map(|places| &places[num_chosen..]).copied().collect();
-            let wanted = by_hand.finish(&prompt, &kept);
-            let limits = SchedulerLimits { max_num_batched_tokens: 11, ..limits() };
-            let engine = start(model.path(), Setup { limits, ..Setup::default() });
-            let found = run(&engine, &prompt, &blended(&pieces, num_chosen), 1);
-            assert_eq!(found.reuse.chosen_tokens, 2 * num_chosen);
-            let off = |wanted: &[f64]| -> f64 {
-                let tops = found.logprobs[0].top.iter();
-                tops.map(|top| (f64::from(top.logprob) - wanted[top.id as usize]).abs()).fold(0.0, f64::max)
-            };
-            assert!(off(&wanted) < 1e-4, "{family:?} {num_recomputed} {num_chosen}: off by {}", off(&wanted));
-            let other: Vec<usize> =
-                order.iter().flat_map(|places| &places[..places.len() - num_chosen]).copied().collect();
-            let other = ByHand::new(family, &pieces).finish(&prompt, &other);
-            assert!(off(&other) > 1e-4, "{family:?} {num_recomputed} {num_chosen}: the choice does not matter");
+            check_choice(family, DType::BF16, num_recomputed, num_chosen);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::support::tiny_model::{Family, VOCAB};
 use crate::{FAMILIES, GEMMA, TestBackend, backend, kinds};
 
 /// On the device that these tests are about.
-fn runner_on(family: Family, isa: Isa, kv_dtype: DType) -> Runner<TestBackend> {
+pub(crate) fn runner_on(family: Family, isa: Isa, kv_dtype: DType) -> Runner<TestBackend> {
     Runner::new(backend(&Setup { isa, kv_dtype, ..Setup::default() }), family, kv_dtype)
 }
 

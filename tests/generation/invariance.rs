@@ -102,7 +102,7 @@ fn variants() -> Vec<Variant> {
     ]
 }
 
-fn check(family: Family, isa: Isa, dtype: Option<DType>, kv_dtype: DType) {
+pub(crate) fn check(family: Family, isa: Isa, dtype: Option<DType>, kv_dtype: DType) {
     let model = TinyModel::new(family, 1).write();
     let setup = |limits: SchedulerLimits, num_threads: usize| Setup {
         limits,

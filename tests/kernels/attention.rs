@@ -73,9 +73,14 @@ struct World<'a> {
 impl<'a> World<'a> {
     /// Stores `context_lens` tokens with random heads; every token in one launch.
     fn new(gpu: &'a Gpu, shape: Shape, context_lens: &[usize], random: &mut Random) -> Self {
+        Self::with_cache(gpu, gpu.dtype(), shape, context_lens, random)
+    }
+
+    /// The same with a cache of `dtype`.
+    fn with_cache(gpu: &'a Gpu, dtype: DType, shape: Shape, context_lens: &[usize], random: &mut Random) -> Self {
         let Shape { num_kv_heads, head_dim, block_size, .. } = shape;
         let layout =
-            KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, gpu.dtype()).unwrap();
+            KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, dtype).unwrap();
         let num_blocks = context_lens.iter().map(|len| len.div_ceil(block_size)).sum::<usize>() + 2;
         let mut free: Vec<i32> = (0..num_blocks as i32).collect();
         let mut take = |_| free.swap_remove(random.below(free.len()));
@@ -92,7 +97,31 @@ impl<'a> World<'a> {
             world.rows.push(rows.to_vec());
             rest = others;
         }
+        if dtype != gpu.dtype() {
+            world.read_back();
+        }
         world
+    }
+
+    /// Takes keys and values for what the cache has made of them.
+    fn read_back(&mut self) {
+        let Shape { num_kv_heads, head_dim, block_size, .. } = self.shape;
+        let (layout, bytes, columns) = (self.layout, self.gpu.download(&self.kv), self.shape.columns());
+        let head_bytes = head_dim * layout.dtype().block_bytes();
+        for (rows, table) in self.rows.iter_mut().zip(&self.tables) {
+            for (position, row) in rows.chunks_exact_mut(columns).enumerate() {
+                let (block, token) =
+                    (table[position / block_size] as usize * layout.block_bytes(), position % block_size);
+                let heads = row[self.shape.num_kv_heads * self.shape.group * head_dim..].chunks_exact_mut(head_dim);
+                for (at, head) in heads.enumerate() {
+                    let place = match at < num_kv_heads {
+                        true => layout.k_tile_offset(LAYER, at) + layout.k_offset(token, 0),
+                        false => layout.v_tile_offset(LAYER, at - num_kv_heads) + layout.v_offset(token, 0),
+                    };
+                    head.copy_from_slice(&gpu::decode(&bytes[block + place..][..head_bytes], layout.dtype()));
+                }
+            }
+        }
     }
 
     fn kv_layer(&self) -> KvLayer<'_, CudaBuffer> {
@@ -222,9 +251,12 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 
 /// Attends with `parts` in one call and compares every row.
 fn check_attention(gpu: &Gpu, shape: Shape, parts: &[Lengths], seed: u64) {
-    let random = &mut Random::new(seed);
     let lens: Vec<usize> = parts.iter().map(|part| part.1).collect();
-    let world = World::new(gpu, shape, &lens, random);
+    check_world(&World::new(gpu, shape, &lens, &mut Random::new(seed)), parts);
+}
+
+fn check_world(world: &World<'_>, parts: &[Lengths]) {
+    let (gpu, shape) = (world.gpu, world.shape);
     let sequences: Vec<usize> = (0..parts.len()).collect();
     let found = world.attend(&sequences, parts).numbers(gpu);
     let wanted: Vec<f64> = sequences.iter().flat_map(|at| world.reference(*at, &last_positions(&parts[*at]))).collect();
@@ -428,6 +460,83 @@ fn check_stored(world: &World<'_>, rows: &[f32], parts: &[Lengths]) {
     // The other layer is as it was.
     let first = layout.k_tile_offset(0, 0)..layout.k_tile_offset(LAYER, 0);
     assert!(bytes[first].iter().all(|byte| *byte == 0xff), "another layer was written");
+}
+
+/// Keys and values are those of the row, rounded to fp8; what is larger than all numbers becomes the largest. Compared with
+/// what they were rounded to, they deviate by nothing.
+#[test]
+fn fp8_keeps_the_nearest_numbers() {
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
+    let shape = Shape { num_kv_heads: 1, group: 1, head_dim: 64, ..SMALL };
+    let world = World::with_cache(gpu, DType::F8E4M3, shape, &[40], &mut Random::new(71));
+    let mut numbers = gpu.numbers(&mut Random::new(72), 40 * shape.columns(), 1.0);
+    for (at, number) in numbers.iter_mut().enumerate() {
+        *number = gpu::round(*number * [1.0, 1000.0, 0.01, 1.0 / 512.0][at % 4], gpu.dtype());
+    }
+    let rows = world.store(&numbers, &[0], &[(40, 40)], None);
+    let mut world = World { rows: vec![rows.clone()], ..world };
+    world.read_back();
+    let columns = shape.columns();
+    for (position, (stored, row)) in world.rows[0].chunks_exact(columns).zip(rows.chunks_exact(columns)).enumerate() {
+        for at in shape.head_dim..columns {
+            let nearest = gpu::round(row[at], DType::F8E4M3);
+            assert!(stored[at] == nearest, "{position}, {at}: {} for {}, not {nearest}", stored[at], row[at]);
+        }
+    }
+    let has = |wanted: &dyn Fn(f32) -> bool| world.rows[0].iter().any(|number| wanted(number.abs()));
+    assert!(has(&|size| size == 448.0) && has(&|size| size > 0.0 && size < 0.01));
+
+    let qkv = gpu.activations(&rows, 40, columns);
+    let out = gpu.output(1, 40, DType::F32);
+    let slots = world.metadata(&[0], &[(40, 40)]).slot_mapping;
+    gpu.backend.kv_deviation(&gpu.stream, &qkv, &shape.of_backend(), &world.kv_layer(), &slots, &out.tensor).unwrap();
+    assert_eq!(out.numbers(gpu), [0.0; 40]);
+}
+
+/// Against the reference over keys and values as the cache has them.
+#[test]
+fn caches_of_fp8_are_attended() {
+    let gpus = gpu::lend();
+    let [gpu, f16] = &*gpus;
+    for (at, head_dim) in [16, 32, 64, 80, 96, 128, 256].into_iter().enumerate() {
+        let shape = Shape { num_kv_heads: 2, group: 3, head_dim, ..SMALL };
+        let parts = [(1, 40), (20, 50), (1, 1), (3, 17)];
+        let lens = parts.map(|part| part.1);
+        let world = World::with_cache(gpu, DType::F8E4M3, shape, &lens, &mut Random::new(73 + at as u64));
+        check_world(&world, &parts);
+    }
+    let parts = [(1, 600), (30, 530), (1, 257)];
+    for window in [None, Some(100)] {
+        let shape = Shape { window, block_size: 32, ..SMALL };
+        let lens = parts.map(|part| part.1);
+        check_world(&World::with_cache(gpu, DType::F8E4M3, shape, &lens, &mut Random::new(81)), &parts);
+    }
+    let layout = KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, 2, 64, 16, DType::F8E4M3).unwrap();
+    let world = World::new(f16, SMALL, &[5], &mut Random::new(82));
+    let world = World { layout, ..world };
+    let metadata = world.metadata(&[0], &[(5, 5)]);
+    let qkv = f16.activations(&vec![0.0; 5 * SMALL.columns()], 5, SMALL.columns());
+    let out = f16.output(5, SMALL.num_heads() * 64, f16.dtype());
+    let refused =
+        f16.backend.attention(&f16.stream, &qkv, &SMALL.of_backend(), &world.kv_layer(), &metadata, &out.tensor);
+    assert!(refused.unwrap_err().to_string().contains("activations of bf16"));
+}
+
+/// As for the other types: decode, prefill and the rest of the batch leave the bits of a row alone.
+#[test]
+fn rows_over_fp8_have_the_same_bits_however_they_are_computed() {
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
+    let world = World::with_cache(gpu, DType::F8E4M3, SMALL, &[530, 60], &mut Random::new(83));
+    let row_bytes = SMALL.num_heads() * SMALL.head_dim * 2;
+    let last = |sequences: &[usize], parts: &[Lengths]| {
+        let bytes = world.attend(sequences, parts).bytes(gpu);
+        bytes[bytes.len() - row_bytes..].to_vec()
+    };
+    let alone = last(&[0], &[(1, 530)]);
+    assert_eq!(last(&[0], &[(67, 530)]), alone, "prefill of many");
+    assert_eq!(last(&[1, 0], &[(20, 60), (1, 530)]), alone, "beside a prefill");
 }
 
 #[test]

@@ -15,8 +15,14 @@ fn rope(head_dim: usize) -> RopeConfig {
     RopeConfig { head_dim, theta: 10_000.0, scaling: RopeScaling::Plain }
 }
 
-fn layout(gpu: &Gpu, num_kv_heads: usize, head_dim: usize, block_size: usize) -> KvLayout {
-    KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, gpu.dtype()).unwrap()
+fn layout(dtype: DType, num_kv_heads: usize, head_dim: usize, block_size: usize) -> KvLayout {
+    KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, dtype).unwrap()
+}
+
+/// The types of caches beside activations of each.
+fn caches(gpus: &[Gpu; 2]) -> [(&Gpu, DType); 3] {
+    let [bf16, f16] = gpus;
+    [(bf16, DType::BF16), (f16, DType::F16), (bf16, DType::F8E4M3)]
 }
 
 /// Numbers of the cache before the token `slot` of a KV head, its key or its value.
@@ -26,13 +32,15 @@ fn place(layout: &KvLayout, slot: usize, head: usize, is_value: bool) -> usize {
         false => layout.k_tile_offset(LAYER, head) + layout.k_offset(token, 0),
         true => layout.v_tile_offset(LAYER, head) + layout.v_offset(token, 0),
     };
-    (block * layout.block_bytes() + within) / 2
+    (block * layout.block_bytes() + within) / layout.dtype().block_bytes()
 }
 
 /// A cache of random numbers, and the same on the host.
 fn cache(gpu: &Gpu, layout: &KvLayout, num_blocks: usize, random: &mut Random) -> (GpuTensor, Vec<f32>) {
-    let numbers = gpu.numbers(random, num_blocks * layout.block_bytes() / 2, 1.0);
-    (gpu.activations(&numbers, 1, numbers.len()), numbers)
+    let dtype = layout.dtype();
+    let count = num_blocks * layout.block_bytes() / dtype.block_bytes();
+    let numbers: Vec<f32> = (0..count).map(|_| gpu::round(random.normal() as f32, dtype)).collect();
+    (gpu.tensor(&numbers, 1, numbers.len(), dtype), numbers)
 }
 
 #[derive(Clone, Default)]
@@ -88,12 +96,12 @@ impl Copies {
 
 #[test]
 fn copies_are_rotated_and_nothing_else_is_written() {
-    for gpu in gpu::lend().iter() {
+    for (gpu, dtype) in caches(&gpu::lend()) {
         let random = &mut Random::new(90);
         for (num_kv_heads, head_dim, block_size) in
             [(1, 64, 16), (3, 64, 32), (2, 128, 16), (1, 256, 16), (2, 16, 48), (1, 80, 16), (2, 96, 16)]
         {
-            let layout = layout(gpu, num_kv_heads, head_dim, block_size);
+            let layout = layout(dtype, num_kv_heads, head_dim, block_size);
             let table = gpu.backend.load_rope(&rope(head_dim), MAX_POSITIONS).unwrap();
             for num_copies in [0, 1, 7, 60] {
                 let half = 64usize.next_multiple_of(block_size);
@@ -101,8 +109,8 @@ fn copies_are_rotated_and_nothing_else_is_written() {
                 let copies = Copies::random(num_copies, half, random);
                 let kv = KvLayer { blocks: blocks.buffer(), layout: &layout, layer: LAYER };
                 gpu.backend.rotate_gather(&gpu.stream, &kv, &copies.on_device(gpu), &table).unwrap();
-                let found = gpu::decode(&gpu.download(&blocks), gpu.dtype());
-                let wanted = copies.apply(&layout, &before, gpu.dtype());
+                let found = gpu::decode(&gpu.download(&blocks), dtype);
+                let wanted = copies.apply(&layout, &before, dtype);
                 assert!(found == wanted, "{num_copies} copies of {layout:?}");
             }
         }
@@ -111,10 +119,10 @@ fn copies_are_rotated_and_nothing_else_is_written() {
 
 #[test]
 fn deviations_are_sums_of_squares() {
-    for gpu in gpu::lend().iter() {
+    for (gpu, dtype) in caches(&gpu::lend()) {
         let random = &mut Random::new(91);
         for (num_kv_heads, group, head_dim) in [(1, 1, 64), (3, 3, 64), (2, 2, 128), (8, 1, 256), (1, 4, 16)] {
-            let layout = layout(gpu, num_kv_heads, head_dim, 16);
+            let layout = layout(dtype, num_kv_heads, head_dim, 16);
             let (blocks, stored) = cache(gpu, &layout, 3, random);
             let (num_heads, num_tokens) = (num_kv_heads * group, 20);
             let columns = (num_heads + 2 * num_kv_heads) * head_dim;
@@ -130,8 +138,9 @@ fn deviations_are_sums_of_squares() {
                     if token % 4 == 0 {
                         fresh.copy_from_slice(stored);
                     }
+                    let rounded = fresh.iter().map(|number| gpu::round(*number, dtype));
                     wanted[token] +=
-                        fresh.iter().zip(stored).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>();
+                        rounded.zip(stored).map(|(a, b)| (f64::from(a) - f64::from(*b)).powi(2)).sum::<f64>();
                 }
             }
             let qkv = gpu.activations(&rows, num_tokens, columns);
@@ -154,7 +163,7 @@ fn deviations_are_sums_of_squares() {
 fn impossible_copies_are_refused() {
     let gpus = gpu::lend();
     let gpu = &gpus[0];
-    let layout = layout(gpu, 1, 64, 16);
+    let layout = layout(gpu.dtype(), 1, 64, 16);
     let (blocks, _) = cache(gpu, &layout, 2, &mut Random::new(92));
     let table = gpu.backend.load_rope(&rope(64), MAX_POSITIONS).unwrap();
     let good = Copies { sources: vec![1], targets: vec![20], deltas: vec![-4] };

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use mneme::backend::cuda::{CudaBackend, CudaBuffer, CudaMatrix, CudaStream};
 use mneme::backend::{Backend, BufferCopy, DType, Device, HostTensor, StreamKind, Tensor};
 
+use crate::support::fp8;
 use crate::support::random::Random;
 use crate::support::softgpu;
 
@@ -177,6 +178,7 @@ pub fn round(value: f32, dtype: DType) -> f32 {
     match dtype {
         DType::BF16 => bf16::from_f32(value).to_f32(),
         DType::F16 => f16::from_f32(value).to_f32(),
+        DType::F8E4M3 => fp8::decode(fp8::nearest(value)),
         _ => value,
     }
 }
@@ -196,6 +198,7 @@ pub fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
         .flat_map(|value| match dtype {
             DType::BF16 => bf16::from_f32(*value).to_le_bytes().to_vec(),
             DType::F16 => f16::from_f32(*value).to_le_bytes().to_vec(),
+            DType::F8E4M3 => vec![fp8::nearest(*value)],
             _ => value.to_le_bytes().to_vec(),
         })
         .collect()
@@ -206,6 +209,7 @@ pub fn decode(bytes: &[u8], dtype: DType) -> Vec<f32> {
     match dtype {
         DType::BF16 => bytes.chunks_exact(2).map(|x| bf16::from_le_bytes(two(x)).to_f32()).collect(),
         DType::F16 => bytes.chunks_exact(2).map(|x| f16::from_le_bytes(two(x)).to_f32()).collect(),
+        DType::F8E4M3 => bytes.iter().map(|code| fp8::decode(*code)).collect(),
         _ => words(bytes).map(f32::from_le_bytes).collect(),
     }
 }

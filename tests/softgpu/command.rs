@@ -18,7 +18,7 @@ pub(crate) fn driver_folder() -> tempfile::TempDir {
     folder
 }
 
-fn mneme(arguments: &[&str], library_path: &Path) -> Output {
+pub(crate) fn mneme(arguments: &[&str], library_path: &Path) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
     command.args(arguments).env("LD_LIBRARY_PATH", library_path).env_remove("MNEME_DEVICE").env("MNEME_LOG", "info");
     command.env_remove("MNEME_CUBLASLT_LIBRARY");

@@ -39,7 +39,7 @@ pub(crate) fn run(backend: CudaBackend, model: &Path, dtype: DType) -> (Vec<Outp
     (outputs, handle.metrics().repeated_steps.get())
 }
 
-fn check(family: Family, dtype: DType) {
+pub(crate) fn check(family: Family, dtype: DType) {
     let model = TinyModel::new(family, 17).write();
     let (found, num_replayed) = run(softgpu::backend(dtype), model.path(), dtype);
     let (wanted, num_never) = run(softgpu::backend(dtype).without_graphs(), model.path(), dtype);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mneme::backend::DType;
 use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
 
 use crate::support::engine::{Output, PATIENCE, Setup, TestEngine, collect, limits};
@@ -32,12 +33,17 @@ pub(crate) fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
 
 /// An engine whose host tier, and nothing else, has what both prompts begin with.
 pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> TestEngine {
-    let backend = softgpu::backend(Setup::default().kv_dtype);
+    engine_with_blocks(model, family, Setup::default().kv_dtype)
+}
+
+/// The same, whose KV cache is of `kv_dtype`.
+fn engine_with_blocks(model: &Path, family: Family, kv_dtype: DType) -> TestEngine {
     let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
-    let setup = Setup { limits, ..Setup::default() };
-    let host_bytes = 100 * Tiers::new(family).block_bytes();
+    let mut below = Tiers::new(family);
+    below.setup = Setup { limits, kv_dtype, ..Setup::default() };
+    let host_bytes = 100 * below.block_bytes();
     let tiers = TierConfig { host_bytes, num_io_threads: 2, fetch_wait: Some(PATIENCE), ..TierConfig::default() };
-    let engine = TestEngine::start_with_tiers(backend, model, setup, tiers);
+    let engine = TestEngine::start_with_tiers(softgpu::backend(kv_dtype), model, below.setup, tiers);
     ask(&engine, &prompts()[0]);
     for seed in 100..103 {
         engine.greedy(&Random::new(seed).tokens(200, VOCAB), 1);
@@ -45,8 +51,8 @@ pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> Te
     engine
 }
 
-fn attached(model: &Path, family: Family, num_launches_before: u64) -> Output {
-    let engine = engine_with_blocks_on_the_host(model, family);
+fn attached(model: &Path, family: Family, kv_dtype: DType, num_launches_before: u64) -> Output {
+    let engine = engine_with_blocks(model, family, kv_dtype);
     softgpu::hold_copies(num_launches_before);
     let found = ask(&engine, &prompts()[1]);
     assert_eq!((found.reuse.decision, found.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
@@ -55,27 +61,33 @@ fn attached(model: &Path, family: Family, num_launches_before: u64) -> Output {
 
 /// The same prompt computed, and with its beginning from the device, from the host layer by layer and from disk block by
 /// block.
+pub(crate) fn check(family: Family, kv_dtype: DType) {
+    let what = format!("{family:?}, {kv_dtype}");
+    let model = TinyModel::new(family, 3).write();
+    let [first, second] = prompts();
+    let mut tiers = Tiers::new(family);
+    tiers.setup.kv_dtype = kv_dtype;
+    tiers.setup.limits.num_blocks = 64;
+    let wanted = bits(&ask(&tiers.start(model.path()), &second));
+    tiers.files = mneme::paging::faulty::FaultyFiles::new(2);
+    let engine = tiers.start(model.path());
+    ask(&engine, &first);
+    let from_device = ask(&engine, &second);
+    assert_eq!((from_device.reuse.device_tokens, bits(&from_device)), (NUM_SHARED, wanted.clone()), "{what}");
+    drop(engine);
+    tiers.files.restart();
+    let whole = ask(&tiers.start(model.path()), &first);
+    assert_eq!((whole.reuse.decision, whole.reuse.disk_tokens), (FetchDecision::Fetched, NUM_SHARED));
+    let again = ask(&engine_with_blocks(model.path(), family, kv_dtype), &first);
+    assert_eq!((again.reuse.decision, again.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
+    assert_eq!(bits(&again), bits(&whole), "{what}");
+    assert_eq!(bits(&attached(model.path(), family, kv_dtype, 0)), wanted, "{what}");
+}
+
 #[test]
 fn blocks_that_land_layer_by_layer_give_the_same_bits() {
     for family in [Family::Llama, Family::Gemma3] {
-        let model = TinyModel::new(family, 3).write();
-        let [first, second] = prompts();
-        let mut tiers = Tiers::new(family);
-        tiers.setup.limits.num_blocks = 64;
-        let wanted = bits(&ask(&tiers.start(model.path()), &second));
-        tiers.files = mneme::paging::faulty::FaultyFiles::new(2);
-        let engine = tiers.start(model.path());
-        ask(&engine, &first);
-        let from_device = ask(&engine, &second);
-        assert_eq!((from_device.reuse.device_tokens, bits(&from_device)), (NUM_SHARED, wanted.clone()), "{family:?}");
-        drop(engine);
-        tiers.files.restart();
-        let whole = ask(&tiers.start(model.path()), &first);
-        assert_eq!((whole.reuse.decision, whole.reuse.disk_tokens), (FetchDecision::Fetched, NUM_SHARED));
-        let again = ask(&engine_with_blocks_on_the_host(model.path(), family), &first);
-        assert_eq!((again.reuse.decision, again.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
-        assert_eq!(bits(&again), bits(&whole), "{family:?}");
-        assert_eq!(bits(&attached(model.path(), family, 0)), wanted, "{family:?}");
+        check(family, DType::BF16);
     }
 }
 
@@ -83,8 +95,8 @@ fn blocks_that_land_layer_by_layer_give_the_same_bits() {
 #[test]
 fn a_step_is_queued_before_its_blocks_are_there() {
     let model = TinyModel::new(Family::Llama, 3).write();
-    let wanted = bits(&attached(model.path(), Family::Llama, 0));
-    assert_eq!(bits(&attached(model.path(), Family::Llama, LAUNCHES_TO_LAST_LAYER)), wanted);
+    let wanted = bits(&attached(model.path(), Family::Llama, DType::BF16, 0));
+    assert_eq!(bits(&attached(model.path(), Family::Llama, DType::BF16, LAUNCHES_TO_LAST_LAYER)), wanted);
 }
 
 /// The software GPU sees it when a step leaves out the wait for a single layer.

@@ -17,6 +17,7 @@ mod cublaslt;
 mod deposits;
 mod families;
 mod faults;
+mod fp8;
 #[path = "../paging/gate.rs"]
 mod gate;
 mod golden;

@@ -12,7 +12,7 @@ use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, Written};
 
 /// A model that text can be given to.
-fn model() -> Written {
+pub(crate) fn model() -> Written {
     let model = TinyModel::new(Family::Llama, 3).write();
     let (file, config) = byte_tokenizer::files();
     std::fs::write(model.path().join("tokenizer.json"), file).unwrap();
@@ -21,7 +21,7 @@ fn model() -> Written {
 }
 
 /// A server, killed when dropped.
-struct Served {
+pub(crate) struct Served {
     child: Child,
     /// Lines of its log.
     lines: Receiver<String>,
@@ -32,14 +32,15 @@ struct Served {
 
 impl Served {
     fn start(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        Self::start_with_vault(model, &["--no-vault"], arguments, variables)
+        Self::start_with_vault(model, &[&["--no-vault"], arguments].concat(), variables)
     }
 
-    fn start_with_vault(model: &Written, vault: &[&str], arguments: &[&str], variables: &[(&str, &str)]) -> Self {
+    /// The same with the vault that the arguments name.
+    pub(crate) fn start_with_vault(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let driver = driver_folder();
         let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
         command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--port", "0"]);
-        command.args(["--served-model-name", "tiny"]).args(vault);
+        command.args(["--served-model-name", "tiny"]);
         command.args(arguments).envs(variables.iter().copied());
         command.env("LD_LIBRARY_PATH", driver.path()).env("MNEME_LOG", "info").env_remove("MNEME_API_KEY");
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
@@ -65,7 +66,7 @@ impl Served {
     }
 
     /// Where it listens, once it does.
-    fn address(&mut self) -> String {
+    pub(crate) fn address(&mut self) -> String {
         let line = self.wait_for("mneme serves");
         line.split("http://").nth(1).unwrap().trim_end_matches("/v1").to_owned()
     }
@@ -85,7 +86,7 @@ impl Drop for Served {
 }
 
 /// The answer to one request, head and all.
-fn ask(address: &str, request: &str, body: &str) -> String {
+pub(crate) fn ask(address: &str, request: &str, body: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let length = body.len();
     let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {length}\r\n");
@@ -157,12 +158,12 @@ fn a_vault_keeps_the_modes_of_products_apart() {
         return;
     }
     let (model, vault) = (model(), tempfile::tempdir().unwrap());
-    let folder = ["--vault", vault.path().to_str().unwrap(), "--vault-size-bytes", "64M"];
+    let vault = ["--vault", vault.path().to_str().unwrap(), "--vault-size-bytes", "64M"];
     let prompt = "abcdefgh".repeat(8);
     let body = format!(r#"{{"model": "tiny", "prompt": "{prompt}", "max_tokens": 2, "temperature": 0}}"#);
     let restored = |gemm: &str| {
-        let arguments = ["--kv-cache-memory-bytes", "4M", "--gemm", gemm];
-        let mut served = Served::start_with_vault(&model, &folder, &arguments, &[("SOFTGPU_QUIET", "1")]);
+        let arguments = [&vault[..], &["--kv-cache-memory-bytes", "4M", "--gemm", gemm]].concat();
+        let mut served = Served::start_with_vault(&model, &arguments, &[("SOFTGPU_QUIET", "1")]);
         served.wait_for("the vault is open");
         let address = served.address();
         let answer = ask(&address, "POST /v1/completions", &body);

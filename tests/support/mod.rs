@@ -5,6 +5,7 @@
 pub mod byte_tokenizer;
 pub mod composed;
 pub mod engine;
+pub mod fp8;
 pub mod golden;
 pub mod models;
 pub mod peft;

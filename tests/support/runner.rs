@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use mneme::backend::{AttentionMetadata, Backend, DType, KvLayer, RotatedCopies, StreamKind, Tensor};
 use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, ProbeBatch, StepLimits, Workspace};
 
+use super::fp8;
 use super::tiny_model::{Family, TinyModel};
 
 pub const BLOCK_SIZE: usize = 16;
@@ -194,6 +195,7 @@ impl<B: Backend> Runner<B> {
         let number = |at: usize| match layout.dtype() {
             DType::BF16 => bf16::from_le_bytes([block[at], block[at + 1]]).to_f64(),
             DType::F16 => f16::from_le_bytes([block[at], block[at + 1]]).to_f64(),
+            DType::F8E4M3 => f64::from(fp8::decode(block[at])),
             _ => f64::from(f32::from_le_bytes(block[at..at + 4].try_into().unwrap())),
         };
         places.map(number).collect()

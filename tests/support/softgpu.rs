@@ -43,10 +43,11 @@ pub fn library() -> PathBuf {
     program.parent().unwrap().join("libsoftgpu.so")
 }
 
-/// A new backend on the software GPU, or on the GPU whose driver was named.
+/// A new backend on the software GPU, or on the GPU whose driver was named, for a KV cache of `dtype`: activations are of
+/// the same type, beside fp8 of bf16.
 pub fn backend(dtype: DType) -> CudaBackend {
     load();
-    CudaBackend::new(0, dtype).unwrap()
+    CudaBackend::new(0, if dtype == DType::F8E4M3 { DType::BF16 } else { dtype }).unwrap()
 }
 
 /// The same with products by cuBLASLt: that of the software GPU, or beside a driver that was named NVIDIA's, if it is there.

@@ -154,8 +154,10 @@ impl Decoder<'_> {
             a.negated = !a.negated;
             return Ok(Op::MovPredicate { d, a });
         };
-        let b = self.pred(self.operand(operands, 2)?)?;
-        Ok(Op::Logic { op, d, a, b })
+        Ok(match self.operand(operands, 2)? {
+            Operand::Int(value) => with_constant(op, d, a, *value != 0),
+            other => Op::Logic { op, d, a, b: self.pred(other)? },
+        })
     }
 
     fn lop3(&mut self, operands: &[Operand]) -> Result<Op> {
@@ -200,7 +202,7 @@ impl Decoder<'_> {
             (target, Operand::Int(value)) if parts.get(1) == Some(&"pred") => {
                 let (d, a) = (self.pred_target(target)?, self.pred(target)?);
                 let op = if *value == 0 { Logic::And } else { Logic::Or };
-                Some(Op::Logic { op, d, a, b: Pred { negated: !a.negated, ..a } })
+                Some(with_constant(op, d, a, *value != 0))
             }
             (target, source) if parts.get(1) == Some(&"pred") => {
                 Some(Op::MovPredicate { d: self.pred_target(target)?, a: self.pred(source)? })
@@ -224,6 +226,16 @@ impl Decoder<'_> {
             *slot = row(self, item, false)?;
         }
         Ok((rows, count as u8))
+    }
+}
+
+/// `d = op(a, constant)` on predicates.
+fn with_constant(op: Logic, d: u16, a: Pred, constant: bool) -> Op {
+    let not_a = Pred { negated: !a.negated, ..a };
+    match (op, constant) {
+        (Logic::And, true) | (Logic::Or | Logic::Xor, false) => Op::MovPredicate { d, a },
+        (Logic::Xor, true) => Op::MovPredicate { d, a: not_a },
+        (Logic::And, false) | (Logic::Or, true) => Op::Logic { op, d, a, b: not_a },
     }
 }
 

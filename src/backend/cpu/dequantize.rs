@@ -122,7 +122,7 @@ impl Block {
             DType::Q4K => self.read_q4_k(bytes),
             DType::Q5K => self.read_q5_k(bytes),
             DType::Q6K => self.read_q6_k(bytes),
-            DType::F32 | DType::F16 | DType::BF16 | DType::I32 => unreachable!("{dtype} has no blocks"),
+            DType::F32 | DType::F16 | DType::BF16 | DType::I32 | DType::F8E4M3 => unreachable!("{dtype} has no blocks"),
         }
     }
 

@@ -213,7 +213,9 @@ fn too_large(tensor: &HostTensor) -> Error {
 
 fn packed_dtype(tensor: &HostTensor, target: Option<DType>) -> Result<DType> {
     match target.unwrap_or(tensor.dtype()) {
-        DType::I32 => Err(unsupported!("tensor {}: i32 weights cannot be multiplied", tensor.name())),
+        dtype @ (DType::I32 | DType::F8E4M3) => {
+            Err(unsupported!("tensor {}: {dtype} weights cannot be multiplied", tensor.name()))
+        }
         dtype if target.is_some() && dtype.is_quantised() => {
             Err(unsupported!("weights can be converted to f32, f16 or bf16 when loaded, not to {dtype}"))
         }

@@ -50,7 +50,9 @@ pub(super) fn quant_kernel(dtype: DType, num_rows: usize) -> QuantKernel {
         DType::Q4K => kernel_of::<5>(num_rows),
         DType::Q5K => kernel_of::<6>(num_rows),
         DType::Q6K => kernel_of::<Q6K>(num_rows),
-        DType::F32 | DType::F16 | DType::BF16 | DType::I32 => unreachable!("{dtype} is not quantised"),
+        DType::F32 | DType::F16 | DType::BF16 | DType::I32 | DType::F8E4M3 => {
+            unreachable!("{dtype} is not quantised")
+        }
     }
 }
 

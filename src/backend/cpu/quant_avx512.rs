@@ -87,7 +87,9 @@ pub(super) fn quant_kernel(dtype: DType, num_rows: usize, num_panels: usize) -> 
         DType::Q4K => kernel_of::<Q4K>,
         DType::Q5K => kernel_of::<Q5K>,
         DType::Q6K => kernel_of::<Q6K>,
-        DType::F32 | DType::F16 | DType::BF16 | DType::I32 => unreachable!("{dtype} is not quantised"),
+        DType::F32 | DType::F16 | DType::BF16 | DType::I32 | DType::F8E4M3 => {
+            unreachable!("{dtype} is not quantised")
+        }
     };
     kernel(num_rows, num_panels)
 }

@@ -68,10 +68,11 @@ fn check(
 /// An error unless the cache is kept as kernels read it, and has the layer.
 pub(super) fn check_layer(backend: &CudaBackend, kv: &KvLayer<'_, CudaBuffer>) -> Result<()> {
     let layout = kv.layout;
-    if (layout.order(), layout.dtype()) != (KvOrder::Rows, backend.dtype()) {
+    if layout.order() != KvOrder::Rows {
         let (order, dtype, own) = (layout.order(), layout.dtype(), backend.dtype());
         return Err(unsupported!("the KV cache on this device is kept as rows of {own}, not {order:?} of {dtype}"));
     }
+    backend.kernels().cache(layout.dtype())?;
     match kv.layer < layout.num_layers() {
         true => Ok(()),
         false => Err(invalid!("the KV cache has {} layers, layer {} was asked for", layout.num_layers(), kv.layer)),
@@ -126,10 +127,11 @@ pub(super) fn rope_and_store_kv(
     let lanes = (head_dim / 16).next_power_of_two();
     let num_heads = metadata.num_tokens * (shape.num_heads + 2 * shape.num_kv_heads);
     let blocks = (num_heads.div_ceil(128 / lanes), 1, 1);
+    let kernel = &backend.kernels().cache(kv.layout.dtype())?.rope_store_kv;
     // SAFETY: rope_store_kv(qkv, blocks, positions, slots, angles, q_norm, k_norm, epsilon, block_stride, layer_offset,
     // num_tokens, num_heads, num_kv_heads, head_dim, block_size), shapes as checked; positions lie inside the table of
     // angles, slots inside the pool.
-    unsafe { backend.launch(stream, &backend.kernels().rope_store_kv, blocks, 128, arguments) }
+    unsafe { backend.launch(stream, kernel, blocks, 128, arguments) }
 }
 
 /// See [`Backend::attention`](crate::backend::Backend::attention).
@@ -144,7 +146,7 @@ pub(super) fn attention(
 ) -> Result<()> {
     check(backend, qkv, shape, kv, metadata)?;
     out.expect("attention output", qkv.rows(), shape.num_heads * shape.head_dim, backend.dtype())?;
-    let kernels = backend.kernels().attention(shape.head_dim)?;
+    let kernels = backend.kernels().attention(kv.layout.dtype(), shape.head_dim)?;
     let group = shape.num_heads / shape.num_kv_heads;
     let decode_rows = if group <= MAX_DECODE_ROWS { group } else { 0 };
     let call = Call { qkv, out, shape, kv, metadata, decode_rows };

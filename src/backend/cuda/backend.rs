@@ -28,7 +28,8 @@ use super::watch::CopyWatch;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, DecodeShape, GpuInfo, HeadTransform, HostTensor,
-    KvLayer, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor,
+    KvLayer, KvLayout, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate,
+    Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -220,6 +221,10 @@ impl Backend for CudaBackend {
 
     fn kv_dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn check_kv_layout(&self, layout: &KvLayout) -> Result<()> {
+        self.kernels.attention(layout.dtype(), layout.head_dim()).map(|_| ())
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<CudaMatrix> {

@@ -43,10 +43,11 @@ pub(super) fn rotate_gather(
         .int(kv.layout.block_size())?;
     let lanes = (head_dim / 16).next_power_of_two();
     let blocks = ((num_copies * num_kv_heads).div_ceil(128 / lanes), 1, 1);
+    let kernel = &backend.kernels().cache(kv.layout.dtype())?.rotate_gather;
     // SAFETY: rotate_gather(blocks, source_slots, target_slots, position_deltas, angles, block_stride, layer_offset,
     // num_copies, num_kv_heads, head_dim, block_size), shapes as checked; slots lie inside the pool, deltas inside the
     // table of angles.
-    unsafe { backend.launch(stream, &backend.kernels().rotate_gather, blocks, 128, arguments) }
+    unsafe { backend.launch(stream, kernel, blocks, 128, arguments) }
 }
 
 /// See [`Backend::kv_deviation`](crate::backend::Backend::kv_deviation).
@@ -76,7 +77,8 @@ pub(super) fn kv_deviation(
         .int(shape.num_kv_heads)?
         .int(shape.head_dim)?
         .int(kv.layout.block_size())?;
+    let kernel = &backend.kernels().cache(kv.layout.dtype())?.kv_deviation;
     // SAFETY: kv_deviation(out, qkv, blocks, slots, block_stride, layer_offset, num_heads, num_kv_heads, head_dim,
     // block_size), shapes as checked; slots lie inside the pool or are negative.
-    unsafe { backend.launch(stream, &backend.kernels().kv_deviation, (num_tokens, 1, 1), 128, arguments) }
+    unsafe { backend.launch(stream, kernel, (num_tokens, 1, 1), 128, arguments) }
 }

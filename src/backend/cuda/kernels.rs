@@ -5,7 +5,7 @@
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::{CudaContext, CudaFunction};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::driver::driver_error;
 use super::modules::Modules;
@@ -73,11 +73,20 @@ const WANTED_BLOCKS: usize = 128;
 
 /// Attention for one head size.
 pub(super) struct AttentionKernels {
-    pub(super) head_dim: usize,
     pub(super) decode: Kernel,
     pub(super) prefill: Kernel,
     /// Threads of a prefill block.
     pub(super) prefill_threads: usize,
+}
+
+/// What moves tokens into the KV cache and within it, for one type of its numbers.
+pub(super) struct CacheKernels {
+    pub(super) rope_store_kv: Kernel,
+    pub(super) rotate_gather: Kernel,
+    pub(super) kv_deviation: Kernel,
+    name: String,
+    /// For [`HEAD_DIMS`], each found when it is first used: large heads of fp8 need more shared memory than some GPUs have.
+    attention: [OnceLock<AttentionKernels>; HEAD_DIMS.len()],
 }
 
 /// All that the backend launches.
@@ -87,13 +96,9 @@ pub(super) struct Kernels {
     pub(super) rms_norm: Kernel,
     pub(super) rms_norm_rows: Kernel,
     pub(super) add_rms_norm: Kernel,
-    pub(super) rope_store_kv: Kernel,
-    pub(super) rotate_gather: Kernel,
-    pub(super) kv_deviation: Kernel,
     pub(super) lora_shrink: Kernel,
     pub(super) lora_expand: Kernel,
     pub(super) lora_merge: Kernel,
-    pub(super) attention: Vec<AttentionKernels>,
     pub(super) attention_combine: Kernel,
     /// Outputs in the element type of the inputs.
     pub(super) gemm: Vec<GemmKernel>,
@@ -105,6 +110,9 @@ pub(super) struct Kernels {
     pub(super) argmax: Kernel,
     pub(super) sample: Kernel,
     dtype: DType,
+    /// For a KV cache of the activations' type, and for one of fp8 beside bf16.
+    cache: CacheKernels,
+    fp8_cache: Option<CacheKernels>,
     quantised: Mutex<HashMap<DType, Arc<QuantisedKernels>>>,
 }
 
@@ -121,16 +129,9 @@ impl Kernels {
             rms_norm: plain("norm", format!("rms_norm_{dtype}"))?,
             rms_norm_rows: plain("norm", format!("rms_norm_{dtype}_rows"))?,
             add_rms_norm: plain("norm", format!("add_rms_norm_{dtype}"))?,
-            rope_store_kv: plain("kv_store", format!("rope_store_kv_{dtype}"))?,
-            rotate_gather: plain("rotate_gather", format!("rotate_gather_{dtype}"))?,
-            kv_deviation: plain("kv_deviation", format!("kv_deviation_{dtype}"))?,
             lora_shrink: plain("lora", format!("lora_shrink_{dtype}"))?,
             lora_expand: plain("lora", format!("lora_expand_{dtype}"))?,
             lora_merge: plain("lora_merge", format!("lora_merge_{dtype}"))?,
-            attention: HEAD_DIMS
-                .into_iter()
-                .map(|head_dim| AttentionKernels::find(&modules, dtype, head_dim))
-                .collect::<Result<_>>()?,
             attention_combine: plain("attention", format!("attention_combine_{dtype}"))?,
             gemm: gemm(dtype)?,
             gemm_f32: gemm(DType::F32)?,
@@ -140,18 +141,44 @@ impl Kernels {
             argmax: plain("sampling", "argmax".into())?,
             sample: plain("sampling", "sample".into())?,
             dtype,
+            cache: CacheKernels::find(&modules, dtype, dtype)?,
+            fp8_cache: match dtype {
+                DType::BF16 => Some(CacheKernels::find(&modules, dtype, DType::F8E4M3)?),
+                _ => None,
+            },
             quantised: Mutex::default(),
             modules,
         })
     }
 
-    /// Attention for heads of `head_dim` numbers.
-    pub(super) fn attention(&self, head_dim: usize) -> Result<&AttentionKernels> {
-        self.attention.iter().find(|kernels| kernels.head_dim == head_dim).ok_or_else(|| {
+    /// What a KV cache of `dtype` is used with.
+    pub(super) fn cache(&self, dtype: DType) -> Result<&CacheKernels> {
+        match (&self.fp8_cache, dtype) {
+            (_, dtype) if dtype == self.dtype => Ok(&self.cache),
+            (Some(kernels), DType::F8E4M3) => Ok(kernels),
+            (None, DType::F8E4M3) => {
+                Err(unsupported!("an fp8 KV cache goes with activations of bf16, not {} (--dtype)", self.dtype))
+            }
+            _ => Err(unsupported!(
+                "the KV cache beside activations of {0} is kept as {0} or fp8, not {dtype} (--kv-cache-dtype)",
+                self.dtype
+            )),
+        }
+    }
+
+    /// Attention over a KV cache of `dtype` for heads of `head_dim` numbers.
+    pub(super) fn attention(&self, dtype: DType, head_dim: usize) -> Result<&AttentionKernels> {
+        let cache = self.cache(dtype)?;
+        let at = HEAD_DIMS.iter().position(|compiled| *compiled == head_dim).ok_or_else(|| {
             unsupported!(
                 "attention on CUDA is compiled for heads of {HEAD_DIMS:?} numbers, not {head_dim}; use --device cpu"
             )
-        })
+        })?;
+        if let Some(kernels) = cache.attention[at].get() {
+            return Ok(kernels);
+        }
+        let kernels = AttentionKernels::find(&self.modules, &cache.name, dtype, head_dim)?;
+        Ok(cache.attention[at].get_or_init(|| kernels))
     }
 
     /// What weights of a quantised format are used with; found when the first are loaded.
@@ -225,15 +252,30 @@ impl QuantisedTile {
     }
 }
 
-impl AttentionKernels {
-    fn find(modules: &Modules, dtype: DType, head_dim: usize) -> Result<Self> {
-        let find = |kind: &str, shared_bytes| {
-            Kernel::find(modules, "attention", format!("attention_{kind}_{dtype}_d{head_dim}"), shared_bytes)
-        };
+impl CacheKernels {
+    fn find(modules: &Modules, dtype: DType, cache: DType) -> Result<Self> {
+        let name = if cache == dtype { format!("{dtype}") } else { format!("{dtype}_{cache}") };
+        let plain = |file: &str, name: String| Kernel::find(modules, file, name, 0);
         Ok(Self {
-            head_dim,
-            decode: find("decode", (2 * 64 + 16) * head_dim * 2 + 16 * 72 * 4)?,
-            prefill: find("prefill", 3 * 64 * head_dim * 2)?,
+            rope_store_kv: plain("kv_store", format!("rope_store_kv_{name}"))?,
+            rotate_gather: plain("rotate_gather", format!("rotate_gather_{cache}"))?,
+            kv_deviation: plain("kv_deviation", format!("kv_deviation_{name}"))?,
+            name,
+            attention: Default::default(),
+        })
+    }
+}
+
+impl AttentionKernels {
+    fn find(modules: &Modules, name: &str, cache: DType, head_dim: usize) -> Result<Self> {
+        let find = |kind: &str, shared_bytes| {
+            Kernel::find(modules, "attention", format!("attention_{kind}_{name}_d{head_dim}"), shared_bytes)
+        };
+        // Keys and values of fp8 arrive beside the tiles.
+        let arriving = if cache == DType::F8E4M3 { 2 * 64 * head_dim } else { 0 };
+        Ok(Self {
+            decode: find("decode", (2 * 64 + 16) * head_dim * 2 + 16 * 72 * 4 + arriving)?,
+            prefill: find("prefill", 3 * 64 * head_dim * 2 + arriving)?,
             prefill_threads: if head_dim == 256 { 256 } else { 128 },
         })
     }

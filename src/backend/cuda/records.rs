@@ -33,7 +33,9 @@ impl Records {
             DType::Q5_0 | DType::Q5_1 | DType::Q5K => 5,
             DType::Q6K => 6,
             DType::Q8_0 => 8,
-            DType::F32 | DType::F16 | DType::BF16 | DType::I32 => unreachable!("{format} has no blocks"),
+            DType::F32 | DType::F16 | DType::BF16 | DType::I32 | DType::F8E4M3 => {
+                unreachable!("{format} has no blocks")
+            }
         };
         Self { format, bits, columns: format.block_elements().max(RUN) }
     }

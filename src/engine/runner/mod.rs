@@ -56,6 +56,7 @@ type LoraOf<B> = <<B as Backend>::LoraLoader as LoraLoader>::Lora;
 impl<B: Backend> ModelRunner<B> {
     pub(super) fn new(backend: B, model: Model<B>, kv_dtype: DType, limits: &SchedulerLimits) -> Result<Self> {
         let layout = model.kv_layout(&backend, limits.block_size, kv_dtype)?;
+        backend.check_kv_layout(&layout)?;
         let max_logits = limits.max_num_seqs + limits.max_prompt_logits;
         let step = StepLimits { max_tokens: limits.max_num_batched_tokens, max_logits };
         let workspace = Workspace::new(&backend, model.config(), step)?;

@@ -2,7 +2,7 @@
 
 use mneme::Result;
 use mneme::backend::{
-    AttentionMetadata, AttentionShape, Backend, HeadTransform, KvLayer, KvLayout, RopeConfig, RopeScaling,
+    AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, KvLayer, KvLayout, RopeConfig, RopeScaling,
     RotatedCopies, Tensor,
 };
 
@@ -24,19 +24,21 @@ struct Cache<B: Backend> {
 }
 
 impl<B: Backend> Cache<B> {
-    fn new(bench: &Bench<B>, context_len: usize, num_sequences: usize) -> Result<Self> {
-        let dimensions = bench.dimensions;
-        let (order, dtype) = (bench.backend.kv_order(), bench.backend.kv_dtype());
-        let (num_kv_heads, head_dim) = (dimensions.num_kv_heads, dimensions.head_dim);
-        let layout = KvLayout::with_order(order, NUM_LAYERS, num_kv_heads, head_dim, BLOCK_SIZE, dtype)?;
+    fn new(bench: &Bench<B>, layout: KvLayout, context_len: usize) -> Result<Self> {
+        let (dtype, num_sequences) = (layout.dtype(), bench.batch_size);
         // Copies go to as many tokens again.
         let blocks_per_sequence = context_len.div_ceil(BLOCK_SIZE);
         let num_blocks = (num_sequences * blocks_per_sequence).max(2 * bench.num_tokens.div_ceil(BLOCK_SIZE));
         let blocks = bench.tensor(num_blocks, layout.block_bytes() / dtype.block_bytes(), dtype)?;
-        let rope = RopeConfig { head_dim, theta: THETA, scaling: RopeScaling::Plain };
+        let rope = RopeConfig { head_dim: layout.head_dim(), theta: THETA, scaling: RopeScaling::Plain };
         let rope = bench.backend.load_rope(&rope, context_len.max(bench.num_tokens))?;
         let blocks = Tensor::buffer(&blocks).clone();
         Ok(Self { layout, blocks, rope, context_len, blocks_per_sequence })
+    }
+
+    /// Bytes of keys and values of one token of a layer.
+    fn kv_bytes(&self) -> usize {
+        2 * self.layout.num_kv_heads() * self.layout.head_dim() * self.layout.dtype().block_bytes()
     }
 
     fn layer(&self, turn: usize) -> KvLayer<'_, B::Buffer> {
@@ -75,14 +77,28 @@ impl<B: Backend> Cache<B> {
 }
 
 impl<B: Backend> Bench<B> {
-    /// Decode of a batch, prefill of one sequence, and moving a cube's tokens.
+    /// Decode of a batch, prefill of one sequence, and moving a cube's tokens: in every type that the device can keep the
+    /// cache as beside its activations.
     pub(super) fn attention(&self, context_len: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
         let context_len = context_len.max(self.num_tokens);
-        let cache = Cache::new(self, context_len, self.batch_size)?;
-        self.reserve(&cache.layout, context_len)?;
-        self.attend("attention decode", &cache, self.batch_size, 1, effort, sink)?;
-        self.attend("attention prefill", &cache, 1, self.num_tokens, effort, sink)?;
-        self.rotate_gather(&cache, effort, sink)
+        for layout in self.layouts()? {
+            let cache = Cache::new(self, layout, context_len)?;
+            self.reserve(&cache.layout, context_len)?;
+            self.attend("attention decode", &cache, self.batch_size, 1, effort, sink)?;
+            self.attend("attention prefill", &cache, 1, self.num_tokens, effort, sink)?;
+            self.rotate_gather(&cache, effort, sink)?;
+        }
+        Ok(())
+    }
+
+    fn layouts(&self) -> Result<Vec<KvLayout>> {
+        let (num_kv_heads, head_dim) = (self.dimensions.num_kv_heads, self.dimensions.head_dim);
+        let of = |dtype| {
+            KvLayout::with_order(self.backend.kv_order(), NUM_LAYERS, num_kv_heads, head_dim, BLOCK_SIZE, dtype)
+        };
+        let own = of(self.backend.kv_dtype())?;
+        let fp8 = of(DType::F8E4M3).ok().filter(|layout| self.backend.check_kv_layout(layout).is_ok());
+        Ok([Some(own), fp8].into_iter().flatten().collect())
     }
 
     fn shape(&self) -> AttentionShape {
@@ -96,11 +112,6 @@ impl<B: Backend> Bench<B> {
         }
     }
 
-    /// Bytes of keys and values of one token of a layer.
-    fn kv_bytes(&self) -> usize {
-        2 * self.dimensions.num_kv_heads * self.dimensions.head_dim * self.backend.kv_dtype().block_bytes()
-    }
-
     fn attend(
         &self,
         name: &'static str,
@@ -112,15 +123,15 @@ impl<B: Backend> Bench<B> {
     ) -> Result<()> {
         let step = cache.step(self, num_sequences, num_queries)?;
         let num_tokens = step.num_tokens;
-        let (shape, q_size) = (self.shape(), self.dimensions.q_size());
+        let (shape, q_size, dtype) = (self.shape(), self.dimensions.q_size(), cache.layout.dtype());
         let qkv = self.activations(num_tokens, self.dimensions.qkv_size())?;
         let heads = HeadTransform { shape, q_norm: None, k_norm: None, rope: &cache.rope };
         let work = Work {
             name: "rope_and_store_kv",
-            shape: format!("[{num_tokens}, {}]", qkv.columns()),
+            shape: format!("[{num_tokens}, {}], {dtype}", qkv.columns()),
             // Queries and keys are read and written, values read; keys and values are written to the cache.
             bytes: 2 * qkv.num_bytes() - qkv.num_bytes() * (qkv.columns() - q_size) / 2 / qkv.columns()
-                + num_tokens * self.kv_bytes(),
+                + num_tokens * cache.kv_bytes(),
             flops: 0,
         };
         let launch = |turn| self.backend.rope_and_store_kv(&self.stream, &qkv, &heads, &cache.layer(turn), &step);
@@ -131,8 +142,8 @@ impl<B: Backend> Bench<B> {
         let pairs = num_sequences * (num_queries * cache.context_len - num_queries * (num_queries - 1) / 2);
         let work = Work {
             name,
-            shape: format!("{num_sequences} x {num_queries} over {}", cache.context_len),
-            bytes: num_sequences * cache.context_len * self.kv_bytes()
+            shape: format!("{num_sequences} x {num_queries} over {}, {dtype}", cache.context_len),
+            bytes: num_sequences * cache.context_len * cache.kv_bytes()
                 + 2 * num_tokens * q_size * self.activation_bytes(),
             flops: 4 * pairs * q_size,
         };
@@ -150,8 +161,8 @@ impl<B: Backend> Bench<B> {
         };
         let work = Work {
             name: "rotate_gather",
-            shape: format!("{num_copies} tokens"),
-            bytes: 2 * num_copies * self.kv_bytes(),
+            shape: format!("{num_copies} tokens, {}", cache.layout.dtype()),
+            bytes: 2 * num_copies * cache.kv_bytes(),
             flops: 0,
         };
         let launch = |turn| self.backend.rotate_gather(&self.stream, &cache.layer(turn), &copies, &cache.rope);
