@@ -6,8 +6,9 @@
 // argmax: the lowest index of the largest number; NaN never wins, a row of nothing else gives 0. Equals `cpu::argmax`.
 //
 // sample: temperature, then top-k, then top-p and min-p on what is left, then one draw; temperature <= 0 is argmax, and
-//   top_k 0, top_p 1, min_p 0 cut nothing. All parameters are [num_rows]. A draw is a function of (seed, index), the
-//   host sampler's own. Equals `engine::sampling::Sampler::choose` in the tokens that are kept; the draw walks them in
+//   top_k 0, top_p 1, min_p 0 cut nothing. All parameters are [num_rows]. Row r has the mask masks[mask_of[r]], or all
+//   its tokens where mask_of[r] is negative or mask_of null; a logit whose bit is not set counts as minus infinity. A
+//   draw is a function of (seed, index), the host sampler's own. Equals `engine::sampling::Sampler::choose` in the tokens that are kept; the draw walks them in
 //   order of id, which is the host's order, too, where neither top-p nor min-p is asked for. Weights may differ in
 //   their last bits, and one below 2^-40 of the largest counts as none.
 //
@@ -41,20 +42,41 @@ __device__ __forceinline__ Largest larger_in_warp(Largest best) {
     return best;
 }
 
+// A row of logits and which of its tokens may be drawn: a bit each, or all.
+struct Row {
+    const float* logits;
+    const u32* mask;
+    int vocab;
+
+    // Bit 0 says whether `id` may be drawn, the bits above say it of those behind it.
+    __device__ __forceinline__ u32 allowed_from(int id) const {
+        return mask == nullptr ? ALL_LANES : mask[id / 32] >> id % 32;
+    }
+    __device__ __forceinline__ float logit(int id) const {
+        return allowed_from(id) & 1 ? logits[id] : MINUS_INFINITY;
+    }
+    __device__ __forceinline__ float4 four(int id) const {
+        const float4 x = load4(logits + id);
+        const u32 allowed = allowed_from(id);
+        return make_float4(allowed & 1 ? x.x : MINUS_INFINITY, allowed & 2 ? x.y : MINUS_INFINITY,
+                           allowed & 4 ? x.z : MINUS_INFINITY, allowed & 8 ? x.w : MINUS_INFINITY);
+    }
+};
+
 // The largest number of a row; every thread gets it.
-__device__ __forceinline__ Largest largest_of_row(const float* row, int vocab) {
+__device__ __forceinline__ Largest largest_of_row(const Row& row) {
     __shared__ Largest warp_best[NUM_WARPS];
     Largest best = {MINUS_INFINITY, NO_INDEX};
     // Rows begin on 16 bytes when their length is a multiple of 4.
-    if (vocab % 4 == 0) {
+    if (row.vocab % 4 == 0) {
 #pragma unroll 4
-        for (int i = threadIdx.x * 4; i < vocab; i += THREADS * 4) {
-            const float4 x = load4(row + i);
+        for (int i = threadIdx.x * 4; i < row.vocab; i += THREADS * 4) {
+            const float4 x = row.four(i);
             best = larger(larger(best, {x.x, i}), {x.y, i + 1});
             best = larger(larger(best, {x.z, i + 2}), {x.w, i + 3});
         }
     } else {
-        for (int i = threadIdx.x; i < vocab; i += THREADS) best = larger(best, {row[i], i});
+        for (int i = threadIdx.x; i < row.vocab; i += THREADS) best = larger(best, {row.logit(i), i});
     }
     best = larger_in_warp(best);
     if (threadIdx.x % 32 == 0) warp_best[threadIdx.x / 32] = best;
@@ -64,20 +86,19 @@ __device__ __forceinline__ Largest largest_of_row(const float* row, int vocab) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) argmax(int* out, const float* logits, int vocab) {
-    const Largest best = largest_of_row(logits + static_cast<u64>(blockIdx.x) * vocab, vocab);
+    const Largest best = largest_of_row({logits + static_cast<u64>(blockIdx.x) * vocab, nullptr, vocab});
     if (threadIdx.x == 0) out[blockIdx.x] = best.index;
 }
 
 // The weights exp((logit - largest) / temperature) of a row, as the bits of an f32: for such numbers bits and weights
 // have one order.
 struct Weights {
-    const float* logits;
-    int vocab;
+    Row row;
     float largest, temperature;
 
     __device__ __forceinline__ u32 bits(int id) const {
         constexpr float LOG2_E = 1.4426950408889634f;
-        const float exponent = __fdiv_rn(__fadd_rn(logits[id], -largest), temperature);
+        const float exponent = __fdiv_rn(__fadd_rn(row.logit(id), -largest), temperature);
         const float weight = exp2_fast(__fmul_rn(exponent, LOG2_E));
         return weight > 0.0f ? __float_as_uint(weight) : 0;  // A NaN has none.
     }
@@ -132,7 +153,7 @@ __device__ __forceinline__ void fill(Histogram& histogram, const Weights& weight
     for (int i = threadIdx.x; i < NUM_BINS; i += THREADS) histogram.bins[i] = 0;
     __syncthreads();
     const u32 digit = (1u << num_bits) - 1;
-    for (int id = threadIdx.x; id < weights.vocab; id += THREADS) {
+    for (int id = threadIdx.x; id < weights.row.vocab; id += THREADS) {
         const u32 bits = weights.bits(id);
         if (bits <= cut.bits || bits >> (shift + num_bits) != prefix) continue;
         atomicAdd(&histogram.bins[bits >> shift & digit], BY_WEIGHT ? Weights::units(bits) : 1);
@@ -217,8 +238,8 @@ __device__ __forceinline__ u64 kept_units(const Weights& weights, Cut cut, int i
 __device__ __forceinline__ void pick(int* out, const Weights& weights, Cut cut, u64 drawn) {
     __shared__ u64 sums[NUM_WARPS], num_ties[NUM_WARPS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int run = ceil_div(ceil_div(weights.vocab, NUM_WARPS), 32) * 32;
-    const int begin = min(warp * run, weights.vocab), end = min(begin + run, weights.vocab);
+    const int run = ceil_div(ceil_div(weights.row.vocab, NUM_WARPS), 32) * 32;
+    const int begin = min(warp * run, weights.row.vocab), end = min(begin + run, weights.row.vocab);
     u64 sum = 0, equal = 0;
     for (int id = begin + lane; id < end; id += 32) {
         const u32 bits = weights.bits(id);
@@ -249,17 +270,18 @@ __device__ __forceinline__ void pick(int* out, const Weights& weights, Cut cut, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sample(int* out, const float* logits, const float* temperature, const int* top_k, const float* top_p,
-       const float* min_p, const u64* seeds, const u64* indices, int vocab) {
+       const float* min_p, const u64* seeds, const u64* indices, const int* mask_of, const u32* masks, int vocab) {
     __shared__ Histogram histogram;
-    const int row = blockIdx.x;
-    const float* row_logits = logits + static_cast<u64>(row) * vocab;
-    const Largest best = largest_of_row(row_logits, vocab);
+    const int row = blockIdx.x, mask = mask_of == nullptr ? -1 : mask_of[row];
+    const u32* row_mask = mask < 0 ? nullptr : masks + static_cast<u64>(mask) * ceil_div(vocab, 32);
+    const Row row_logits = {logits + static_cast<u64>(row) * vocab, row_mask, vocab};
+    const Largest best = largest_of_row(row_logits);
     // Without a finite largest number there are no weights.
     if (temperature[row] <= 0.0f || best.value == MINUS_INFINITY || best.value == -MINUS_INFINITY) {
         if (threadIdx.x == 0) out[row] = best.index;
         return;
     }
-    const Weights weights = {row_logits, vocab, best.value, temperature[row]};
+    const Weights weights = {row_logits, best.value, temperature[row]};
     Cut cut = {0, 0};
     if (top_k[row] > 0 && top_k[row] < vocab) cut = narrow<false>(histogram, weights, cut, top_k[row], 1.0f);
     // The largest weight is 1, so min-p is a weight.

@@ -92,6 +92,8 @@ pub struct EngineMetrics {
     pub iteration_tokens: Histogram,
     /// Steps that the device had kept and repeated as a whole: CUDA graphs.
     pub repeated_steps: Counter,
+    /// Tokens that the host chose, from rows of logits that were brought to it.
+    pub host_sampled_tokens: Counter,
     /// Where adapters are.
     pub adapters: AdapterMetrics,
     /// Merged adapters.
@@ -164,6 +166,12 @@ impl EngineMetrics {
                 registry,
                 "repeated_steps",
                 "Steps replayed as CUDA graphs",
+                Counter::default(),
+            ),
+            host_sampled_tokens: register_own(
+                registry,
+                "host_sampled_tokens",
+                "Tokens chosen on the host, where their logits were brought",
                 Counter::default(),
             ),
             adapters: AdapterMetrics::new(registry),

@@ -13,9 +13,11 @@ mod gpu;
 mod host_tensor;
 mod landing;
 mod layout;
+mod logit_edits;
 mod lora;
 mod lora_pages;
 mod rope;
+mod row_logprobs;
 mod sampling;
 pub mod sim;
 mod transfer;
@@ -28,15 +30,17 @@ pub use gpu::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use landing::{Landing, LandingBlock};
 pub use layout::{KvLayout, KvOrder};
+pub use logit_edits::{LogitEdits, RowEdit};
 pub use lora::{LoraAdapter, LoraBatch, LoraGroup, LoraLoader, LoraPart, LoraSite, Projection, ScaledUpdate};
 pub use lora_pages::{LoraPages, PageImage, PagedImage, RowRun};
 pub use rope::{RopeConfig, RopeScaling};
-pub use sampling::{RowSampling, SamplingBatch};
+pub use row_logprobs::{MAX_TOP_LOGPROBS, RowLogprobs};
+pub use sampling::{RowSampling, SamplingBatch, TokenMasks};
 pub use transfer::Transfer;
 
 use std::ops::Range;
 
-use crate::{Result, invalid};
+use crate::{Error, Result, invalid, unsupported};
 
 /// Raised whenever a kernel's results change in any bit, so that KV blocks from before are not taken for what they would
 /// be now.
@@ -306,6 +310,50 @@ pub trait Backend: Device {
         sampling: &SamplingBatch<Self::Buffer>,
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
+
+    /// Whether the methods below are there, and `sample` takes masks: a row that somebody changes or asks about then stays
+    /// on the device. Elsewhere such rows are brought to the host, which does the same with the same bits.
+    fn edits_logits(&self) -> bool {
+        false
+    }
+
+    /// Changes rows of `logits`, `[R, vocab]` f32, as [`RowEdit`] says.
+    fn edit_logits(
+        &self,
+        _stream: &Self::Stream,
+        _logits: &Tensor<Self::Buffer>,
+        _edits: &LogitEdits<Self::Buffer>,
+    ) -> Result<()> {
+        Err(keeps_logits("edit_logits"))
+    }
+
+    /// Puts back what [`edit_logits`](Self::edit_logits) has just replaced, given the same arrays.
+    fn restore_logits(
+        &self,
+        _stream: &Self::Stream,
+        _logits: &Tensor<Self::Buffer>,
+        _edits: &LogitEdits<Self::Buffer>,
+    ) -> Result<()> {
+        Err(keeps_logits("restore_logits"))
+    }
+
+    /// What [`RowLogprobs`] says of rows of `logits` and the `tokens`, `[1, R]` i32, drawn from them; `asked` is `[L, 2]`
+    /// i32, a row and how many of its likeliest tokens are wanted, `out` `[L, 46]` i32.
+    fn logprobs(
+        &self,
+        _stream: &Self::Stream,
+        _logits: &Tensor<Self::Buffer>,
+        _tokens: &Tensor<Self::Buffer>,
+        _asked: &Tensor<Self::Buffer>,
+        _out: &Tensor<Self::Buffer>,
+    ) -> Result<()> {
+        Err(keeps_logits("logprobs"))
+    }
+}
+
+/// What a device says that leaves rows of logits to the host.
+fn keeps_logits(method: &str) -> Error {
+    unsupported!("{method} is not there; ask edits_logits, and bring the rows to the host")
 }
 
 /// The function before the product in a gated feed-forward layer (arXiv 2002.05202).

@@ -59,11 +59,26 @@ pub struct SamplingBatch<B> {
     pub seeds: Tensor<B>,
     /// As the seeds.
     pub indices: Tensor<B>,
+    /// What must not be drawn; for a device that [edits logits](super::Backend::edits_logits).
+    pub masks: Option<TokenMasks<B>>,
+}
+
+/// Which tokens may be drawn from some rows: a logit of another counts as minus infinity.
+#[derive(Debug, Clone)]
+pub struct TokenMasks<B> {
+    /// `[1, R]` i32: a row's mask; negative where all its tokens may be drawn.
+    pub mask_of: Tensor<B>,
+    /// `[M, ceil(vocab / 32)]` i32: a bit for every token, the lowest first.
+    pub words: Tensor<B>,
 }
 
 impl<B: Clone> SamplingBatch<B> {
-    /// An error unless there is one of each for every row.
-    pub(super) fn check(&self, num_rows: usize) -> Result<()> {
+    /// An error unless there is one of each for every row, and a bit for each of `vocab` tokens.
+    pub(super) fn check(&self, num_rows: usize, vocab: usize) -> Result<()> {
+        if let Some(masks) = &self.masks {
+            masks.mask_of.expect("masks of rows", 1, num_rows, DType::I32)?;
+            masks.words.expect("masks", masks.words.rows(), vocab.div_ceil(32), DType::I32)?;
+        }
         self.temperatures.expect("temperatures", 1, num_rows, DType::F32)?;
         self.top_ks.expect("top_k", 1, num_rows, DType::I32)?;
         self.top_ps.expect("top_p", 1, num_rows, DType::F32)?;

@@ -309,7 +309,7 @@ impl Backend for SimBackend {
         sampling: &SamplingBatch<SimBuffer>,
         out: &SimTensor,
     ) -> Result<()> {
-        sampling.check(logits.rows())?;
+        sampling.check(logits.rows(), logits.columns())?;
         self.argmax(stream, logits, out)
     }
 

@@ -3,9 +3,13 @@
 use std::collections::HashMap;
 
 use super::request::{FinishReason, SamplingParams, TokenLogprobs};
-use crate::Result;
-use crate::backend::RowSampling;
+use crate::backend::{MAX_TOP_LOGPROBS, RowSampling};
 use crate::text::grammar::GrammarState;
+use crate::{Error, Result};
+
+/// Logits of a row that a device is told to change, at the most: a row with more is brought to the host, whatever else is in
+/// the batch.
+pub(super) const MAX_ROW_EDITS: usize = 4096;
 
 /// How often a token of prompt or output occurs in the output.
 #[derive(Debug, Clone, Copy, Default)]
@@ -21,6 +25,10 @@ pub(super) struct Generation {
     /// Kept only when a penalty needs it.
     pub(super) counts: HashMap<u32, TokenCount>,
     pub(super) grammar: Option<GrammarState>,
+    /// Why the grammar could not say what comes next.
+    pub(super) mask_error: Option<Error>,
+    /// Tokens that end the output, where they may not come at first.
+    pub(super) early_ends: Vec<u32>,
     /// One entry per prompt token computed, when asked for.
     pub(super) prompt_logprobs: Vec<Option<TokenLogprobs>>,
     /// Whether `Started` was sent.
@@ -28,8 +36,8 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// State before the first token.
-    pub(super) fn new(mut params: SamplingParams, prompt: &[u32], fresh_seed: u64) -> Self {
+    /// State before the first token; `eos_token_ids` are the model's.
+    pub(super) fn new(mut params: SamplingParams, prompt: &[u32], eos_token_ids: &[u32], fresh_seed: u64) -> Self {
         let mut counts = HashMap::new();
         if has_penalties(&params) {
             for &token in prompt {
@@ -38,7 +46,21 @@ impl Generation {
         }
         let seed = params.seed.unwrap_or(fresh_seed);
         let grammar = params.grammar.take();
-        Self { params, seed, counts, grammar, prompt_logprobs: Vec::new(), started: false }
+        let early_ends = match params.min_tokens {
+            0 => Vec::new(),
+            _ => params.stop_token_ids.iter().chain(eos_token_ids).copied().collect(),
+        };
+        sum_biases(&mut params.logit_bias);
+        Self {
+            params,
+            seed,
+            counts,
+            grammar,
+            mask_error: None,
+            early_ends,
+            prompt_logprobs: Vec::new(),
+            started: false,
+        }
     }
 
     /// Whether prompt positions need logits.
@@ -46,11 +68,24 @@ impl Generation {
         self.params.prompt_logprobs.is_some() && !self.started
     }
 
-    /// Whether the device chooses the token behind `num_output_tokens` others, and how: nothing changes the logits and
-    /// nobody wants to see them.
-    pub(super) fn on_device(&self, num_output_tokens: usize) -> Option<RowSampling> {
-        let is_plain = !self.wants_prompt_logits() && self.takes_logits_as_they_are(num_output_tokens);
-        is_plain.then(|| self.row_sampling(num_output_tokens))
+    /// Whether the device chooses the token behind `num_output_tokens` others, and how, given whether it edits logits. The
+    /// rest is the host's: typical sampling, more edits or logprobs than a device takes, a grammar without a mask, and what
+    /// is behind a prompt of which logprobs are wanted.
+    pub(super) fn on_device(&self, num_output_tokens: usize, can_edit: bool) -> Option<RowSampling> {
+        let params = &self.params;
+        let is_told = params.logprobs.is_none_or(|num_top| can_edit && num_top <= MAX_TOP_LOGPROBS);
+        let is_known = is_told && (params.temperature <= 0.0 || params.typical_p >= 1.0);
+        let can_change = can_edit && self.num_edits() <= MAX_ROW_EDITS;
+        let is_plain = match &self.grammar {
+            Some(grammar) => can_change && grammar.mask().is_some(),
+            None => can_change || self.takes_logits_as_they_are(num_output_tokens),
+        };
+        (!self.wants_prompt_logits() && is_known && is_plain).then(|| self.row_sampling(num_output_tokens))
+    }
+
+    /// Logits that biases and penalties change.
+    pub(super) fn num_edits(&self) -> usize {
+        self.params.logit_bias.len() + self.counts.len()
     }
 
     /// How the token behind `num_output_tokens` others is drawn.
@@ -62,12 +97,9 @@ impl Generation {
 
     fn takes_logits_as_they_are(&self, num_output_tokens: usize) -> bool {
         let params = &self.params;
-        (params.temperature <= 0.0 || params.typical_p >= 1.0)
-            && params.logprobs.is_none()
-            && params.logit_bias.is_empty()
+        params.logit_bias.is_empty()
             && params.allowed_token_ids.is_none()
             && params.bad_words.is_empty()
-            && self.grammar.is_none()
             && num_output_tokens >= params.min_tokens
             && !has_penalties(params)
     }
@@ -102,6 +134,17 @@ impl Generation {
         }
         (num_output_tokens >= self.params.max_tokens).then_some(FinishReason::Length)
     }
+}
+
+/// Leaves one bias for each token.
+fn sum_biases(biases: &mut Vec<(u32, f32)>) {
+    biases.sort_by_key(|bias| bias.0);
+    biases.dedup_by(|next, sum| {
+        if next.0 == sum.0 {
+            sum.1 += next.1;
+        }
+        next.0 == sum.0
+    });
 }
 
 fn has_penalties(params: &SamplingParams) -> bool {

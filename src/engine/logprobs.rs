@@ -4,21 +4,38 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use super::request::{TokenLogprob, TokenLogprobs};
+use crate::backend::RowLogprobs;
 use crate::backend::cpu::{Isa, log_sum_exp};
 
 /// Log-probabilities of `token` and of the `num_top` likeliest in an untouched row.
 pub(super) fn logprobs_of(logits: &[f32], token: u32, num_top: usize) -> TokenLogprobs {
-    let log_sum_exp = log_sum_exp(Isa::best(), logits);
-    let logprob = |id: u32| (f64::from(logits[id as usize]) - log_sum_exp) as f32;
-    let mut top: Vec<TokenLogprob> = Vec::with_capacity(num_top);
-    for (id, place) in best(logits, num_top).into_iter().zip(1..) {
-        let equal = top.last().filter(|last| logits[last.id as usize] == logits[id as usize]);
+    let chosen = logits[token as usize];
+    let rank = 1 + logits.iter().filter(|&&other| other > chosen).count() as u32;
+    let top = best(logits, num_top).into_iter().map(|id| (id, logits[id as usize]));
+    assemble(log_sum_exp(Isa::best(), logits), (token, chosen, rank), top)
+}
+
+/// The same from what a device says of the row.
+pub(super) fn logprobs_from(row: &RowLogprobs, token: u32, num_top: usize) -> TokenLogprobs {
+    assemble(row.log_sum_exp(), (token, row.chosen, row.rank), row.top(num_top))
+}
+
+/// From the row's normaliser, the token that is there with its logit and rank, and the likeliest with theirs, best first.
+fn assemble(
+    log_sum_exp: f64,
+    (token, logit, rank): (u32, f32, u32),
+    likeliest: impl Iterator<Item = (u32, f32)>,
+) -> TokenLogprobs {
+    let logprob = |logit: f32| (f64::from(logit) - log_sum_exp) as f32;
+    let mut top: Vec<TokenLogprob> = Vec::with_capacity(likeliest.size_hint().0);
+    let mut last_logit = f32::NAN;
+    for ((id, logit), place) in likeliest.zip(1..) {
+        let equal = top.last().filter(|_| logit == last_logit);
         let rank = equal.map_or(place, |last| last.rank);
-        top.push(TokenLogprob { id, logprob: logprob(id), rank });
+        top.push(TokenLogprob { id, logprob: logprob(logit), rank });
+        last_logit = logit;
     }
-    let logit = logits[token as usize];
-    let rank = 1 + logits.iter().filter(|&&other| other > logit).count() as u32;
-    TokenLogprobs { chosen: TokenLogprob { id: token, logprob: logprob(token), rank }, top }
+    TokenLogprobs { chosen: TokenLogprob { id: token, logprob: logprob(logit), rank }, top }
 }
 
 /// The `count` largest of a row, best first, the lower index first among equals; NaN comes last.
@@ -41,9 +58,9 @@ fn best(logits: &[f32], count: usize) -> Vec<u32> {
     heap.into_sorted_vec().iter().map(id_of).collect()
 }
 
-/// Whole numbers in the order of floats.
+/// Whole numbers in the order of floats; both zeros are one.
 fn ordered(value: f32) -> u32 {
-    let bits = value.to_bits();
+    let bits = (value + 0.0).to_bits();
     match (value.is_nan(), bits >> 31) {
         (true, _) => 0,
         (false, 0) => bits | 1 << 31,
@@ -75,5 +92,6 @@ mod tests {
         }
         assert_eq!(best(&[f32::NAN, -1.0, f32::NEG_INFINITY, 5.0, f32::NAN], 4), [3, 1, 2, 0]);
         assert_eq!(best(&[f32::NAN, f32::NAN, -1.0], 1), [2]);
+        assert_eq!(best(&[-0.0, 0.0, -0.0, 0.0], 3), [0, 1, 2]);
     }
 }

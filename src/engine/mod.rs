@@ -4,6 +4,7 @@ mod adapter_io;
 mod adapter_store;
 mod adapters;
 mod composition;
+mod constraints;
 mod credit;
 mod deposit;
 mod erasure;

@@ -125,7 +125,7 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Subtracted once when the token occurs in the output.
     pub presence_penalty: f32,
-    /// Added to logits.
+    /// Added to logits; those of one token add up.
     pub logit_bias: Vec<(u32, f32)>,
     /// Makes sampling reproducible whatever else runs; `None` takes a fresh one.
     pub seed: Option<u64>,

@@ -1,9 +1,10 @@
-//! Choosing a token from a row of logits on the host, where somebody wants to see or to change them; from all others the
-//! device chooses, in the same way ([`RowSampling`]).
+//! Choosing a token from a row of logits on the host, where somebody wants to see or to change them and the device does not
+//! do that; from all others the device chooses, in the same way ([`RowSampling`], [`RowEdit`](crate::backend::RowEdit)).
 //!
 //! The order is the field's: constraints and penalties on logits, temperature, then top-k, typical, top-p and min-p, then
 //! one draw.
 
+use super::constraints::apply_mask;
 use super::generation::Generation;
 use super::logprobs::logprobs_of;
 use super::request::TokenLogprobs;
@@ -16,6 +17,8 @@ pub(super) struct Sampler {
     eos_token_ids: Vec<u32>,
     candidates: Vec<Candidate>,
     scratch: SampleScratch,
+    /// A bit for every token that may come next.
+    mask: Vec<u32>,
     /// A row as the model gave it.
     untouched: Vec<f32>,
 }
@@ -39,6 +42,7 @@ impl Sampler {
             eos_token_ids,
             candidates: Vec::with_capacity(vocab_size),
             scratch: SampleScratch::default(),
+            mask: Vec::with_capacity(vocab_size.div_ceil(32)),
             untouched: Vec::with_capacity(vocab_size),
         }
     }
@@ -61,6 +65,7 @@ impl Sampler {
             self.untouched.extend_from_slice(logits);
         }
         self.constrain(generation, output, logits)?;
+        add_biases(generation, logits);
         penalise(generation, logits);
         let sampling = generation.row_sampling(output.len());
         let token = self.choose(&sampling, generation.params.typical_p, logits);
@@ -69,33 +74,15 @@ impl Sampler {
     }
 
     /// Sets the logits of forbidden tokens to minus infinity.
-    fn constrain(&self, generation: &mut Generation, output: &[u32], logits: &mut [f32]) -> Result<()> {
-        let params = &generation.params;
-        if let Some(allowed) = &params.allowed_token_ids {
-            keep_only(logits, allowed);
+    fn constrain(&mut self, generation: &mut Generation, output: &[u32], logits: &mut [f32]) -> Result<()> {
+        generation.compute_mask();
+        if let Some(error) = generation.mask_error.take() {
+            return Err(error);
         }
-        if let Some(grammar) = &mut generation.grammar {
-            let mask = grammar.allowed()?;
-            for (id, logit) in logits.iter_mut().enumerate() {
-                if !mask.is_allowed(id as u32) {
-                    *logit = f32::NEG_INFINITY;
-                }
-            }
-        }
-        for &(id, bias) in &params.logit_bias {
-            if let Some(logit) = logits.get_mut(id as usize) {
-                *logit += bias;
-            }
-        }
-        for word in &params.bad_words {
-            if let Some((last, before)) = word.split_last()
-                && output.ends_with(before)
-            {
-                forbid(logits, *last);
-            }
-        }
-        if output.len() < params.min_tokens {
-            params.stop_token_ids.iter().chain(&self.eos_token_ids).for_each(|&id| forbid(logits, id));
+        if generation.is_constrained(output) {
+            self.mask.resize(logits.len().div_ceil(32), 0);
+            generation.write_mask(output, &mut self.mask);
+            apply_mask(logits, &self.mask);
         }
         Ok(())
     }
@@ -190,17 +177,11 @@ fn argmax(logits: &[f32]) -> u32 {
     best as u32
 }
 
-fn forbid(logits: &mut [f32], id: u32) {
-    if let Some(logit) = logits.get_mut(id as usize) {
-        *logit = f32::NEG_INFINITY;
-    }
-}
-
-fn keep_only(logits: &mut [f32], allowed: &[u32]) {
-    let kept: Vec<(u32, f32)> = allowed.iter().filter_map(|&id| Some((id, *logits.get(id as usize)?))).collect();
-    logits.fill(f32::NEG_INFINITY);
-    for (id, logit) in kept {
-        logits[id as usize] = logit;
+fn add_biases(generation: &Generation, logits: &mut [f32]) {
+    for &(id, bias) in &generation.params.logit_bias {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit += bias;
+        }
     }
 }
 
@@ -224,7 +205,7 @@ mod tests {
         let mut sampler = Sampler::new(logits.len(), vec![]);
         let mut counts = vec![0; logits.len()];
         for seed in 0..num {
-            let generation = Generation::new(SamplingParams { seed: Some(seed), ..params.clone() }, &[], 0);
+            let generation = Generation::new(SamplingParams { seed: Some(seed), ..params.clone() }, &[], &[], 0);
             counts[sampler.choose(&generation.row_sampling(0), params.typical_p, logits) as usize] += 1;
         }
         counts
@@ -268,7 +249,7 @@ mod tests {
             ..Default::default()
         };
         let mut sampler = Sampler::new(4, vec![1]);
-        let mut generation = Generation::new(params, &[], 0);
+        let mut generation = Generation::new(params, &[], &[1], 0);
         let mut logits = [1.0, 2.0, 3.0, 4.0];
         let after_seven = sampler.sample(&mut generation, &[9, 7], 1, &mut logits).unwrap();
         assert_eq!(after_seven.token, 0, "3 is not allowed, 2 would complete a bad word, 1 is EOS");

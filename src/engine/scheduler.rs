@@ -165,6 +165,17 @@ impl Scheduler {
         &mut self.running[index]
     }
 
+    /// Has the grammars of sequences that are about to get a token say which ones may come.
+    pub(super) fn compute_masks(&mut self) {
+        for entry in &self.scheduled {
+            let sequence = &mut self.running[entry.index];
+            let gets_token = entry.num_tokens == sequence.num_uncomputed_tokens();
+            if let (true, Work::Generate(generation)) = (gets_token, &mut sequence.work) {
+                generation.compute_mask();
+            }
+        }
+    }
+
     /// Ends sequences whose callers have gone, and says how many.
     pub(super) fn drop_cancelled(&mut self) -> usize {
         let num_before = self.running.len() + self.waiting.len();

@@ -273,8 +273,11 @@ impl<B: Backend> Engine<B> {
         let started_at = Instant::now();
         let Self { scheduler, runner, .. } = self;
         let waits = scheduler.landings().next().is_some();
-        let is_repeated =
-            runner.run(scheduler.running(), scheduler.scheduled(), scheduler.residency(), scheduler.landings())?;
+        let queued =
+            runner.queue(scheduler.running(), scheduler.scheduled(), scheduler.residency(), scheduler.landings())?;
+        // While the device computes.
+        scheduler.compute_masks();
+        let is_repeated = runner.finish(queued, scheduler.running(), scheduler.scheduled())?;
         let took = started_at.elapsed();
         self.follow_with_merge(took)?;
         self.commit()?;

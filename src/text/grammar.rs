@@ -197,9 +197,14 @@ impl TokenMask {
         (id as usize) < self.0.len() && self.0.is_allowed(id)
     }
 
-    /// The bits, least significant first, 32 to a word; ids past the last word are not allowed.
-    pub fn words(&self) -> &[u32] {
-        self.0.as_slice()
+    /// Writes the bits, least significant first, 32 to a word, and zeros behind them.
+    pub fn write(&self, words: &mut [u32]) {
+        let num_words = self.0.len().div_ceil(32).min(words.len());
+        words[..num_words].copy_from_slice(&self.0.as_slice()[..num_words]);
+        words[num_words..].fill(0);
+        if self.0.len() < num_words * 32 {
+            words[num_words - 1] &= (1 << (self.0.len() % 32)) - 1;
+        }
     }
 
     /// How many tokens may come next.
@@ -230,6 +235,11 @@ impl GrammarState {
             self.mask = Some(TokenMask(mask.map_err(|e| self.failure(&e.to_string()))?));
         }
         Ok(self.mask.as_ref().expect("the mask was just computed"))
+    }
+
+    /// The mask that [`allowed`](Self::allowed) has computed since the last token.
+    pub fn mask(&self) -> Option<&TokenMask> {
+        self.mask.as_ref()
     }
 
     /// Moves past `token`. A token that was not allowed is an error, after which the state is of no more use.
@@ -321,6 +331,25 @@ mod tests {
         ];
         for (grammar, text, wanted) in cases {
             assert_eq!(takes(&engine, &tokenizer, &grammar, text), wanted, "{grammar:?} {text:?}");
+        }
+    }
+
+    #[test]
+    fn masks_are_written_whole_cut_and_filled_up() {
+        let (tokenizer, engine) = engine();
+        for grammar in [Grammar::JsonObject, Grammar::Regex(r"(.|\n)*".into())] {
+            let mut state = engine.compile(&grammar).unwrap();
+            assert!(state.mask().is_none());
+            state.allowed().unwrap();
+            let mask = state.mask().unwrap();
+            for num_words in [1, tokenizer.vocab_size().div_ceil(32), 2 + tokenizer.vocab_size().div_ceil(32)] {
+                let mut words = vec![u32::MAX; num_words];
+                mask.write(&mut words);
+                for id in 0..num_words as u32 * 32 {
+                    let is_set = words[id as usize / 32] >> (id % 32) & 1 == 1;
+                    assert_eq!(is_set, mask.is_allowed(id), "{id} of {num_words} words");
+                }
+            }
         }
     }
 

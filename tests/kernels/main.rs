@@ -11,6 +11,7 @@ mod elementwise;
 mod gpu;
 mod landing;
 mod linear;
+mod logits;
 mod lora;
 mod lora_merge;
 mod quantised;

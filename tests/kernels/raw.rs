@@ -8,6 +8,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaFunction, CudaStream, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
 use mneme::backend::cpu::{Isa, SampleScratch, sample_row};
+use mneme::backend::cuda::CudaBuffer;
 use mneme::backend::{Backend, DType, RowSampling, SamplingBatch};
 
 use crate::gpu::{self, Gpu};
@@ -92,30 +93,36 @@ fn blocks_are_copied_in_pairs() {
 
 /// How one row is sampled from.
 #[derive(Debug, Clone, Copy)]
-struct Params {
-    temperature: f32,
-    top_k: i32,
-    top_p: f32,
-    min_p: f32,
+pub struct Params {
+    pub temperature: f32,
+    pub top_k: i32,
+    pub top_p: f32,
+    pub min_p: f32,
 }
 
-const ALL: Params = Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+pub const ALL: Params = Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
-fn sample(gpu: &Gpu, logits: &[f32], vocab: usize, params: Params, seed: u64) -> Vec<i32> {
-    let rows = logits.len() / vocab;
+/// Rows that are all drawn in the same way, each another draw.
+pub fn sampling_batch(gpu: &Gpu, rows: usize, params: Params, seed: u64) -> SamplingBatch<CudaBuffer> {
     let floats = |value: f32| gpu.vector(&vec![value; rows]);
     let longs = |values: &mut dyn Iterator<Item = u64>| {
         let halves: Vec<i32> = values.flat_map(|value| [value as i32, (value >> 32) as i32]).collect();
         gpu.indices(&halves, rows, 2)
     };
-    let sampling = SamplingBatch {
+    SamplingBatch {
         temperatures: floats(params.temperature),
         top_ks: gpu.indices(&vec![params.top_k; rows], 1, rows),
         top_ps: floats(params.top_p),
         min_ps: floats(params.min_p),
         seeds: longs(&mut std::iter::repeat_n(seed, rows)),
         indices: longs(&mut (0..rows as u64)),
-    };
+        masks: None,
+    }
+}
+
+fn sample(gpu: &Gpu, logits: &[f32], vocab: usize, params: Params, seed: u64) -> Vec<i32> {
+    let rows = logits.len() / vocab;
+    let sampling = sampling_batch(gpu, rows, params, seed);
     let logits = gpu.tensor(logits, rows, vocab, DType::F32);
     let out = gpu.output(1, rows, DType::I32);
     gpu.backend.sample(&gpu.stream, &logits, &sampling, &out.tensor).unwrap();

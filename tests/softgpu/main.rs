@@ -9,6 +9,7 @@ mod adapted;
 mod adapters;
 #[path = "../generation/blend.rs"]
 mod blend;
+mod changed_logits;
 mod command;
 #[path = "../generation/composition.rs"]
 mod composition;
@@ -121,6 +122,12 @@ fn graphs_are_replayed_in_other_schedules() {
 #[test]
 fn fast_products_are_near_in_other_schedules() {
     support::softgpu::pass_in_other_schedules(&["cublaslt::"], "other_schedules");
+}
+
+/// What is drawn how is written and uploaded while the layers are computed.
+#[test]
+fn changed_logits_are_the_hosts_in_other_schedules() {
+    support::softgpu::pass_in_other_schedules(&["changed_logits::"], "other_schedules");
 }
 
 /// Copies of layers, the waits for them and the step that uses them come from different threads.

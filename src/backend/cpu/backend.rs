@@ -548,7 +548,10 @@ impl Backend for CpuBackend {
         sampling: &SamplingBatch<CpuBuffer>,
         out: &CpuTensor,
     ) -> Result<()> {
-        sampling.check(logits.rows())?;
+        sampling.check(logits.rows(), logits.columns())?;
+        if sampling.masks.is_some() {
+            return Err(invalid!("the CPU draws without masks: the host changes its rows"));
+        }
         out.expect("sampled tokens", 1, logits.rows(), DType::I32)?;
         // SAFETY: other buffers than the output's, and work before this call is done.
         let (rows, tokens) = unsafe { (numbers(logits), numbers_mut(out)) };

@@ -18,6 +18,7 @@ use super::driver::{driver_error, has_graphs, open};
 use super::graphs::Graphs;
 use super::kernels::{Kernel, Kernels};
 use super::launch::{Arguments, Grid};
+use super::logits;
 use super::lora::{self, LoraScratch};
 use super::lora_loader::{CudaLora, CudaLoraLoader};
 use super::lora_merge;
@@ -28,8 +29,8 @@ use super::watch::CopyWatch;
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, DecodeShape, GpuInfo, HeadTransform, HostTensor,
-    KvLayer, KvLayout, KvOrder, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate,
-    Tensor,
+    KvLayer, KvLayout, KvOrder, LogitEdits, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch,
+    ScaledUpdate, Tensor,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -48,6 +49,7 @@ const MIN_REPEATED_BLOCKS: usize = 16;
 pub struct CudaBackend {
     info: GpuInfo,
     dtype: DType,
+    edits_logits: bool,
     graphs: Graphs,
     kernels: Kernels,
     partials: Partials,
@@ -79,6 +81,7 @@ impl CudaBackend {
             watch: Arc::new(CopyWatch::new(info.is_software())),
             info,
             dtype,
+            edits_logits: true,
             events,
             context,
         })
@@ -98,6 +101,11 @@ impl CudaBackend {
     pub fn with_cublaslt(self, library: Option<&Path>) -> Result<Self> {
         let cublaslt = CublasLt::load(&self.context, &self.info, self.dtype, library)?;
         Ok(Self { cublaslt: Some(cublaslt), ..self })
+    }
+
+    /// The same with rows of logits that are changed or asked about brought to the host.
+    pub fn without_logit_edits(self) -> Self {
+        Self { edits_logits: false, ..self }
     }
 
     /// The device.
@@ -428,11 +436,7 @@ impl Backend for CudaBackend {
     }
 
     fn argmax(&self, stream: &CudaStream, x: &CudaTensor, out: &CudaTensor) -> Result<()> {
-        x.expect("argmax input", x.rows(), x.columns(), DType::F32)?;
-        out.expect("argmax output", 1, x.rows(), DType::I32)?;
-        let arguments = Arguments::new().tensor(out)?.tensor(x)?.int(x.columns())?;
-        // SAFETY: argmax(out, logits, vocab), shapes as checked.
-        unsafe { self.launch(stream, &self.kernels.argmax, (x.rows(), 1, 1), 1024, arguments) }
+        logits::argmax(self, stream, x, out)
     }
 
     fn sample(
@@ -442,14 +446,29 @@ impl Backend for CudaBackend {
         sampling: &SamplingBatch<CudaBuffer>,
         out: &CudaTensor,
     ) -> Result<()> {
-        logits.expect("logits", logits.rows(), logits.columns(), DType::F32)?;
-        out.expect("sampled tokens", 1, logits.rows(), DType::I32)?;
-        sampling.check(logits.rows())?;
-        let SamplingBatch { temperatures, top_ks, top_ps, min_ps, seeds, indices } = sampling;
-        let arguments = Arguments::new().tensor(out)?.tensor(logits)?.tensor(temperatures)?.tensor(top_ks)?;
-        let arguments = arguments.tensor(top_ps)?.tensor(min_ps)?.tensor(seeds)?.tensor(indices)?;
-        let arguments = arguments.int(logits.columns())?;
-        // SAFETY: sample(out, logits, temperature, top_k, top_p, min_p, seeds, indices, vocab), shapes as checked.
-        unsafe { self.launch(stream, &self.kernels.sample, (logits.rows(), 1, 1), 1024, arguments) }
+        logits::sample(self, stream, logits, sampling, out)
+    }
+
+    fn edits_logits(&self) -> bool {
+        self.edits_logits
+    }
+
+    fn edit_logits(&self, stream: &CudaStream, logits: &CudaTensor, edits: &LogitEdits<CudaBuffer>) -> Result<()> {
+        logits::edit(self, stream, logits, edits)
+    }
+
+    fn restore_logits(&self, stream: &CudaStream, logits: &CudaTensor, edits: &LogitEdits<CudaBuffer>) -> Result<()> {
+        logits::restore(self, stream, logits, edits)
+    }
+
+    fn logprobs(
+        &self,
+        stream: &CudaStream,
+        logits: &CudaTensor,
+        tokens: &CudaTensor,
+        asked: &CudaTensor,
+        out: &CudaTensor,
+    ) -> Result<()> {
+        logits::logprobs(self, stream, logits, tokens, asked, out)
     }
 }

@@ -109,6 +109,9 @@ pub(super) struct Kernels {
     pub(super) gather_rows: Kernel,
     pub(super) argmax: Kernel,
     pub(super) sample: Kernel,
+    pub(super) edit_logits: Kernel,
+    pub(super) restore_logits: Kernel,
+    pub(super) logprobs: Kernel,
     dtype: DType,
     /// For a KV cache of the activations' type, and for one of fp8 beside bf16.
     cache: CacheKernels,
@@ -140,6 +143,9 @@ impl Kernels {
             gather_rows: plain("rows", "gather_rows".into())?,
             argmax: plain("sampling", "argmax".into())?,
             sample: plain("sampling", "sample".into())?,
+            edit_logits: plain("logits", "edit_logits".into())?,
+            restore_logits: plain("logits", "restore_logits".into())?,
+            logprobs: plain("logits", "logprobs".into())?,
             dtype,
             cache: CacheKernels::find(&modules, dtype, dtype)?,
             fp8_cache: match dtype {

@@ -14,6 +14,7 @@ mod driver;
 mod graphs;
 mod kernels;
 mod launch;
+mod logits;
 mod lora;
 mod lora_loader;
 mod lora_merge;

@@ -1,22 +1,20 @@
-//! The arrays of a step: tokens and where they belong, rows of results, adapters, and how tokens are drawn.
+//! The arrays of a step: tokens and where they belong, rows of results, adapters.
 
+use super::ModelRunner;
 use super::outputs::{is_embedding, num_logits_of, output_range};
-use super::{ModelRunner, SequenceOutput};
 use crate::Result;
-use crate::backend::{
-    AttentionMetadata, Backend, DType, DecodeShape, Device, Landing, RowSampling, SamplingBatch, Tensor,
-};
+use crate::backend::{AttentionMetadata, Backend, DType, DecodeShape, Device, Landing, Tensor};
 use crate::engine::adapters::MAX_APPLIED;
 use crate::engine::residency::Residency;
 use crate::engine::scheduler::ScheduledSequence;
-use crate::engine::sequence::{Sequence, Work};
+use crate::engine::sequence::Sequence;
 use crate::models::ForwardBatch;
 
 /// Rows that adapters are added to, and by how much.
 pub(super) type RowsAndScales<B> = (Tensor<<B as Device>::Buffer>, Tensor<<B as Device>::Buffer>);
 
-/// Arrays of a step.
-pub(super) const NUM_INPUTS: usize = 18;
+/// Arrays of a step, with those about its rows of logits.
+pub(super) const NUM_INPUTS: usize = 22;
 /// Each array begins at a multiple of so many numbers: devices want pointers on 16 bytes.
 pub(super) const ALIGNED_NUMBERS: usize = 4;
 
@@ -99,45 +97,6 @@ impl<B: Backend> ModelRunner<B> {
             numbers[scales_at.start + at] = scale as i32;
         });
         Some((rows, floats(scales)))
-    }
-
-    /// How the device draws from each row of logits; `None` when each has its likeliest token, or one that the host chooses.
-    pub(super) fn write_sampling(
-        &mut self,
-        running: &[Box<Sequence>],
-        scheduled: &[ScheduledSequence],
-        num_rows: usize,
-    ) -> Option<SamplingBatch<B::Buffer>> {
-        let drawn = |(output, entry): (&SequenceOutput, &ScheduledSequence)| {
-            let sampling = sampling_of(&running[entry.index])?;
-            Some((output.logits_row?, sampling)).filter(|(_, sampling)| sampling.temperature > 0.0)
-        };
-        let inputs = &mut self.inputs;
-        self.outputs.iter().zip(scheduled).find_map(drawn)?;
-        let mut reserve = |rows, columns| inputs.reserve(rows, columns);
-        let [temperatures, top_ks, top_ps, min_ps] = [(); 4].map(|()| reserve(1, num_rows));
-        let [seeds, indices] = [(); 2].map(|()| reserve(num_rows, 2));
-        let numbers = inputs.numbers();
-        let mut write = |row: usize, sampling: &RowSampling| {
-            numbers[temperatures.1.start + row] = sampling.temperature.to_bits() as i32;
-            numbers[top_ks.1.start + row] = sampling.top_k.min(i32::MAX as u32) as i32;
-            numbers[top_ps.1.start + row] = sampling.top_p.to_bits() as i32;
-            numbers[min_ps.1.start + row] = sampling.min_p.to_bits() as i32;
-            for (array, value) in [(&seeds, sampling.seed), (&indices, sampling.index)] {
-                numbers[array.1.start + 2 * row] = value as i32;
-                numbers[array.1.start + 2 * row + 1] = (value >> 32) as i32;
-            }
-        };
-        (0..num_rows).for_each(|row| write(row, &RowSampling::GREEDY));
-        self.outputs.iter().zip(scheduled).filter_map(drawn).for_each(|(row, sampling)| write(row, &sampling));
-        Some(SamplingBatch {
-            temperatures: floats(temperatures.0),
-            top_ks: top_ks.0,
-            top_ps: floats(top_ps.0),
-            min_ps: floats(min_ps.0),
-            seeds: seeds.0,
-            indices: indices.0,
-        })
     }
 
     /// Which rows of logits are adapted by what; `None` when none is.
@@ -230,14 +189,6 @@ impl<B: Backend> ModelRunner<B> {
 }
 
 /// The same array, of f32.
-fn floats<B: Clone>(array: Tensor<B>) -> Tensor<B> {
+pub(super) fn floats<B: Clone>(array: Tensor<B>) -> Tensor<B> {
     Tensor::new(array.buffer().clone(), array.offset_bytes(), array.rows(), array.columns(), DType::F32)
-}
-
-/// How the device chooses the next token of a sequence, if it does.
-fn sampling_of(sequence: &Sequence) -> Option<RowSampling> {
-    match &sequence.work {
-        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()),
-        Work::Embed { .. } | Work::Deposit { .. } | Work::Source => None,
-    }
 }

@@ -2,6 +2,7 @@
 
 mod compose;
 mod decode;
+mod draws;
 mod inputs;
 mod outputs;
 
@@ -21,7 +22,7 @@ use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::Sequence;
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{Backend, DType, Landing, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor};
+use crate::backend::{Backend, DType, Landing, LoraBatch, LoraLoader, RowLogprobs, StepBounds, StreamKind, Tensor};
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
 
@@ -40,6 +41,9 @@ pub(super) struct ModelRunner<B: Backend> {
     /// The token chosen from each row of logits, i32.
     tokens: Tensor<B::Buffer>,
     host_tokens: B::HostBuffer,
+    /// What is said of rows of logits, `[L, 46]` i32.
+    logprobs: Tensor<B::Buffer>,
+    host_logprobs: B::HostBuffer,
     /// Rows of logits (f32) or hidden states (activations) that the host asked for.
     host_rows: B::HostBuffer,
     /// Bytes of `host_rows` in use.
@@ -48,6 +52,15 @@ pub(super) struct ModelRunner<B: Backend> {
     max_blocks: usize,
     max_model_len: usize,
     outputs: Vec<SequenceOutput>,
+}
+
+/// A step whose layers are queued.
+pub(super) struct QueuedStep {
+    num_logits: usize,
+    /// Whether the device repeated what it had kept.
+    is_repeated: bool,
+    /// Whether blocks were on their way up.
+    has_landings: bool,
 }
 
 /// What a backend makes of an adapter's update.
@@ -76,7 +89,10 @@ impl<B: Backend> ModelRunner<B> {
             + (9 + 2 * MAX_APPLIED) * max_logits
             + 1
             + limits.max_num_seqs * max_blocks
+            + draws::capacity(&backend, limits, model.config().vocab_size)
             + NUM_INPUTS * (ALIGNED_NUMBERS - 1);
+        let num_asked = if backend.edits_logits() { limits.max_num_seqs } else { 0 };
+        let answer_bytes = num_asked * RowLogprobs::NUM_WORDS * size_of::<u32>();
         let config = model.config();
         // A step can bring logits of some sequences and hidden states of others to the host.
         let row_bytes = (max_logits * config.vocab_size + limits.max_num_batched_tokens * config.hidden_size) * 4;
@@ -86,6 +102,8 @@ impl<B: Backend> ModelRunner<B> {
             composition: CompositionBuffers::new(&backend, limits)?,
             tokens: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
             host_tokens: backend.allocate_host(max_logits * 4)?,
+            logprobs: Tensor::new(backend.allocate(answer_bytes)?, 0, num_asked, RowLogprobs::NUM_WORDS, DType::I32),
+            host_logprobs: backend.allocate_host(answer_bytes)?,
             host_rows: backend.allocate_host(row_bytes)?,
             lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
             merged: None,
@@ -147,24 +165,23 @@ impl<B: Backend> ModelRunner<B> {
         AdapterIo::start(&self.backend, &self.kv.blocks, store, waker)
     }
 
-    /// Computes the scheduled tokens, if there are any, and waits for the results. Some of their sequences' blocks may still
-    /// be on their way up. Whether the device repeated a step that it had kept.
-    pub(super) fn run<'a>(
+    /// Queues the computation of the scheduled tokens, if there are any. Some of their sequences' blocks may still be on
+    /// their way up.
+    pub(super) fn queue<'a>(
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
         residency: &Residency,
         landings: impl Iterator<Item = &'a DeviceLanding>,
-    ) -> Result<bool> {
+    ) -> Result<Option<QueuedStep>> {
         if scheduled.is_empty() {
-            return Ok(false);
+            return Ok(None);
         }
         self.gather(running, scheduled)?;
         let landings: Vec<&Landing<B::Event>> = landings.map(known_landing).collect();
         let shape = if landings.is_empty() { self.repeated_shape(running, scheduled) } else { None };
         let batch = self.prepare(running, scheduled, shape, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
-        let sampling = self.write_sampling(running, scheduled, batch.num_logits);
         let head = self.write_head(running, scheduled, batch.num_logits);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
@@ -174,7 +191,7 @@ impl<B: Backend> ModelRunner<B> {
         let head = head.map(|(rows, scales)| LoraBatch { rows, scales, groups: self.lora.head_groups() });
         let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, head, merged });
         // What is drawn changes from step to step, so it is never a part of what is repeated.
-        let takes_likeliest = shape.is_some() || sampling.is_none();
+        let takes_likeliest = shape.is_some() || !self.draws(running, scheduled);
         let compute = &mut || self.compute(&batch, adapted.as_ref(), takes_likeliest);
         let is_repeated = match shape {
             Some(shape) => self.backend.repeat_step(&self.stream, shape, compute)?,
@@ -182,11 +199,25 @@ impl<B: Backend> ModelRunner<B> {
         };
         drop(adapted);
         self.lora.clear();
-        self.fetch(running, scheduled, &batch, sampling.as_ref())?;
+        Ok(Some(QueuedStep { num_logits: batch.num_logits, is_repeated, has_landings: !landings.is_empty() }))
+    }
+
+    /// Has tokens chosen from what was queued, and waits for the results. Grammars have said what may come next. Whether the
+    /// device repeated a step that it had kept.
+    pub(super) fn finish(
+        &mut self,
+        step: Option<QueuedStep>,
+        running: &[Box<Sequence>],
+        scheduled: &[ScheduledSequence],
+    ) -> Result<bool> {
+        let Some(QueuedStep { num_logits, is_repeated, has_landings }) = step else { return Ok(false) };
+        let draws = self.write_draws(running, scheduled, num_logits)?;
+        self.draw(&draws, num_logits)?;
+        self.fetch(running, scheduled, num_logits)?;
         let done = self.backend.record(&self.stream)?;
-        match landings.is_empty() {
-            true => self.backend.synchronize(&done)?,
-            false => self.backend.synchronize_landed(&done)?,
+        match has_landings {
+            false => self.backend.synchronize(&done)?,
+            true => self.backend.synchronize_landed(&done)?,
         }
         Ok(is_repeated)
     }

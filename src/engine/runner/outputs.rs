@@ -4,16 +4,19 @@ use half::{bf16, f16};
 
 use super::ModelRunner;
 use crate::Result;
-use crate::backend::{Backend, DType, SamplingBatch, Tensor};
+use crate::backend::{Backend, DType, RowLogprobs, Tensor};
+use crate::engine::logprobs::logprobs_from;
+use crate::engine::request::TokenLogprobs;
 use crate::engine::scheduler::ScheduledSequence;
 use crate::engine::sequence::{Sequence, Work};
-use crate::models::ForwardBatch;
 
 /// Where the results of one scheduled sequence are.
 #[derive(Debug, Clone, Copy, Default)]
 pub(in super::super) struct SequenceOutput {
     /// Row of logits behind its last token, when all its tokens are computed.
     pub(in super::super) logits_row: Option<usize>,
+    /// Number of the device's answer about that row, where logprobs were asked for.
+    pub(in super::super) logprobs: Option<usize>,
     /// The first of its rows on the host and their number.
     pub(in super::super) host_rows: HostRows,
 }
@@ -34,6 +37,13 @@ impl<B: Backend> ModelRunner<B> {
     /// The token that the device has chosen from a row of logits.
     pub(in super::super) fn token(&self, logits_row: usize) -> u32 {
         bytemuck::cast_slice::<u8, u32>(self.host_tokens.as_ref())[logits_row]
+    }
+
+    /// The logprobs of `token` and the `num_top` likeliest that an answer of the device's means.
+    pub(in super::super) fn logprobs(&self, answer: usize, token: u32, num_top: usize) -> TokenLogprobs {
+        let (answers, _) = bytemuck::cast_slice::<u8, u32>(self.host_logprobs.as_ref()).as_chunks();
+        let num_top = num_top.min(self.model.config().vocab_size);
+        logprobs_from(&RowLogprobs::from_words(&answers[answer]), token, num_top)
     }
 
     /// Row `row` of the logits that were brought to the host for a sequence.
@@ -82,19 +92,15 @@ impl<B: Backend> ModelRunner<B> {
         &mut self,
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
-        batch: &ForwardBatch<'_, B::Buffer, B::Event>,
-        sampling: Option<&SamplingBatch<B::Buffer>>,
+        num_logits: usize,
     ) -> Result<()> {
         self.num_row_bytes = 0;
-        if batch.num_logits > 0 {
-            let tokens = self.tokens_of(batch.num_logits);
-            if let Some(sampling) = sampling {
-                let logits = self.workspace.logits(batch.num_logits);
-                self.backend.sample(&self.stream, &logits, sampling, &tokens)?;
-            }
+        if num_logits > 0 {
+            let tokens = self.tokens_of(num_logits);
             self.backend.download(&self.stream, &tokens, &mut self.host_tokens, 0)?;
         }
-        let (mut logits_row, mut hidden_row) = (0, batch.num_logits);
+        let can_edit = self.backend.edits_logits();
+        let (mut logits_row, mut hidden_row) = (0, num_logits);
         for (at, entry) in scheduled.iter().enumerate() {
             let sequence = &running[entry.index];
             let num_rows = output_range(sequence, entry.num_tokens).len();
@@ -103,7 +109,7 @@ impl<B: Backend> ModelRunner<B> {
                 self.fetch_rows(at, &hidden, hidden_row, num_rows)?;
                 hidden_row += num_rows;
             } else {
-                if needs_logits_on_host(sequence) {
+                if needs_logits_on_host(sequence, can_edit) {
                     let logits = self.workspace.logits(logits_row + num_rows);
                     self.fetch_rows(at, &logits, logits_row, num_rows)?;
                 }
@@ -132,9 +138,9 @@ pub(super) fn is_embedding(sequence: &Sequence) -> bool {
     matches!(sequence.work, Work::Embed { .. })
 }
 
-fn needs_logits_on_host(sequence: &Sequence) -> bool {
+fn needs_logits_on_host(sequence: &Sequence, can_edit: bool) -> bool {
     match &sequence.work {
-        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens()).is_none(),
+        Work::Generate(generation) => generation.on_device(sequence.num_output_tokens(), can_edit).is_none(),
         Work::Embed { .. } | Work::Deposit { .. } | Work::Source => false,
     }
 }

@@ -65,9 +65,12 @@ impl<B: Backend> Engine<B> {
         let (token, logprobs) = if output.host_rows.num_rows > 0 {
             let logits = self.runner.host_logits(output.host_rows, output.host_rows.num_rows - 1);
             let sample = self.sampler.sample(generation, &sequence.tokens, sequence.num_prompt_tokens, logits)?;
+            self.metrics.host_sampled_tokens.inc();
             (sample.token, sample.logprobs)
         } else {
-            (self.runner.token(logits_row), None)
+            let (token, num_top) = (self.runner.token(logits_row), generation.params.logprobs.unwrap_or(0));
+            let logprobs = output.logprobs.map(|answer| self.runner.logprobs(answer, token, num_top));
+            (token, logprobs.map(Box::new))
         };
         self.metrics.generation_tokens.inc();
         let number = sequence.num_output_tokens() + 1;
