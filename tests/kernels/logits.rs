@@ -84,7 +84,8 @@ fn upload(gpu: &Gpu, edits: &[(usize, Edit)]) -> LogitEdits<mneme::backend::cuda
 
 #[test]
 fn edits_are_the_hosts_to_the_bit_and_can_be_taken_back() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(1);
     for vocab in VOCABS {
         let original = odd_rows(random, 4, vocab);
@@ -112,7 +113,8 @@ fn pack(mask: &[bool]) -> Vec<i32> {
 
 #[test]
 fn masked_tokens_are_as_if_minus_infinity() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(2);
     for vocab in VOCABS {
         // One mask allows nothing, one the last token, one what is not a number, one about half, one a few; rows have them
@@ -186,7 +188,8 @@ fn answers(gpu: &Gpu, out: &Output) -> Vec<RowLogprobs> {
 
 #[test]
 fn logprobs_are_the_hosts_to_the_bit() {
-    let [gpu, _] = gpu::shared();
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
     let random = &mut Random::new(3);
     // Beyond 65536 strips are summed in two rounds.
     for vocab in VOCABS.into_iter().chain([66_001]) {

@@ -77,7 +77,6 @@ impl Tiers {
             num_io_threads: 2,
             fetch_wait: Some(self.fetch_wait),
             open_vault: Some(Box::new(open)),
-            ..TierConfig::default()
         };
         crate::start_with_tiers(model, self.setup.clone(), tiers)
     }
