@@ -136,9 +136,14 @@ template <int D, int THREADS, class T, class C> __device__ __forceinline__ void 
                 const int vector = i * THREADS + threadIdx.x;
                 if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
                 const int row = run * RUN + vector / CHUNKS, chunk = vector % CHUNKS * 2;
-                const C* from = reinterpret_cast<const C*>(arriving + (run * VECTORS + vector) * 16);
-                store8(reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk)), load8(from));
-                store8(reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk + 1)), load8(from + 8));
+                const uint4 words = *reinterpret_cast<const uint4*>(arriving + (run * VECTORS + vector) * 16);
+                const uint2 low = make_uint2(words.x, words.y), high = make_uint2(words.z, words.w);
+                // Every other four threads of a row begin with the second half: no two of eight meet in a bank.
+                const bool turned = vector % CHUNKS / 4 % 2 == 1;
+                T* first = reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk + turned));
+                T* second = reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk + !turned));
+                store8(first, unpack8_fp8(turned ? high : low));
+                store8(second, unpack8_fp8(turned ? low : high));
             }
         }
     }

@@ -57,7 +57,8 @@ struct Eight {
     float at[8];
 };
 
-template <class T> __device__ __forceinline__ Eight unpack8(const uint4& words) {
+// By value: through a reference each number would be loaded where it is converted, not in one vector.
+template <class T> __device__ __forceinline__ Eight unpack8(uint4 words) {
     const float2 a = unpack<T>(words.x), b = unpack<T>(words.y), c = unpack<T>(words.z), d = unpack<T>(words.w);
     return {{a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}};
 }
@@ -88,12 +89,14 @@ __device__ __forceinline__ u32 pack_fp8(float x) {
     const u32 small = __float_as_uint(__fadd_rn(size, 16384.0f)) - 0x46800000u;
     return (size < 0.015625f ? small : normal) | (__float_as_uint(x) >> 24 & 0x80);
 }
-template <> __device__ __forceinline__ Eight load8(const fp8* source) {
-    const uint2 words = *reinterpret_cast<const uint2*>(source);
+__device__ __forceinline__ Eight unpack8_fp8(uint2 words) {
     Eight x;
 #pragma unroll
     for (int i = 0; i < 8; i++) x.at[i] = unpack_fp8(i < 4 ? words.x : words.y, i % 4);
     return x;
+}
+template <> __device__ __forceinline__ Eight load8(const fp8* source) {
+    return unpack8_fp8(*reinterpret_cast<const uint2*>(source));
 }
 template <> __device__ __forceinline__ void store8(fp8* target, const Eight& x) {
     u32 words[2] = {0, 0};
