@@ -21,7 +21,7 @@ use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::Sequence;
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{Backend, DType, Landing, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor};
+use crate::backend::{Backend, DType, DecodeShape, Landing, LoraBatch, LoraLoader, StepBounds, StreamKind, Tensor};
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
 
@@ -163,6 +163,7 @@ impl<B: Backend> ModelRunner<B> {
         let shape = if landings.is_empty() { self.repeated_shape(running, scheduled) } else { None };
         let batch = self.prepare(running, scheduled, shape, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
+        let shape = shape.map(|shape| DecodeShape { adapters: self.lora.number(), ..shape });
         let sampling = self.write_sampling(running, scheduled, batch.num_logits);
         let head = self.write_head(running, scheduled, batch.num_logits);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
