@@ -10,6 +10,9 @@ pub struct DecodeShape {
     pub max_blocks: usize,
     /// The longest context, or more.
     pub max_context_len: usize,
+    /// A number for which adapters, lying where, are added to which rows: equal ones mean that all of it is equal. 0 without
+    /// adapters.
+    pub adapters: u64,
 }
 
 impl DecodeShape {
@@ -40,11 +43,11 @@ mod tests {
 
     #[test]
     fn shapes_are_rounded_up_and_stay_within_bounds() {
-        let shape = DecodeShape { num_seqs: 3, max_blocks: 17, max_context_len: 257 };
-        let rounded = shape.rounded_up(16, 256);
-        assert_eq!(rounded, DecodeShape { num_seqs: 3, max_blocks: 32, max_context_len: 512 });
-        assert_eq!(rounded.at_most(20, 320), DecodeShape { num_seqs: 3, max_blocks: 20, max_context_len: 320 });
-        let small = DecodeShape { num_seqs: 1, max_blocks: 1, max_context_len: 1 };
-        assert_eq!(small.rounded_up(16, 256), DecodeShape { num_seqs: 1, max_blocks: 16, max_context_len: 256 });
+        let shape =
+            |num_seqs, max_blocks, max_context_len| DecodeShape { num_seqs, max_blocks, max_context_len, adapters: 7 };
+        let rounded = shape(3, 17, 257).rounded_up(16, 256);
+        assert_eq!(rounded, shape(3, 32, 512));
+        assert_eq!(rounded.at_most(20, 320), shape(3, 20, 320));
+        assert_eq!(shape(1, 1, 1).rounded_up(16, 256), shape(1, 16, 256));
     }
 }

@@ -1,6 +1,7 @@
 //! Which rows of a step belong to which adapter: the groups of a [`LoraBatch`](crate::backend::LoraBatch).
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Weak};
 
 use super::residency::Residency;
 use super::scheduler::ScheduledSequence;
@@ -14,6 +15,10 @@ pub(super) struct LoraGroups<L> {
     groups: Vec<LoraGroup<L>>,
     /// Those with an update of the output projection; their entries are rows of logits.
     head: Vec<LoraGroup<L>>,
+    /// The groups that were numbered last. An adapter that comes back is another one, in other pages; that it does not get the
+    /// address of the one before is what the reference is for.
+    numbered: Vec<(Weak<LoraAdapter<L>>, Range<usize>)>,
+    last_number: u64,
 }
 
 impl<L: Send + Sync + 'static> LoraGroups<L> {
@@ -22,7 +27,29 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
             active: Vec::with_capacity(max_adapters),
             groups: Vec::with_capacity(max_adapters),
             head: Vec::with_capacity(max_adapters),
+            numbered: Vec::with_capacity(max_adapters),
+            last_number: 0,
         }
+    }
+
+    /// A number for the groups of the step: that of the last call if they are the same adapters with the same entries, one that
+    /// no others had if not, and 0 if there are none. With so many rows in a step, equal entries are equal places of arrays.
+    pub(super) fn number(&mut self) -> u64 {
+        if self.groups.is_empty() {
+            return 0;
+        }
+        let mut pairs = self.numbered.iter().zip(&self.groups);
+        let is_same = self.numbered.len() == self.groups.len()
+            && pairs.all(|((adapter, entries), group)| {
+                adapter.as_ptr() == Arc::as_ptr(&group.adapter) && *entries == group.entries
+            });
+        if !is_same {
+            self.last_number += 1;
+            self.numbered.clear();
+            let groups = self.groups.iter();
+            self.numbered.extend(groups.map(|group| (Arc::downgrade(&group.adapter), group.entries.clone())));
+        }
+        self.last_number
     }
 
     pub(super) fn groups(&self) -> &[LoraGroup<L>] {
@@ -117,5 +144,33 @@ impl<L: Send + Sync + 'static> LoraGroups<L> {
             self.head.push(LoraGroup { adapter: Arc::clone(adapter), entries: start..at });
         }
         at
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_have_a_number_while_they_stay_the_same() {
+        let adapter = || Arc::new(LoraAdapter::<()>::new(1));
+        let (first, second) = (adapter(), adapter());
+        let mut groups = LoraGroups::new(2);
+        let mut number = |of: &[(&Arc<LoraAdapter<()>>, Range<usize>)]| {
+            groups.clear();
+            let group = |(adapter, entries): &(&Arc<_>, Range<usize>)| LoraGroup {
+                adapter: Arc::clone(adapter),
+                entries: entries.clone(),
+            };
+            groups.groups.extend(of.iter().map(group));
+            groups.number()
+        };
+        assert_eq!([number(&[]), number(&[(&first, 0..2)]), number(&[(&first, 0..2)])], [0, 1, 1]);
+        assert_eq!([number(&[(&first, 0..1)]), number(&[(&first, 0..1), (&second, 1..2)])], [2, 3]);
+        // Steps without adapters in between change nothing, others do.
+        assert_eq!([number(&[]), number(&[(&first, 0..1), (&second, 1..2)])], [0, 3]);
+        assert_eq!([number(&[(&second, 0..2)]), number(&[(&first, 0..2)])], [4, 5]);
+        drop(first);
+        assert_eq!(number(&[(&adapter(), 0..2)]), 6);
     }
 }

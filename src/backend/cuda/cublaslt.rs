@@ -75,11 +75,33 @@ struct Plan {
     algorithm: Algorithm,
 }
 
+/// What was found for each shape; `None` where the library has no algorithm.
+struct Plans<P> {
+    by_shape: HashMap<Shape, Option<P>>,
+}
+
+impl<P> Plans<P> {
+    fn new() -> Self {
+        Self { by_shape: HashMap::new() }
+    }
+
+    /// That of a shape, asked for where it is not known. All others go when there are too many.
+    fn find(&mut self, shape: Shape, ask: impl FnOnce(&Shape) -> Result<Option<P>>) -> Result<Option<&P>> {
+        if !self.by_shape.contains_key(&shape) {
+            let found = ask(&shape)?;
+            if self.by_shape.len() == MAX_PLANS {
+                self.by_shape.clear();
+            }
+            self.by_shape.insert(shape, found);
+        }
+        Ok(self.by_shape.get(&shape).and_then(Option::as_ref))
+    }
+}
+
 /// The library on one device.
 pub(super) struct CublasLt {
     // Fields are dropped in this order.
-    /// By shape; `None` where the library has no algorithm.
-    plans: Mutex<HashMap<Shape, Option<Plan>>>,
+    plans: Mutex<Plans<Plan>>,
     operation: Object,
     workspace: CudaBuffer,
     handle: Object,
@@ -101,7 +123,7 @@ impl CublasLt {
         // SAFETY: pointers to locals, and the device is the thread's.
         let handle = Object::create("start", |handle| unsafe { (library.create)(handle) }, library.destroy)?;
         Ok(Self {
-            plans: Mutex::default(),
+            plans: Mutex::new(Plans::new()),
             operation: transposed_product(&library)?,
             workspace: CudaBuffer::allocate(context, workspace_bytes(info))?,
             handle,
@@ -116,7 +138,8 @@ impl CublasLt {
         self.library.version_number()
     }
 
-    /// Queues `out = x W^T`, shapes checked by the caller. `false`, and nothing queued, where the library has no algorithm.
+    /// Queues `out = x W^T`, shapes checked by the caller. `false`, and nothing queued, where the library has no algorithm. All
+    /// products share the workspace, so they are for one stream: the one that computes.
     pub(super) fn multiply(
         &self,
         stream: &CudaStream,
@@ -137,16 +160,9 @@ impl CublasLt {
             alignments: pointers.map(alignment),
         };
         let mut plans = self.plans.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !plans.contains_key(&shape) {
-            if plans.len() == MAX_PLANS {
-                plans.clear();
-            }
-            plans.insert(shape, self.plan(&shape)?);
-        }
-        // The lock is held while it is queued: nobody else's product comes to the workspace in between.
-        match plans.get(&shape) {
-            Some(Some(plan)) => self.queue(stream, plan, pointers).map(|()| true),
-            _ => Ok(false),
+        match plans.find(shape, |shape| self.plan(shape))? {
+            Some(plan) => self.queue(stream, plan, pointers).map(|()| true),
+            None => Ok(false),
         }
     }
 
@@ -290,6 +306,28 @@ fn data_type(dtype: DType) -> Result<DataType> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shape_is_asked_for_once_and_shapes_are_bounded() {
+        let mut plans = Plans::new();
+        let mut num_asked = 0;
+        let even = |number: usize| number.is_multiple_of(2).then_some(number);
+        let mut find = |num_tokens: usize| {
+            let shape = Shape { num_tokens, outputs: 8, inputs: 8, out_dtype: DType::F32, alignments: [16; 3] };
+            let ask = |shape: &Shape| {
+                num_asked += 1;
+                Ok(even(shape.num_tokens))
+            };
+            let found = plans.find(shape, ask).unwrap().copied();
+            assert_eq!(found, even(num_tokens));
+            (plans.by_shape.len(), num_asked)
+        };
+        let all = |find: &mut dyn FnMut(usize) -> (usize, usize)| (0..MAX_PLANS).map(find).last();
+        assert_eq!(all(&mut find), Some((MAX_PLANS, MAX_PLANS)));
+        assert_eq!(all(&mut find), Some((MAX_PLANS, MAX_PLANS)));
+        assert_eq!(find(MAX_PLANS), (1, MAX_PLANS + 1));
+        assert_eq!(find(0), (2, MAX_PLANS + 2));
+    }
 
     #[test]
     fn alignments_are_told_apart_up_to_a_bound() {

@@ -243,7 +243,7 @@ mod tests {
     use super::*;
 
     fn shape(num_seqs: usize, max_context_len: usize) -> DecodeShape {
-        DecodeShape { num_seqs, max_blocks: 16, max_context_len }
+        DecodeShape { num_seqs, max_blocks: 16, max_context_len, adapters: 0 }
     }
 
     #[test]
@@ -254,6 +254,14 @@ mod tests {
         assert!(matches!(way(shape(1, 512)), Way::Anew));
         assert!(matches!(way(shape(2, 512)), Way::Anew));
         assert!(matches!(way(shape(1, 512)), Way::Recorded));
+    }
+
+    #[test]
+    fn other_adapters_are_another_shape() {
+        let mut kept = Kept::default();
+        let mut way = |adapters| kept.visit(DecodeShape { adapters, ..shape(2, 256) }).1;
+        assert!(matches!([way(1), way(1)], [Way::Anew, Way::Recorded]));
+        assert!(matches!([way(2), way(0), way(1)], [Way::Anew, Way::Anew, Way::Anew]));
     }
 
     #[test]

@@ -22,7 +22,9 @@ use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::Sequence;
 use super::tiers::TierConfig;
 use crate::Result;
-use crate::backend::{Backend, DType, Landing, LoraBatch, LoraLoader, RowLogprobs, StepBounds, StreamKind, Tensor};
+use crate::backend::{
+    Backend, DType, DecodeShape, Landing, LoraBatch, LoraLoader, RowLogprobs, StepBounds, StreamKind, Tensor,
+};
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
 
@@ -182,6 +184,7 @@ impl<B: Backend> ModelRunner<B> {
         let shape = if landings.is_empty() { self.repeated_shape(running, scheduled) } else { None };
         let batch = self.prepare(running, scheduled, shape, &landings);
         let adapted = self.write_adapters(running, scheduled, residency);
+        let shape = shape.map(|shape| DecodeShape { adapters: self.lora.number(), ..shape });
         let head = self.write_head(running, scheduled, batch.num_logits);
         let uploaded = 0..self.inputs.len * size_of::<i32>();
         self.backend.upload(&self.stream, &self.inputs.host, &self.inputs.device, uploaded)?;
