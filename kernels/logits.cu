@@ -117,19 +117,44 @@ __device__ __forceinline__ float exp_exact(float x) {
     return __int_as_float(__float_as_int(power) + (__float_as_int(shift) << 23));
 }
 
-// Sum of exp(logit - most) over a row, in thread 0. Strips of 1024 are summed in f32 by 16 lanes each, the sums of strips
-// one after the other in f64; what is missing at the end adds nothing.
+// Four neighbouring logits of a row, NaN behind its end. Rows begin on 16 bytes when their length is a multiple of 4.
+__device__ __forceinline__ float4 four(const float* row, int id, int vocab) {
+    if (vocab % 4 == 0) return load4(row + id);
+    const float none = __int_as_float(0x7fffffff);
+    return make_float4(row[id], id + 1 < vocab ? row[id + 1] : none, id + 2 < vocab ? row[id + 2] : none,
+                       id + 3 < vocab ? row[id + 3] : none);
+}
+
+// The largest key of four neighbours that is below `last`.
+__device__ __forceinline__ u64 best_of(float4 x, int id, u64 last) {
+    const u64 keys[4] = {key_of(x.x, id), key_of(x.y, id + 1), key_of(x.z, id + 2), key_of(x.w, id + 3)};
+    u64 best = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) best = keys[i] < last ? max(best, keys[i]) : best;
+    return best;
+}
+
+// Sum of exp(logit - most) over a row, in thread 0. Strips of 1024 are summed in f32 in 16 lanes, four to a thread, the
+// sums of strips one after the other in f64; what is missing at the end adds nothing.
 __device__ __forceinline__ double sum_of_exp(const float* row, int vocab, float most) {
-    constexpr int STRIP = 1024, LANES = 16, NUM_STRIPS = THREADS / LANES;
+    constexpr int STRIP = 1024, LANES = 16, STRIP_THREADS = 4, NUM_STRIPS = THREADS / STRIP_THREADS;
     __shared__ float strip_sums[NUM_STRIPS];
-    const int strip = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int strip = threadIdx.x / STRIP_THREADS, lane = threadIdx.x % STRIP_THREADS * 4;
     double total = 0.0;
     for (int first = 0; first < vocab; first += NUM_STRIPS * STRIP) {
         const int begin = first + strip * STRIP, end = min(begin + STRIP, vocab);
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int id = begin + lane; id < end; id += LANES) sum = __fadd_rn(sum, exp_exact(__fadd_rn(row[id], -most)));
-        sum = sum_lanes(sum, LANES);
+        float sums[4] = {};
+#pragma unroll 4
+        for (int id = begin + lane; id < end; id += LANES) {
+            const float4 x = four(row, id, vocab);
+            sums[0] = __fadd_rn(sums[0], exp_exact(__fadd_rn(x.x, -most)));
+            sums[1] = __fadd_rn(sums[1], exp_exact(__fadd_rn(x.y, -most)));
+            sums[2] = __fadd_rn(sums[2], exp_exact(__fadd_rn(x.z, -most)));
+            sums[3] = __fadd_rn(sums[3], exp_exact(__fadd_rn(x.w, -most)));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[i] = sum_lanes(sums[i], STRIP_THREADS);
+        const float sum = __fadd_rn(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));
         if (lane == 0) strip_sums[strip] = sum;
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -140,12 +165,11 @@ __device__ __forceinline__ double sum_of_exp(const float* row, int vocab, float 
     return total;
 }
 
-// The next best of thread `owner`, which has every 1024th logit of the row, behind `last`; its warp looks together.
+// The next best of thread `owner` behind `last`. A thread has every 1024th four of the row; its warp looks together.
 __device__ __forceinline__ u64 next_of(const float* row, int vocab, int owner, u64 last) {
     u64 next = 0;
-    for (int id = owner + threadIdx.x % 32 * THREADS; id < vocab; id += 32 * THREADS) {
-        const u64 key = key_of(row[id], id);
-        if (key < last) next = max(next, key);
+    for (int id = (owner + threadIdx.x % 32 * THREADS) * 4; id < vocab; id += 32 * THREADS * 4) {
+        next = max(next, best_of(four(row, id, vocab), id, last));
     }
     return largest_in_warp(next);
 }
@@ -159,10 +183,10 @@ logprobs(Logprobs* out, const float* logits, const int* tokens, const Asked* ask
     u64 own = 0;
     int num_larger = 0;
 #pragma unroll 4
-    for (int id = threadIdx.x; id < vocab; id += THREADS) {
-        const float logit = row[id];
-        own = max(own, key_of(logit, id));
-        num_larger += logit > chosen;
+    for (int id = threadIdx.x * 4; id < vocab; id += THREADS * 4) {
+        const float4 x = four(row, id, vocab);
+        own = max(own, best_of(x, id, ~0ull));
+        num_larger += (x.x > chosen) + (x.y > chosen) + (x.z > chosen) + (x.w > chosen);
     }
     u64 best = largest_in_block(own);
     const float most = best >> 32 == 0 ? MINUS_INFINITY : row[id_of(best)];
@@ -173,7 +197,7 @@ logprobs(Logprobs* out, const float* logits, const int* tokens, const Asked* ask
     atomicAdd(&rank, num_larger);
     for (int place = 0; place < min(question.num_top, min(vocab, MAX_TOP)); place++) {
         best = largest_in_block(own);
-        const int id = id_of(best), owner = id % THREADS;
+        const int id = id_of(best), owner = id / 4 % THREADS;
         if (threadIdx.x == 0) answer->ids[place] = id, answer->values[place] = row[id];
         if (owner / 32 != threadIdx.x / 32) continue;
         const u64 next = next_of(row, vocab, owner, best);
