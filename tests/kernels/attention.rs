@@ -249,6 +249,14 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
+/// A layer of a model of 8 billion weights: two prompts of a thousand tokens, then one new token of each.
+pub fn run_large(gpu: &Gpu) {
+    const CONTEXT_LEN: usize = 1024;
+    let shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, block_size: 16, window: None };
+    let world = World::new(gpu, shape, &[CONTEXT_LEN; 2], &mut Random::new(4));
+    world.attend(&[0, 1], &[(1, CONTEXT_LEN); 2]);
+}
+
 /// Attends with `parts` in one call and compares every row.
 fn check_attention(gpu: &Gpu, shape: Shape, parts: &[Lengths], seed: u64) {
     let lens: Vec<usize> = parts.iter().map(|part| part.1).collect();

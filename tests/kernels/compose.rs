@@ -94,6 +94,20 @@ impl Copies {
     }
 }
 
+/// Tokens of a cube that are moved in a layer of a model of 8 billion weights.
+pub fn move_large(gpu: &Gpu) {
+    const NUM_COPIES: usize = 256;
+    let (random, layout) = (&mut Random::new(5), layout(gpu.dtype(), 8, 128, 16));
+    let (blocks, _) = cache(gpu, &layout, 2 * NUM_COPIES / 16, random);
+    let table = gpu.backend.load_rope(&rope(128), MAX_POSITIONS).unwrap();
+    // A cube goes to another place as a whole.
+    let slots = |first: i32| (first..first + NUM_COPIES as i32).collect();
+    let copies = Copies { sources: slots(0), targets: slots(NUM_COPIES as i32), deltas: vec![37; NUM_COPIES] };
+    let kv = KvLayer { blocks: blocks.buffer(), layout: &layout, layer: LAYER };
+    gpu.backend.rotate_gather(&gpu.stream, &kv, &copies.on_device(gpu), &table).unwrap();
+    gpu.synchronize();
+}
+
 #[test]
 fn copies_are_rotated_and_nothing_else_is_written() {
     for (gpu, dtype) in caches(&gpu::lend()) {

@@ -44,6 +44,20 @@ fn normalised(x: &[f32], weight: &[f32]) -> Vec<f64> {
 /// One thread per vector, threads with nothing to do, several vectors per thread, the larger block.
 const NORM_SHAPES: [(usize, usize); 7] = [(1, 8), (3, 64), (2, 576), (1, 1032), (2, 4096), (1, 8192), (2, 8200)];
 
+/// Norms of a step of 64 tokens of a model of 8 billion weights.
+pub fn norm_large(gpu: &Gpu) {
+    const SHAPE: (usize, usize) = (64, 4096);
+    let (rows, columns) = SHAPE;
+    let weight = gpu.vector(&vec![1.0; columns]);
+    let norm = Norm { weight: &weight, epsilon: EPSILON };
+    let (kept, out) = (gpu.output(rows, columns, DType::F32), gpu.output(rows, columns, gpu.dtype()));
+    gpu.write(&kept.tensor, &encode(&vec![0.5; rows * columns], DType::F32));
+    gpu.backend.rms_norm(&gpu.stream, &kept.tensor, &norm, &out.tensor).unwrap();
+    let delta = gpu.activations(&vec![0.25; rows * columns], rows, columns);
+    gpu.backend.add_rms_norm(&gpu.stream, &kept.tensor, &delta, &norm, &out.tensor).unwrap();
+    gpu.synchronize();
+}
+
 #[test]
 fn norms_are_root_mean_square() {
     for gpu in gpu::lend().iter() {

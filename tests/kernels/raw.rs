@@ -60,11 +60,30 @@ fn numbers_are_cast() {
     }
 }
 
+/// Copies blocks of `bytes` by `pairs` of their numbers, from, to, over poison.
+fn copied(gpu: &Gpu, bytes: &[u8], block_bytes: usize, pairs: &[i32]) -> Vec<u8> {
+    let (stream, function) = open(gpu, "copy_blocks", "copy_blocks");
+    let source = stream.clone_htod(bytes).unwrap();
+    let mut target = stream.clone_htod(&vec![0xffu8; bytes.len()]).unwrap();
+    let device_pairs = stream.clone_htod(pairs).unwrap();
+    let size = block_bytes as u64;
+    let mut launch = stream.launch_builder(&function);
+    launch.arg(&mut target).arg(&source).arg(&device_pairs).arg(&size);
+    // SAFETY: copy_blocks(target, source, pairs, block_bytes); all pairs are below the number of blocks.
+    unsafe { launch.launch(grid(block_bytes.div_ceil(16384), pairs.len() / 2, 256)) }.unwrap();
+    stream.clone_dtoh(&target).unwrap()
+}
+
+/// Blocks of a model of 8 billion weights.
+pub fn copy_large(gpu: &Gpu) {
+    const BLOCK_BYTES: usize = 2 << 20;
+    copied(gpu, &vec![1; 3 * BLOCK_BYTES], BLOCK_BYTES, &[2, 0, 0, 1]);
+}
+
 #[test]
 fn blocks_are_copied_in_pairs() {
     let gpus = gpu::lend();
     let gpu = &gpus[0];
-    let (stream, function) = open(gpu, "copy_blocks", "copy_blocks");
     for (block_bytes, pairs) in [
         (16, vec![0, 1]),
         (4096, vec![3, 0, 1, 4]),
@@ -79,15 +98,7 @@ fn blocks_are_copied_in_pairs() {
             let [from, to] = [pair[0] as usize * block_bytes, pair[1] as usize * block_bytes];
             wanted[to..to + block_bytes].copy_from_slice(&bytes[from..from + block_bytes]);
         }
-        let source = stream.clone_htod(&bytes).unwrap();
-        let mut target = stream.clone_htod(&vec![0xffu8; bytes.len()]).unwrap();
-        let device_pairs = stream.clone_htod(&pairs).unwrap();
-        let size = block_bytes as u64;
-        let mut launch = stream.launch_builder(&function);
-        launch.arg(&mut target).arg(&source).arg(&device_pairs).arg(&size);
-        // SAFETY: copy_blocks(target, source, pairs, block_bytes); all pairs are below the number of blocks.
-        unsafe { launch.launch(grid(block_bytes.div_ceil(16384), pairs.len() / 2, 256)) }.unwrap();
-        assert_eq!(stream.clone_dtoh(&target).unwrap(), wanted, "blocks of {block_bytes}");
+        assert_eq!(copied(gpu, &bytes, block_bytes, &pairs), wanted, "blocks of {block_bytes}");
     }
 }
 

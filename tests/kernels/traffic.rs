@@ -6,10 +6,10 @@ use serde_json::Value;
 
 use crate::gpu::{Gpu, host_tensor};
 use crate::lora::{self, Case, Entry};
-use crate::lora_merge;
 use crate::quantised::{FORMATS, random_blocks};
 use crate::support::random::Random;
 use crate::support::softgpu;
+use crate::{attention, compose, elementwise, lora_merge, raw};
 
 /// Features of a model of 8 billion weights, and the rank that most adapters have. The output of attention has as many
 /// inputs as outputs. Where modules are stacked, each has the inputs read for itself.
@@ -37,6 +37,18 @@ fn merge(gpu: &Gpu) {
     gpu.synchronize();
 }
 
+/// Of each kernel.
+fn check(counted: &Value, kernels: &[&str]) {
+    let found: Vec<(f64, f64)> = kernels.iter().map(|kernel| traffic(&counted[*kernel])).collect();
+    for (kernel, (over_least, efficiency)) in kernels.iter().zip(&found) {
+        eprintln!("{kernel}: {over_least:.3} of the least, sector efficiency {efficiency:.3}");
+    }
+    for (kernel, (over_least, efficiency)) in kernels.iter().zip(found) {
+        assert!(over_least <= 1.05, "{kernel} moves {over_least:.3} times the least");
+        assert!(efficiency >= 0.95, "{kernel} uses {efficiency:.3} of the sectors it touches");
+    }
+}
+
 #[test]
 fn kernels_of_adapters_move_hardly_more_than_they_must() {
     let counted = softgpu::count("traffic::kernels_of_adapters_move_hardly_more_than_they_must", || {
@@ -45,15 +57,30 @@ fn kernels_of_adapters_move_hardly_more_than_they_must() {
         merge(&gpu);
     });
     let Some(counted) = counted else { return };
-    let kernels = ["lora_shrink_bf16", "lora_expand_bf16", "lora_merge_bf16"];
-    let found = kernels.map(|kernel| traffic(&counted[kernel]));
-    for (kernel, (over_least, efficiency)) in kernels.iter().zip(found) {
-        eprintln!("{kernel}: {over_least:.3} of the least, sector efficiency {efficiency:.3}");
-    }
-    for (kernel, (over_least, efficiency)) in kernels.iter().zip(found) {
-        assert!(over_least <= 1.05, "{kernel} moves {over_least:.3} times the least");
-        assert!(efficiency >= 0.95, "{kernel} uses {efficiency:.3} of the sectors it touches");
-    }
+    check(&counted, &["lora_shrink_bf16", "lora_expand_bf16", "lora_merge_bf16"]);
+}
+
+#[test]
+fn kernels_of_a_step_move_hardly_more_than_they_must() {
+    let counted = softgpu::count("traffic::kernels_of_a_step_move_hardly_more_than_they_must", || {
+        let gpu = Gpu::new(DType::BF16);
+        attention::run_large(&gpu);
+        compose::move_large(&gpu);
+        raw::copy_large(&gpu);
+        elementwise::norm_large(&gpu);
+    });
+    let Some(counted) = counted else { return };
+    check(
+        &counted,
+        &[
+            "attention_decode_bf16_d128",
+            "rope_store_kv_bf16",
+            "rotate_gather_bf16",
+            "copy_blocks",
+            "rms_norm_bf16",
+            "add_rms_norm_bf16",
+        ],
+    );
 }
 
 /// One token through a projection with as many outputs as gate and up of a model of 3 billion weights have. How many
