@@ -152,18 +152,21 @@ fn blocks_of_another_type_are_not_taken_from_the_vault() {
 
 /// There are no kernels for it on the CPU, and on a GPU none beside f16: said before weights are read.
 #[test]
-fn fp8_is_refused_where_there_are_no_kernels_for_it() {
+fn types_of_the_cache_without_kernels_are_refused() {
     softgpu::end_without_kernels();
     if softgpu::is_replaced() {
         return;
     }
     let (model, driver) = (serving::model(), driver_folder());
     let path = model.path().to_str().unwrap();
-    for (device, dtype, wanted) in [
-        ("cpu", "auto", "the CPU keeps the KV cache as bf16 or f32, not fp8"),
-        ("softgpu", "f16", "an fp8 KV cache goes with activations of bf16, not f16"),
+    for (device, dtype, kv_dtype, wanted) in [
+        ("cpu", "auto", "fp8", "the CPU keeps the KV cache as bf16 or f32, not fp8"),
+        ("softgpu", "f16", "fp8", "an fp8 KV cache goes with activations of bf16, not f16"),
+        ("softgpu", "auto", "f32", "a GPU keeps the KV cache as bf16, f16 or fp8, not f32"),
+        ("softgpu", "auto", "f16", "is kept as bf16 or fp8, not f16"),
+        ("softgpu", "f16", "bf16", "is kept as f16, not bf16"),
     ] {
-        let arguments = ["bench", "latency", path, "--kv-cache-dtype", "fp8", "--device", device, "--dtype", dtype];
+        let arguments = ["bench", "latency", path, "--kv-cache-dtype", kv_dtype, "--device", device, "--dtype", dtype];
         let output = mneme(&arguments, driver.path());
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && said.contains(wanted), "{said}");

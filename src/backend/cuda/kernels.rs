@@ -165,9 +165,10 @@ impl Kernels {
             (None, DType::F8E4M3) => {
                 Err(unsupported!("an fp8 KV cache goes with activations of bf16, not {} (--dtype)", self.dtype))
             }
-            _ => Err(unsupported!(
-                "the KV cache beside activations of {0} is kept as {0} or fp8, not {dtype} (--kv-cache-dtype)",
-                self.dtype
+            (fp8, _) => Err(unsupported!(
+                "the KV cache beside activations of {0} is kept as {0}{1}, not {dtype} (--kv-cache-dtype)",
+                self.dtype,
+                if fp8.is_some() { " or fp8" } else { "" }
             )),
         }
     }
