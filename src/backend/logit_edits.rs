@@ -54,6 +54,7 @@ pub struct LogitEdits<B> {
 
 impl<B: Clone> LogitEdits<B> {
     /// An error unless the arrays have such numbers.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) fn check(&self) -> Result<()> {
         self.rows.expect("edited rows", self.rows.rows(), RowEdit::NUM_WORDS, DType::I32)?;
         self.entries.expect("entries of edits", self.entries.rows(), RowEdit::ENTRY_WORDS, DType::I32)
