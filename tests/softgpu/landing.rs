@@ -51,12 +51,21 @@ fn engine_with_blocks(model: &Path, family: Family, kv_dtype: DType) -> TestEngi
     engine
 }
 
-fn attached(model: &Path, family: Family, kv_dtype: DType, num_launches_before: u64) -> Output {
-    let engine = engine_with_blocks(model, family, kv_dtype);
-    softgpu::hold_copies(num_launches_before);
-    let found = ask(&engine, &prompts()[1]);
-    assert_eq!((found.reuse.decision, found.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
-    found
+/// Blocks whose place the device takes before they have come down are lost, and that many engines may lose some.
+const MAX_ENGINES: usize = 20;
+
+/// Asks an engine whose host tier has all that both prompts begin with.
+fn attached(model: &Path, family: Family, kv_dtype: DType, prompt: &[u32], num_launches_before: u64) -> Output {
+    for _ in 0..MAX_ENGINES {
+        let engine = engine_with_blocks(model, family, kv_dtype);
+        softgpu::hold_copies(num_launches_before);
+        let found = ask(&engine, prompt);
+        if found.reuse.host_tokens == NUM_SHARED {
+            assert_eq!(found.reuse.decision, FetchDecision::Attached);
+            return found;
+        }
+    }
+    panic!("{MAX_ENGINES} engines in turn have lost blocks on their way down");
 }
 
 /// The same prompt computed, and with its beginning from the device, from the host layer by layer and from disk block by
@@ -78,10 +87,9 @@ pub(crate) fn check(family: Family, kv_dtype: DType) {
     tiers.files.restart();
     let whole = ask(&tiers.start(model.path()), &first);
     assert_eq!((whole.reuse.decision, whole.reuse.disk_tokens), (FetchDecision::Fetched, NUM_SHARED));
-    let again = ask(&engine_with_blocks(model.path(), family, kv_dtype), &first);
-    assert_eq!((again.reuse.decision, again.reuse.host_tokens), (FetchDecision::Attached, NUM_SHARED));
-    assert_eq!(bits(&again), bits(&whole), "{what}");
-    assert_eq!(bits(&attached(model.path(), family, kv_dtype, 0)), wanted, "{what}");
+    let attached = |prompt: &[u32]| bits(&attached(model.path(), family, kv_dtype, prompt, 0));
+    assert_eq!(attached(&first), bits(&whole), "{what}");
+    assert_eq!(attached(&second), wanted, "{what}");
 }
 
 #[test]
@@ -95,8 +103,10 @@ fn blocks_that_land_layer_by_layer_give_the_same_bits() {
 #[test]
 fn a_step_is_queued_before_its_blocks_are_there() {
     let model = TinyModel::new(Family::Llama, 3).write();
-    let wanted = bits(&attached(model.path(), Family::Llama, DType::BF16, 0));
-    assert_eq!(bits(&attached(model.path(), Family::Llama, DType::BF16, LAUNCHES_TO_LAST_LAYER)), wanted);
+    let [_, second] = prompts();
+    let attached = |num_launches| bits(&attached(model.path(), Family::Llama, DType::BF16, &second, num_launches));
+    let wanted = attached(0);
+    assert_eq!(attached(LAUNCHES_TO_LAST_LAYER), wanted);
 }
 
 /// The software GPU sees it when a step leaves out the wait for a single layer.
