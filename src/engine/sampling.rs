@@ -14,7 +14,6 @@ use crate::backend::cpu::{Isa, SampleScratch, sample_row};
 
 /// Reusable buffers of the sampler.
 pub(super) struct Sampler {
-    eos_token_ids: Vec<u32>,
     candidates: Vec<Candidate>,
     scratch: SampleScratch,
     /// A bit for every token that may come next.
@@ -37,18 +36,13 @@ pub(super) struct Sample {
 }
 
 impl Sampler {
-    pub(super) fn new(vocab_size: usize, eos_token_ids: Vec<u32>) -> Self {
+    pub(super) fn new(vocab_size: usize) -> Self {
         Self {
-            eos_token_ids,
             candidates: Vec::with_capacity(vocab_size),
             scratch: SampleScratch::default(),
             mask: Vec::with_capacity(vocab_size.div_ceil(32)),
             untouched: Vec::with_capacity(vocab_size),
         }
-    }
-
-    pub(super) fn eos_token_ids(&self) -> &[u32] {
-        &self.eos_token_ids
     }
 
     /// Chooses the token behind `tokens` (prompt and output so far); `logits` is overwritten.
@@ -202,7 +196,7 @@ mod tests {
     use crate::engine::request::SamplingParams;
 
     fn draw_many(params: SamplingParams, logits: &[f32], num: u64) -> Vec<usize> {
-        let mut sampler = Sampler::new(logits.len(), vec![]);
+        let mut sampler = Sampler::new(logits.len());
         let mut counts = vec![0; logits.len()];
         for seed in 0..num {
             let generation = Generation::new(SamplingParams { seed: Some(seed), ..params.clone() }, &[], &[], 0);
@@ -248,7 +242,7 @@ mod tests {
             min_tokens: 5,
             ..Default::default()
         };
-        let mut sampler = Sampler::new(4, vec![1]);
+        let mut sampler = Sampler::new(4);
         let mut generation = Generation::new(params, &[], &[1], 0);
         let mut logits = [1.0, 2.0, 3.0, 4.0];
         let after_seven = sampler.sample(&mut generation, &[9, 7], 1, &mut logits).unwrap();

@@ -133,7 +133,7 @@ impl<B: Backend> Engine<B> {
             .with_adapters(store);
         let engine = Self {
             scheduler: Scheduler::new(*limits, pager, fetch_wait, residency),
-            sampler: Sampler::new(runner.model().config().vocab_size, config.eos_token_ids.clone()),
+            sampler: Sampler::new(runner.model().config().vocab_size),
             runner,
             merger: Merger::new(config.merge),
             submissions,

@@ -106,7 +106,7 @@ impl<B: Backend> Engine<B> {
                 params.max_tokens = params.max_tokens.min(max_len - num_prompt_tokens);
                 let room = params.max_tokens;
                 let fresh_seed = self.config.seed.wrapping_add(self.num_arrived);
-                let eos_token_ids = self.sampler.eos_token_ids();
+                let eos_token_ids = &self.config.eos_token_ids;
                 let generation = Generation::new(*params, &request.prompt, eos_token_ids, fresh_seed);
                 (Work::Generate(Box::new(generation)), room)
             }

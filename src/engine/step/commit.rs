@@ -76,7 +76,7 @@ impl<B: Backend> Engine<B> {
         let number = sequence.num_output_tokens() + 1;
         observe_token(&self.metrics, sequence);
         let Work::Generate(generation) = &mut sequence.work else { return Ok(()) };
-        if let Some(reason) = generation.stops_at(token, self.sampler.eos_token_ids(), number) {
+        if let Some(reason) = generation.stops_at(token, &self.config.eos_token_ids, number) {
             self.end(index, reason);
             return Ok(());
         }
