@@ -112,15 +112,23 @@ template <class T> __device__ __forceinline__ Eight as_stored(const Eight& x) {
     return load8(reinterpret_cast<const T*>(&words));
 }
 
-// Four numbers, for what streams f32: 16 bytes a lane there, 8 in 16-bit types, and whole sectors in both.
-template <class T> __device__ __forceinline__ float4 load4(const T* source) {
-    const uint2 words = *reinterpret_cast<const uint2*>(source);
-    const float2 a = unpack<T>(words.x), b = unpack<T>(words.y);
+// Four numbers, for what streams f32: 16 bytes a lane there, 8 in 16-bit types, and whole sectors in both. As they lie in
+// memory they take no more registers than that.
+template <class T> struct FourWords {
+    uint2 words;
+};
+template <> struct FourWords<float> {
+    float4 words;
+};
+template <class T> __device__ __forceinline__ FourWords<T> load4_words(const T* source) {
+    return *reinterpret_cast<const FourWords<T>*>(source);
+}
+template <class T> __device__ __forceinline__ float4 unpack4(FourWords<T> x) {
+    const float2 a = unpack<T>(x.words.x), b = unpack<T>(x.words.y);
     return make_float4(a.x, a.y, b.x, b.y);
 }
-template <> __device__ __forceinline__ float4 load4<float>(const float* source) {
-    return *reinterpret_cast<const float4*>(source);
-}
+template <> __device__ __forceinline__ float4 unpack4(FourWords<float> x) { return x.words; }
+template <class T> __device__ __forceinline__ float4 load4(const T* source) { return unpack4(load4_words(source)); }
 
 template <class T> __device__ __forceinline__ void store4(T* target, float4 x) {
     *reinterpret_cast<uint2*>(target) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));

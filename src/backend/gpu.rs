@@ -22,6 +22,8 @@ pub struct GpuInfo {
     pub compute_capability: (i32, i32),
     /// Its memory in bytes.
     pub memory_bytes: usize,
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
     /// Major and minor version of CUDA that its driver supports.
     pub driver_version: (i32, i32),
 }
@@ -100,7 +102,8 @@ mod tests {
 
     fn gpu(name: &str, compute_capability: (i32, i32)) -> GpuInfo {
         let driver_version = (13, 0);
-        GpuInfo { ordinal: 1, name: name.into(), compute_capability, memory_bytes: 3 << 29, driver_version }
+        let (name, memory_bytes, multiprocessors) = (name.into(), 3 << 29, 108);
+        GpuInfo { ordinal: 1, name, compute_capability, memory_bytes, multiprocessors, driver_version }
     }
 
     #[test]

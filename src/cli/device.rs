@@ -133,6 +133,7 @@ mod tests {
             name: name.into(),
             compute_capability: (major, 0),
             memory_bytes: 1 << 34,
+            multiprocessors: 108,
             driver_version: (13, 0),
         }
     }

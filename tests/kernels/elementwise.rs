@@ -41,13 +41,14 @@ fn normalised(x: &[f32], weight: &[f32]) -> Vec<f64> {
     out
 }
 
-/// One thread per vector, threads with nothing to do, several vectors per thread, the larger block.
-const NORM_SHAPES: [(usize, usize); 7] = [(1, 8), (3, 64), (2, 576), (1, 1032), (2, 4096), (1, 8192), (2, 8200)];
+/// One thread per vector, threads with nothing to do, several vectors per thread, the larger block; so many rows that a
+/// block has several.
+const NORM_SHAPES: [(usize, usize); 9] =
+    [(1, 8), (3, 64), (2, 576), (1, 1032), (2, 4096), (1, 8192), (2, 8200), (335, 4096), (230, 4104)];
 
-/// Norms of a step of 64 tokens of a model of 8 billion weights.
-pub fn norm_large(gpu: &Gpu) {
-    const SHAPE: (usize, usize) = (64, 4096);
-    let (rows, columns) = SHAPE;
+/// Norms of `rows` tokens of a model of 8 billion weights.
+pub fn norm_large(gpu: &Gpu, rows: usize) {
+    let columns = 4096;
     let weight = gpu.vector(&vec![1.0; columns]);
     let norm = Norm { weight: &weight, epsilon: EPSILON };
     let (kept, out) = (gpu.output(rows, columns, DType::F32), gpu.output(rows, columns, gpu.dtype()));

@@ -1,5 +1,5 @@
-//! Kernels that the backend does not launch yet, called directly: conversions, block copies. And draws, whose tokens are
-//! looked at in bulk.
+//! Kernels called directly: conversions and block copies, which the backend does not launch yet, and norms in other grids
+//! than its. And draws, whose tokens are looked at in bulk.
 
 #![allow(unsafe_code)]
 
@@ -22,6 +22,70 @@ fn open(gpu: &Gpu, file: &str, name: &str) -> (Arc<CudaStream>, CudaFunction) {
 
 fn grid(x: usize, y: usize, threads: u32) -> LaunchConfig {
     LaunchConfig { grid_dim: (x as u32, y as u32, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }
+}
+
+/// Rows of a norm, so many of their numbers.
+struct Norms {
+    x: Vec<f32>,
+    delta: Vec<f32>,
+    weight: Vec<f32>,
+}
+
+impl Norms {
+    fn random(gpu: &Gpu, random: &mut Random, rows: usize, columns: usize) -> Self {
+        let [x, delta] = [(); 2].map(|()| gpu.numbers(random, rows * columns, 1.0));
+        Self { x, delta, weight: (0..columns).map(|_| random.normal() as f32).collect() }
+    }
+
+    /// What the kernels for rows of up to `widest` numbers write with so many blocks: norms of rows in f32, of rows of
+    /// activations, and of sums, with the sums.
+    fn run(&self, gpu: &Gpu, widest: usize, threads: u32, blocks: usize) -> (Vec<Vec<u16>>, Vec<f32>) {
+        let (dtype, columns) = (gpu.dtype(), self.weight.len());
+        let name = |kind: &str| kind.replace("{T}", &format!("{dtype}")) + &format!("_h{widest}");
+        let (stream, rms_norm) = open(gpu, "norm", &name("rms_norm_{T}"));
+        let narrow = |numbers: &[f32]| stream.clone_htod(&gpu::encode(numbers, dtype)).unwrap();
+        let (x, mut residual) = (stream.clone_htod(&self.x).unwrap(), stream.clone_htod(&self.x).unwrap());
+        let (short, delta) = (narrow(&self.x), narrow(&self.delta));
+        let weight = stream.clone_htod(&self.weight).unwrap();
+        let mut outs = [(); 3].map(|()| stream.clone_htod(&vec![0xffffu16; self.x.len()]).unwrap());
+        let (rows, hidden, epsilon) = ((self.x.len() / columns) as i32, columns as i32, 1e-5f32);
+        let grid = grid(blocks, 1, threads);
+
+        let mut launch = stream.launch_builder(&rms_norm);
+        launch.arg(&mut outs[0]).arg(&x).arg(&weight).arg(&rows).arg(&hidden).arg(&epsilon);
+        // SAFETY: rms_norm(out, x, weight, num_tokens, hidden, epsilon), and all have `rows` rows of `hidden` numbers.
+        unsafe { launch.launch(grid) }.unwrap();
+        let of_rows = gpu.backend.function("norm", &name("rms_norm_{T}_rows")).unwrap();
+        let mut launch = stream.launch_builder(&of_rows);
+        launch.arg(&mut outs[1]).arg(&short).arg(&weight).arg(&rows).arg(&hidden).arg(&epsilon);
+        // SAFETY: as above, of 16 bits.
+        unsafe { launch.launch(grid) }.unwrap();
+        let of_sums = gpu.backend.function("norm", &name("add_rms_norm_{T}")).unwrap();
+        let mut launch = stream.launch_builder(&of_sums);
+        launch.arg(&mut outs[2]).arg(&mut residual).arg(&delta).arg(&weight).arg(&rows).arg(&hidden).arg(&epsilon);
+        // SAFETY: as above, with delta behind residual.
+        unsafe { launch.launch(grid) }.unwrap();
+        (outs.iter().map(|out| stream.clone_dtoh(out).unwrap()).collect(), stream.clone_dtoh(&residual).unwrap())
+    }
+}
+
+/// However many rows a block has.
+#[test]
+fn norms_have_the_same_bits_in_any_number_of_blocks() {
+    for gpu in gpu::lend().iter() {
+        let random = &mut Random::new(3);
+        for (rows, columns) in [(7, 64), (9, 1032), (5, 4096), (6, 4104), (4, 8192)] {
+            let norms = Norms::random(gpu, random, rows, columns);
+            let wanted = norms.run(gpu, 8192, 256, rows);
+            for blocks in 1..=rows {
+                assert!(norms.run(gpu, 8192, 256, blocks) == wanted, "[{rows}, {columns}] by {blocks} blocks");
+                if columns <= 4096 {
+                    let found = norms.run(gpu, 4096, 256, blocks);
+                    assert!(found == wanted, "[{rows}, {columns}] by {blocks} blocks for narrow rows");
+                }
+            }
+        }
+    }
 }
 
 #[test]

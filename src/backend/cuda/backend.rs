@@ -23,6 +23,7 @@ use super::lora::{self, LoraScratch};
 use super::lora_loader::{CudaLora, CudaLoraLoader};
 use super::lora_merge;
 use super::memory::CudaBuffer;
+use super::norm;
 use super::stream::{CudaStream, EventPool};
 use super::upload::Uploader;
 use super::watch::CopyWatch;
@@ -38,9 +39,6 @@ pub(super) type CudaTensor = Tensor<CudaBuffer>;
 
 /// Numbers that a block of an element-wise kernel computes.
 const ELEMENTS_PER_BLOCK: usize = 2048;
-
-/// The widest row that one block of a norm takes.
-const MAX_NORM_COLUMNS: usize = 32768;
 
 /// Columns that block tables of repeated steps have at the least.
 const MIN_REPEATED_BLOCKS: usize = 16;
@@ -195,19 +193,6 @@ pub(super) fn expect_vectors(what: &str, columns: usize) -> Result<()> {
     }
 }
 
-fn expect_norm(columns: usize, norm: &Norm<'_, CudaBuffer>) -> Result<()> {
-    norm.weight.expect("norm weight", 1, columns, DType::F32)?;
-    expect_vectors("a norm", columns)?;
-    match columns <= MAX_NORM_COLUMNS {
-        true => Ok(()),
-        false => Err(unsupported!("a norm over {columns} columns; CUDA kernels take {MAX_NORM_COLUMNS} at most")),
-    }
-}
-
-fn norm_threads(columns: usize) -> usize {
-    if columns <= 8192 { 256 } else { 1024 }
-}
-
 impl Backend for CudaBackend {
     type Matrix = CudaMatrix;
     type RopeTable = CudaRopeTable;
@@ -323,18 +308,7 @@ impl Backend for CudaBackend {
         norm: &Norm<'_, CudaBuffer>,
         out: &CudaTensor,
     ) -> Result<()> {
-        let (rows, columns) = (x.rows(), x.columns());
-        expect_norm(columns, norm)?;
-        out.expect("norm output", rows, columns, self.dtype)?;
-        let kernel = match x.dtype() {
-            DType::F32 => &self.kernels.rms_norm,
-            _ => &self.kernels.rms_norm_rows,
-        };
-        x.expect("norm input", rows, columns, if x.dtype() == DType::F32 { DType::F32 } else { self.dtype })?;
-        let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(norm.weight)?;
-        let arguments = arguments.int(columns)?.float(norm.epsilon);
-        // SAFETY: rms_norm(out, x, weight, hidden, epsilon), shapes as checked.
-        unsafe { self.launch(stream, kernel, (rows, 1, 1), norm_threads(columns), arguments) }
+        norm::rms_norm(self, stream, x, norm, out)
     }
 
     fn add_rms_norm(
@@ -345,15 +319,7 @@ impl Backend for CudaBackend {
         norm: &Norm<'_, CudaBuffer>,
         out: &CudaTensor,
     ) -> Result<()> {
-        let (rows, columns) = (residual.rows(), residual.columns());
-        expect_norm(columns, norm)?;
-        residual.expect("residual", rows, columns, DType::F32)?;
-        delta.expect("residual update", rows, columns, self.dtype)?;
-        out.expect("norm output", rows, columns, self.dtype)?;
-        let arguments = Arguments::new().tensor(out)?.tensor(residual)?.tensor(delta)?.tensor(norm.weight)?;
-        let arguments = arguments.int(columns)?.float(norm.epsilon);
-        // SAFETY: add_rms_norm(out, residual, delta, weight, hidden, epsilon), shapes as checked.
-        unsafe { self.launch(stream, &self.kernels.add_rms_norm, (rows, 1, 1), norm_threads(columns), arguments) }
+        norm::add_rms_norm(self, stream, residual, delta, norm, out)
     }
 
     fn rope_and_store_kv(

@@ -106,6 +106,7 @@ fn describe(ordinal: usize) -> Result<GpuInfo> {
         let device = result::device::get(ordinal as i32)?;
         // SAFETY: the driver just handed the device out.
         let attribute = |which| unsafe { result::device::get_attribute(device, which) };
+        let multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(GpuInfo {
             ordinal,
             name: result::device::get_name(device)?,
@@ -116,6 +117,7 @@ fn describe(ordinal: usize) -> Result<GpuInfo> {
             driver_version: driver_version()?,
             // SAFETY: as above.
             memory_bytes: unsafe { result::device::total_mem(device) }?,
+            multiprocessors: multiprocessors.max(1) as usize,
         })
     };
     read().map_err(driver_error("describe the devices"))

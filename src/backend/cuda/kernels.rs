@@ -50,6 +50,31 @@ const GEMM_TILES: [GemmTile; 4] = [
     GemmTile { tokens: 128, outputs: 128, threads: 256, shared_bytes: 65536 },
 ];
 
+/// Norms of rows up to one width.
+pub(super) struct NormKernels {
+    pub(super) width: NormWidth,
+    pub(super) rms_norm: Kernel,
+    /// The same for rows of activations.
+    pub(super) rms_norm_rows: Kernel,
+    pub(super) add_rms_norm: Kernel,
+}
+
+/// What a norm is compiled for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NormWidth {
+    columns: usize,
+    pub(super) threads: usize,
+    /// Rows that a block has at most, one after the other.
+    pub(super) max_block_rows: usize,
+}
+
+/// By columns: the first that holds a row. The order of its sum depends on the threads, so on nothing else.
+const NORM_WIDTHS: [NormWidth; 3] = [
+    NormWidth { columns: 4096, threads: 256, max_block_rows: 16 },
+    NormWidth { columns: 8192, threads: 256, max_block_rows: 16 },
+    NormWidth { columns: 32768, threads: 1024, max_block_rows: 1 },
+];
+
 /// What multiplies and looks up weights of one quantised format.
 pub(super) struct QuantisedKernels {
     /// Rows as an embedding.
@@ -93,9 +118,6 @@ pub(super) struct CacheKernels {
 pub(super) struct Kernels {
     pub(super) modules: Modules,
     pub(super) embed: Kernel,
-    pub(super) rms_norm: Kernel,
-    pub(super) rms_norm_rows: Kernel,
-    pub(super) add_rms_norm: Kernel,
     pub(super) lora_shrink: Kernel,
     pub(super) lora_expand: Kernel,
     pub(super) lora_merge: Kernel,
@@ -113,6 +135,8 @@ pub(super) struct Kernels {
     pub(super) restore_logits: Kernel,
     pub(super) logprobs: Kernel,
     dtype: DType,
+    /// In order of width.
+    norms: Vec<NormKernels>,
     /// For a KV cache of the activations' type, and for one of fp8 beside bf16.
     cache: CacheKernels,
     fp8_cache: Option<CacheKernels>,
@@ -129,9 +153,6 @@ impl Kernels {
         };
         Ok(Self {
             embed: plain("embedding", format!("embed_{dtype}"))?,
-            rms_norm: plain("norm", format!("rms_norm_{dtype}"))?,
-            rms_norm_rows: plain("norm", format!("rms_norm_{dtype}_rows"))?,
-            add_rms_norm: plain("norm", format!("add_rms_norm_{dtype}"))?,
             lora_shrink: plain("lora", format!("lora_shrink_{dtype}"))?,
             lora_expand: plain("lora", format!("lora_expand_{dtype}"))?,
             lora_merge: plain("lora_merge", format!("lora_merge_{dtype}"))?,
@@ -147,6 +168,7 @@ impl Kernels {
             restore_logits: plain("logits", "restore_logits".into())?,
             logprobs: plain("logits", "logprobs".into())?,
             dtype,
+            norms: NORM_WIDTHS.iter().map(|width| NormKernels::find(&modules, dtype, *width)).collect::<Result<_>>()?,
             cache: CacheKernels::find(&modules, dtype, dtype)?,
             fp8_cache: match dtype {
                 DType::BF16 => Some(CacheKernels::find(&modules, dtype, DType::F8E4M3)?),
@@ -154,6 +176,14 @@ impl Kernels {
             },
             quantised: Mutex::default(),
             modules,
+        })
+    }
+
+    /// The norms of rows of `columns` numbers.
+    pub(super) fn norm(&self, columns: usize) -> Result<&NormKernels> {
+        self.norms.iter().find(|norm| columns <= norm.width.columns).ok_or_else(|| {
+            let most = self.norms.last().map_or(0, |norm| norm.width.columns);
+            unsupported!("a norm over {columns} columns; CUDA kernels take {most} at most")
         })
     }
 
@@ -224,6 +254,18 @@ impl GemmKernel {
     fn find(modules: &Modules, input: DType, output: DType, tile: GemmTile) -> Result<Self> {
         let name = format!("gemm_{input}_{output}_t{}", tile.tokens);
         Ok(Self { kernel: Kernel::find(modules, "gemm", name, tile.shared_bytes)?, tile })
+    }
+}
+
+impl NormKernels {
+    fn find(modules: &Modules, dtype: DType, width: NormWidth) -> Result<Self> {
+        let find = |name: String| Kernel::find(modules, "norm", format!("{name}_h{}", width.columns), 0);
+        Ok(Self {
+            width,
+            rms_norm: find(format!("rms_norm_{dtype}"))?,
+            rms_norm_rows: find(format!("rms_norm_{dtype}_rows"))?,
+            add_rms_norm: find(format!("add_rms_norm_{dtype}"))?,
+        })
     }
 }
 

@@ -20,6 +20,7 @@ mod lora_loader;
 mod lora_merge;
 mod memory;
 mod modules;
+mod norm;
 mod quantised;
 mod records;
 mod stream;
