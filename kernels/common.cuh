@@ -230,6 +230,25 @@ __device__ __forceinline__ int rotation_lanes(int head_dim) {
     return wanted <= 1 ? 1 : 1 << (32 - __clz(wanted - 1));
 }
 
+constexpr int MAX_HEAD_DIM = 256;
+
+// A row of f32 that all heads of a block need, in shared memory. Vectors of four are exchanged so that the eight numbers
+// of each of eight neighbouring lanes lie in other banks.
+struct SharedRow {
+    float4 vectors[MAX_HEAD_DIM / 4];
+
+    static __device__ __forceinline__ int place(int vector) { return vector ^ (vector >> 3 & 1); }
+    // By threads [0, block) of a block; who reads waits at a barrier.
+    __device__ __forceinline__ void fill(const float* source, int head_dim, int thread) {
+        for (int i = thread; i < head_dim / 4; i += blockDim.x) vectors[place(i)] = load4(source + 4 * i);
+    }
+    // Numbers [first, first + 8).
+    __device__ __forceinline__ Eight load8(int first) const {
+        const float4 a = vectors[place(first / 4)], b = vectors[place(first / 4 + 1)];
+        return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+    }
+};
+
 // Turns eight pairs of numbers; `sign` is 1, or -1 to turn backwards.
 __device__ __forceinline__ void rotate(Eight& low, Eight& high, const Eight& cos, const Eight& sin, float sign) {
 #pragma unroll

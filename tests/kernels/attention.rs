@@ -78,16 +78,7 @@ impl<'a> World<'a> {
 
     /// The same with a cache of `dtype`.
     fn with_cache(gpu: &'a Gpu, dtype: DType, shape: Shape, context_lens: &[usize], random: &mut Random) -> Self {
-        let Shape { num_kv_heads, head_dim, block_size, .. } = shape;
-        let layout =
-            KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, dtype).unwrap();
-        let num_blocks = context_lens.iter().map(|len| len.div_ceil(block_size)).sum::<usize>() + 2;
-        let mut free: Vec<i32> = (0..num_blocks as i32).collect();
-        let mut take = |_| free.swap_remove(random.below(free.len()));
-        let tables = context_lens.iter().map(|len| (0..len.div_ceil(block_size)).map(&mut take).collect()).collect();
-        let kv = gpu.poison(1, num_blocks * layout.block_bytes() / 2, gpu.dtype());
-        let context_lens = context_lens.to_vec();
-        let mut world = World { gpu, shape, layout, kv, tables, context_lens, rows: vec![] };
+        let mut world = Self::empty(gpu, dtype, shape, context_lens, random);
         let all: Vec<Lengths> = world.context_lens.iter().map(|len| (*len, *len)).collect();
         let numbers = gpu.numbers(random, all.iter().map(|all| all.0).sum::<usize>() * shape.columns(), 1.0);
         let stored = world.store(&numbers, &(0..all.len()).collect::<Vec<_>>(), &all, None);
@@ -101,6 +92,19 @@ impl<'a> World<'a> {
             world.read_back();
         }
         world
+    }
+
+    /// With nothing stored.
+    fn empty(gpu: &'a Gpu, dtype: DType, shape: Shape, context_lens: &[usize], random: &mut Random) -> Self {
+        let Shape { num_kv_heads, head_dim, block_size, .. } = shape;
+        let layout =
+            KvLayout::with_order(KvOrder::Rows, NUM_LAYERS, num_kv_heads, head_dim, block_size, dtype).unwrap();
+        let num_blocks = context_lens.iter().map(|len| len.div_ceil(block_size)).sum::<usize>() + 2;
+        let mut free: Vec<i32> = (0..num_blocks as i32).collect();
+        let mut take = |_| free.swap_remove(random.below(free.len()));
+        let tables = context_lens.iter().map(|len| (0..len.div_ceil(block_size)).map(&mut take).collect()).collect();
+        let kv = gpu.poison(1, num_blocks * layout.block_bytes() / 2, gpu.dtype());
+        World { gpu, shape, layout, kv, tables, context_lens: context_lens.to_vec(), rows: vec![] }
     }
 
     /// Takes keys and values for what the cache has made of them.
@@ -249,12 +253,23 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// A layer of a model of 8 billion weights: two prompts of a thousand tokens, then one new token of each.
+/// Attention of a model of 8 billion weights.
+const LARGE: Shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, block_size: 16, window: None };
+
+/// A layer of such a model: two prompts of a thousand tokens, then one new token of each.
 pub fn run_large(gpu: &Gpu) {
     const CONTEXT_LEN: usize = 1024;
-    let shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, block_size: 16, window: None };
-    let world = World::new(gpu, shape, &[CONTEXT_LEN; 2], &mut Random::new(4));
+    let world = World::new(gpu, LARGE, &[CONTEXT_LEN; 2], &mut Random::new(4));
     world.attend(&[0, 1], &[(1, CONTEXT_LEN); 2]);
+}
+
+/// A prompt in a layer of such a model, whose cache is of `dtype` and whose heads may have norms.
+pub fn store_large(gpu: &Gpu, dtype: DType, num_tokens: usize, has_norms: bool) {
+    let random = &mut Random::new(6);
+    let world = World::empty(gpu, dtype, LARGE, &[num_tokens], random);
+    let numbers = gpu.numbers(random, num_tokens * LARGE.columns(), 1.0);
+    let weight = gpu.vector(&vec![1.0; LARGE.head_dim]);
+    world.store(&numbers, &[0], &[(num_tokens, num_tokens)], has_norms.then_some([&weight; 2]));
 }
 
 /// Attends with `parts` in one call and compares every row.
@@ -392,11 +407,20 @@ fn new_tokens_with_gaps_see_what_lies_before_them() {
 fn heads_are_normalised_rotated_and_stored() {
     for gpu in gpu::lend().iter() {
         let random = &mut Random::new(60);
-        for (head_dim, block_size, has_norms) in
-            [(64, 16, false), (128, 32, true), (256, 16, true), (16, 16, true), (80, 16, false), (96, 64, true)]
-        {
-            let shape = Shape { num_kv_heads: 2, group: 3, head_dim, block_size, window: None };
-            let parts = [(5, 5), (40, 70), (1, 33)];
+        let few = [(5, 5), (40, 70), (1, 33)];
+        let many = [(5, 5), (110, 120), (1, 33)];
+        for (head_dim, block_size, has_norms, group, parts) in [
+            (64, 16, false, 3, few),
+            (128, 32, true, 3, few),
+            (256, 16, true, 3, few),
+            (16, 16, true, 3, few),
+            (80, 16, false, 3, few),
+            (96, 64, true, 3, few),
+            (64, 16, true, 3, many),
+            // More heads than a block has.
+            (128, 16, true, 34, many),
+        ] {
+            let shape = Shape { num_kv_heads: 2, group, head_dim, block_size, window: None };
             let world = World::new(gpu, shape, &parts.map(|part| part.1), random);
             let num_tokens: usize = parts.iter().map(|part| part.0).sum();
             // The first token is so small that the epsilon of its norms matters.
@@ -422,6 +446,32 @@ fn heads_are_normalised_rotated_and_stored() {
             let what = format!("{} {shape:?}", gpu.dtype());
             assert_close(&what, &found, &wanted, epsilon(gpu.dtype()) * 1.01, 1e-6);
             check_stored(&world, &found, &parts);
+        }
+    }
+}
+
+/// However many heads a block has: that depends on how many tokens there are.
+#[test]
+fn heads_have_the_same_bits_beside_any_others() {
+    for gpu in gpu::lend().iter() {
+        let random = &mut Random::new(61);
+        for (group, head_dim) in [(3, 64), (1, 16), (34, 128)] {
+            let shape = Shape { num_kv_heads: 2, group, head_dim, ..SMALL };
+            let num_tokens = 130;
+            let numbers = gpu.numbers(random, num_tokens * shape.columns(), 1.0);
+            let weights = [(); 2].map(|()| gpu.vector(&gpu.numbers(random, head_dim, 1.0)));
+            let store = |steps: &[usize]| {
+                let world = World::empty(gpu, gpu.dtype(), shape, &[num_tokens], &mut Random::new(62));
+                let (mut rows, mut end) = (vec![], 0);
+                for step in steps {
+                    let numbers = &numbers[end * shape.columns()..(end + step) * shape.columns()];
+                    end += step;
+                    rows.extend(world.store(numbers, &[0], &[(*step, end)], Some([&weights[0], &weights[1]])));
+                }
+                (rows, gpu.download(&world.kv))
+            };
+            let at_once = store(&[num_tokens]);
+            assert!(store(&[1, 50, 79]) == at_once, "{} {shape:?}", gpu.dtype());
         }
     }
 }

@@ -85,6 +85,20 @@ pub(super) fn strides(kv: &KvLayer<'_, CudaBuffer>) -> (usize, usize) {
     (kv.layout.block_bytes() / number_bytes, kv.layout.k_tile_offset(kv.layer, 0) / number_bytes)
 }
 
+/// Blocks that rotate `num_heads` heads for each of `num_rows` tokens, or groups of copies, and threads of a block. One has
+/// all heads of a row, for which it reads angles once, unless there are so few rows that it takes several to fill the device.
+pub(super) fn rotation_grid(
+    backend: &CudaBackend,
+    num_rows: usize,
+    num_heads: usize,
+    head_dim: usize,
+) -> ((usize, usize, usize), usize) {
+    let lanes = (head_dim / 16).next_power_of_two();
+    let max_threads = if num_rows < backend.info().multiprocessors { 128 } else { 512 };
+    let parts = (num_heads * lanes).div_ceil(max_threads);
+    ((num_rows, parts, 1), (num_heads.div_ceil(parts) * lanes).next_multiple_of(32))
+}
+
 /// See [`Backend::rope_and_store_kv`](crate::backend::Backend::rope_and_store_kv).
 pub(super) fn rope_and_store_kv(
     backend: &CudaBackend,
@@ -119,19 +133,17 @@ pub(super) fn rope_and_store_kv(
         .float(epsilon)
         .long(block_stride)
         .long(layer_offset)
-        .int(metadata.num_tokens)?
         .int(shape.num_heads)?
         .int(shape.num_kv_heads)?
         .int(head_dim)?
         .int(kv.layout.block_size())?;
-    let lanes = (head_dim / 16).next_power_of_two();
-    let num_heads = metadata.num_tokens * (shape.num_heads + 2 * shape.num_kv_heads);
-    let blocks = (num_heads.div_ceil(128 / lanes), 1, 1);
+    let (blocks, threads) =
+        rotation_grid(backend, metadata.num_tokens, shape.num_heads + 2 * shape.num_kv_heads, head_dim);
     let kernel = &backend.kernels().cache(kv.layout.dtype())?.rope_store_kv;
     // SAFETY: rope_store_kv(qkv, blocks, positions, slots, angles, q_norm, k_norm, epsilon, block_stride, layer_offset,
-    // num_tokens, num_heads, num_kv_heads, head_dim, block_size), shapes as checked; positions lie inside the table of
-    // angles, slots inside the pool.
-    unsafe { backend.launch(stream, kernel, blocks, 128, arguments) }
+    // num_heads, num_kv_heads, head_dim, block_size), shapes as checked; positions lie inside the table of angles, slots
+    // inside the pool.
+    unsafe { backend.launch(stream, kernel, blocks, threads, arguments) }
 }
 
 /// See [`Backend::attention`](crate::backend::Backend::attention).
