@@ -214,13 +214,20 @@ struct CacheShape {
     u64 block_stride, layer_offset;
 };
 
+// Numbers before a token in every tile, and before a head's tile of keys, or values, in every block.
+__device__ __forceinline__ u64 token_offset(const CacheShape& shape, int slot) {
+    const int block = slot / shape.block_size, token = slot % shape.block_size;
+    return block * shape.block_stride + static_cast<u64>(token) * shape.head_dim;
+}
+__device__ __forceinline__ u64 tile_offset(const CacheShape& shape, int kv_head, bool is_value) {
+    const u64 tile = static_cast<u64>(shape.block_size) * shape.head_dim;
+    return shape.layer_offset + (2 * kv_head + is_value) * tile;
+}
+
 // Where the cache keeps a token's key, or value, of one head.
 template <class T>
 __device__ __forceinline__ T* cache_row(T* blocks, const CacheShape& shape, int slot, int kv_head, bool is_value) {
-    const u64 tile = static_cast<u64>(shape.block_size) * shape.head_dim;
-    const int block = slot / shape.block_size, token = slot % shape.block_size;
-    return blocks + block * shape.block_stride + shape.layer_offset + (2 * kv_head + is_value) * tile +
-           static_cast<u64>(token) * shape.head_dim;
+    return blocks + token_offset(shape, slot) + tile_offset(shape, kv_head, is_value);
 }
 
 // Lanes of a head in kernels that rotate: the power of two not below head_dim / 16. A lane has 8 numbers of the lower

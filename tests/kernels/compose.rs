@@ -58,7 +58,10 @@ impl Copies {
         for _ in 0..num_copies {
             copies.sources.push(random.below(half) as i32);
             copies.targets.push(free.swap_remove(random.below(free.len())));
-            copies.deltas.push([0, 1, -1, 37, -300, MAX_POSITIONS as i32 - 1][random.below(6)]);
+            let delta = [0, 1, -1, 37, -300, MAX_POSITIONS as i32 - 1][random.below(6)];
+            // Now and then the same as before: kernels fetch angles when it changes.
+            let same = copies.deltas.last().copied().filter(|_| random.below(2) == 0);
+            copies.deltas.push(same.unwrap_or(delta));
         }
         copies
     }
@@ -94,15 +97,15 @@ impl Copies {
     }
 }
 
-/// Tokens of a cube that are moved in a layer of a model of 8 billion weights.
-pub fn move_large(gpu: &Gpu) {
-    const NUM_COPIES: usize = 256;
-    let (random, layout) = (&mut Random::new(5), layout(gpu.dtype(), 8, 128, 16));
-    let (blocks, _) = cache(gpu, &layout, 2 * NUM_COPIES / 16, random);
+/// Tokens of two cubes that are moved in a layer of a model of 8 billion weights whose cache is of `dtype`.
+pub fn move_large(gpu: &Gpu, dtype: DType, num_copies: usize) {
+    let (random, layout) = (&mut Random::new(5), layout(dtype, 8, 128, 16));
+    let (blocks, _) = cache(gpu, &layout, 2 * num_copies.div_ceil(16), random);
     let table = gpu.backend.load_rope(&rope(128), MAX_POSITIONS).unwrap();
+    let slots = |first: usize| (first as i32..(first + num_copies) as i32).collect();
     // A cube goes to another place as a whole.
-    let slots = |first: i32| (first..first + NUM_COPIES as i32).collect();
-    let copies = Copies { sources: slots(0), targets: slots(NUM_COPIES as i32), deltas: vec![37; NUM_COPIES] };
+    let deltas = (0..num_copies).map(|copy| if copy < num_copies / 3 { 37 } else { -5 }).collect();
+    let copies = Copies { sources: slots(0), targets: slots(num_copies.next_multiple_of(16)), deltas };
     let kv = KvLayer { blocks: blocks.buffer(), layout: &layout, layer: LAYER };
     gpu.backend.rotate_gather(&gpu.stream, &kv, &copies.on_device(gpu), &table).unwrap();
     gpu.synchronize();
@@ -113,12 +116,13 @@ fn copies_are_rotated_and_nothing_else_is_written() {
     for (gpu, dtype) in caches(&gpu::lend()) {
         let random = &mut Random::new(90);
         for (num_kv_heads, head_dim, block_size) in
-            [(1, 64, 16), (3, 64, 32), (2, 128, 16), (1, 256, 16), (2, 16, 48), (1, 80, 16), (2, 96, 16)]
+            [(1, 64, 16), (3, 64, 32), (2, 128, 16), (1, 256, 16), (2, 16, 48), (1, 80, 16), (2, 96, 16), (9, 128, 16)]
         {
             let layout = layout(dtype, num_kv_heads, head_dim, block_size);
             let table = gpu.backend.load_rope(&rope(head_dim), MAX_POSITIONS).unwrap();
-            for num_copies in [0, 1, 7, 60] {
-                let half = 64usize.next_multiple_of(block_size);
+            // The more there are, the more a block has.
+            for num_copies in [0usize, 1, 7, 60, 250, 450] {
+                let half = num_copies.max(64).next_multiple_of(block_size);
                 let (blocks, before) = cache(gpu, &layout, 2 * half / block_size, random);
                 let copies = Copies::random(num_copies, half, random);
                 let kv = KvLayer { blocks: blocks.buffer(), layout: &layout, layer: LAYER };

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use super::attention::{check_layer, strides};
+use super::attention::{check_layer, rotation_grid, strides};
 use super::backend::{CudaBackend, CudaTensor};
 use super::launch::Arguments;
 use super::memory::CudaBuffer;
@@ -10,6 +10,9 @@ use super::stream::CudaStream;
 use super::weights::CudaRopeTable;
 use crate::backend::{AttentionShape, DType, KvLayer, RotatedCopies};
 use crate::{Result, unsupported};
+
+/// Copies that a block of `rotate_gather` makes at most.
+const MAX_BLOCK_COPIES: usize = 4;
 
 /// See [`Backend::rotate_gather`](crate::backend::Backend::rotate_gather).
 pub(super) fn rotate_gather(
@@ -29,6 +32,7 @@ pub(super) fn rotate_gather(
         ));
     }
     let (block_stride, layer_offset) = strides(kv);
+    let block_copies = (num_copies / backend.info().multiprocessors).clamp(1, MAX_BLOCK_COPIES);
     let arguments = Arguments::new()
         .buffer(kv.blocks)?
         .tensor(&copies.source_slots)?
@@ -38,16 +42,16 @@ pub(super) fn rotate_gather(
         .long(block_stride)
         .long(layer_offset)
         .int(num_copies)?
+        .int(block_copies)?
         .int(num_kv_heads)?
         .int(head_dim)?
         .int(kv.layout.block_size())?;
-    let lanes = (head_dim / 16).next_power_of_two();
-    let blocks = ((num_copies * num_kv_heads).div_ceil(128 / lanes), 1, 1);
+    let (blocks, threads) = rotation_grid(backend, num_copies.div_ceil(block_copies), 2 * num_kv_heads, head_dim);
     let kernel = &backend.kernels().cache(kv.layout.dtype())?.rotate_gather;
     // SAFETY: rotate_gather(blocks, source_slots, target_slots, position_deltas, angles, block_stride, layer_offset,
-    // num_copies, num_kv_heads, head_dim, block_size), shapes as checked; slots lie inside the pool, deltas inside the
-    // table of angles.
-    unsafe { backend.launch(stream, kernel, blocks, 128, arguments) }
+    // num_copies, copies_per_block, num_kv_heads, head_dim, block_size), shapes as checked; slots lie inside the pool,
+    // deltas inside the table of angles.
+    unsafe { backend.launch(stream, kernel, blocks, threads, arguments) }
 }
 
 /// See [`Backend::kv_deviation`](crate::backend::Backend::kv_deviation).
