@@ -44,6 +44,7 @@ impl Shape {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             scale: 1.5 / (self.head_dim as f32).sqrt(),
+            softcap: None,
             window: self.window,
         }
     }

@@ -61,6 +61,9 @@ fn check(
     metadata: &AttentionMetadata<CudaBuffer>,
 ) -> Result<()> {
     metadata.check()?;
+    if shape.softcap.is_some() {
+        return Err(unsupported!("CUDA kernels do not cap attention scores yet; use --device cpu"));
+    }
     shape.check(qkv, kv.layout, metadata.num_tokens, backend.dtype())?;
     check_layer(backend, kv)
 }

@@ -422,6 +422,10 @@ impl Backend for CudaBackend {
         unsafe { self.launch(stream, kernel, blocks, 256, arguments) }
     }
 
+    fn softcap(&self, _stream: &CudaStream, _x: &CudaTensor, _cap: f32) -> Result<()> {
+        Err(unsupported!("CUDA kernels do not cap logits yet; use --device cpu"))
+    }
+
     fn gather_rows(&self, stream: &CudaStream, x: &CudaTensor, indices: &CudaTensor, out: &CudaTensor) -> Result<()> {
         let (num_rows, columns) = (indices.columns(), x.columns());
         indices.expect("row indices", 1, num_rows, DType::I32)?;
