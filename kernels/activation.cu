@@ -8,7 +8,8 @@
 // softcap: x = cap tanh(x / cap), [len] f32, in place. Grid (ceil(len / 1024)), block 256: a thread has 4 numbers.
 // Equals `cpu::softcap` within 5e-7 of the cap.
 //
-// The gated ones equal `cpu::gated` with `out` rounded to T: the exponential here has an error of a few units of f32, far below T's.
+// The gated ones equal `cpu::gated` with `out` rounded to T: the exponential here has an error of a few units of f32, far
+// below T's.
 
 #include "common.cuh"
 
