@@ -78,6 +78,7 @@ fn bench(criterion: &mut Criterion, kind: &str, shape: Shape, num_threads: usize
                 max_blocks: setup.max_blocks,
                 layer,
                 scale: 0.125,
+                softcap: None,
                 window: None,
             };
             let cache = KvArena::new(&mut setup.bytes, setup.layout);

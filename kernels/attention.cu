@@ -22,7 +22,7 @@
 // Keys and values arrive by cp.async: values while scores are computed, the next keys while values are weighed. Those of
 // fp8 arrive beside the tiles, in as much memory again as fp8 takes, and each thread turns what it has copied into T.
 //
-// Arithmetic of a row, the same in all kernels: scores are chains of mma steps in order of dimensions; tiles of 64
+// Arithmetic of a row, the same in all kernels: scores are chains of mma steps in order of dimensions, capped alone; tiles of 64
 // positions are weighed in order, with a running maximum that begins anew at every multiple of 256; weights are rounded
 // to T for the mma, their sum is not; chunks are folded in order. A masked position has a weight of zero, and a tile or
 // chunk without a visible position changes nothing, so it does not matter which of them a kernel skips.
@@ -43,7 +43,7 @@ template <class T, class C> struct Arguments {
     const int *block_tables, *context_lens, *cu_seqlens_q, *positions;
     u64 block_stride, layer_offset;
     int max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window;
-    float scale;
+    float scale, cap_scale;
 };
 
 // The rows of one sequence and KV head, and what they see.
@@ -186,6 +186,15 @@ __device__ __forceinline__ void score(float (&scores)[2 * RUNS][4], u32 queries,
     }
 }
 
+// From products of queries and keys to scores in units of log2: outer times the product or, where inner is not 0, times the
+// tanh of inner / TANH_SCALE times the product.
+struct ScoreScale {
+    float outer, inner;
+
+    __device__ __forceinline__ ScoreScale(float scale, float cap_scale)
+        : outer(__fmul_rn(scale, LOG2_E)), inner(__fmul_rn(cap_scale, TANH_SCALE)) {}
+};
+
 // Maximum of the scaled scores, in units of log2, and sum of the weights relative to it.
 struct Softmax {
     float max, sum;
@@ -235,7 +244,9 @@ template <int N> struct RowSums {
     // summed before to the new maximum.
     template <class T>
     __device__ __forceinline__ void weigh(float (&scores)[TILE / 8][4], u32 (&weights)[TILE / 16][4], int first,
-                                          float scale) {
+                                          const ScoreScale& score_scale) {
+        const float scale = score_scale.outer;
+        if (score_scale.inner != 0.0f) cap(scores, score_scale.inner);
         mask(scores, first);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -262,6 +273,15 @@ template <int N> struct RowSums {
                 chunk[n][2 * i] = __fmul_rn(chunk[n][2 * i], rescale);
                 chunk[n][2 * i + 1] = __fmul_rn(chunk[n][2 * i + 1], rescale);
             }
+        }
+    }
+
+    // The hyperbolic tangent in place of every product.
+    static __device__ __forceinline__ void cap(float (&scores)[TILE / 8][4], float inner) {
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) scores[n][j] = tanh_scaled(__fmul_rn(scores[n][j], inner));
         }
     }
 
@@ -436,7 +456,7 @@ template <int D, class T, class C> __device__ __forceinline__ void decode(const 
     float* shared_scores = reinterpret_cast<float*>(shared_bytes + SCORES);
     int tile = rows.begin(0) / TILE, end_tile = ceil_div(rows.context_len, TILE);
     if (is_split) tile = max(tile, chunk * (CHUNK / TILE)), end_tile = min(end_tile, (chunk + 1) * (CHUNK / TILE));
-    const float scale = __fmul_rn(args.scale, LOG2_E);
+    const ScoreScale scale(args.scale, args.cap_scale);
 
     load_queries<D, THREADS, 16>(queries, args, rows, 0);
     Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
@@ -531,7 +551,7 @@ template <int D, class T, class C> __device__ __forceinline__ void prefill(const
     const int warp = threadIdx.x / 32, warp_row = warp % 4 * 16, first_tile = warp / 4 * N;
     const int last_row = min(first_row + TILE, rows.count()) - 1;
     const int end_tile = ceil_div(rows.end(last_row), TILE);
-    const float scale = __fmul_rn(args.scale, LOG2_E);
+    const ScoreScale scale(args.scale, args.cap_scale);
     int tile = rows.begin(first_row) / TILE;
 
     load_queries<D, THREADS, TILE>(queries, args, rows, first_row);
@@ -566,11 +586,11 @@ template <int D, class T, class C> __device__ __forceinline__ void prefill(const
 #define ATTENTION_PARAMETERS(T, C)                                                                                     \
     T *out, float *partials, const T *qkv, const C *blocks, const int *block_tables, const int *context_lens,          \
         const int *cu_seqlens_q, const int *positions, u64 block_stride, u64 layer_offset, int max_blocks,             \
-        int block_size, int num_heads, int num_kv_heads, int decode_rows, int window, float scale
+        int block_size, int num_heads, int num_kv_heads, int decode_rows, int window, float scale, float cap_scale
 #define ATTENTION_ARGUMENTS                                                                                            \
     {out,          partials,     qkv,        blocks,     block_tables, context_lens, cu_seqlens_q, positions,          \
      block_stride, layer_offset, max_blocks, block_size, num_heads,    num_kv_heads, decode_rows,  window,             \
-     scale}
+     scale,        cap_scale}
 
 #define ATTENTION_KERNELS(name, T, C, D)                                                                               \
     extern "C" __global__ void __launch_bounds__(128) attention_decode_##name##_d##D(ATTENTION_PARAMETERS(T, C)) {     \

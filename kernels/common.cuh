@@ -143,6 +143,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// 2 log2(e).
+constexpr float TANH_SCALE = 2.885390082f;
+
+// tanh(x / TANH_SCALE), as 1 - 2 / (2^x + 1): off by 5e-7 at the most, near zero too. What is capped goes through a softmax,
+// to which numbers are as good as their differences.
+__device__ __forceinline__ float tanh_scaled(float x) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fadd_rn(exp2_fast(x), 1.0f)));
+    return __fmaf_rn(-2.0f, inverse, 1.0f);
+}
+
 // Sum over `width` neighbouring lanes, a power of two; every lane gets it.
 __device__ __forceinline__ float sum_lanes(float x, int width) {
     for (int step = width / 2; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(ALL_LANES, x, step));

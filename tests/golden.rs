@@ -11,8 +11,8 @@ use mneme::backend::cpu::Isa;
 use mneme::engine::{AppliedAdapter, GenerateRequest, MergeConfig, MergeRule, OutputStream, SamplingParams, Task};
 use mneme::telemetry::MergeStage;
 use support::engine::{Setup, TestEngine, collect, greedy, request};
-use support::golden;
-use support::peft::{self, Tolerance};
+use support::golden::{self, Tolerance};
+use support::{gemma2, peft};
 
 /// How far bf16 arithmetic may move a logit; a reference margin below it decides nothing.
 const NOISE: f32 = 0.25;
@@ -179,4 +179,14 @@ fn updates_of_the_vocabulary_match_peft() {
     let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
     let tolerance = Tolerance { most: 5e-4, most_mean: 1e-4 };
     peft::check_vocabulary(TestEngine::start_on_cpu(&peft::model(), setup), tolerance);
+}
+
+/// A tiny Gemma 2 in f32, most of whose attention scores and logits are beyond their caps, and with the published caps.
+#[test]
+fn a_tiny_gemma2_matches_transformers() {
+    for isa in Isa::available().filter(|isa| *isa < Isa::Avx512Bf16) {
+        let setup = Setup { isa, dtype: Some(DType::F32), kv_dtype: DType::F32, ..Setup::default() };
+        let tolerance = Tolerance { most: 1e-4, most_mean: 2e-5 };
+        gemma2::check(|path| TestEngine::start_on_cpu(path, setup.clone()), tolerance);
+    }
 }

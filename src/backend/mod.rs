@@ -289,6 +289,9 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
+    /// `x = cap tanh(x / cap)`, f32, in place; `cap` is positive.
+    fn softcap(&self, stream: &Self::Stream, x: &Tensor<Self::Buffer>, cap: f32) -> Result<()>;
+
     /// `out[i] = x[indices[i]]`; `indices` is `[1, R]` i32.
     fn gather_rows(
         &self,
@@ -400,6 +403,9 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Multiplies scores.
     pub scale: f32,
+    /// A positive number that scaled scores stay inside of: `cap tanh(score / cap)` takes the place of a score before masks
+    /// and softmax.
+    pub softcap: Option<f32>,
     /// Only the last so many positions are seen, the token's own included.
     pub window: Option<usize>,
 }
@@ -414,8 +420,17 @@ impl AttentionShape {
         if self.num_heads == 0 || !self.num_heads.is_multiple_of(self.num_kv_heads) {
             return Err(invalid!("every KV head serves as many q heads as any other, which cannot be with {self:?}"));
         }
+        self.softcap.map_or(Ok(()), check_softcap)?;
         let columns = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim;
         qkv.expect("qkv", num_tokens, columns, dtype)
+    }
+}
+
+/// An error unless numbers can stay inside of `cap`.
+fn check_softcap(cap: f32) -> Result<()> {
+    match cap > 0.0 && cap.is_finite() {
+        true => Ok(()),
+        false => Err(invalid!("a soft cap of {cap}; it is a positive number")),
     }
 }
 

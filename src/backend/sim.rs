@@ -35,7 +35,7 @@ use transfer::Delays;
 
 use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, Device, HeadTransform, HostTensor, KvLayer, KvOrder,
-    LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor,
+    LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor, check_softcap,
 };
 use crate::{Error, Result};
 
@@ -293,6 +293,12 @@ impl Backend for SimBackend {
         expect_shape("gated activation", out, gate_up.rows(), gate_up.columns() / 2)?;
         set_payloads(out, payloads(gate_up));
         Ok(())
+    }
+
+    /// A row stays what it is.
+    fn softcap(&self, _: &SimStream, x: &SimTensor, cap: f32) -> Result<()> {
+        expect_shape("numbers to be capped", x, x.rows(), x.columns())?;
+        check_softcap(cap)
     }
 
     fn gather_rows(&self, _: &SimStream, x: &SimTensor, rows: &SimTensor, out: &SimTensor) -> Result<()> {

@@ -12,13 +12,26 @@ pub enum Architecture {
     Qwen2,
     /// Qwen3: a norm on each q and k head.
     Qwen3,
-    /// Gemma 3 text: norms around each half layer, most layers with a sliding window.
+    /// Gemma 2: norms around each half layer, every other layer with a sliding window, soft caps on attention scores and
+    /// on logits.
+    Gemma2,
+    /// Gemma 3 text: the same norms and those of Qwen3, most layers with a sliding window.
     Gemma3,
 }
 
 impl Architecture {
     /// Every family.
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma3];
+    pub const ALL: [Self; 5] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Gemma2, Self::Gemma3];
+
+    /// Whether it is a Gemma, which many conventions are shared by.
+    pub(super) fn is_gemma(self) -> bool {
+        matches!(self, Self::Gemma2 | Self::Gemma3)
+    }
+
+    /// Of so many layers the last sees everything, unless the checkpoint says otherwise.
+    pub(super) fn default_window_period(self) -> usize {
+        if self == Self::Gemma2 { 2 } else { 6 }
+    }
 }
 
 /// Shapes and constants of a decoder.
@@ -52,6 +65,10 @@ pub struct ModelConfig {
     pub embedding_scale: f32,
     /// Multiplies attention scores.
     pub attention_scale: f32,
+    /// What scaled attention scores stay inside of, by `cap tanh(score / cap)`.
+    pub attention_softcap: Option<f32>,
+    /// What logits stay inside of, in the same way.
+    pub logit_softcap: Option<f32>,
     /// Activation of the feed-forward layer.
     pub activation: Activation,
     /// Angles of layers that see everything.
@@ -134,6 +151,11 @@ impl ModelConfig {
                 self.rms_norm_eps,
                 self.rope.theta
             ));
+        }
+        for cap in [self.attention_softcap, self.logit_softcap].into_iter().flatten() {
+            if !(cap > 0.0 && cap.is_finite()) {
+                return Err(malformed!("model config: a soft cap of {cap}, wanted a positive number"));
+            }
         }
         if let Some(sliding) = &self.sliding
             && (sliding.layers.len() != self.num_layers || sliding.window == 0)

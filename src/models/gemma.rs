@@ -1,4 +1,5 @@
-//! Gemma 3: a norm before and after each half layer, and two kinds of attention layers with their own angles.
+//! Gemma 2 and 3: a norm before and after each half layer, and two kinds of attention layers, which have their own angles
+//! in Gemma 3.
 
 use super::layers::{Attention, FeedForward, Loader, Pass, RmsNorm};
 use crate::backend::{Backend, LoraSite, Projection};
@@ -26,7 +27,7 @@ pub(super) struct GemmaLayers<B: Backend> {
 impl<B: Backend> GemmaLayers<B> {
     pub(super) fn load(loader: &Loader<'_, B>, max_positions: usize) -> Result<Self> {
         let config = loader.config();
-        let sliding = config.sliding.as_ref().ok_or_else(|| malformed!("a Gemma 3 model needs a sliding window"))?;
+        let sliding = config.sliding.as_ref().ok_or_else(|| malformed!("a Gemma model needs a sliding window"))?;
         let layers = sliding.layers.iter().enumerate().map(|(layer, &slides)| load_layer(loader, layer, slides));
         Ok(Self {
             layers: layers.collect::<Result<_>>()?,

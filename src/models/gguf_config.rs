@@ -25,6 +25,7 @@ impl Architecture {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Gemma2 => "gemma2",
             Self::Gemma3 => "gemma3",
         }
     }
@@ -60,7 +61,7 @@ impl<'a> GgufConfig<'a> {
     }
 
     fn normalise(self) -> Result<ModelConfig> {
-        let gemma = self.architecture == Architecture::Gemma3;
+        let gemma = self.architecture.is_gemma();
         let hidden_size = self.size("embedding_length")?;
         let num_heads = self.size("attention.head_count")?;
         let head_dim = self.find_size("attention.key_length")?.unwrap_or(hidden_size / num_heads.max(1));
@@ -82,11 +83,38 @@ impl<'a> GgufConfig<'a> {
             rms_norm_eps: epsilon.unwrap_or(1e-6),
             norm_offset: if gemma { 1.0 } else { 0.0 },
             embedding_scale: if gemma { (hidden_size as f32).sqrt() } else { 1.0 },
-            attention_scale: (head_dim as f32).sqrt().recip(),
+            attention_scale: self.attention_scale(num_layers, hidden_size / num_heads.max(1), head_dim),
+            attention_softcap: self.softcap("attn_logit_softcapping")?,
+            logit_softcap: self.softcap("final_logit_softcapping")?,
             activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
             rope: self.rope(head_dim)?,
             sliding: if gemma { Some(self.sliding(num_layers, head_dim)?) } else { None },
         })
+    }
+
+    /// What Hugging Face calls `query_pre_attn_scalar` is not in these files. It is the size of a head but in the largest Gemmas,
+    /// which are known by their layers: there a head's share of the features.
+    fn attention_scale(&self, num_layers: usize, head_share: usize, head_dim: usize) -> f32 {
+        let base = match (self.architecture, num_layers) {
+            (Architecture::Gemma2, 46) | (Architecture::Gemma3, 62) => head_share,
+            _ => head_dim,
+        };
+        (base as f32).sqrt().recip()
+    }
+
+    /// A Gemma's soft cap. Gemma 2 is not what it was trained to be without its two, which the first files of it lack.
+    fn softcap(&self, key: &str) -> Result<Option<f32>> {
+        let found = self.find_number(key)?;
+        match found {
+            Some(_) if !self.architecture.is_gemma() => {
+                Err(unsupported!("\"{}.{key}\" in a GGUF file is not supported; Gemma's is", self.prefix))
+            }
+            None if self.architecture == Architecture::Gemma2 => Err(malformed!(
+                "GGUF: no number \"{}.{key}\"; convert the model again, with a newer converter",
+                self.prefix
+            )),
+            found => Ok(found),
+        }
     }
 
     fn rope(&self, head_dim: usize) -> Result<RopeConfig> {
@@ -115,12 +143,17 @@ impl<'a> GgufConfig<'a> {
     }
 
     fn sliding(&self, num_layers: usize, head_dim: usize) -> Result<SlidingWindow> {
-        let period = self.find_size("attention.sliding_window_pattern")?.unwrap_or(6);
-        let theta = self.find_number("rope.freq_base_swa")?.unwrap_or(10_000.0);
+        let period = self.find_size("attention.sliding_window_pattern")?;
+        let period = period.unwrap_or(self.architecture.default_window_period());
+        let plain = |theta: f32| RopeConfig { head_dim, theta: f64::from(theta), scaling: RopeScaling::Plain };
         Ok(SlidingWindow {
             window: self.size("attention.sliding_window")?,
             layers: SlidingWindow::periodic(num_layers, period),
-            rope: RopeConfig { head_dim, theta: f64::from(theta), scaling: RopeScaling::Plain },
+            rope: match self.find_number("rope.freq_base_swa")? {
+                Some(theta) => plain(theta),
+                None if self.architecture == Architecture::Gemma2 => self.rope(head_dim)?,
+                None => plain(10_000.0),
+            },
         })
     }
 }
@@ -140,7 +173,7 @@ pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String
 }
 
 fn gguf_stem(architecture: Architecture, stem: &str) -> Option<&'static str> {
-    let gemma = architecture == Architecture::Gemma3;
+    let gemma = architecture.is_gemma();
     Some(match stem {
         "input_layernorm" => "attn_norm",
         "self_attn.q_proj" => "attn_q",
@@ -165,6 +198,49 @@ mod tests {
 
     use super::*;
     use crate::gguf::writer::Writer;
+
+    /// The metadata of a Gemma with so many layers, and more.
+    fn gemma(name: &str, num_layers: u32, numbers: &[(&str, f32)]) -> Result<ModelConfig> {
+        let mut writer = Writer::new().string("general.architecture", name);
+        for (key, value) in [
+            ("embedding_length", 64),
+            ("attention.head_count", 2),
+            ("attention.key_length", 16),
+            ("block_count", num_layers),
+            ("feed_forward_length", 64),
+            ("context_length", 64),
+            ("attention.sliding_window", 8),
+        ] {
+            writer = writer.entry(&format!("{name}.{key}"), 4, &u32::to_le_bytes(value));
+        }
+        for (key, value) in numbers {
+            writer = writer.entry(&format!("{name}.{key}"), 6, &value.to_le_bytes());
+        }
+        let bytes = writer.tensor("token_embd.weight", &[64, 2], 0, &[0; 512]).finish();
+        ModelConfig::from_gguf(&Gguf::parse(Arc::new(bytes)).unwrap())
+    }
+
+    #[test]
+    fn gemma2_needs_its_caps() {
+        let caps = [("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)];
+        let config = gemma("gemma2", 3, &caps).unwrap();
+        assert_eq!((config.attention_softcap, config.logit_softcap), (Some(50.0), Some(30.0)));
+        assert_eq!(config.sliding.unwrap().layers, [true, false, true]);
+        let error = gemma("gemma2", 3, &caps[..1]).unwrap_err().to_string();
+        assert!(error.contains("gemma2.final_logit_softcapping") && error.contains("convert"), "{error}");
+        assert_eq!(gemma("gemma3", 3, &[]).unwrap().attention_softcap, None);
+    }
+
+    /// Scores of the largest Gemmas are scaled by a head's share of the features, of which there is nothing in the file.
+    #[test]
+    fn the_largest_gemmas_have_a_scale_of_their_own() {
+        let caps = [("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)];
+        for (name, layers, wanted) in
+            [("gemma2", 46, 32f32), ("gemma2", 42, 16.0), ("gemma3", 62, 32.0), ("gemma3", 48, 16.0)]
+        {
+            assert_eq!(gemma(name, layers, &caps).unwrap().attention_scale, wanted.sqrt().recip(), "{name} {layers}");
+        }
+    }
 
     /// Stored keys are moved by rotations, which change no length; and angles must be proportional to the position.
     #[test]

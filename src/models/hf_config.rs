@@ -65,16 +65,18 @@ impl HfConfig {
             "llama" => Ok(Architecture::Llama),
             "qwen2" => Ok(Architecture::Qwen2),
             "qwen3" => Ok(Architecture::Qwen3),
+            "gemma2" => Ok(Architecture::Gemma2),
             "gemma3" | "gemma3_text" => Ok(Architecture::Gemma3),
-            other => {
-                Err(unsupported!("model_type {other:?} is not supported; llama, qwen2, qwen3 and gemma3_text are"))
-            }
+            other => Err(unsupported!(
+                "model_type {other:?} is not supported; llama, qwen2, qwen3, gemma2 and gemma3_text are"
+            )),
         }
     }
 
     fn check_supported(&self) -> Result<()> {
-        if self.attn_logit_softcapping.is_some() || self.final_logit_softcapping.is_some() {
-            return Err(unsupported!("models with logit softcapping are not supported"));
+        let is_capped = self.attn_logit_softcapping.is_some() || self.final_logit_softcapping.is_some();
+        if is_capped && !self.architecture()?.is_gemma() {
+            return Err(unsupported!("logit softcapping in a model of type {:?}; Gemma has it", self.model_type));
         }
         if self.mlp_bias {
             return Err(unsupported!("models with mlp_bias are not supported"));
@@ -87,7 +89,7 @@ impl HfConfig {
 
     fn normalise(self) -> Result<ModelConfig> {
         let architecture = self.architecture()?;
-        let gemma = architecture == Architecture::Gemma3;
+        let gemma = architecture.is_gemma();
         let num_heads = self.num_attention_heads.max(1);
         let head_dim = self.head_dim.unwrap_or(if gemma { 256 } else { self.hidden_size / num_heads });
         let scale_base = self.query_pre_attn_scalar.filter(|_| gemma).unwrap_or(head_dim as f32);
@@ -107,27 +109,32 @@ impl HfConfig {
             norm_offset: if gemma { 1.0 } else { 0.0 },
             embedding_scale: if gemma { (self.hidden_size as f32).sqrt() } else { 1.0 },
             attention_scale: scale_base.sqrt().recip(),
+            attention_softcap: self.attn_logit_softcapping,
+            logit_softcap: self.final_logit_softcapping,
             activation: self.activation()?,
             rope: self.rope("full_attention", head_dim)?,
-            sliding: if gemma { Some(self.sliding(head_dim)?) } else { None },
+            sliding: if gemma { Some(self.sliding(architecture, head_dim)?) } else { None },
         })
     }
 
     fn activation(&self) -> Result<Activation> {
         match self.hidden_activation.as_deref().or(self.hidden_act.as_deref()) {
+            None if self.architecture()?.is_gemma() => Ok(Activation::GeluTanh),
             Some("silu") | None => Ok(Activation::Silu),
             Some("gelu_pytorch_tanh") => Ok(Activation::GeluTanh),
             Some(other) => Err(unsupported!("activation {other:?} is not supported; silu and gelu_pytorch_tanh are")),
         }
     }
 
-    fn sliding(&self, head_dim: usize) -> Result<SlidingWindow> {
+    fn sliding(&self, architecture: Architecture, head_dim: usize) -> Result<SlidingWindow> {
+        let period = self.sliding_window_pattern.unwrap_or(architecture.default_window_period());
         let layers = match &self.layer_types {
             Some(types) => types.iter().map(|kind| kind == "sliding_attention").collect(),
-            None => SlidingWindow::periodic(self.num_hidden_layers, self.sliding_window_pattern.unwrap_or(6)),
+            None => SlidingWindow::periodic(self.num_hidden_layers, period),
         };
         let rope = match self.rope_parameters_of("sliding_attention") {
             Some(_) => self.rope("sliding_attention", head_dim)?,
+            None if architecture == Architecture::Gemma2 => self.rope("full_attention", head_dim)?,
             None => RopeConfig {
                 head_dim,
                 theta: self.rope_local_base_freq.unwrap_or(10_000.0),
@@ -204,6 +211,39 @@ mod tests {
             let text = format!("{LLAMA}, \"rope_scaling\": {{\"rope_type\": \"{kind}\", \"factor\": 8.0}}}}");
             let error = ModelConfig::from_hf_json(&text).unwrap_err().to_string();
             assert!(error.contains(kind) && error.contains("llama3"), "{error}");
+        }
+    }
+
+    const GEMMA2: &str = r#"{"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 20000.0, "sliding_window": 4096,
+        "query_pre_attn_scalar": 144, "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0}"#;
+
+    #[test]
+    fn gemma2_is_capped_and_every_other_layer_slides() {
+        let config = ModelConfig::from_hf_json(GEMMA2).unwrap();
+        assert_eq!((config.attention_softcap, config.logit_softcap), (Some(50.0), Some(30.0)));
+        assert_eq!((config.attention_scale, config.embedding_scale, config.norm_offset), (1.0 / 12.0, 48.0, 1.0));
+        let sliding = config.sliding.unwrap();
+        assert_eq!((sliding.window, sliding.layers), (4096, vec![true, false, true, false]));
+        assert_eq!(sliding.rope, config.rope);
+        assert!(config.tie_word_embeddings && config.activation == Activation::GeluTanh);
+        let uncapped = GEMMA2.replace("50.0", "null").replace("30.0", "null").replace("\"gelu_pytorch_tanh\"", "null");
+        let config = ModelConfig::from_hf_json(&uncapped).unwrap();
+        assert_eq!((config.attention_softcap, config.logit_softcap), (None, None));
+        assert_eq!(config.activation, Activation::GeluTanh);
+    }
+
+    #[test]
+    fn caps_of_other_families_and_impossible_ones_are_refused() {
+        for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            let error = ModelConfig::from_hf_json(&format!("{LLAMA}, \"{name}\": 30.0}}")).unwrap_err().to_string();
+            assert!(error.contains("llama"), "{error}");
+        }
+        for cap in ["0.0", "-1.0"] {
+            let error = ModelConfig::from_hf_json(&GEMMA2.replace("50.0", cap)).unwrap_err().to_string();
+            assert!(error.contains("soft cap"), "{error}");
         }
     }
 

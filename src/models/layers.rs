@@ -195,6 +195,7 @@ impl<B: Backend> Attention<B> {
                 num_kv_heads: config.num_kv_heads,
                 head_dim,
                 scale: config.attention_scale,
+                softcap: config.attention_softcap,
                 window: config.sliding.as_ref().filter(|sliding| sliding.layers[layer]).map(|found| found.window),
             },
             layer,

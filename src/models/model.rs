@@ -63,7 +63,7 @@ impl<B: Backend> Model<B> {
             Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
                 Layers::Llama(LlamaLayers::load(&loader, max_positions)?)
             }
-            Architecture::Gemma3 => Layers::Gemma(GemmaLayers::load(&loader, max_positions)?),
+            Architecture::Gemma2 | Architecture::Gemma3 => Layers::Gemma(GemmaLayers::load(&loader, max_positions)?),
         };
         Ok(Self { config, embedding, layers, lm_head })
     }
@@ -158,8 +158,11 @@ impl<B: Backend> Model<B> {
         let hidden = workspace.hidden(batch.num_logits);
         let logits = workspace.logits(batch.num_logits);
         backend.linear(stream, &hidden, lm_head, None, &logits)?;
-        match adapted.and_then(|adapted| adapted.head.as_ref()) {
-            Some(head) => backend.add_lora_head(stream, &hidden, head, &logits),
+        if let Some(head) = adapted.and_then(|adapted| adapted.head.as_ref()) {
+            backend.add_lora_head(stream, &hidden, head, &logits)?;
+        }
+        match self.config.logit_softcap {
+            Some(cap) => backend.softcap(stream, &logits, cap),
             None => Ok(()),
         }
     }

@@ -68,7 +68,7 @@ fn adapted_logits_are_those_of_weights_with_the_updates_added() {
 /// An update of the embedding is one of what goes in, and of the output projection one of what comes out, tied or not.
 #[test]
 fn updates_of_embedding_and_output_projection_are_added_where_they_belong() {
-    for family in [Family::Llama, Family::Llama3, Family::Gemma3] {
+    for family in [Family::Llama, Family::Llama3, Family::Gemma2, Family::Gemma3] {
         let model = TinyModel::new(family, 31);
         let hidden = model.tensor("model.embed_tokens.weight").columns;
         let (embedding, head) = ((EMBEDDING.to_owned(), hidden, VOCAB), (HEAD.to_owned(), VOCAB, hidden));

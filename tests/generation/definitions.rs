@@ -112,6 +112,11 @@ fn qwen3_is_what_it_is_defined_as() {
 }
 
 #[test]
+fn gemma2_is_what_it_is_defined_as() {
+    check_family(Family::Gemma2);
+}
+
+#[test]
 fn gemma3_is_what_it_is_defined_as() {
     const { assert!(PROMPT > 3 * WINDOW) };
     check_family(Family::Gemma3);
@@ -130,6 +135,7 @@ fn the_reference_depends_on_all_it_should() {
     for (family, tensor) in [
         (Family::Qwen2, "model.layers.1.self_attn.v_proj.bias"),
         (Family::Qwen3, "model.layers.1.self_attn.k_norm.weight"),
+        (Family::Gemma2, "model.layers.1.post_attention_layernorm.weight"),
         (Family::Gemma3, "model.layers.5.post_feedforward_layernorm.weight"),
     ] {
         let model = TinyModel::new(family, 11);
@@ -154,13 +160,22 @@ fn shards_are_one_model() {
 
 #[test]
 fn a_gguf_file_is_the_same_model_as_its_directory() {
-    let model = TinyModel::new(Family::Llama, 5);
     let prompt = Random::new(9).tokens(70, VOCAB);
     let run = |written: crate::support::tiny_model::Written| {
         let engine = TestEngine::start_on_cpu(written.path(), Setup { dtype: Some(DType::BF16), ..Setup::default() });
         engine.greedy(&prompt, 30)
     };
-    assert_eq!(run(model.write()), run(model.write_gguf(|_| Storage::F32)));
+    for family in [Family::Llama, Family::Gemma2] {
+        let model = TinyModel::new(family, 5);
+        let folder = model.write();
+        // GGUF files have none: it is the size of a head there.
+        folder.change_config(|config| {
+            config.remove("query_pre_attn_scalar");
+        });
+        let tokens = run(folder);
+        assert!(tokens.iter().any(|token| *token != tokens[0]), "{family:?} repeats itself");
+        assert_eq!(tokens, run(model.write_gguf(|_| Storage::F32)), "{family:?}");
+    }
 }
 
 #[test]

@@ -180,6 +180,11 @@ fn qwen3_output_depends_on_the_request_alone() {
 }
 
 #[test]
+fn gemma2_output_depends_on_the_request_alone() {
+    check_family(Family::Gemma2);
+}
+
+#[test]
 fn gemma3_output_depends_on_the_request_alone() {
     check_family(GEMMA);
 }

@@ -25,9 +25,10 @@ struct Shape {
     head_dim: usize,
     block_size: usize,
     window: Option<usize>,
+    softcap: Option<f32>,
 }
 
-const SMALL: Shape = Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, window: None };
+const SMALL: Shape = Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, window: None, softcap: None };
 
 impl Shape {
     fn num_heads(&self) -> usize {
@@ -44,6 +45,7 @@ impl Shape {
             num_kv_heads: self.num_kv_heads,
             head_dim: self.head_dim,
             scale: 1.5 / (self.head_dim as f32).sqrt(),
+            softcap: self.softcap,
             window: self.window,
         }
     }
@@ -219,7 +221,8 @@ impl<'a> World<'a> {
 
     /// What attention is defined as, for the queries of one sequence.
     fn reference(&self, sequence: usize, positions: &[usize]) -> Vec<f64> {
-        let Shape { head_dim, window, group, .. } = self.shape;
+        let Shape { head_dim, window, group, softcap, .. } = self.shape;
+        let cap = |score: f64| softcap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh());
         let scale = f64::from(self.shape.of_backend().scale);
         let mut out = Vec::new();
         for &position in positions {
@@ -228,7 +231,7 @@ impl<'a> World<'a> {
                 let q = self.head(sequence, position, head);
                 let kv_head = self.shape.num_heads() + head / group;
                 let keys = (first..=position).map(|at| self.head(sequence, at, kv_head));
-                let scores: Vec<f64> = keys.map(|k| dot(q, k) * scale).collect();
+                let scores: Vec<f64> = keys.map(|k| cap(dot(q, k) * scale)).collect();
                 let most = scores.iter().copied().fold(f64::MIN, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
                 let total: f64 = weights.iter().sum();
@@ -254,7 +257,7 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Attention of a model of 8 billion weights.
-const LARGE: Shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, block_size: 16, window: None };
+const LARGE: Shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, ..SMALL };
 
 /// A layer of such a model: two prompts of a thousand tokens, then one new token of each.
 pub fn run_large(gpu: &Gpu) {
@@ -348,12 +351,54 @@ fn windows_hide_what_lies_before_them() {
     }
 }
 
+/// Caps far above the scores, among them and below most of them, in both kernels for every size of heads.
+#[test]
+fn scores_are_capped() {
+    for gpu in gpu::lend().iter() {
+        for (at, head_dim) in [16, 32, 64, 80, 96, 128, 256].into_iter().enumerate() {
+            let softcap = Some([50.0, 2.0, 0.5][at % 3]);
+            let shape = Shape { num_kv_heads: 1, group: 2, head_dim, softcap, ..SMALL };
+            check_attention(gpu, shape, &[(1, 40), (40, 70), (1, 1), (3, 17)], 90 + at as u64);
+        }
+        for (at, softcap) in [50.0, 2.0, 0.5].into_iter().enumerate() {
+            for window in [None, Some(40)] {
+                let shape = Shape { window, softcap: Some(softcap), ..SMALL };
+                check_attention(gpu, shape, &[(1, 600), (30, 300)], 97 + at as u64);
+            }
+        }
+    }
+}
+
+/// Scores are so far beyond the cap that all keys weigh the same, or so far below it that it is not there.
+#[test]
+fn caps_bound_large_scores_and_leave_small_ones() {
+    for gpu in gpu::lend().iter() {
+        let attend = |softcap: Option<f32>| {
+            let shape = Shape { num_kv_heads: 1, group: 1, softcap, ..SMALL };
+            let world = World::new(gpu, shape, &[50], &mut Random::new(99));
+            let found = world.attend(&[0], &[(1, 50)]).numbers(gpu);
+            let values = |dim: usize| (0..50).map(move |at| (at, dim));
+            let mean =
+                |dim: usize| values(dim).map(|(at, dim)| f64::from(world.head(0, at, 2)[dim])).sum::<f64>() / 50.0;
+            (found, (0..64).map(mean).collect::<Vec<_>>())
+        };
+        let tolerance = 3.0 * epsilon(gpu.dtype());
+        let (found, mean) = attend(Some(1e-5));
+        assert_close("a cap of next to nothing", &found, &mean, tolerance, tolerance);
+        let (found, plain) = (attend(Some(1e3)).0, attend(None).0);
+        let plain: Vec<f64> = plain.into_iter().map(f64::from).collect();
+        assert_close("a cap far above", &found, &plain, tolerance, tolerance);
+    }
+}
+
 /// Chunked prefill, decode, splitting and the rest of the batch leave the bits of a row alone.
 #[test]
 fn a_row_has_the_same_bits_however_it_is_computed() {
     for gpu in gpu::lend().iter() {
-        for window in [None, Some(40), Some(300)] {
-            let shape = Shape { window, ..SMALL };
+        for (window, softcap) in
+            [(None, None), (Some(40), None), (Some(300), None), (None, Some(2.0)), (Some(40), Some(50.0))]
+        {
+            let shape = Shape { window, softcap, ..SMALL };
             let world = World::new(gpu, shape, &[530, 60, 300], &mut Random::new(50));
             let row_bytes = shape.num_heads() * shape.head_dim * 2;
             let last = |sequences: &[usize], parts: &[Lengths]| {
@@ -420,7 +465,7 @@ fn heads_are_normalised_rotated_and_stored() {
             // More heads than a block has.
             (128, 16, true, 34, many),
         ] {
-            let shape = Shape { num_kv_heads: 2, group, head_dim, block_size, window: None };
+            let shape = Shape { num_kv_heads: 2, group, head_dim, block_size, ..SMALL };
             let world = World::new(gpu, shape, &parts.map(|part| part.1), random);
             let num_tokens: usize = parts.iter().map(|part| part.0).sum();
             // The first token is so small that the epsilon of its norms matters.
@@ -563,6 +608,7 @@ fn caches_of_fp8_are_attended() {
         let lens = parts.map(|part| part.1);
         let world = World::with_cache(gpu, DType::F8E4M3, shape, &lens, &mut Random::new(73 + at as u64));
         check_world(&world, &parts);
+        check_world(&World { shape: Shape { softcap: Some(2.0), ..shape }, ..world }, &parts);
     }
     let parts = [(1, 600), (30, 530), (1, 257)];
     for window in [None, Some(100)] {
@@ -613,6 +659,10 @@ fn impossible_heads_are_refused() {
     assert!(attend(AttentionShape { head_dim: 128, ..SMALL.of_backend() }, LAYER, &metadata).is_err());
     assert!(attend(AttentionShape { num_heads: 5, ..SMALL.of_backend() }, LAYER, &metadata).is_err());
     assert!(attend(SMALL.of_backend(), NUM_LAYERS, &metadata).is_err());
+    for cap in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let error = attend(AttentionShape { softcap: Some(cap), ..SMALL.of_backend() }, LAYER, &metadata);
+        assert!(error.unwrap_err().contains("soft cap"));
+    }
     let short = AttentionMetadata { context_lens: gpu.indices(&[], 1, 0), ..metadata.clone() };
     assert!(attend(SMALL.of_backend(), LAYER, &short).unwrap_err().contains("context_lens"));
     let layout = KvLayout::new(NUM_LAYERS, 2, 64, 16, DType::BF16).unwrap();

@@ -163,7 +163,7 @@ fn deviations_are_sums_of_squares() {
             }
             let qkv = gpu.activations(&rows, num_tokens, columns);
             let out = gpu.output(1, num_tokens, DType::F32);
-            let shape = AttentionShape { num_heads, num_kv_heads, head_dim, scale: 1.0, window: None };
+            let shape = AttentionShape { num_heads, num_kv_heads, head_dim, scale: 1.0, softcap: None, window: None };
             let kv = KvLayer { blocks: blocks.buffer(), layout: &layout, layer: LAYER };
             let slots = gpu.indices(&slots, 1, num_tokens);
             gpu.backend.kv_deviation(&gpu.stream, &qkv, &shape, &kv, &slots, &out.tensor).unwrap();

@@ -135,6 +135,27 @@ fn activations_gate() {
     }
 }
 
+/// Any number of numbers, of any size.
+#[test]
+fn numbers_are_capped() {
+    let gpus = gpu::lend();
+    let gpu = &gpus[0];
+    let random = &mut Random::new(7);
+    for (rows, columns, cap) in [(1, 1, 30.0), (1, 7, 2.0), (3, 300, 30.0), (2, 1025, 0.5), (1, 49_152, 30.0)] {
+        let mut x: Vec<f32> = (0..rows * columns).map(|_| (random.normal() * 1.5 * f64::from(cap)) as f32).collect();
+        for (x, special) in x.iter_mut().zip([0.0, 1e-20, -1e-3, 1e30, -1e30, f32::INFINITY, f32::NEG_INFINITY]) {
+            *x = special;
+        }
+        let out = gpu.output(rows, columns, DType::F32);
+        gpu.write(&out.tensor, &encode(&x, DType::F32));
+        gpu.backend.softcap(&gpu.stream, &out.tensor, cap).unwrap();
+        let wanted: Vec<f64> = x.iter().map(|x| f64::from(cap) * (f64::from(*x) / f64::from(cap)).tanh()).collect();
+        assert_close(&format!("cap {cap} [{rows}, {columns}]"), &out.numbers(gpu), &wanted, 0.0, 5e-7 * f64::from(cap));
+    }
+    let out = gpu.output(1, 4, DType::F32);
+    assert!(gpu.backend.softcap(&gpu.stream, &out.tensor, 0.0).unwrap_err().to_string().contains("soft cap"));
+}
+
 #[test]
 fn rows_are_gathered() {
     for gpu in gpu::lend().iter() {

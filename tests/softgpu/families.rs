@@ -103,6 +103,11 @@ fn qwen3_is_the_cpus() {
 }
 
 #[test]
+fn gemma2_is_the_cpus() {
+    check_family(Family::Gemma2);
+}
+
+#[test]
 fn gemma3_is_the_cpus() {
     const { assert!(PROMPT > 3 * WINDOW) };
     check_family(Family::Gemma3);

@@ -6,9 +6,10 @@ use std::io::Write;
 use mneme::backend::DType;
 use mneme::engine::{AppliedAdapter, GenerateRequest, MergeRule, OutputStream, SamplingParams, Task};
 
+use crate::families::tolerances;
 use crate::support::engine::{Setup, TestEngine, collect, greedy, limits, request};
-use crate::support::peft::{self, Tolerance};
-use crate::support::{golden, models};
+use crate::support::golden::{self, Tolerance};
+use crate::support::{gemma2, models, peft};
 
 /// How far bf16 arithmetic may move a logit; a margin below it decides nothing.
 const NOISE: f32 = 0.25;
@@ -103,4 +104,15 @@ fn an_adapter_of_the_vocabulary_is_refused_by_the_name_of_its_module() {
     let engine = TestEngine::start_on_softgpu(&peft::model(), Setup::default());
     let refused = engine.handle.load_adapter(&peft::around()).err().unwrap().to_string();
     assert!(refused.contains("embed_tokens") && refused.contains("--device cpu"), "{refused}");
+}
+
+/// A tiny Gemma 2, with caps that most attention scores and logits are beyond, and with those of the published models.
+#[test]
+fn a_tiny_gemma2_matches_transformers() {
+    for dtype in [DType::BF16, DType::F16] {
+        let (most, most_mean) = tolerances(dtype);
+        let tolerance = Tolerance { most: most as f32, most_mean: most_mean as f32 };
+        let setup = Setup { kv_dtype: dtype, ..Setup::default() };
+        gemma2::check(|path| TestEngine::start_on_softgpu(path, setup.clone()), tolerance);
+    }
 }

@@ -6,6 +6,7 @@ pub mod byte_tokenizer;
 pub mod composed;
 pub mod engine;
 pub mod fp8;
+pub mod gemma2;
 pub mod golden;
 pub mod models;
 pub mod peft;

@@ -8,7 +8,7 @@ use mneme::engine::{
 use mneme::telemetry::MergeStage;
 
 use super::engine::{Output, Setup, TestEngine, collect, greedy, request};
-use super::golden::{self, Record};
+use super::golden::{self, Record, Tolerance};
 
 /// Adapters by name, with their scales.
 type Composition = &'static [(&'static str, f32)];
@@ -29,13 +29,6 @@ const COMPOSITIONS: [(&str, Composition); 4] = [
 /// The same of those that update the embedding and the output projection.
 const AROUND_COMPOSITIONS: [(&str, Composition); 3] =
     [("base", &[]), ("around", &[("around", 1.0)]), ("around-composed", &[("first", 0.6), ("around", 1.2)])];
-
-/// How far a log-probability may be off, at worst and on average.
-#[derive(Debug, Clone, Copy)]
-pub struct Tolerance {
-    pub most: f32,
-    pub most_mean: f32,
-}
 
 fn folder(name: &str) -> PathBuf {
     golden::data("peft").join(name)
@@ -120,35 +113,11 @@ impl Adapted {
     }
 }
 
-/// Logits, log-probabilities of prompts and greedy tokens; and that the model without adapters says something else.
+/// As the records say; and that the model without adapters says something else.
 fn check(name: &str, records: &[Record], outputs: &[Output], tolerance: Tolerance) {
-    let (worst, mean) = worst_and_mean(records, outputs);
-    eprintln!("{name}: worst {worst:.6}, mean {mean:.6}");
-    assert!(worst < tolerance.most && mean < tolerance.most_mean, "{name}: off by {worst}, {mean} on average");
-    for (record, output) in records.iter().zip(outputs) {
-        assert_eq!(output.tokens.len(), record.greedy_ids.len());
-        let differs = record.greedy_ids.iter().zip(&output.tokens).position(|(wanted, found)| wanted != found);
-        if let Some(step) = differs {
-            let gap = record.gap[step];
-            assert!(gap < 2.0 * tolerance.most, "{name}, {}: differs at step {step}, gap {gap}", record.prompt);
-        }
-    }
+    golden::check(name, records, outputs, tolerance);
     if name != "base" {
-        let (_, without) = worst_and_mean(&golden::load("peft/base").records, outputs);
+        let (_, without) = golden::worst_and_mean(&golden::load("peft/base").records, outputs);
         assert!(without > 5.0 * tolerance.most_mean, "{name}: only {without} on average from no adapters");
     }
-}
-
-/// How far the log-probabilities behind the prompts, and of the prompts' tokens, are from those of the records.
-fn worst_and_mean(records: &[Record], outputs: &[Output]) -> (f32, f32) {
-    assert_eq!(records.len(), outputs.len());
-    let mut off = Vec::new();
-    for (record, output) in records.iter().zip(outputs) {
-        let found = |id: u32| output.logprobs[0].top.iter().find(|top| top.id == id).unwrap().logprob;
-        off.extend(record.top.iter().map(|(id, logit)| (logit - record.lse - found(*id)).abs()));
-        let prompt = output.prompt_logprobs.iter().skip(1).map(|found| found.as_ref().unwrap().chosen.logprob);
-        assert_eq!(prompt.len(), record.prompt_logprobs.len());
-        off.extend(prompt.zip(&record.prompt_logprobs).map(|(found, wanted)| (found - wanted).abs()));
-    }
-    (off.iter().copied().fold(0.0, f32::max), off.iter().sum::<f32>() / off.len() as f32)
 }

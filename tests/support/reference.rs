@@ -1,5 +1,6 @@
 //! A plain forward pass over a tiny model, straight from the definitions in Hugging Face transformers
-//! (`modeling_llama.py`, `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling_gemma3.py`), in f64 and without a cache.
+//! (`modeling_llama.py`, `modeling_qwen2.py`, `modeling_qwen3.py`, `modeling_gemma2.py`, `modeling_gemma3.py`),
+//! in f64 and without a cache.
 //!
 //! It uses nothing of the engine.
 
@@ -7,7 +8,9 @@
 
 use half::bf16;
 
-use super::tiny_model::{EPSILON, Family, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyModel, WINDOW, Weights};
+use super::tiny_model::{
+    EPSILON, Family, GEMMA2_CAPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, TinyModel, WINDOW, Weights,
+};
 
 type Row = Vec<f64>;
 
@@ -35,8 +38,19 @@ pub fn forward_with(model: &TinyModel, tokens: &[u32], rounds_kv: bool) -> Refer
     }
     let hidden: Vec<Row> = residual.iter().map(|x| norm(model, "model.norm.weight", x)).collect();
     let lm_head = model.tensors.get("lm_head.weight").unwrap_or(embedding);
-    let logits = hidden.iter().map(|x| project(lm_head, x)).collect();
+    let [_, logit_cap] = caps(model.family);
+    let logits =
+        hidden.iter().map(|x| project(lm_head, x).into_iter().map(|x| capped(x, logit_cap)).collect()).collect();
     Reference { hidden, logits }
+}
+
+/// What attention scores and logits stay inside of.
+fn caps(family: Family) -> [Option<f64>; 2] {
+    if family == Family::Gemma2 { GEMMA2_CAPS.map(Some) } else { [None; 2] }
+}
+
+fn capped(x: f64, cap: Option<f64>) -> f64 {
+    cap.map_or(x, |cap| cap * (x / cap).tanh())
 }
 
 /// Natural-log probabilities of a row of logits.
@@ -89,13 +103,15 @@ fn attention(model: &TinyModel, layer: usize, normed: &[Row], rounds_kv: bool) -
         k.iter_mut().chain(&mut v).flatten().flatten().for_each(|x| *x = bf16::from_f64(*x).to_f64());
     }
     let scale = if family.is_gemma() { 24f64 } else { HEAD_DIM as f64 }.sqrt().recip();
+    let [score_cap, _] = caps(family);
     let o_proj = model.tensor(&format!("{prefix}.self_attn.o_proj.weight"));
     let attend = |at: usize| {
         let first = if slides { (at + 1).saturating_sub(WINDOW) } else { 0 };
         let mut out = Row::new();
         for (head, q) in q[at].iter().enumerate() {
             let kv_head = head / (NUM_HEADS / NUM_KV_HEADS);
-            let scores: Row = (first..=at).map(|other| dot(q, &k[other][kv_head]) * scale).collect();
+            let score = |other: usize| capped(dot(q, &k[other][kv_head]) * scale, score_cap);
+            let scores: Row = (first..=at).map(score).collect();
             let weights = log_softmax(&scores);
             let mut sum = vec![0.0; HEAD_DIM];
             for (other, weight) in (first..=at).zip(weights) {
@@ -121,13 +137,14 @@ fn inverse_frequencies(family: Family, slides: bool) -> Row {
     let theta: f64 = match family {
         Family::Llama => 10_000.0,
         Family::Llama3 => 500_000.0,
+        Family::Gemma2 => 100_000.0,
         family if family.is_gemma() && slides => 10_000.0,
         _ => 1_000_000.0,
     };
     let plain = (0..HEAD_DIM / 2).map(|at| theta.powf(-((2 * at) as f64) / HEAD_DIM as f64));
     match family {
         Family::Llama3 => plain.map(llama3_frequency).collect(),
-        family if family.is_gemma() && !slides => plain.map(|frequency| frequency / 4.0).collect(),
+        Family::Gemma3 | Family::ShortGemma3 if !slides => plain.map(|frequency| frequency / 4.0).collect(),
         _ => plain.collect(),
     }
 }

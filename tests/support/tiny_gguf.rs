@@ -1,14 +1,16 @@
-//! The tiny Llama as a GGUF file: a small writer for f32, q8_0 and q4_0 tensors, and for others through candle.
+//! The tiny Llama and Gemma 2 as GGUF files: a small writer for f32, q8_0 and q4_0 tensors, and for others through candle.
 //!
-//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. As llama.cpp's converter does, the rows of q and
-//! k are stored so that the two halves of each head alternate.
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. As llama.cpp's converter does, the rows of Llama's q
+//! and k are stored so that the two halves of each head alternate, and Gemma's norms with the one that is added to them.
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::f16;
 use mneme::backend::{DType, dequantize_row};
 
-use super::tiny_model::{EPSILON, Family, NUM_HEADS, NUM_KV_HEADS, TinyModel, Written};
+use super::tiny_model::{
+    EPSILON, Family, GEMMA2_CAPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, TinyModel, WINDOW, Weights, Written,
+};
 
 const ALIGNMENT: usize = 32;
 
@@ -116,17 +118,17 @@ impl TinyModel {
     }
 
     pub fn write_gguf(&self, storage_of: impl Fn(&str) -> Storage) -> Written {
-        assert_eq!(self.family, Family::Llama, "the writer knows one family");
+        assert!(matches!(self.family, Family::Llama | Family::Gemma2), "the writer knows two families");
         let (mut table, mut data) = (Vec::new(), Vec::new());
         for (name, weights) in &self.tensors {
             let storage = storage_of(name);
-            text(&mut table, &gguf_name(name));
+            text(&mut table, &name_in(self.family, name));
             let dims = if weights.rows == 1 { vec![weights.columns] } else { vec![weights.columns, weights.rows] };
             table.extend((dims.len() as u32).to_le_bytes());
             dims.iter().for_each(|&dim| table.extend((dim as u64).to_le_bytes()));
             table.extend(storage.code().to_le_bytes());
             table.extend((data.len() as u64).to_le_bytes());
-            data.extend(storage.encode(&interleaved(name, &weights.values, weights.columns, self.head_dim())));
+            data.extend(storage.encode(&self.numbers_in(name, weights)));
             data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
         }
         let (num_entries, metadata) = metadata(self);
@@ -145,36 +147,64 @@ impl TinyModel {
     }
 }
 
+impl TinyModel {
+    /// What a converter writes of a tensor.
+    fn numbers_in(&self, name: &str, weights: &Weights) -> Vec<f32> {
+        match self.family {
+            Family::Gemma2 if name.contains("norm") => weights.values.iter().map(|value| value + 1.0).collect(),
+            Family::Gemma2 => weights.values.clone(),
+            _ => interleaved(name, &weights.values, weights.columns, self.head_dim()),
+        }
+    }
+}
+
 pub(super) fn text(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend((text.len() as u64).to_le_bytes());
     bytes.extend(text.as_bytes());
 }
 
 fn metadata(model: &TinyModel) -> (usize, Vec<u8>) {
-    let mut bytes = Vec::new();
+    let (mut bytes, gemma) = (Vec::new(), model.family == Family::Gemma2);
+    let prefix = if gemma { "gemma2" } else { "llama" };
     text(&mut bytes, "general.architecture");
     bytes.extend(8u32.to_le_bytes());
-    text(&mut bytes, "llama");
-    let sizes = [
-        ("llama.embedding_length", model.tensor("model.embed_tokens.weight").columns),
-        ("llama.feed_forward_length", model.tensor("model.layers.0.mlp.down_proj.weight").columns),
-        ("llama.block_count", Family::Llama.num_layers()),
-        ("llama.attention.head_count", NUM_HEADS),
-        ("llama.attention.head_count_kv", NUM_KV_HEADS),
-        ("llama.context_length", 4096),
+    text(&mut bytes, prefix);
+    let mut sizes = vec![
+        ("embedding_length", model.tensor("model.embed_tokens.weight").columns),
+        ("feed_forward_length", model.tensor("model.layers.0.mlp.down_proj.weight").columns),
+        ("block_count", model.family.num_layers()),
+        ("attention.head_count", NUM_HEADS),
+        ("attention.head_count_kv", NUM_KV_HEADS),
+        ("context_length", 4096),
     ];
-    for (key, value) in sizes {
-        text(&mut bytes, key);
-        bytes.extend(4u32.to_le_bytes());
-        bytes.extend((value as u32).to_le_bytes());
+    let theta = if gemma { 100_000.0 } else { 10_000.0 };
+    let mut numbers = vec![("attention.layer_norm_rms_epsilon", EPSILON as f32), ("rope.freq_base", theta)];
+    if gemma {
+        sizes.extend([("attention.key_length", HEAD_DIM), ("attention.sliding_window", WINDOW)]);
+        let [attention, logits] = GEMMA2_CAPS.map(|cap| cap as f32);
+        numbers.extend([("attn_logit_softcapping", attention), ("final_logit_softcapping", logits)]);
     }
-    let numbers = [("llama.attention.layer_norm_rms_epsilon", EPSILON as f32), ("llama.rope.freq_base", 10_000.0)];
-    for (key, value) in numbers {
-        text(&mut bytes, key);
+    for (key, value) in &sizes {
+        text(&mut bytes, &format!("{prefix}.{key}"));
+        bytes.extend(4u32.to_le_bytes());
+        bytes.extend((*value as u32).to_le_bytes());
+    }
+    for (key, value) in &numbers {
+        text(&mut bytes, &format!("{prefix}.{key}"));
         bytes.extend(6u32.to_le_bytes());
         bytes.extend(value.to_le_bytes());
     }
     (1 + sizes.len() + numbers.len(), bytes)
+}
+
+fn name_in(family: Family, name: &str) -> String {
+    let gemma = [
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+        ("post_attention_layernorm", "post_attention_norm"),
+    ];
+    let known: &[_] = if family == Family::Gemma2 { &gemma } else { &[] };
+    gguf_name(&known.iter().fold(name.to_owned(), |name, (from, to)| name.replace(from, to)))
 }
 
 pub(super) fn gguf_name(name: &str) -> String {

@@ -20,6 +20,8 @@ pub const NUM_KV_HEADS: usize = 2;
 pub const HEAD_DIM: usize = 16;
 pub const WINDOW: usize = 32;
 pub const EPSILON: f64 = 1e-5;
+/// What the attention scores and the logits of the tiny Gemma 2 stay inside of: most are beyond.
+pub const GEMMA2_CAPS: [f64; 2] = [2.0, 3.0];
 
 /// How wide a model is.
 #[derive(Debug, Clone, Copy)]
@@ -41,16 +43,20 @@ pub enum Family {
     Llama3,
     Qwen2,
     Qwen3,
+    /// Every second layer sees everything.
+    Gemma2,
     Gemma3,
-    /// Gemma with fewer layers, every second of which sees everything: for devices on which a layer takes long.
+    /// Gemma 3 with fewer layers, every second of which sees everything: for devices on which a layer takes long.
     ShortGemma3,
 }
 
 impl Family {
-    pub const ALL: [Family; 5] = [Family::Llama, Family::Llama3, Family::Qwen2, Family::Qwen3, Family::Gemma3];
+    pub const ALL: [Family; 6] =
+        [Family::Llama, Family::Llama3, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::Gemma3];
 
     /// The same without a long one.
-    pub const SHORT: [Family; 5] = [Family::Llama, Family::Llama3, Family::Qwen2, Family::Qwen3, Family::ShortGemma3];
+    pub const SHORT: [Family; 6] =
+        [Family::Llama, Family::Llama3, Family::Qwen2, Family::Qwen3, Family::Gemma2, Family::ShortGemma3];
 
     /// One more than it takes to see everything once.
     pub fn num_layers(self) -> usize {
@@ -61,7 +67,7 @@ impl Family {
     pub fn window_period(self) -> Option<usize> {
         match self {
             Family::Gemma3 => Some(6),
-            Family::ShortGemma3 => Some(2),
+            Family::Gemma2 | Family::ShortGemma3 => Some(2),
             _ => None,
         }
     }
@@ -71,7 +77,7 @@ impl Family {
     }
 
     pub fn has_head_norms(self) -> bool {
-        self == Family::Qwen3 || self.is_gemma()
+        matches!(self, Family::Qwen3 | Family::Gemma3 | Family::ShortGemma3)
     }
 }
 
@@ -103,6 +109,14 @@ impl Written {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Of a Hugging Face directory.
+    pub fn change_config(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>)) {
+        let path = self.path.join("config.json");
+        let mut config = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        change(&mut config);
+        std::fs::write(&path, Value::Object(config).to_string()).unwrap();
     }
 }
 
@@ -151,6 +165,9 @@ impl TinyModel {
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
             Family::Qwen2 => json!({"model_type": "qwen2", "rope_theta": 1_000_000.0, "tie_word_embeddings": true}),
             Family::Qwen3 => json!({"model_type": "qwen3", "rope_theta": 1_000_000.0, "tie_word_embeddings": true}),
+            Family::Gemma2 => json!({"model_type": "gemma2", "rope_theta": 100_000.0, "sliding_window": WINDOW,
+                "query_pre_attn_scalar": 24, "hidden_activation": "gelu_pytorch_tanh",
+                "attn_logit_softcapping": GEMMA2_CAPS[0], "final_logit_softcapping": GEMMA2_CAPS[1]}),
             Family::Gemma3 | Family::ShortGemma3 => json!({"model_type": "gemma3_text", "rope_theta": 1_000_000.0,
                 "rope_local_base_freq": 10_000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
                 "sliding_window": WINDOW, "sliding_window_pattern": self.family.window_period(), "query_pre_attn_scalar": 24,
@@ -248,9 +265,15 @@ impl Maker {
         self.insert(name, rows, columns, 0.0, scale);
     }
 
-    /// Gemma stores what is added to one.
+    /// Gemma stores what is added to one. The tiny Gemma 2 multiplies what its few layers add to the embedding, or greedily
+    /// it would repeat its last token for ever.
     fn norm(&mut self, family: Family, name: &str, len: usize) {
-        self.insert(name, 1, len, if family.is_gemma() { 0.0 } else { 1.0 }, 0.2);
+        let mean = match family {
+            Family::Gemma2 if name.contains(".post_") => 4.0,
+            _ if family.is_gemma() => 0.0,
+            _ => 1.0,
+        };
+        self.insert(name, 1, len, mean, 0.2);
     }
 
     fn insert(&mut self, name: &str, rows: usize, columns: usize, mean: f64, scale: f64) {

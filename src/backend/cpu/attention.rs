@@ -58,6 +58,8 @@ pub struct AttentionBatch<'a> {
     pub layer: usize,
     /// Factor of the scores.
     pub scale: f32,
+    /// What scores stay inside of: `cap tanh(score / cap)` is weighed in place of a score.
+    pub softcap: Option<f32>,
     /// How many positions, its own included, a query sees; all before it when `None`.
     pub window: Option<usize>,
 }
@@ -158,6 +160,7 @@ impl<'a> AttentionBatch<'a> {
         assert_eq!(self.block_tables.len(), self.num_sequences() * self.max_blocks, "each sequence has its blocks");
         assert!(self.layer < layout.num_layers(), "layer {} of {}", self.layer, layout.num_layers());
         assert_ne!(self.window, Some(0), "a query sees itself");
+        assert!(self.softcap.is_none_or(|cap| cap > 0.0), "a cap is positive, not {:?}", self.softcap);
         assert!(self.cu_seqlens_q.is_sorted() && self.cu_seqlens_q.first() == Some(&0), "queries are in order");
         let num_tokens = self.cu_seqlens_q.last().map_or(0, |last| *last as usize);
         assert_eq!(self.qkv.len(), num_tokens * (heads + 2 * layout.num_kv_heads()) * head_dim, "qkv has T rows");

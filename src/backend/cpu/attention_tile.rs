@@ -18,6 +18,7 @@ use super::attention_fold::{RowState, TileTarget};
 use super::exp::exp;
 use super::line::Line;
 use super::simd::{Kernel, LANES, Simd};
+use super::softcap::capped;
 use crate::backend::KvLayout;
 
 /// Positions whose weights are normalised together. Changing it changes results.
@@ -336,7 +337,8 @@ unsafe fn add_products<S: Simd, E: KvElement, const R: usize, const G: usize, co
     }
 }
 
-/// Turns the scores of every row, `stride` numbers apart, into weights `e^(score - max)`, zero where masked.
+/// Turns the scores of every row, `stride` numbers apart, into weights `e^(score - max)`, zero where masked. Scores are
+/// capped before, where the model says so.
 ///
 /// # Safety
 /// `scores` holds the rows of `head`.
@@ -355,7 +357,28 @@ pub(super) unsafe fn normalise<S: Simd>(
         let start = keys.start.max(chunk * CHUNK).max(groups.first_position) - groups.first_position;
         let end = keys.end.min((chunk + 1) * CHUNK).max(groups.first_position) - groups.first_position;
         // SAFETY: the caller's promise.
-        *state = unsafe { normalise_row(s, scores.add(row * stride), groups.num_groups, start..end) };
+        unsafe {
+            let scores = scores.add(row * stride);
+            if let Some(cap) = head.batch.softcap {
+                cap_row(s, scores, &(start..end), cap);
+            }
+            *state = normalise_row(s, scores, groups.num_groups, start..end);
+        }
+    }
+}
+
+/// Caps the scores of the columns `seen`, and others beside them.
+///
+/// # Safety
+/// `scores` holds the vectors with those columns.
+#[inline(always)]
+unsafe fn cap_row<S: Simd>(s: S, scores: *mut f32, seen: &Range<usize>, cap: f32) {
+    for group in seen.start / LANES..seen.end.div_ceil(LANES) {
+        // SAFETY: one of the vectors.
+        unsafe {
+            let place = scores.add(group * LANES);
+            s.store(place, capped(s, s.load(place), cap));
+        }
     }
 }
 

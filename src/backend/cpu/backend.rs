@@ -20,7 +20,7 @@ use super::{
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
     KvLayer, KvOrder, LoraAdapter, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling, SamplingBatch,
-    ScaledUpdate, StepBounds, StreamKind, Tensor, dequantize_row,
+    ScaledUpdate, StepBounds, StreamKind, Tensor, check_softcap, dequantize_row,
 };
 use crate::{Result, invalid};
 
@@ -434,6 +434,7 @@ impl Backend for CpuBackend {
                 max_blocks: metadata.block_tables.columns(),
                 layer: kv.layer,
                 scale: shape.scale,
+                softcap: shape.softcap,
                 window: shape.window,
             }
         };
@@ -518,6 +519,15 @@ impl Backend for CpuBackend {
         // SAFETY: two different buffers, and work before this call is done.
         let (gate_up, out) = unsafe { (numbers(gate_up), numbers_mut(out)) };
         super::gated(&mut self.workers().pool, self.isa, gate_up, kind, features, out);
+        Ok(())
+    }
+
+    fn softcap(&self, _stream: &CpuStream, x: &CpuTensor, cap: f32) -> Result<()> {
+        x.expect("numbers to be capped", x.rows(), x.columns(), DType::F32)?;
+        check_softcap(cap)?;
+        // SAFETY: work before this call is done.
+        let x = unsafe { numbers_mut(x) };
+        super::softcap(&mut self.workers().pool, self.isa, x, cap);
         Ok(())
     }
 

@@ -19,9 +19,32 @@ const COEFFICIENTS: [f32; 6] = [1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_
 pub(super) fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
     // The constants come first, for a NaN in the second operand is what these return.
     let clamped = s.min(s.splat(MAX), s.max(s.splat(MIN), x));
-    let shift = s.mul_add(clamped, s.splat(std::f32::consts::LOG2_E), s.splat(ROUND));
+    let Reduced { shift, less_one } = reduce(s, clamped);
+    let power = s.add(less_one, s.splat(1.0));
+    s.zero_where_less(s.add_exponent(power, shift), x, s.splat(MIN))
+}
+
+/// e^x - 1 within 2 ulp for x in `[-87, 88.375]`, near zero too; NaN for NaN, exactly 0 for 0.
+#[inline(always)]
+pub(super) fn exp_less_one<S: Simd>(s: S, x: S::F32) -> S::F32 {
+    let Reduced { shift, less_one } = reduce(s, x);
+    let scale = s.add_exponent(s.splat(1.0), shift);
+    s.mul_add(less_one, scale, s.sub(scale, s.splat(1.0)))
+}
+
+/// `e^x = 2^n e^r`, |r| <= ln 2 / 2.
+struct Reduced<F> {
+    /// Its low bits are n.
+    shift: F,
+    /// `e^r - 1`.
+    less_one: F,
+}
+
+#[inline(always)]
+fn reduce<S: Simd>(s: S, x: S::F32) -> Reduced<S::F32> {
+    let shift = s.mul_add(x, s.splat(std::f32::consts::LOG2_E), s.splat(ROUND));
     let n = s.sub(shift, s.splat(ROUND));
-    let r = s.mul_add(n, s.splat(-LN2_HIGH), clamped);
+    let r = s.mul_add(n, s.splat(-LN2_HIGH), x);
     let r = s.mul_add(n, s.splat(-LN2_LOW), r);
     let mut sum = s.splat(COEFFICIENTS[0]);
     sum = s.mul_add(sum, r, s.splat(COEFFICIENTS[1]));
@@ -29,8 +52,7 @@ pub(super) fn exp<S: Simd>(s: S, x: S::F32) -> S::F32 {
     sum = s.mul_add(sum, r, s.splat(COEFFICIENTS[3]));
     sum = s.mul_add(sum, r, s.splat(COEFFICIENTS[4]));
     sum = s.mul_add(sum, r, s.splat(COEFFICIENTS[5]));
-    let power = s.add(s.mul_add(sum, s.mul(r, r), r), s.splat(1.0));
-    s.zero_where_less(s.add_exponent(power, shift), x, s.splat(MIN))
+    Reduced { shift, less_one: s.mul_add(sum, s.mul(r, r), r) }
 }
 
 #[cfg(test)]

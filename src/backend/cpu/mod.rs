@@ -69,6 +69,7 @@ mod simd;
 mod simd_avx2;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx512;
+mod softcap;
 mod transfer;
 mod weight_memory;
 
@@ -91,4 +92,5 @@ pub use pool::ThreadPool;
 pub use rope::RopeTable;
 pub use rotate_gather::{RotateGatherBatch, rotate_gather};
 pub use sample::{SampleScratch, sample, sample_row};
+pub use softcap::softcap;
 pub use transfer::CpuTransfer;

@@ -244,9 +244,12 @@ impl Call<'_> {
     }
 
     /// `out, partials, qkv, blocks, block_tables, context_lens, cu_seqlens_q, positions, block_stride, layer_offset,
-    /// max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window, scale`.
+    /// max_blocks, block_size, num_heads, num_kv_heads, decode_rows, window, scale, cap_scale`.
     fn arguments(&self, partials: Option<&CudaBuffer>) -> Result<Arguments<'_>> {
         let (block_stride, layer_offset) = strides(self.kv);
+        // The cap, and what products are multiplied with inside of the tangent.
+        let (scale, cap_scale) =
+            self.shape.softcap.map_or((self.shape.scale, 0.0), |cap| (cap, self.shape.scale / cap));
         let arguments = Arguments::new().tensor(self.out)?;
         let arguments = match partials {
             Some(partials) => arguments.buffer(partials)?,
@@ -267,6 +270,7 @@ impl Call<'_> {
             .int(self.shape.num_kv_heads)?
             .int(self.decode_rows)?
             .int(self.shape.window.unwrap_or(0))?
-            .float(self.shape.scale))
+            .float(scale)
+            .float(cap_scale))
     }
 }

@@ -31,7 +31,7 @@ use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, DecodeShape, GpuInfo, HeadTransform, HostTensor,
     KvLayer, KvLayout, KvOrder, LogitEdits, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch,
-    ScaledUpdate, Tensor,
+    ScaledUpdate, Tensor, check_softcap,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -39,6 +39,9 @@ pub(super) type CudaTensor = Tensor<CudaBuffer>;
 
 /// Numbers that a block of an element-wise kernel computes.
 const ELEMENTS_PER_BLOCK: usize = 2048;
+
+/// The same where numbers are f32.
+const CAPPED_PER_BLOCK: usize = 1024;
 
 /// Columns that block tables of repeated steps have at the least.
 const MIN_REPEATED_BLOCKS: usize = 16;
@@ -386,6 +389,16 @@ impl Backend for CudaBackend {
         let blocks = ((rows * features).div_ceil(ELEMENTS_PER_BLOCK), 1, 1);
         // SAFETY: silu and gelu_tanh(out, gate_up, num_tokens, features), shapes as checked.
         unsafe { self.launch(stream, kernel, blocks, 256, arguments) }
+    }
+
+    fn softcap(&self, stream: &CudaStream, x: &CudaTensor, cap: f32) -> Result<()> {
+        x.expect("numbers to be capped", x.rows(), x.columns(), DType::F32)?;
+        check_softcap(cap)?;
+        let len = x.rows() * x.columns();
+        let arguments = Arguments::new().tensor(x)?.long(len).float(cap);
+        let blocks = (len.div_ceil(CAPPED_PER_BLOCK), 1, 1);
+        // SAFETY: softcap(x, len, cap), shapes as checked.
+        unsafe { self.launch(stream, &self.kernels.softcap, blocks, 256, arguments) }
     }
 
     fn gather_rows(&self, stream: &CudaStream, x: &CudaTensor, indices: &CudaTensor, out: &CudaTensor) -> Result<()> {

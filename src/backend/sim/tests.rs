@@ -55,7 +55,8 @@ impl World {
     /// Stores tokens with these payloads and gives back qkv.
     fn store(&self, payloads: &[u64], positions: &[i32], slots: &[i32]) -> SimTensor {
         let qkv = self.rows(payloads);
-        let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, window: None };
+        let shape =
+            AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, softcap: None, window: None };
         let heads = HeadTransform { shape, q_norm: None, k_norm: None, rope: &() };
         let metadata = self.step(positions, slots, &[0, 1]);
         self.backend.rope_and_store_kv(&self.stream, &qkv, &heads, &self.kv(), &metadata).unwrap();
@@ -64,7 +65,7 @@ impl World {
 
     fn attend(&self, positions: &[i32], table: &[i32], window: Option<usize>) -> Result<Vec<u64>> {
         let (qkv, out) = (self.rows(&vec![0; positions.len()]), self.rows(&vec![0; positions.len()]));
-        let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, window };
+        let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, softcap: None, window };
         let metadata = self.step(positions, positions, table);
         self.backend.attention(&self.stream, &qkv, &shape, &self.kv(), &metadata, &out)?;
         Ok(payloads(&out))
@@ -127,7 +128,8 @@ fn a_token_deviates_from_another_and_not_from_itself() {
     let moved = world.store(&[3], &[9], &[-1]);
     let deviations = |qkv: &SimTensor, slots: &[i32]| {
         let out = world.indices(&vec![0; slots.len()]);
-        let shape = AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, window: None };
+        let shape =
+            AttentionShape { num_heads: 1, num_kv_heads: 1, head_dim: 16, scale: 1.0, softcap: None, window: None };
         let slots = world.indices(slots);
         world.backend.kv_deviation(&world.stream, qkv, &shape, &world.kv(), &slots, &out).unwrap();
         indices(&out).into_iter().map(|bits| f32::from_bits(bits as u32)).collect::<Vec<f32>>()

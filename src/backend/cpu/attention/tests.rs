@@ -25,10 +25,11 @@ struct Shape {
     block_size: usize,
     dtype: DType,
     window: Option<usize>,
+    softcap: Option<f32>,
 }
 
 const SMALL: Shape =
-    Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, dtype: DType::BF16, window: None };
+    Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, dtype: DType::BF16, window: None, softcap: None };
 
 /// Sequences whose queries, keys and values are functions of sequence, position, head and dimension.
 struct World {
@@ -106,7 +107,7 @@ impl World {
 
     /// Attention of the queries at some positions of the listed sequences in one call.
     fn attend_at(&mut self, pool: &mut ThreadPool, isa: Isa, parts: &[(usize, Vec<usize>)]) -> Vec<f32> {
-        let Shape { num_kv_heads, group, head_dim, block_size, window, .. } = self.shape;
+        let Shape { num_kv_heads, group, head_dim, block_size, window, softcap, .. } = self.shape;
         let num_q_heads = num_kv_heads * group;
         let max_blocks = self.tables.iter().map(Vec::len).max().unwrap_or(0) + 1;
         let (mut qkv, mut cu_seqlens_q, mut tables) = (Vec::new(), vec![0], Vec::new());
@@ -137,6 +138,7 @@ impl World {
             max_blocks,
             layer: LAYER,
             scale: 1.0 / (head_dim as f32).sqrt(),
+            softcap,
             window,
         };
         let layout = self.layout;
@@ -147,7 +149,8 @@ impl World {
 
     /// The same in f64, one row.
     fn reference(&self, sequence: usize, position: usize) -> Vec<f64> {
-        let Shape { num_kv_heads, group, head_dim, window, .. } = self.shape;
+        let Shape { num_kv_heads, group, head_dim, window, softcap, .. } = self.shape;
+        let cap = |score: f64| softcap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh());
         let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
         let mut out = Vec::new();
         for head in 0..num_kv_heads * group {
@@ -156,7 +159,7 @@ impl World {
                     f64::from(self.query(sequence, position, head, dim))
                         * f64::from(self.key(sequence, key, head / group, dim))
                 };
-                (0..head_dim).map(product).sum::<f64>() / (head_dim as f64).sqrt()
+                cap((0..head_dim).map(product).sum::<f64>() / (head_dim as f64).sqrt())
             };
             let scores: Vec<f64> = (first..=position).map(score).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -234,7 +237,7 @@ fn agrees_with_f64_over_shapes() {
     ] {
         for dtype in [DType::BF16, DType::F32] {
             for window in [None, Some(1), Some(37), Some(300)] {
-                let shape = Shape { num_kv_heads, group, head_dim, block_size, dtype, window };
+                let shape = Shape { num_kv_heads, group, head_dim, block_size, dtype, window, softcap: None };
                 check_against_reference(shape, &lengths);
             }
         }
@@ -251,6 +254,36 @@ fn long_contexts_split_over_threads_agree_with_f64() {
     }
 }
 
+/// Caps far above the scores, among them and below most of them, for every number of rows that a tile has.
+#[test]
+fn capped_scores_agree_with_f64_over_shapes() {
+    let lengths = [(1, 1), (5, 17), (1, 300), (33, 33), (2, 515)]
+        .map(|(num_queries, context_len)| Lengths { num_queries, context_len });
+    for (group, head_dim) in [(1, 64), (2, 256), (3, 64), (4, 16), (6, 80), (8, 128), (12, 64)] {
+        for dtype in [DType::BF16, DType::F32] {
+            for (softcap, window) in [(50.0, None), (2.0, Some(37)), (0.25, Some(300)), (2.0, None)] {
+                let shape = Shape { num_kv_heads: 1, group, head_dim, dtype, window, softcap: Some(softcap), ..SMALL };
+                check_against_reference(shape, &lengths);
+            }
+        }
+    }
+}
+
+/// A row in a call without a cap has the bits it always had, and one with a cap has others.
+#[test]
+fn a_cap_changes_what_it_should() {
+    let lengths = [(0, Lengths { num_queries: 3, context_len: 300 })];
+    for isa in Isa::available() {
+        let attend = |softcap: Option<f32>| {
+            let mut world = World::new(Shape { softcap, ..SMALL }, &[300]);
+            world.attend(&mut ThreadPool::new(1), isa, &lengths)
+        };
+        let (plain, high, low) = (attend(None), attend(Some(1e6)), attend(Some(1.0)));
+        let distance = |other: &[f32]| plain.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(distance(&high) < 1e-5 && distance(&low) > 0.01, "{isa}: {} {}", distance(&high), distance(&low));
+    }
+}
+
 /// The contract the prefix cache and preemption rest on: one result per row, whatever it shares a call with.
 #[test]
 fn a_row_has_the_same_bits_however_it_is_computed() {
@@ -258,6 +291,8 @@ fn a_row_has_the_same_bits_however_it_is_computed() {
     for shape in [
         SMALL,
         Shape { window: Some(100), ..SMALL },
+        Shape { window: Some(100), softcap: Some(2.0), ..SMALL },
+        Shape { softcap: Some(50.0), group: 1, head_dim: 80, dtype: DType::F32, ..SMALL },
         Shape { group: 8, head_dim: 128, ..SMALL },
         Shape { group: 1, head_dim: 80, dtype: DType::F32, block_size: 32, ..SMALL },
     ] {
@@ -325,7 +360,10 @@ fn queries_with_gaps_see_what_lies_before_them() {
     {
         for dtype in [DType::BF16, DType::F32] {
             for window in [None, Some(1), Some(37), Some(300)] {
-                let mut world = World::new(Shape { num_kv_heads, group, head_dim, block_size, dtype, window }, &lens);
+                let mut world = World::new(
+                    Shape { num_kv_heads, group, head_dim, block_size, dtype, window, softcap: None },
+                    &lens,
+                );
                 // The third sequence has ordinary queries.
                 let parts: Vec<_> = lens
                     .iter()
@@ -358,6 +396,7 @@ fn a_query_does_not_depend_on_the_others_of_its_sequence() {
     for shape in [
         SMALL,
         Shape { window: Some(20), ..SMALL },
+        Shape { window: Some(20), softcap: Some(2.0), ..SMALL },
         Shape { window: Some(300), group: 8, head_dim: 128, ..SMALL },
         Shape { group: 1, head_dim: 80, dtype: DType::F32, block_size: 32, ..SMALL },
     ] {
@@ -486,6 +525,7 @@ fn reserved_scratch_holds_every_plan() {
                     max_blocks: 0,
                     layer: LAYER,
                     scale: 1.0,
+                    softcap: None,
                     window: [None, Some(700)][next(2)],
                 };
                 scratch.plan(&batch, &layout, max_rows(isa, &layout), num_threads);

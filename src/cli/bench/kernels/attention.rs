@@ -108,6 +108,7 @@ impl<B: Backend> Bench<B> {
             num_kv_heads: dimensions.num_kv_heads,
             head_dim: dimensions.head_dim,
             scale: 1.0 / (dimensions.head_dim as f32).sqrt(),
+            softcap: None,
             window: None,
         }
     }

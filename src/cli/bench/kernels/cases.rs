@@ -8,6 +8,9 @@ use super::measure::Effort;
 
 const EPSILON: f32 = 1e-5;
 
+/// Gemma 2's.
+const LOGIT_CAP: f32 = 30.0;
+
 impl<B: Backend> Bench<B> {
     /// All products of a layer, and that behind the last one.
     pub(super) fn products(&self, num_tokens: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
@@ -81,8 +84,10 @@ impl<B: Backend> Bench<B> {
         let logits = self.tensor(num_rows, dimensions.vocab_size, DType::F32)?;
         let out = self.indices(&vec![0; num_rows])?;
         let vocab_size = dimensions.vocab_size;
-        let work =
-            Work { name: "argmax", shape: format!("[{num_rows}, {vocab_size}]"), bytes: logits.num_bytes(), flops: 0 };
-        self.measure(effort, work, &|_| self.backend.argmax(&self.stream, &logits, &out), sink)
+        let work = |name, bytes: usize| Work { name, shape: format!("[{num_rows}, {vocab_size}]"), bytes, flops: 0 };
+        let launch = |_| self.backend.softcap(&self.stream, &logits, LOGIT_CAP);
+        self.measure(effort, work("softcap", 2 * logits.num_bytes()), &launch, sink)?;
+        let launch = |_| self.backend.argmax(&self.stream, &logits, &out);
+        self.measure(effort, work("argmax", logits.num_bytes()), &launch, sink)
     }
 }
