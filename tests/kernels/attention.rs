@@ -3,7 +3,7 @@
 use mneme::backend::cuda::{CudaBackend, CudaBuffer, CudaRopeTable};
 use mneme::backend::{
     AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, KvLayer, KvLayout, KvOrder, Norm, RopeConfig,
-    RopeScaling, cpu,
+    RopeScaling, SequenceRuns, cpu,
 };
 
 use crate::gpu::{self, Gpu, GpuTensor, Output, assert_close, epsilon};
@@ -176,6 +176,7 @@ impl<'a> World<'a> {
             num_tokens,
             max_query_len: parts.iter().map(Vec::len).max().unwrap(),
             max_context_len: parts.iter().map(context_len).max().unwrap(),
+            runs: SequenceRuns::of(parts.iter().map(|part| (part.len(), context_len(part)))),
             cu_seqlens_q: self.gpu.indices(&starts, 1, num_seqs + 1),
             context_lens: self.gpu.indices(&lens, 1, num_seqs),
             block_tables: self.gpu.indices(&tables, num_seqs, max_blocks),
