@@ -27,7 +27,7 @@ pub use cpu::dequantize::dequantize_row;
 pub use decode_shape::DecodeShape;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
-pub use gpu::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
+pub use gpu::{GpuInfo, cublaslt_version, find_gpus, flash_attention_version, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use landing::{Landing, LandingBlock};
 pub use layout::{KvLayout, KvOrder};
@@ -245,7 +245,8 @@ pub trait Backend: Device {
 
     /// Causal attention of the q heads of `qkv` over the KV cache; `out` is `[T, num_heads head_dim]`. The query at
     /// position `p` sees the keys of `[0, p]`, cut by the window. A row's result does not depend on how its sequence is
-    /// chunked, which other queries it has in the step, or what else is in the batch.
+    /// chunked, which other queries it has in the step, or what else is in the batch, unless the device was opened with
+    /// attention that says so, and names it in [`name`](Self::name).
     fn attention(
         &self,
         stream: &Self::Stream,
