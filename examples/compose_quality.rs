@@ -9,7 +9,7 @@
 //! computed.
 
 use mneme::backend::cpu::{CpuBackend, Isa};
-use mneme::backend::{AttentionMetadata, DType, Device, RotatedCopies, StreamKind, Tensor};
+use mneme::backend::{AttentionMetadata, DType, Device, RotatedCopies, SequenceRuns, StreamKind, Tensor};
 use mneme::hub::{Cache, ModelRef, catalog, resolve, stderr_progress};
 use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, ProbeBatch, StepLimits, Workspace};
 use mneme::text::Tokenizer;
@@ -148,6 +148,7 @@ impl Runner {
             num_tokens,
             max_query_len: num_tokens,
             max_context_len: context_len,
+            runs: SequenceRuns::of([(num_tokens, context_len)]),
             cu_seqlens_q: self.indices([0, num_tokens].into_iter())?,
             context_lens: self.indices(std::iter::once(context_len))?,
             block_tables: self.indices(0..MAX_TOKENS / BLOCK_SIZE)?,

@@ -96,6 +96,14 @@ pub fn cublaslt_version(library: Option<&Path>, gpu: &GpuInfo) -> Result<String>
     }
 }
 
+/// The version of candle-flash-attn that prefill attention would be computed by on any GPU. An error says what is missing.
+pub fn flash_attention_version() -> Result<&'static str> {
+    #[cfg(feature = "cuda")]
+    return super::cuda::flash_attention_version();
+    #[cfg(not(feature = "cuda"))]
+    return Err(crate::unsupported!("this build has no CUDA (cargo feature \"cuda\")"));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

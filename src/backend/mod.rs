@@ -19,6 +19,7 @@ mod lora_pages;
 mod rope;
 mod row_logprobs;
 mod sampling;
+mod sequence_runs;
 pub mod sim;
 mod transfer;
 
@@ -26,7 +27,7 @@ pub use cpu::dequantize::dequantize_row;
 pub use decode_shape::DecodeShape;
 pub use device::{BufferCopy, Device, StreamKind, Tensor};
 pub use dtype::DType;
-pub use gpu::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
+pub use gpu::{GpuInfo, cublaslt_version, find_gpus, flash_attention_version, kernel_source};
 pub use host_tensor::{HostTensor, RowOrder, SharedBytes};
 pub use landing::{Landing, LandingBlock};
 pub use layout::{KvLayout, KvOrder};
@@ -36,6 +37,7 @@ pub use lora_pages::{LoraPages, PageImage, PagedImage, RowRun};
 pub use rope::{RopeConfig, RopeScaling};
 pub use row_logprobs::{MAX_TOP_LOGPROBS, RowLogprobs};
 pub use sampling::{RowSampling, SamplingBatch, TokenMasks};
+pub use sequence_runs::{SequenceRun, SequenceRuns};
 pub use transfer::Transfer;
 
 use std::ops::Range;
@@ -243,7 +245,8 @@ pub trait Backend: Device {
 
     /// Causal attention of the q heads of `qkv` over the KV cache; `out` is `[T, num_heads head_dim]`. The query at
     /// position `p` sees the keys of `[0, p]`, cut by the window. A row's result does not depend on how its sequence is
-    /// chunked, which other queries it has in the step, or what else is in the batch.
+    /// chunked, which other queries it has in the step, or what else is in the batch, unless the device was opened with
+    /// attention that says so, and names it in [`name`](Self::name).
     fn attention(
         &self,
         stream: &Self::Stream,
@@ -468,6 +471,8 @@ pub struct AttentionMetadata<B> {
     pub max_query_len: usize,
     /// The longest context, new tokens included.
     pub max_context_len: usize,
+    /// The sequences in runs of those that have cached context, and of those that have none.
+    pub runs: SequenceRuns,
     /// `[1, S + 1]`: sequence `s` has the token rows `[cu_seqlens_q[s], cu_seqlens_q[s + 1])`.
     pub cu_seqlens_q: Tensor<B>,
     /// `[1, S]`: one past the position of the sequence's last new token. From the first position that the first new
@@ -490,7 +495,11 @@ impl<B: Clone> AttentionMetadata<B> {
         self.context_lens.expect("context_lens", 1, num_seqs, DType::I32)?;
         block_tables.expect("block_tables", num_seqs, block_tables.columns(), DType::I32)?;
         self.positions.expect("positions", 1, num_tokens, DType::I32)?;
-        self.slot_mapping.expect("slot_mapping", 1, num_tokens, DType::I32)
+        self.slot_mapping.expect("slot_mapping", 1, num_tokens, DType::I32)?;
+        match (self.runs.num_seqs(), self.runs.num_tokens()) == (num_seqs, num_tokens) {
+            true => Ok(()),
+            false => Err(invalid!("{:?} are not the runs of {num_seqs} sequences with {num_tokens} tokens", self.runs)),
+        }
     }
 }
 

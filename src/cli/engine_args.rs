@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use mneme::backend::cpu::Isa;
 #[cfg(feature = "cuda")]
 use mneme::backend::cuda::CudaBackend;
-use mneme::backend::{DType, KvLayout};
+use mneme::backend::{DType, KvLayout, flash_attention_version};
 use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
 use mneme::models::{Checkpoint, ModelConfig};
@@ -72,6 +72,10 @@ pub(crate) struct EngineArgs {
     /// The file of cuBLASLt [default: libcublasLt.so.13 or .12 where the system's loader finds it]
     #[arg(long, value_name = "FILE", env = "MNEME_CUBLASLT_LIBRARY")]
     cublaslt_library: Option<PathBuf>,
+    /// What computes the attention of prompts, or beginnings of prompts, that are new as a whole in a step on a GPU: paged,
+    /// our kernel, or flash-attn, candle-flash-attn in a program built with it, where answers depend on how prompts are cut
+    #[arg(long, value_enum, default_value_t = PrefillAttention::Paged, env = "MNEME_PREFILL_ATTENTION")]
+    prefill_attention: PrefillAttention,
     /// Launch every kernel of every step, rather than replaying decode steps as CUDA graphs
     #[arg(long)]
     enforce_eager: bool,
@@ -101,6 +105,13 @@ enum LoadFormat {
 enum Gemm {
     Exact,
     Cublaslt,
+}
+
+/// What attends to sequences without cached context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PrefillAttention {
+    Paged,
+    FlashAttn,
 }
 
 /// What matrices are kept as.
@@ -192,19 +203,29 @@ impl EngineArgs {
         !self.no_enable_prefix_caching
     }
 
-    /// An error unless products are what they have to be: on the CPU, and where no answer may depend on other requests, exact.
-    pub(crate) fn check_gemm(&self, device: &Chosen) -> anyhow::Result<()> {
-        if self.gemm == Gemm::Exact {
-            return Ok(());
+    /// An error where NVIDIA's products or candle's attention were asked for and cannot be: on the CPU, where no answer may
+    /// depend on other requests, and in a program built without them.
+    pub(crate) fn check_kernels(&self, device: &Chosen) -> anyhow::Result<()> {
+        let (gemm, attention) = (self.gemm != Gemm::Exact, self.prefill_attention != PrefillAttention::Paged);
+        for (asked, option, ours) in [
+            (gemm, "--gemm cublaslt", "--gemm exact"),
+            (attention, "--prefill-attention flash-attn", "--prefill-attention paged"),
+        ] {
+            if !asked {
+                continue;
+            }
+            if let Chosen::Cpu { reason } = device {
+                let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+                anyhow::bail!("{option} is for NVIDIA GPUs, and the CPU computes{reason}; leave {ours}");
+            }
+            anyhow::ensure!(
+                !self.merge.is_deterministic(),
+                "with {option} answers depend on other requests, which --deterministic does not allow; leave one of them"
+            );
         }
-        if let Chosen::Cpu { reason } = device {
-            let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
-            anyhow::bail!("--gemm cublaslt is for NVIDIA GPUs, and the CPU computes{reason}; leave --gemm exact");
+        if attention {
+            flash_attention_version()?;
         }
-        anyhow::ensure!(
-            !self.merge.is_deterministic(),
-            "with --gemm cublaslt answers depend on other requests, which --deterministic does not allow; leave one of them"
-        );
         Ok(())
     }
 
@@ -215,6 +236,10 @@ impl EngineArgs {
         let backend = match self.gemm {
             Gemm::Exact => backend,
             Gemm::Cublaslt => backend.with_cublaslt(self.cublaslt_library.as_deref())?,
+        };
+        let backend = match self.prefill_attention {
+            PrefillAttention::Paged => backend,
+            PrefillAttention::FlashAttn => backend.with_flash_attention()?,
         };
         Ok(if self.enforce_eager { backend.without_graphs() } else { backend })
     }

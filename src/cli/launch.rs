@@ -42,7 +42,7 @@ impl Launched {
 /// Finds or fetches the model, loads it and starts its engine.
 pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Result<Launched> {
     let device = args.device.choose()?;
-    args.check_gemm(&device)?;
+    args.check_kernels(&device)?;
     let reference = ModelRef::parse(args.model())?;
     let model = Resolver::new(Cache::from_env()?).resolve(&reference, stderr_progress().as_mut())?;
     match device {

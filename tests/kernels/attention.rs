@@ -1,9 +1,12 @@
 //! Rotation, KV store and attention against sums in f64, and a row against itself in other company.
 
+#[cfg(feature = "flash-attn")]
+mod flash_attention;
+
 use mneme::backend::cuda::{CudaBackend, CudaBuffer, CudaRopeTable};
 use mneme::backend::{
     AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, KvLayer, KvLayout, KvOrder, Norm, RopeConfig,
-    RopeScaling, cpu,
+    RopeScaling, SequenceRuns, cpu,
 };
 
 use crate::gpu::{self, Gpu, GpuTensor, Output, assert_close, epsilon};
@@ -182,6 +185,7 @@ impl<'a> World<'a> {
             num_tokens,
             max_query_len: parts.iter().map(Vec::len).max().unwrap(),
             max_context_len: parts.iter().map(context_len).max().unwrap(),
+            runs: SequenceRuns::of(parts.iter().map(|part| (part.len(), context_len(part)))),
             cu_seqlens_q: self.gpu.indices(&starts, 1, num_seqs + 1),
             context_lens: self.gpu.indices(&lens, 1, num_seqs),
             block_tables: self.gpu.indices(&tables, num_seqs, max_blocks),
@@ -328,6 +332,32 @@ fn decodes_and_prefills_share_a_batch() {
         check_attention(gpu, Shape { block_size: 64, ..SMALL }, &[(1, 64), (65, 130), (2, 65)], 21);
         // More rows of a KV head than decode attention takes.
         check_attention(gpu, Shape { num_kv_heads: 1, group: 20, ..SMALL }, &[(1, 30), (2, 9)], 22);
+    }
+}
+
+/// Sequences without cached context get a launch of their own where another library attends to them.
+#[test]
+fn runs_of_sequences_have_the_bits_of_the_step() {
+    for dtype in [DType::BF16, DType::F16] {
+        let gpus = [Gpu::new(dtype), Gpu::in_runs(dtype)];
+        let steps: [&[Lengths]; 4] = [
+            &[(1, 40), (70, 70), (1, 1), (3, 90), (1, 17), (9, 9), (17, 17)],
+            &[(2, 2), (33, 33)],
+            &[(5, 5), (1, 600), (30, 530)],
+            &[(1, 300), (1, 20)],
+        ];
+        for (at, parts) in steps.into_iter().enumerate() {
+            for window in [None, Some(7)] {
+                let shape = Shape { window, ..SMALL };
+                let lens: Vec<usize> = parts.iter().map(|part| part.1).collect();
+                let sequences: Vec<usize> = (0..parts.len()).collect();
+                let [whole, apart] = gpus.each_ref().map(|gpu| {
+                    let world = World::new(gpu, shape, &lens, &mut Random::new(25 + at as u64));
+                    world.attend(&sequences, parts).bytes(gpu)
+                });
+                assert_eq!(whole, apart, "{dtype} {shape:?} {parts:?}");
+            }
+        }
     }
 }
 

@@ -39,6 +39,17 @@ impl Gpu {
         softgpu::fast_backend(dtype).map(Self::of)
     }
 
+    /// With attention of prompts in launches of their own.
+    pub fn in_runs(dtype: DType) -> Self {
+        Self::of(softgpu::backend(dtype).with_attention_in_runs())
+    }
+
+    /// With attention of prompts by candle-flash-attn, where a driver was named whose device can run it.
+    #[cfg(feature = "flash-attn")]
+    pub fn flash(dtype: DType) -> Option<Self> {
+        softgpu::flash_backend(dtype).map(Self::of)
+    }
+
     fn of(backend: CudaBackend) -> Self {
         let stream = backend.create_stream(StreamKind::Compute).unwrap();
         Self { backend, stream }

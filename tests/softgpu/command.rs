@@ -88,6 +88,31 @@ fn the_software_gpu_has_to_be_asked_for() {
     }
 }
 
+/// What is said where attention by another library cannot be.
+#[test]
+fn flash_attention_is_refused_with_reasons() {
+    softgpu::end_without_kernels();
+    let folder = driver_folder();
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let path = model.path().to_str().unwrap();
+    let mut cases = vec![
+        (["--device", "cpu", "--no-enable-prefix-caching"], "leave --prefill-attention paged"),
+        (["--device", "softgpu", "--deterministic"], "leave one of them"),
+    ];
+    if cfg!(not(feature = "flash-attn")) {
+        let not_built = "cargo build --release --features flash-attn";
+        cases.push((["--device", "softgpu", "--no-enable-prefix-caching"], not_built));
+        let found = doctor(folder.path())["cuda"]["flash_attention_problem"].clone();
+        assert!(softgpu::is_replaced() || found.as_str().is_some_and(|text| text.contains(not_built)), "{found}");
+    }
+    for (arguments, wanted) in cases {
+        let arguments = [&["bench", "latency", path, "--prefill-attention", "flash-attn"], &arguments[..]].concat();
+        let output = mneme(&arguments, folder.path());
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(wanted), "{arguments:?}: {text}");
+    }
+}
+
 /// What is said where the fast products cannot be.
 #[test]
 fn fast_products_are_refused_with_reasons() {

@@ -65,6 +65,19 @@ fn graphs_give_the_bits_of_single_launches() {
     check(Family::Gemma3, DType::F16);
 }
 
+/// Prompts in launches of their own, as another library's attention wants them, change no bits and no recorded steps.
+#[test]
+fn prompts_may_be_attended_to_apart() {
+    let model = TinyModel::new(Family::Gemma3, 17).write();
+    let backends = [softgpu::backend(DType::BF16), softgpu::backend(DType::BF16).with_attention_in_runs()];
+    let [whole, apart] = backends.map(|backend| {
+        let (outputs, num_replayed) = run(backend, model.path(), DType::BF16);
+        assert!(num_replayed >= 8, "only {num_replayed} steps were replayed");
+        outputs.iter().map(fingerprint).collect::<Vec<_>>()
+    });
+    assert_eq!(whole, apart);
+}
+
 /// As long as the same adapters are added to the same rows; the pairs are of one size, so that each takes the other's graph.
 #[test]
 fn graphs_give_the_bits_of_single_launches_with_adapters() {

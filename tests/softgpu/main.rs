@@ -18,6 +18,8 @@ mod cublaslt;
 mod deposits;
 mod families;
 mod faults;
+#[cfg(feature = "flash-attn")]
+mod flash_attention;
 mod fp8;
 #[path = "../paging/gate.rs"]
 mod gate;

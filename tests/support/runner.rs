@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::{bf16, f16};
-use mneme::backend::{AttentionMetadata, Backend, DType, KvLayer, RotatedCopies, StreamKind, Tensor};
+use mneme::backend::{AttentionMetadata, Backend, DType, KvLayer, RotatedCopies, SequenceRuns, StreamKind, Tensor};
 use mneme::models::{Checkpoint, ForwardBatch, KvCache, Model, ProbeBatch, StepLimits, Workspace};
 
 use super::fp8;
@@ -151,6 +151,7 @@ impl<B: Backend> Runner<B> {
             num_tokens,
             max_query_len: num_tokens,
             max_context_len: context_len,
+            runs: SequenceRuns::of([(num_tokens, context_len)]),
             cu_seqlens_q: self.numbers([0, num_tokens]),
             context_lens: self.numbers([context_len]),
             block_tables: self.numbers(0..NUM_BLOCKS),

@@ -59,6 +59,12 @@ pub fn fast_backend(dtype: DType) -> Option<CudaBackend> {
     exact.with_cublaslt(None).inspect_err(|error| eprintln!("skipped: {error}")).ok()
 }
 
+/// The same with prompts by candle-flash-attn, where a driver was named whose device can run it.
+#[cfg(feature = "flash-attn")]
+pub fn flash_backend(dtype: DType) -> Option<CudaBackend> {
+    is_replaced().then(|| backend(dtype).with_flash_attention().unwrap())
+}
+
 /// How often cuBLASLt was asked for algorithms, and for products, since the program began.
 pub fn cublaslt_counts() -> [u64; 2] {
     let [mut asked, mut queued] = [0; 2];

@@ -11,7 +11,7 @@ use super::kernels::AttentionKernels;
 use super::launch::Arguments;
 use super::memory::CudaBuffer;
 use super::stream::CudaStream;
-use crate::backend::{AttentionMetadata, AttentionShape, DType, HeadTransform, KvLayer, KvOrder};
+use crate::backend::{AttentionMetadata, AttentionShape, DType, HeadTransform, KvLayer, KvOrder, SequenceRun, Tensor};
 use crate::{Result, invalid, unsupported};
 
 /// Positions of one chunk of decode attention. Chunks begin at multiples of it, whatever the batch.
@@ -39,6 +39,17 @@ impl Partials {
     fn lock(&self) -> MutexGuard<'_, CudaBuffer> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// Sequences of a step whose whole contexts are among its tokens: keys and values are those of `qkv`.
+#[cfg_attr(not(feature = "flash-attn"), allow(dead_code))]
+pub(super) struct Uncached<'a> {
+    pub(super) qkv: &'a CudaTensor,
+    pub(super) out: &'a CudaTensor,
+    pub(super) shape: &'a AttentionShape,
+    pub(super) run: &'a SequenceRun,
+    /// `[1, S + 1]` i32: the token rows of each of the run's sequences begin and end there, counted from the step's first.
+    pub(super) cu_seqlens: CudaTensor,
 }
 
 /// What both attention kernels are told, beside the tensors.
@@ -161,17 +172,60 @@ pub(super) fn attention(
     let kernels = backend.kernels().attention(kv.layout.dtype(), shape.head_dim)?;
     let group = shape.num_heads / shape.num_kv_heads;
     let decode_rows = if group <= MAX_DECODE_ROWS { group } else { 0 };
-    let call = Call { qkv, out, shape, kv, metadata, decode_rows };
-    if call.has_decodes() {
-        call.launch_decode(backend, stream, kernels)?;
+    let launch = |metadata: &AttentionMetadata<CudaBuffer>| {
+        Call { qkv, out, shape, kv, metadata, decode_rows }.launch(backend, stream, kernels, group)
+    };
+    if !backend.attends_in_runs() || !metadata.runs.has_uncached() {
+        return launch(metadata);
     }
-    if call.has_prefills() {
-        call.launch_prefill(backend, stream, kernels, group)?;
+    for run in metadata.runs.iter() {
+        let part = part_of(metadata, run);
+        match backend.flash_attention().filter(|_| run.is_uncached) {
+            Some(flash) => {
+                flash.attend(backend, stream, &Uncached { qkv, out, shape, run, cu_seqlens: part.cu_seqlens_q })?;
+            }
+            None => launch(&part)?,
+        }
     }
     Ok(())
 }
 
+/// What kernels are told of a run alone. Rows of tokens are counted from the step's first as before.
+fn part_of(metadata: &AttentionMetadata<CudaBuffer>, run: &SequenceRun) -> AttentionMetadata<CudaBuffer> {
+    let (first, num_seqs) = (run.sequences.start, run.sequences.len());
+    let entries = |array: &CudaTensor, len| {
+        let offset_bytes = array.offset_bytes() + first * array.dtype().block_bytes();
+        Tensor::new(array.buffer().clone(), offset_bytes, 1, len, array.dtype())
+    };
+    AttentionMetadata {
+        num_seqs,
+        num_tokens: run.tokens.len(),
+        max_query_len: run.max_query_len,
+        max_context_len: run.max_context_len,
+        cu_seqlens_q: entries(&metadata.cu_seqlens_q, num_seqs + 1),
+        context_lens: entries(&metadata.context_lens, num_seqs),
+        block_tables: metadata.block_tables.rows_from(first).first_rows(num_seqs),
+        ..metadata.clone()
+    }
+}
+
 impl Call<'_> {
+    fn launch(
+        &self,
+        backend: &CudaBackend,
+        stream: &CudaStream,
+        kernels: &AttentionKernels,
+        group: usize,
+    ) -> Result<()> {
+        if self.has_decodes() {
+            self.launch_decode(backend, stream, kernels)?;
+        }
+        if self.has_prefills() {
+            self.launch_prefill(backend, stream, kernels, group)?;
+        }
+        Ok(())
+    }
+
     /// Whether a sequence may have one new token only.
     fn has_decodes(&self) -> bool {
         let AttentionMetadata { num_seqs, num_tokens, max_query_len, .. } = *self.metadata;

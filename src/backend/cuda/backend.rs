@@ -15,6 +15,7 @@ use super::attention::{self, CHUNK_POSITIONS, Partials};
 use super::compose;
 use super::cublaslt::CublasLt;
 use super::driver::{driver_error, has_graphs, open};
+use super::flash_attention::{FlashAttention, flash_attention_version};
 use super::graphs::Graphs;
 use super::kernels::{Kernel, Kernels};
 use super::launch::{Arguments, Grid};
@@ -31,7 +32,7 @@ use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, DecodeShape, GpuInfo, HeadTransform, HostTensor,
     KvLayer, KvLayout, KvOrder, LogitEdits, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch,
-    ScaledUpdate, Tensor, check_softcap,
+    ScaledUpdate, StepBounds, Tensor, check_softcap,
 };
 use crate::{Result, invalid, unsupported};
 
@@ -57,6 +58,10 @@ pub struct CudaBackend {
     lora: LoraScratch,
     /// What multiplies by plain weights, unless our kernels do.
     cublaslt: Option<CublasLt>,
+    /// What attends where whole contexts are among a step's new tokens, unless our kernels do.
+    flash_attention: Option<FlashAttention>,
+    /// Whether attention of such sequences is launched by itself, whatever computes it.
+    attends_in_runs: bool,
     events: Arc<EventPool>,
     watch: Arc<CopyWatch>,
     /// Used while weights and adapters are loaded.
@@ -78,6 +83,8 @@ impl CudaBackend {
             partials: Partials::allocate(&context)?,
             lora: LoraScratch::allocate(&context)?,
             cublaslt: None,
+            flash_attention: None,
+            attends_in_runs: false,
             uploader: Arc::new(Mutex::new(Uploader::new(&context, &events)?)),
             watch: Arc::new(CopyWatch::new(info.is_software())),
             info,
@@ -102,6 +109,22 @@ impl CudaBackend {
     pub fn with_cublaslt(self, library: Option<&Path>) -> Result<Self> {
         let cublaslt = CublasLt::load(&self.context, &self.info, self.dtype, library)?;
         Ok(Self { cublaslt: Some(cublaslt), ..self })
+    }
+
+    /// The same with attention by candle-flash-attn for sequences that have several new tokens and no cached context. Their
+    /// results then depend on how prompts are cut into steps, which they do nowhere else.
+    ///
+    /// # Errors
+    /// `Unsupported` in builds without the cargo feature `flash-attn`; `Device` when the library does not start.
+    pub fn with_flash_attention(self) -> Result<Self> {
+        let flash_attention = FlashAttention::open(&self.info)?;
+        Ok(Self { flash_attention: Some(flash_attention), attends_in_runs: true, ..self })
+    }
+
+    /// The same with sequences without cached context attended to in launches of their own, as another library would have
+    /// it, and by the same kernels: for tests.
+    pub fn with_attention_in_runs(self) -> Self {
+        Self { attends_in_runs: true, ..self }
     }
 
     /// The same with rows of logits that are changed or asked about brought to the host.
@@ -145,6 +168,14 @@ impl CudaBackend {
 
     pub(super) fn cublaslt(&self) -> Option<&CublasLt> {
         self.cublaslt.as_ref()
+    }
+
+    pub(super) fn flash_attention(&self) -> Option<&FlashAttention> {
+        self.flash_attention.as_ref()
+    }
+
+    pub(super) fn attends_in_runs(&self) -> bool {
+        self.attends_in_runs
     }
 
     pub(super) fn lora(&self) -> &LoraScratch {
@@ -204,7 +235,10 @@ impl Backend for CudaBackend {
     fn name(&self) -> String {
         let (major, minor) = self.info.compute_capability;
         let products = self.cublaslt.as_ref().map(|cublaslt| format!("-cublaslt{}", cublaslt.version()));
-        format!("cuda-sm{major}{minor}-{}{}", self.dtype, products.unwrap_or_default())
+        let attention = self.flash_attention.as_ref().and_then(|_| flash_attention_version().ok());
+        let attention = attention.map(|version| format!("-flash-attn{version}"));
+        let modes = [products, attention].into_iter().flatten().collect::<String>();
+        format!("cuda-sm{major}{minor}-{}{modes}", self.dtype)
     }
 
     fn activation_dtype(&self) -> DType {
@@ -220,7 +254,18 @@ impl Backend for CudaBackend {
     }
 
     fn check_kv_layout(&self, layout: &KvLayout) -> Result<()> {
+        if self.flash_attention.is_some() && layout.dtype() != self.dtype {
+            let (kept, own) = (layout.dtype(), self.dtype);
+            return Err(unsupported!(
+                "the KV cache rounds keys and values to {kept}, and --prefill-attention flash-attn would see them as {own}: \
+                 leave --kv-cache-dtype auto, or --prefill-attention paged"
+            ));
+        }
         self.kernels.attention(layout.dtype(), layout.head_dim()).map(|_| ())
+    }
+
+    fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
+        self.flash_attention.as_ref().map_or(Ok(()), |flash_attention| flash_attention.reserve(bounds))
     }
 
     fn load_matrix(&self, parts: &[HostTensor], dtype: Option<DType>) -> Result<CudaMatrix> {

@@ -66,7 +66,26 @@ const FOR_GRAPHS: [&str; 7] = [
     "cuGraphDestroy",
 ];
 
+/// Whether the driver's library can be loaded.
+#[cfg(not(feature = "flash-attn"))]
+fn has_library() -> bool {
+    // SAFETY: opens a library and closes it again.
+    unsafe { sys::is_culib_present() }
+}
+
+/// A program with candle's CUDA is linked to the library: without it, or without one of its functions, it has not started.
+#[cfg(feature = "flash-attn")]
+fn has_library() -> bool {
+    true
+}
+
+#[cfg(feature = "flash-attn")]
+fn first_missing<'a>(_: &[&'a str]) -> Option<&'a str> {
+    None
+}
+
 /// The first of these functions that the driver, which is loaded, does not have.
+#[cfg(not(feature = "flash-attn"))]
 fn first_missing<'a>(names: &[&'a str]) -> Option<&'a str> {
     // SAFETY: the library is there, and the address is not used.
     let is_missing = |name: &&&str| unsafe { sys::culib().get::<*const ()>(name.as_bytes()) }.is_err();
@@ -84,8 +103,7 @@ pub(super) fn has_graphs() -> bool {
 
 /// The devices of this machine, the software GPU included. An error says why there are none.
 pub(in crate::backend) fn find_gpus() -> Result<Vec<GpuInfo>> {
-    // SAFETY: opens a library and closes it again.
-    if !unsafe { sys::is_culib_present() } {
+    if !has_library() {
         return Err(Error::NotFound("there is no NVIDIA driver (libcuda.so.1 cannot be loaded)".into()));
     }
     if let Some(name) = first_missing(&NEEDED) {

@@ -11,6 +11,8 @@ mod cublaslt;
 mod cublaslt_library;
 mod device;
 mod driver;
+#[cfg_attr(not(feature = "flash-attn"), path = "no_flash_attention.rs")]
+mod flash_attention;
 mod graphs;
 mod kernels;
 mod launch;
@@ -32,6 +34,7 @@ mod weights;
 pub use backend::CudaBackend;
 pub(super) use cublaslt_library::cublaslt_version;
 pub(super) use driver::find_gpus;
+pub(super) use flash_attention::flash_attention_version;
 pub use lora_loader::{CudaLora, CudaLoraLoader, PackedCudaLora};
 pub use memory::{CudaBuffer, CudaHostBuffer};
 pub(super) use modules::{MIN_DRIVER, kernel_source};

@@ -78,13 +78,24 @@ fn compile(context: &Arc<CudaContext>, name: &str, source: &str) -> Result<Ptx> 
     })
 }
 
+#[cfg(not(feature = "flash-attn"))]
+fn has_nvrtc() -> bool {
+    // SAFETY: opens a library and closes it again.
+    unsafe { nvrtc::sys::is_culib_present() }
+}
+
+/// A program with candle's CUDA is linked to NVRTC.
+#[cfg(feature = "flash-attn")]
+fn has_nvrtc() -> bool {
+    true
+}
+
 /// How the kernels get onto a device; an error says what to install.
 pub(in crate::backend) fn kernel_source() -> Result<&'static str> {
     if IMAGES.iter().all(|(_, image)| matches!(image, Image::Fatbin(_))) {
         return Ok("compiled into this program");
     }
-    // SAFETY: opens a library and closes it again.
-    match unsafe { nvrtc::sys::is_culib_present() } {
+    match has_nvrtc() {
         true => Ok("compiled by NVRTC when a model is loaded"),
         false => Err(unsupported!(
             "this program was built without nvcc, and NVRTC, which could compile its kernels now, is not installed; \

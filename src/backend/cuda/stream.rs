@@ -20,6 +20,12 @@ impl CudaStream {
         context.new_stream().map(Self).map_err(driver_error("make a stream"))
     }
 
+    /// One that somebody else made.
+    #[cfg(feature = "flash-attn")]
+    pub(super) fn of(stream: Arc<driver::CudaStream>) -> Self {
+        Self(stream)
+    }
+
     pub(super) fn get(&self) -> &driver::CudaStream {
         &self.0
     }

@@ -1,6 +1,6 @@
 //! Where the double puts payloads, and what it refuses.
 
-use super::super::{KvLayout, StreamKind};
+use super::super::{KvLayout, SequenceRuns, StreamKind};
 use super::*;
 
 /// A cache of a few blocks, and a stream.
@@ -44,6 +44,7 @@ impl World {
             num_tokens,
             max_query_len: num_tokens,
             max_context_len: context_len as usize,
+            runs: SequenceRuns::of([(num_tokens, context_len as usize)]),
             cu_seqlens_q: self.indices(&[0, num_tokens as i32]),
             context_lens: self.indices(&[context_len]),
             block_tables: self.indices(table),

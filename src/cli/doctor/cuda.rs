@@ -4,7 +4,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use mneme::backend::{GpuInfo, cublaslt_version, find_gpus, kernel_source};
+use mneme::backend::{GpuInfo, cublaslt_version, find_gpus, flash_attention_version, kernel_source};
 use serde::Serialize;
 
 use crate::cli::device::{Chosen, DeviceArg};
@@ -42,6 +42,10 @@ pub(super) struct Cuda {
     pub(super) cublaslt_version: Option<String>,
     /// Why there is a GPU and no such library.
     pub(super) cublaslt_problem: Option<String>,
+    /// The version of the library of `--prefill-attention flash-attn`, where there is a GPU.
+    pub(super) flash_attention_version: Option<&'static str>,
+    /// Why there is a GPU and no such library.
+    pub(super) flash_attention_problem: Option<String>,
     /// The device that `--device auto` takes; `None` is the CPU.
     pub(super) chosen: Option<String>,
     /// Why it is the CPU.
@@ -59,6 +63,7 @@ impl Cuda {
         };
         let gpus = find_gpus().unwrap_or_default();
         let cublaslt = gpus.first().map(find_cublaslt);
+        let flash_attention = gpus.first().map(|_| flash_attention_version().map_err(|error| error.to_string()));
         Self {
             driver_library: find(&search_path, &FOLDERS),
             driver_version: gpus.first().map(|gpu| format!("{}.{}", gpu.driver_version.0, gpu.driver_version.1)),
@@ -66,6 +71,8 @@ impl Cuda {
             kernels: kernel_source().map_or_else(|error| error.to_string(), str::to_owned),
             cublaslt_version: cublaslt.as_ref().and_then(|found| found.clone().ok()),
             cublaslt_problem: cublaslt.and_then(Result::err),
+            flash_attention_version: flash_attention.as_ref().and_then(|found| found.clone().ok()),
+            flash_attention_problem: flash_attention.and_then(Result::err),
             chosen,
             problem,
         }

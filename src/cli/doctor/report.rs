@@ -13,11 +13,12 @@ use super::host::Host;
 use super::python::Python;
 
 /// Variables that change where models come from and where they run.
-const VARIABLES: [&str; 9] = [
+const VARIABLES: [&str; 10] = [
     "MNEME_MODEL",
     "MNEME_DEVICE",
     "MNEME_GEMM",
     "MNEME_CUBLASLT_LIBRARY",
+    "MNEME_PREFILL_ATTENTION",
     "MNEME_CACHE_DIR",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
@@ -170,6 +171,13 @@ impl Report {
         match (&cuda.cublaslt_version, &cuda.cublaslt_problem) {
             (Some(version), _) => line(f, "cuBLASLt", &format!("{version}; --gemm cublaslt multiplies by it"))?,
             (None, Some(problem)) => line(f, "cuBLASLt", problem)?,
+            (None, None) => {}
+        }
+        match (&cuda.flash_attention_version, &cuda.flash_attention_problem) {
+            (Some(version), _) => {
+                line(f, "flash-attn", &format!("{version}; --prefill-attention flash-attn attends by it"))?
+            }
+            (None, Some(problem)) => line(f, "flash-attn", problem)?,
             (None, None) => {}
         }
         match (&cuda.chosen, &cuda.problem) {

@@ -3,7 +3,7 @@
 use mneme::Result;
 use mneme::backend::{
     AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, KvLayer, KvLayout, RopeConfig, RopeScaling,
-    RotatedCopies, Tensor,
+    RotatedCopies, SequenceRuns, Tensor,
 };
 
 use super::bench::{Bench, Sink, Work};
@@ -67,6 +67,7 @@ impl<B: Backend> Cache<B> {
             num_tokens: num_sequences * num_queries,
             max_query_len: num_queries,
             max_context_len: self.context_len,
+            runs: SequenceRuns::of(vec![(num_queries, self.context_len); num_sequences]),
             cu_seqlens_q: bench.indices(&starts)?,
             context_lens: bench.indices(&vec![self.context_len; num_sequences])?,
             block_tables: tables,
