@@ -5,17 +5,18 @@
 //! stays recognisable. The addresses are not canonical on x86-64: a host that follows one faults at once.
 //!
 //! # Concurrency
-//! Blocks of one launch run on several threads over the same bytes, as they do on a device. Operations of the streams run
-//! one at a time (see [`crate::stream`]), so an allocation is freed only while no kernel runs. Shadow words that two
-//! blocks may touch are relaxed atomics; data bytes are raw memory, and a program that races on them is reported.
+//! Blocks of one launch run on several threads over the same bytes, as they do on a device, and so do operations of several
+//! streams. Each holds [`Memory::in_use`], without which nothing is freed. Shadow words that two blocks or operations may
+//! touch are relaxed atomics; data bytes are raw memory, and a program that races on them is reported.
 
 use crate::fault::{Fault, FaultKind};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    Ordering::SeqCst,
 };
+use std::sync::{Mutex, RwLock, RwLockReadGuard};
 
 /// First device address.
 pub const BASE: u64 = 0x0100_0000_0000_0000;
@@ -75,6 +76,8 @@ pub struct Allocation {
     last_launch: AtomicU64,
     /// Whether all of it counts as written, whatever `init` says.
     is_all_init: AtomicBool,
+    /// Held by who makes `init` say so instead.
+    telling: Mutex<()>,
     /// Whether its data is what the host gave, zeros.
     is_untouched: AtomicBool,
 }
@@ -140,7 +143,7 @@ impl Allocation {
     /// Whether all bytes of the range were written.
     #[inline(always)]
     pub fn is_init(&self, offset: u64, bytes: u64) -> bool {
-        if self.is_all_init.load(Relaxed) {
+        if self.is_all_init.load(Acquire) {
             return true;
         }
         // SAFETY: the init block has one byte per byte of the allocation and callers check the range first.
@@ -156,28 +159,34 @@ impl Allocation {
     /// Marks the range written.
     #[inline(always)]
     pub fn mark_init(&self, offset: u64, bytes: u64) {
-        if self.is_all_init.load(Relaxed) {
+        if self.is_all_init.load(Acquire) {
             return;
         }
         if bytes == self.bytes {
             // Many a program sets all of what it has allocated.
-            return self.is_all_init.store(true, Relaxed);
+            return self.is_all_init.store(true, Release);
         }
         // SAFETY: as in `is_init`; bytes of different accesses are different bytes.
         unsafe { std::ptr::write_bytes(self.init.load(Relaxed).add(offset as usize), 1, bytes as usize) };
     }
 
-    /// Copies the init bytes of a range from another allocation.
-    pub fn copy_init(&self, offset: u64, source: &Allocation, source_offset: u64, bytes: u64) {
-        if source.is_all_init.load(Relaxed) {
-            return self.mark_init(offset, bytes);
-        }
-        if self.is_all_init.load(Relaxed) {
+    /// Has the init bytes say what they are.
+    fn tell_init(&self) {
+        let _telling = self.telling.lock().unwrap_or_else(|e| e.into_inner());
+        if self.is_all_init.load(Acquire) {
             // The bytes first: others may be reading.
             // SAFETY: as in `is_init`.
             unsafe { std::ptr::write_bytes(self.init.load(Relaxed), 1, self.bytes as usize) };
-            self.is_all_init.store(false, Relaxed);
+            self.is_all_init.store(false, Release);
         }
+    }
+
+    /// Copies the init bytes of a range from another allocation.
+    pub fn copy_init(&self, offset: u64, source: &Allocation, source_offset: u64, bytes: u64) {
+        if source.is_all_init.load(Acquire) {
+            return self.mark_init(offset, bytes);
+        }
+        self.tell_init();
         // SAFETY: both ranges were checked by the copy; `copy` allows overlap.
         unsafe {
             let from = source.init.load(Relaxed).add(source_offset as usize);
@@ -215,10 +224,12 @@ impl Allocation {
             if read.load(Relaxed) == by.stamp {
                 continue;
             }
-            if !by.is_after(write.load(Relaxed)) {
-                return Err(self.unordered(offset, "reads", "written", write.load(Relaxed)));
+            // Who writes at the same time leaves its stamp before it looks at this one: one of the two sees the other.
+            read.store(by.stamp, SeqCst);
+            let last = write.load(SeqCst);
+            if !by.is_after(last) {
+                return Err(self.unordered(offset, "reads", "written", last));
             }
-            read.store(by.stamp, Relaxed);
             new += GRANULE;
         }
         if by.launch != 0 && self.last_launch.load(Relaxed) == by.launch {
@@ -263,13 +274,14 @@ impl Allocation {
             if write.load(Relaxed) == by.stamp {
                 continue;
             }
-            if !by.is_after(write.load(Relaxed)) {
-                return Err(self.unordered(offset, "writes", "written", write.load(Relaxed)));
+            let last = write.swap(by.stamp, SeqCst);
+            if !by.is_after(last) {
+                return Err(self.unordered(offset, "writes", "written", last));
             }
-            if !by.is_after(read.load(Relaxed)) {
-                return Err(self.unordered(offset, "writes", "read", read.load(Relaxed)));
+            let last = read.load(SeqCst);
+            if !by.is_after(last) {
+                return Err(self.unordered(offset, "writes", "read", last));
             }
-            write.store(by.stamp, Relaxed);
             new += GRANULE;
         }
         if by.launch != 0 {
@@ -321,6 +333,9 @@ impl Allocation {
 
 type Chunk = [AtomicPtr<Allocation>; CHUNK];
 
+/// Held by what runs: nothing is freed meanwhile.
+pub type InUse<'a> = RwLockReadGuard<'a, ()>;
+
 /// All allocations of the device.
 pub struct Memory {
     chunks: Box<[AtomicPtr<Chunk>]>,
@@ -328,6 +343,7 @@ pub struct Memory {
     used: AtomicU64,
     capacity: u64,
     next_tag: AtomicU32,
+    in_use: RwLock<()>,
 }
 
 struct Next {
@@ -344,7 +360,13 @@ impl Memory {
             used: AtomicU64::new(0),
             capacity,
             next_tag: AtomicU32::new(1),
+            in_use: RwLock::default(),
         }
+    }
+
+    /// Keeps all allocations while it is held.
+    pub fn in_use(&self) -> InUse<'_> {
+        self.in_use.read().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Free and total bytes.
@@ -407,12 +429,13 @@ impl Memory {
         Ok(allocation)
     }
 
-    /// Frees the allocation that begins at the address. No kernel may be running.
+    /// Frees the allocation that begins at the address, once nothing runs.
     ///
     /// # Errors
     /// A pointer that is not the start of a live allocation.
     pub fn free(&self, address: u64) -> Result<(), Fault> {
         let bad = |what: String| Err(Fault::new(FaultKind::BadFree, what));
+        let _unused = self.in_use.write().unwrap_or_else(|e| e.into_inner());
         match self.find(address) {
             None => bad(format!("{address:#x} was never allocated")),
             Some(a) if a.base != address => bad(format!("{address:#x} is inside {}, not its start", a.describe())),
@@ -425,19 +448,28 @@ impl Memory {
         }
     }
 
-    /// Takes `count` writer tags for a launch and returns the first. When they run out all writers are forgotten; no
-    /// kernel may be running.
-    pub fn take_tags(&self, count: u64) -> u32 {
+    /// Takes `count` writer tags for a launch, and gives the first with what the launch holds.
+    pub fn take_tags(&self, count: u64) -> (u32, InUse<'_>) {
         let count = count.min(u64::from(u32::MAX / 2)) as u32;
-        let first = self.next_tag.load(Relaxed);
-        if let Some(next) = first.checked_add(count) {
-            self.next_tag.store(next, Relaxed);
-            return first;
+        loop {
+            let in_use = self.in_use();
+            let first = self.next_tag.fetch_update(Relaxed, Relaxed, |first| first.checked_add(count));
+            match first {
+                Ok(first) => return (first, in_use),
+                Err(_) => drop(in_use),
+            }
+            self.begin_tags(count);
         }
-        let slots = self.next.lock().unwrap_or_else(|e| e.into_inner()).slot;
-        (0..slots).filter_map(|slot| self.find(BASE + (slot << SLOT_BITS))).for_each(Allocation::clear_writers);
-        self.next_tag.store(1 + count, Relaxed);
-        1
+    }
+
+    /// Forgets all writers, once nothing runs, if there are no `count` tags left.
+    fn begin_tags(&self, count: u32) {
+        let _unused = self.in_use.write().unwrap_or_else(|e| e.into_inner());
+        if self.next_tag.load(Relaxed).checked_add(count).is_none() {
+            let slots = self.next.lock().unwrap_or_else(|e| e.into_inner()).slot;
+            (0..slots).filter_map(|slot| self.find(BASE + (slot << SLOT_BITS))).for_each(Allocation::clear_writers);
+            self.next_tag.store(1, Relaxed);
+        }
     }
 }
 
@@ -461,6 +493,7 @@ fn new_allocation(id: u64, base: u64, bytes: u64, origin: &str) -> Option<Alloca
         freed: AtomicBool::new(false),
         last_launch: AtomicU64::new(0),
         is_all_init: AtomicBool::new(false),
+        telling: Mutex::default(),
         is_untouched: AtomicBool::new(true),
     })
 }

@@ -104,7 +104,7 @@ impl Matrix {
                     format!("cublasLtMatmul reads at {start:#x} what was never written, {}", allocation.describe());
                 return Err(Fault::new(FaultKind::Uninitialised, what));
             }
-            // SAFETY: the range was resolved; operations of the streams run one at a time.
+            // SAFETY: the range was resolved, and who writes to it at the same time is reported.
             let bytes = unsafe { std::slice::from_raw_parts(allocation.data(offset), self.column_bytes() as usize) };
             numbers.extend(self.numbers.decode(bytes));
         }

@@ -2,13 +2,14 @@
 //!
 //! Each stream is a queue. An item has dependencies (positions in other streams) and a clock: for each stream, the last
 //! position that is known to be complete before it. Work on the same bytes that the clocks do not order is reported when
-//! it runs, whatever order it happened to run in. One item runs at a time.
+//! it runs, whatever order it happened to run in. Items of several streams run at once, as many as the host has threads for.
 //!
-//! *Eager*: a thread runs items as soon as their dependencies allow. *Lazy*: items run only when the host waits for
+//! *Eager*: threads run items as soon as their dependencies allow. *Lazy*: items run only when the host waits for
 //! something that needs them, in an order that the seed varies; so what works without a wait is seen not to.
 
 use crate::capture::{Captures, Graph, Mark, UNSUPPORTED};
 use crate::device::{Device, device};
+use crate::exec::launch::host_threads;
 use crate::memory::{Accessor, stamp};
 use crate::report;
 use crate::rng::Rng;
@@ -50,6 +51,8 @@ struct Stream {
     clock: Vec<u64>,
     is_blocking: bool,
     is_destroyed: bool,
+    /// Whether the item behind `done` has left the queue and runs.
+    is_running: bool,
     capture: Option<u64>,
     has_launched: bool,
 }
@@ -69,8 +72,9 @@ struct State {
     events: HashMap<usize, Event>,
     captures: Captures,
     host_clock: Vec<u64>,
-    is_busy: bool,
-    has_worker: bool,
+    /// Items that run.
+    num_running: usize,
+    has_workers: bool,
     error: Option<u32>,
     /// Kernels launched.
     num_launches: u64,
@@ -118,8 +122,8 @@ impl Streams {
             events: HashMap::new(),
             captures: Captures::default(),
             host_clock: Vec::new(),
-            is_busy: false,
-            has_worker: false,
+            num_running: 0,
+            has_workers: false,
             error: None,
             num_launches: 0,
             held_until: 0,
@@ -211,22 +215,22 @@ impl Streams {
         Ok(position)
     }
 
-    /// Starts the worker on first need and tells everyone that there is work.
+    /// Starts the workers on first need and tells everyone that there is work.
     fn wake(&self, state: &mut State) {
-        if self.mode == Mode::Eager && !state.has_worker {
-            state.has_worker = true;
-            std::thread::spawn(|| device().streams.work());
+        if self.mode == Mode::Eager && !state.has_workers {
+            state.has_workers = true;
+            (0..host_threads()).for_each(|_| drop(std::thread::spawn(|| device().streams.work())));
         }
         self.changed.notify_all();
     }
 
-    /// The eager worker.
+    /// An eager worker.
     fn work(&self) {
         let mut state = self.lock();
         loop {
             state = match state.runnable() {
-                Some(index) if !state.is_busy => self.run(state, index),
-                _ => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+                Some(index) => self.run(state, index),
+                None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
             };
         }
     }
@@ -234,14 +238,16 @@ impl Streams {
     /// Runs the first item of a stream, without the lock.
     fn run<'a>(&'a self, mut state: MutexGuard<'a, State>, index: usize) -> MutexGuard<'a, State> {
         let Some(item) = state.streams[index].queue.pop_front() else { return state };
-        (state.is_busy, state.last) = (true, index);
-        let failed = state.error.is_some();
+        state.last = index;
+        state.num_running += 1;
+        state.streams[index].is_running = true;
+        let (failed, threads) = (state.error.is_some(), host_threads().div_ceil(state.num_running));
         drop(state);
-        let found = if failed { None } else { self.execute(device(), index, &item) };
+        let found = if failed { None } else { self.execute(device(), index, &item, threads) };
         item.work.settle(device());
         let mut state = self.lock();
-        state.is_busy = false;
-        state.streams[index].done = item.number;
+        state.num_running -= 1;
+        (state.streams[index].is_running, state.streams[index].done) = (false, item.number);
         if let Some(event) = item.event.and_then(|handle| state.events.get_mut(&handle)) {
             event.time = Some(Instant::now());
         }
@@ -252,10 +258,10 @@ impl Streams {
         state
     }
 
-    fn execute(&self, device: &Device, index: usize, item: &Item) -> Option<u32> {
+    fn execute(&self, device: &Device, index: usize, item: &Item, threads: usize) -> Option<u32> {
         let stamp = stamp(index as u64, item.number);
         let by = Accessor { stamp, clock: Arc::clone(&item.clock), ..Accessor::default() };
-        let fault = item.work.run(device, by).err()?;
+        let fault = item.work.run(device, by, threads).err()?;
         report::set_message(&fault.to_string());
         Some(fault.kind.code())
     }
@@ -263,8 +269,7 @@ impl Streams {
     /// Waits until a position is complete.
     fn wait_for<'a>(&'a self, mut state: MutexGuard<'a, State>, goal: Position) -> MutexGuard<'a, State> {
         while state.streams[goal.stream].done < goal.number {
-            let next =
-                if self.mode == Mode::Lazy && !state.is_busy { state.next_towards(goal, self.seed != 0) } else { None };
+            let next = if self.mode == Mode::Lazy { state.next_towards(goal, self.seed != 0) } else { None };
             state = match next {
                 Some(index) => self.run(state, index),
                 None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
@@ -353,8 +358,8 @@ impl Streams {
     /// Runs one item that the goal needs: a program that polls must come to an end.
     fn step_towards<'a>(&'a self, mut state: MutexGuard<'a, State>, goal: Position) -> MutexGuard<'a, State> {
         match state.next_towards(goal, false) {
-            Some(index) if !state.is_busy => self.run(state, index),
-            _ => state,
+            Some(index) => self.run(state, index),
+            None => state,
         }
     }
 
@@ -602,7 +607,12 @@ impl State {
 
     fn is_runnable(&self, index: usize) -> bool {
         let is_free = |item: &Item| item.after.iter().all(|p| self.is_done(p)) && !self.is_held(index, item);
-        self.streams[index].queue.front().is_some_and(is_free)
+        let stream = &self.streams[index];
+        !stream.is_running && stream.queue.front().is_some_and(is_free)
+    }
+
+    fn has_room(&self) -> bool {
+        self.num_running < host_threads()
     }
 
     fn is_held(&self, index: usize, item: &Item) -> bool {
@@ -615,12 +625,18 @@ impl State {
 
     /// A stream whose first item may run, each in turn.
     fn runnable(&self) -> Option<usize> {
+        if !self.has_room() {
+            return None;
+        }
         let count = self.streams.len();
         (1..=count).map(|step| (self.last + step) % count).find(|&i| self.is_runnable(i))
     }
 
     /// A stream whose first item may run and brings the goal nearer; sometimes another one if `wander`.
     fn next_towards(&mut self, goal: Position, wander: bool) -> Option<usize> {
+        if !self.has_room() {
+            return None;
+        }
         if wander && self.rng.below(4) == 0 {
             let ready: Vec<usize> = (0..self.streams.len()).filter(|&i| self.is_runnable(i)).collect();
             if !ready.is_empty() {
@@ -629,6 +645,9 @@ impl State {
         }
         let mut at = goal.stream;
         for _ in 0..=self.streams.len() {
+            if self.streams[at].is_running {
+                return None;
+            }
             let item = self.streams[at].queue.front()?;
             match item.after.iter().find(|p| !self.is_done(p)) {
                 Some(blocker) => at = blocker.stream,

@@ -74,25 +74,20 @@ pub enum Work {
 }
 
 impl Work {
-    /// Does it.
+    /// Does it; a kernel on so many threads at most.
     ///
     /// # Errors
     /// What a checker found.
-    pub fn run(&self, device: &Device, by: Accessor) -> Result<(), Fault> {
+    pub fn run(&self, device: &Device, by: Accessor, threads: usize) -> Result<(), Fault> {
         match self {
             Self::Launch { function, shape, params } => {
                 let seed = device.next_seed();
                 let mut by = by;
                 by.launch = by.stamp;
                 let launch = Launch::new(&function.kernel, &device.memory, *shape, params, by, seed, device.simd);
-                report::add(&function.kernel.name, launch.run()?);
+                report::add(&function.kernel.name, launch.run(threads)?);
                 Ok(())
             }
-            Self::Product(product) => product.run(device, &by),
-            Self::ToDevice(source, target, bytes) => to_device(device, source, *target, *bytes, &by),
-            Self::ToHost(source, target, bytes) => to_host(device, *source, *target, *bytes, &by),
-            Self::Copy(source, target, bytes) => copy(device, *source, *target, *bytes, &by),
-            Self::Fill { target, value, width, count } => fill(device, *target, *value, *width, *count, &by),
             Self::Free(address) => device.memory.free(*address),
             Self::Host(function, argument) => {
                 // SAFETY: the program promised that the function may be called with this argument.
@@ -100,6 +95,20 @@ impl Work {
                 Ok(())
             }
             Self::Marker => Ok(()),
+            _ => self.touch(device, &by),
+        }
+    }
+
+    /// What touches memory without a kernel.
+    fn touch(&self, device: &Device, by: &Accessor) -> Result<(), Fault> {
+        let _in_use = device.memory.in_use();
+        match self {
+            Self::Product(product) => product.run(device, by),
+            Self::ToDevice(source, target, bytes) => to_device(device, source, *target, *bytes, by),
+            Self::ToHost(source, target, bytes) => to_host(device, *source, *target, *bytes, by),
+            Self::Copy(source, target, bytes) => copy(device, *source, *target, *bytes, by),
+            Self::Fill { target, value, width, count } => fill(device, *target, *value, *width, *count, by),
+            Self::Launch { .. } | Self::Free(_) | Self::Host(..) | Self::Marker => Ok(()),
         }
     }
 

@@ -8,6 +8,16 @@ use softgpu::driver::{context::*, event::*, memory::*, module::*, stream::*, too
 use softgpu::report;
 use std::ffi::c_void;
 use std::ptr::null_mut;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+/// Host functions that have met another.
+static MEETINGS: AtomicU32 = AtomicU32::new(0);
+
+/// How long one waits for the other.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Writes in one stream, an event, a copy in another: the right way.
 fn ordered_by_an_event() {
@@ -59,6 +69,30 @@ fn kernel_without_an_event() {
     };
     assert_eq!(code, 719);
     assert!(report::message().contains("StreamOrder"), "{}", report::message());
+}
+
+/// Tells the host function of another stream that this one runs, and waits for the other's word.
+unsafe extern "C" fn meet(argument: *mut c_void) {
+    // SAFETY: `streams_run_at_once` keeps it alive until both streams are done.
+    let (sender, receiver) = unsafe { &*argument.cast::<(Sender<()>, Mutex<Receiver<()>>)>() };
+    let met = sender.send(()).is_ok() && receiver.lock().is_ok_and(|other| other.recv_timeout(PATIENCE).is_ok());
+    MEETINGS.fetch_add(u32::from(met), Relaxed);
+}
+
+/// Streams that nothing orders run at once where the host has threads for them.
+fn streams_run_at_once() {
+    if is_lazy() || softgpu::exec::launch::host_threads() < 2 {
+        return;
+    }
+    let ((first_sender, first), (second_sender, second)) = (channel::<()>(), channel::<()>());
+    let ends = [(first_sender, Mutex::new(second)), (second_sender, Mutex::new(first))];
+    for end in &ends {
+        // SAFETY: `meet` takes such an end, which lives until the streams are done.
+        ok(unsafe { cuLaunchHostFunc(stream(), Some(meet), std::ptr::from_ref(end).cast_mut().cast()) });
+    }
+    // SAFETY: no arguments.
+    ok(unsafe { cuCtxSynchronize() });
+    assert_eq!(MEETINGS.load(Relaxed), 2);
 }
 
 /// An asynchronous copy to the host has not happened before its stream is waited for.
@@ -252,10 +286,11 @@ fn held_copies() {
     assert_eq!(read(a), [4; WORDS]);
 }
 
-const CASES: [(&str, fn()); 14] = [
+const CASES: [(&str, fn()); 15] = [
     ("ordered_by_an_event", ordered_by_an_event),
     ("copy_without_an_event", copy_without_an_event),
     ("kernel_without_an_event", kernel_without_an_event),
+    ("streams_run_at_once", streams_run_at_once),
     ("copies_complete_later", copies_complete_later),
     ("source_changed_too_early", source_changed_too_early),
     ("source_freed_too_early", source_freed_too_early),

@@ -7,7 +7,7 @@ use super::shared::Shared;
 use super::simd::Simd;
 use crate::counters::Counters;
 use crate::fault::Fault;
-use crate::memory::{Accessor, Memory};
+use crate::memory::{Accessor, InUse, Memory};
 use crate::rng::Rng;
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -45,6 +45,8 @@ pub struct Launch<'a> {
     /// Publications between blocks.
     pub released: Released,
     stop: AtomicBool,
+    /// Nothing is freed meanwhile.
+    _in_use: InUse<'a>,
 }
 
 impl<'a> Launch<'a> {
@@ -60,10 +62,10 @@ impl<'a> Launch<'a> {
     ) -> Self {
         by.tag_shift = if kernel.has_fence { FENCE_SHIFT } else { 0 };
         let blocks: u64 = grid.iter().map(|&n| u64::from(n)).product();
-        by.tag_base = memory.take_tags(blocks << by.tag_shift);
-        by.tag = by.tag_base;
+        let (tag_base, _in_use) = memory.take_tags(blocks << by.tag_shift);
+        (by.tag_base, by.tag) = (tag_base, tag_base);
         let (released, stop) = (Mutex::default(), AtomicBool::new(false));
-        Self { kernel, memory, grid, block, dynamic_shared, params, by, seed, simd, released, stop }
+        Self { kernel, memory, grid, block, dynamic_shared, params, by, seed, simd, released, stop, _in_use }
     }
 
     /// Threads of a block.
@@ -111,16 +113,16 @@ impl<'a> Launch<'a> {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Runs every block.
+    /// Runs every block, on so many threads at most.
     ///
     /// # Errors
     /// The first finding of any block.
-    pub fn run(&self) -> Result<Counters, Fault> {
+    pub fn run(&self, threads: usize) -> Result<Counters, Fault> {
         let blocks = self.grid.iter().product::<u32>();
         let mut order: Vec<u32> = (0..blocks).collect();
         Rng::new(self.seed).shuffle(&mut order, self.seed != 0);
         let next = AtomicU32::new(0);
-        let threads = host_threads().min(blocks as usize);
+        let threads = threads.min(blocks as usize);
         let start = Instant::now();
         let mut first = Worker::new(self);
         let mut outcome = self.take_one(&mut first, &order, &next).map(|_| ());
@@ -159,8 +161,8 @@ impl<'a> Launch<'a> {
     }
 }
 
-/// Threads for one launch: `SOFTGPU_THREADS` or all.
-fn host_threads() -> usize {
+/// Threads of the host for all that runs: `SOFTGPU_THREADS` or all.
+pub fn host_threads() -> usize {
     static COUNT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
     *COUNT.get_or_init(|| {
         let wanted = std::env::var("SOFTGPU_THREADS").ok().and_then(|n| n.parse().ok());

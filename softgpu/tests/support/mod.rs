@@ -3,7 +3,7 @@
 #![allow(dead_code)] // Each test program uses a part of it.
 
 use softgpu::counters::Counters;
-use softgpu::exec::launch::Launch;
+use softgpu::exec::launch::{Launch, host_threads};
 use softgpu::exec::simd::{self, Simd};
 use softgpu::fault::Fault;
 use softgpu::memory::{Accessor, Memory, stamp};
@@ -100,7 +100,8 @@ impl Gpu {
         }
         let number = self.position.replace(self.position.get() + 1);
         let by = Accessor { stamp: stamp(0, number), clock: Arc::default(), launch: number, ..Accessor::default() };
-        Launch::new(&function.kernel, &self.memory, (grid, block, shared), &params, by, self.seed, &self.simd).run()
+        Launch::new(&function.kernel, &self.memory, (grid, block, shared), &params, by, self.seed, &self.simd)
+            .run(host_threads())
     }
 }
 
