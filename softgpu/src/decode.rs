@@ -7,6 +7,10 @@ use crate::ptx::PtxError;
 use crate::ptx::syntax::{Entry, Loc, Module, Operand, Space, Stmt, Var};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Of the next kernel.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 mod arithmetic;
 mod control;
@@ -145,6 +149,7 @@ impl<'a> Decoder<'a> {
         self.resolve_targets();
         let has_fence = self.insts.iter().any(|i| matches!(i.op, Op::Fence));
         Ok(Kernel {
+            id: NEXT_ID.fetch_add(1, Relaxed),
             name: self.entry.name.clone(),
             params: self.entry.params.clone(),
             insts: self.insts,

@@ -4,12 +4,14 @@
 use std::path::Path;
 
 use mneme::backend::sim::SimBackend;
-use mneme::engine::{AppliedAdapter, GenerateRequest, LoadedAdapter, SchedulerLimits, Task, TierConfig};
+use mneme::engine::{
+    AppliedAdapter, GenerateRequest, LoadedAdapter, MergeConfig, MergeRule, SchedulerLimits, Task, TierConfig,
+};
 
 use super::adapters::Checkpoints;
 use super::oracle::{Oracle, Tags, Update};
 use super::sharing::Asked;
-use crate::support::engine::{Setup, TestEngine, collect, greedy, request};
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 
 /// Starts an engine on a device that computes.
 pub type Start = fn(&Path, Setup, TierConfig) -> TestEngine;
@@ -65,24 +67,64 @@ impl Device {
     }
 }
 
-/// An engine with one request at a time, which leaves nothing behind.
+/// What comes out where nothing else happens.
 pub struct Plain {
+    added: Alone,
+    merged: Alone,
+}
+
+/// An engine with one request at a time, which leaves nothing behind.
+struct Alone {
     engine: TestEngine,
     adapters: Vec<(Tags, LoadedAdapter)>,
 }
 
+/// Whatever runs is merged, and makes room for what runs next.
+const MERGING: MergeConfig =
+    MergeConfig { is_enabled: true, max_bytes: 1 << 30, merge_share: 0.5, unmerge_share: 0.5, window_tokens: 5 };
+
+/// Requests of a composition until it is merged, at most.
+const MAX_REQUESTS: usize = 1000;
+
 impl Plain {
-    /// Pieces of composed prompts are moved where their blocks have room: there is as much of that as in the lives.
     fn start(start: Start, limits: SchedulerLimits, checkpoints: &Checkpoints) -> Self {
+        let alone = |rule, merge| Alone::start(start, limits, checkpoints, rule, merge);
+        Self { added: alone(MergeRule::Never, MergeConfig::default()), merged: alone(MergeRule::Always, MERGING) }
+    }
+
+    fn answer(&self, asked: &Asked, num_tokens: usize) -> Vec<u32> {
+        if !asked.is_merged {
+            return self.added.answer(asked, num_tokens).tokens;
+        }
+        let begun = Asked { tokens: vec![1, 2, 3], num_prompt: 3, pieces: vec![], ..asked.clone() };
+        let is_merged = |_: &usize| self.merged.answer(&begun, 2).reuse.is_merged;
+        assert!((0..MAX_REQUESTS).find(is_merged).is_some(), "a composition is never merged");
+        let output = self.merged.answer(asked, num_tokens);
+        assert!(output.reuse.is_merged);
+        output.tokens
+    }
+}
+
+impl Alone {
+    /// Pieces of composed prompts are moved where their blocks have room: there is as much of that as in the lives.
+    fn start(
+        start: Start,
+        limits: SchedulerLimits,
+        checkpoints: &Checkpoints,
+        rule: MergeRule,
+        merge: MergeConfig,
+    ) -> Self {
         let limits = SchedulerLimits { max_num_seqs: 1, prefix_caching: false, ..limits };
-        let engine = start(checkpoints.model(), Setup { limits, ..Setup::default() }, TierConfig::default());
+        let engine = start(checkpoints.model(), Setup { limits, merge, ..Setup::default() }, TierConfig::default());
         // Those that no life has room for are in none.
-        let fitting = |(folder, tags): (&Path, Tags)| Some((tags, engine.handle.load_adapter(folder).ok()?));
+        let fitting = |(folder, tags): (&Path, Tags)| {
+            Some((tags, engine.handle.load_adapter(folder).ok()?.with_merge_rule(rule)))
+        };
         let adapters = checkpoints.adapters().filter_map(fitting).collect();
         Self { engine, adapters }
     }
 
-    fn answer(&self, asked: &Asked, num_tokens: usize) -> Vec<u32> {
+    fn answer(&self, asked: &Asked, num_tokens: usize) -> Output {
         let request = GenerateRequest {
             pieces: asked.pieces.clone(),
             adapters: asked.adapters.iter().map(|update| self.applied(update)).collect(),
@@ -90,7 +132,7 @@ impl Plain {
         };
         let output = collect(self.engine.handle.submit(request).unwrap());
         assert_eq!(output.tokens.len(), num_tokens, "the plain engine ended with {:?}", output.reason);
-        output.tokens
+        output
     }
 
     fn applied(&self, update: &Update) -> AppliedAdapter {

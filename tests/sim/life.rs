@@ -214,7 +214,7 @@ impl Simulation {
         let Composed { applied: adapters, updates, num_pages, are_harmed } = self.names.compose(random);
         (asked.adapters, asked.num_pages) = (updates, num_pages);
         let most = most_under(&self.machine.limits, num_pages);
-        let may_merge = self.device.is_double() && !asked.adapters.is_empty();
+        let may_merge = self.machine.merges() && !asked.adapters.is_empty();
         let mut merged = may_merge.then(|| Asked { is_merged: true, ..asked.clone() });
         let (task, wanted) = if asked.pieces.is_empty() && random.once_in(12) {
             (Task::Embed, if asked.num_prompt <= most { Wanted::Embedding } else { Wanted::Refusal })

@@ -42,7 +42,12 @@ impl Machine {
         }
     }
 
-    /// Starts an engine on it, over `disk` where there is one. What merged adapters come to is predicted of the double alone.
+    /// Whether an engine on it may merge adapters.
+    pub fn merges(&self) -> bool {
+        self.merge.is_enabled
+    }
+
+    /// Starts an engine on it, over `disk` where there is one.
     pub fn start(
         &self,
         device: &Device,
@@ -50,8 +55,7 @@ impl Machine {
         checkpoints: &Checkpoints,
         random: &mut Random,
     ) -> TestEngine {
-        let Self { limits, mut merge, adapter_host_bytes, .. } = *self;
-        merge.is_enabled &= device.is_double();
+        let Self { limits, merge, adapter_host_bytes, .. } = *self;
         let setup = Setup { limits, merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
         let tiers = TierConfig {

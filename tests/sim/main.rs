@@ -140,7 +140,7 @@ fn random_lives_on_the_cpu_end_as_alone() {
         total += reached;
     }
     total.check_few();
-    assert!(total.num_preemptions > 0 && total.num_host_tokens > 0, "{total:?}");
+    assert!(total.num_preemptions > 0 && total.num_host_tokens > 0 && total.num_merged > 0, "{total:?}");
 }
 
 /// Whose blocks do not come in time computes them, also where the late ones take the room that it needs for that.

@@ -29,7 +29,7 @@ use life::Simulation;
 use reached::Reached;
 
 /// Few that come to many places.
-const SEEDS: [u64; 2] = [2, 33];
+const SEEDS: [u64; 2] = [2, 10];
 
 #[test]
 fn random_lives_end_as_alone() {

@@ -19,17 +19,31 @@ const MAX_TURNS: u64 = 2_000_000;
 
 /// What workers leave behind for later ones: to get fresh memory takes longer than many a launch.
 static SPARE: Mutex<Vec<Spare>> = Mutex::new(Vec::new());
-/// As many as there may be workers at a time.
-const MAX_SPARE: usize = 64;
+/// As many as there may be workers at a time, and kernels that programs launch in turn.
+const MAX_SPARE: usize = 96;
 
 #[derive(Default)]
 struct Spare {
     shared: Shared,
     warps: Vec<Warp>,
+    /// Whose registers they have.
+    kernel: u64,
 }
 
 fn spare() -> std::sync::MutexGuard<'static, Vec<Spare>> {
     SPARE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Spare {
+    /// For a kernel, whose own registers need no preparing; where many are kept, else the one that was left longest ago.
+    fn take(kernel: u64) -> Self {
+        let mut spare = spare();
+        match spare.iter().rposition(|spare| spare.kernel == kernel) {
+            Some(at) => spare.remove(at),
+            None if spare.len() == MAX_SPARE => spare.remove(0),
+            None => Self::default(),
+        }
+    }
 }
 
 /// What the warps of a block share.
@@ -67,10 +81,9 @@ pub struct Worker<'a> {
 impl<'a> Worker<'a> {
     /// A worker for a launch.
     pub fn new(launch: &'a Launch<'a>) -> Self {
-        let Spare { mut shared, mut warps } = spare().pop().unwrap_or_default();
+        let Spare { mut shared, mut warps, .. } = Spare::take(launch.kernel.id);
         launch.prepare(&mut shared);
         warps.resize_with(launch.threads().div_ceil(LANES as u32) as usize, Warp::default);
-        warps.iter_mut().for_each(Warp::forget);
         let block = Block {
             launch,
             index: [0; 3],
@@ -205,8 +218,8 @@ impl Drop for Worker<'_> {
     fn drop(&mut self) {
         let mut spare = spare();
         if spare.len() < MAX_SPARE && !self.block.launch.is_stopped() && !std::thread::panicking() {
-            spare
-                .push(Spare { shared: std::mem::take(&mut self.block.shared), warps: std::mem::take(&mut self.warps) });
+            let shared = std::mem::take(&mut self.block.shared);
+            spare.push(Spare { shared, warps: std::mem::take(&mut self.warps), kernel: self.block.launch.kernel.id });
         }
     }
 }

@@ -456,6 +456,8 @@ pub struct SharedVar {
 /// A kernel ready to run.
 #[derive(Clone, Debug)]
 pub struct Kernel {
+    /// No other kernel of the process has it.
+    pub id: u64,
     /// Its name.
     pub name: String,
     /// Parameters.

@@ -116,6 +116,16 @@ impl Warp {
     fn shuffle(&mut self, mode: Shuffle, (d, p): (u16, u16), (a, b, c): (u16, u16, u16), mask: u32) -> LaneResult<()> {
         let [values, offsets, controls] = [a, b, c].map(|slot| self.regs.r32[slot as usize]);
         let (mut out, mut valid) = (values, 0);
+        let is_uniform = |row: &[u32; LANES], value: u32| row.iter().all(|&other| other == value);
+        let step = offsets[0] & 0x1f;
+        // What sums over a warp are made of: all lanes, in one segment.
+        if mode == Shuffle::Butterfly && mask == FULL && is_uniform(&controls, 0x1f) && is_uniform(&offsets, offsets[0])
+        {
+            (0..LANES).for_each(|lane| out[lane] = values[lane ^ step as usize]);
+            <u32 as Lane>::store(&mut self.regs, d, &out, FULL);
+            self.set_predicate(p, FULL, FULL);
+            return Ok(());
+        }
         for lane in (0..LANES as u32).filter(|lane| mask >> lane & 1 == 1) {
             let (b, c) = (offsets[lane as usize] & 0x1f, controls[lane as usize]);
             let (clamp, segment) = (c & 0x1f, c >> 8 & 0x1f);

@@ -60,6 +60,8 @@ pub enum Stop {
 pub struct Warp {
     /// Registers.
     pub regs: Regs,
+    /// Whose they are; 0 for nobody's.
+    kernel: u64,
     /// Number in the block.
     pub index: u32,
     pub(super) splits: Vec<Split>,
@@ -90,21 +92,25 @@ pub(super) enum Flow {
 pub(super) type LaneResult<T> = load_store::Lanes<T>;
 
 impl Warp {
-    /// Empties the registers, which another kernel may have had.
-    pub fn forget(&mut self) {
+    /// Makes the registers those of a kernel: zeros, and constants in their rows, which nothing writes to.
+    fn take_rows(&mut self, kernel: &Kernel) {
         self.regs.r32.clear();
         self.regs.r64.clear();
         self.regs.p.clear();
         self.local.clear();
-    }
-
-    /// Prepares the warp for a block: `started` lanes at the first instruction, constants in their rows.
-    pub fn begin(&mut self, kernel: &Kernel, index: u32, started: u32) {
         self.regs.r32.resize(kernel.rows.0, [0; LANES]);
         self.regs.r64.resize(kernel.rows.1, [0; LANES]);
         self.regs.p.resize(kernel.rows.2, 0);
         kernel.consts32.iter().for_each(|&(slot, value)| self.regs.r32[slot as usize] = [value; LANES]);
         kernel.consts64.iter().for_each(|&(slot, value)| self.regs.r64[slot as usize] = [value; LANES]);
+        self.kernel = kernel.id;
+    }
+
+    /// Prepares the warp for a block: `started` lanes at the first instruction.
+    pub fn begin(&mut self, kernel: &Kernel, index: u32, started: u32) {
+        if self.kernel != kernel.id {
+            self.take_rows(kernel);
+        }
         self.splits.clear();
         self.splits.push(Split { pc: 0, mask: started, held: false });
         (self.index, self.started, self.live) = (index, started, started);

@@ -95,10 +95,11 @@ impl FlashAttention {
         let cu_seqlens = Lent::new::<u32>(self, cu_seqlens, cu_seqlens.columns())?;
         let heads = |heads: Range<usize>| rows.tensor.narrow(0, 0, run.tokens.end)?.narrow(1, heads.start, heads.len());
         let attend = || {
-            candle_flash_attn::flash_attn_varlen_windowed(
+            candle_flash_attn::flash_attn_varlen_alibi_windowed_softcap(
                 &heads(0..num_heads)?,
                 &heads(num_heads..num_heads + num_kv_heads)?,
                 &heads(num_heads + num_kv_heads..num_heads + 2 * num_kv_heads)?,
+                None,
                 &cu_seqlens.tensor,
                 &cu_seqlens.tensor,
                 run.max_query_len,
@@ -107,6 +108,8 @@ impl FlashAttention {
                 // Its window is what lies before a token.
                 shape.window.filter(|window| *window <= run.max_query_len).map(|window| window.saturating_sub(1)),
                 Some(0),
+                // As its kernels have it for scores without a cap.
+                shape.softcap.unwrap_or(0.0),
             )
         };
         let attended = attend().map_err(candle_error("attend"))?;

@@ -64,6 +64,7 @@ fn prompts_are_near_and_the_rest_is_the_same() {
             let shape = Shape { window: Some(window), ..SMALL };
             check(&gpus, shape, &[(90, 90), (40, 90), (1, 17), (34, 34), (5, 5)], 10 + window as u64);
         }
+        check(&gpus, Shape { softcap: Some(2.0), ..SMALL }, &[(33, 33), (1, 40), (90, 90)], 19);
         check(&gpus, SMALL, &[(1, 40), (70, 70), (1, 1), (3, 90), (300, 300), (9, 9), (1, 17)], 20);
     }
 }
