@@ -143,8 +143,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// 2 log2(e).
-constexpr float TANH_SCALE = 2.885390082f;
+// 2 log2(e). NVRTC warns of constants that a file does not use, not of macros.
+#define TANH_SCALE 2.885390082f
 
 // tanh(x / TANH_SCALE), as 1 - 2 / (2^x + 1): off by 5e-7 at the most, near zero too. What is capped goes through a softmax,
 // to which numbers are as good as their differences.

@@ -57,6 +57,8 @@ counters! {
     shared_wavefronts_ideal,
     /// Tensor-core instructions.
     mma,
+    /// Products and sums in these.
+    mma_flops,
     /// Barriers completed, one per block.
     barriers,
     /// Atomic operations, one per lane.

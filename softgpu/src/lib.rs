@@ -7,6 +7,7 @@
 //! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it; [`memory`] holds device memory and its shadow;
 //! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work and [`capture`] records it; [`driver`] is the C interface, whose
 //! calls [`inject`] makes fail. Beside it [`cublaslt`] is that of a library of matrix products, which [`product`] computes.
+//! [`counters`] say what kernels did, and [`roofline`] what that would take on real devices at the least.
 
 #![allow(clippy::needless_range_loop)] // Lane loops index several rows at once.
 
@@ -28,5 +29,6 @@ pub mod product;
 pub mod ptx;
 pub mod report;
 pub mod rng;
+pub mod roofline;
 pub mod stream;
 pub mod work;

@@ -1,6 +1,7 @@
 //! What happened: the last finding, and counters per kernel, written to `SOFTGPU_REPORT` when the program ends.
 
 use crate::counters::Counters;
+use crate::roofline::{DEVICES, Estimate};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, Once};
@@ -52,7 +53,7 @@ pub fn reset() {
     lock(&KERNELS).clear();
 }
 
-/// All kernels as JSON: an object per kernel with every counter and the ratios people look at.
+/// All kernels as JSON: an object per kernel with every counter, the ratios people look at, and estimates for real devices.
 pub fn json() -> String {
     let mut out = String::from("{\n");
     let kernels = lock(&KERNELS);
@@ -63,13 +64,23 @@ pub fn json() -> String {
         }
         let _ = writeln!(
             out,
-            "\"simt_efficiency\": {:.4}, \"load_efficiency\": {:.4}}}{}",
+            "\"simt_efficiency\": {:.4}, \"load_efficiency\": {:.4}, \"roofline_estimates_not_times\": {{{}}}}}{}",
             counters.simt_efficiency(),
             counters.load_efficiency(),
+            roofline_estimates(counters),
             if i + 1 < kernels.len() { "," } else { "" }
         );
     }
     out + "}\n"
+}
+
+/// For each device, microseconds and what they are bound by.
+fn roofline_estimates(counters: &Counters) -> String {
+    let members = DEVICES.map(|device| {
+        let Estimate { seconds, limit } = device.estimate(counters);
+        format!("\"{}\": {{\"least_us\": {:.4}, \"bound_by\": \"{limit}\"}}", device.name, seconds * 1e6)
+    });
+    members.join(", ")
 }
 
 extern "C" fn write_report() {

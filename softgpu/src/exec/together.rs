@@ -72,6 +72,7 @@ impl Warp {
             }
             Op::Mma(mma) => {
                 block.counters.mma += 1;
+                block.counters.mma_flops += 2 * 16 * 8 * u64::from(mma.k);
                 block.launch.simd.mma(mma, &mut self.regs);
             }
             _ => {}
