@@ -1,6 +1,7 @@
 //! The sequences of a step in runs of those that attention may treat alike.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Sequences of a step that follow each other and either all have their whole context among its new tokens, or none has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,11 +19,24 @@ pub struct SequenceRun {
     pub is_uncached: bool,
 }
 
-/// All sequences of a step, in order, in as few runs as there can be.
+/// All sequences of a step, in order, in as few runs as there can be. Clones share them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SequenceRuns(Vec<SequenceRun>);
+pub struct SequenceRuns(Arc<Vec<SequenceRun>>);
 
 impl SequenceRuns {
+    /// None, with memory for so many.
+    pub fn with_capacity(num_runs: usize) -> Self {
+        Self(Arc::new(Vec::with_capacity(num_runs)))
+    }
+
+    /// Begins another step: in the same memory, unless the last one still has its runs.
+    pub fn clear(&mut self) {
+        match Arc::get_mut(&mut self.0) {
+            Some(runs) => runs.clear(),
+            None => *self = Self::with_capacity(self.0.capacity()),
+        }
+    }
+
     /// The runs of sequences with these numbers of new tokens and lengths of context, the new tokens included.
     pub fn of(lens: impl IntoIterator<Item = (usize, usize)>) -> Self {
         let mut runs = Self::default();
@@ -34,13 +48,14 @@ impl SequenceRuns {
     /// last of them. As positions ascend, equal numbers mean that there are no gaps.
     pub fn push(&mut self, query_len: usize, context_len: usize) {
         let (num_seqs, num_tokens) = (self.num_seqs(), self.num_tokens());
+        let runs = Arc::make_mut(&mut self.0);
         // A single token is a decode, whatever it follows: steps of these may be recorded, so they are always the same.
         let is_uncached = query_len > 1 && query_len == context_len;
-        if self.0.last().is_none_or(|last| last.is_uncached != is_uncached) {
+        if runs.last().is_none_or(|last| last.is_uncached != is_uncached) {
             let (sequences, tokens) = (num_seqs..num_seqs, num_tokens..num_tokens);
-            self.0.push(SequenceRun { sequences, tokens, max_query_len: 0, max_context_len: 0, is_uncached });
+            runs.push(SequenceRun { sequences, tokens, max_query_len: 0, max_context_len: 0, is_uncached });
         }
-        let run = self.0.last_mut().expect("there is a run now");
+        let run = runs.last_mut().expect("there is a run now");
         run.sequences.end += 1;
         run.tokens.end += query_len;
         run.max_query_len = run.max_query_len.max(query_len);
@@ -74,6 +89,23 @@ mod tests {
 
     fn run(sequences: Range<usize>, tokens: Range<usize>, longest: (usize, usize), is_uncached: bool) -> SequenceRun {
         SequenceRun { sequences, tokens, max_query_len: longest.0, max_context_len: longest.1, is_uncached }
+    }
+
+    #[test]
+    fn steps_have_their_own_in_the_same_memory() {
+        let mut runs = SequenceRuns::with_capacity(2);
+        let mut place = None;
+        for query_len in 2..5 {
+            runs.clear();
+            runs.push(query_len, query_len);
+            runs.push(1, 9);
+            let step = runs.clone();
+            assert_eq!(step, SequenceRuns::of([(query_len, query_len), (1, 9)]));
+            assert_eq!(*place.get_or_insert(step.0.as_ptr()), step.0.as_ptr());
+        }
+        let kept = runs.clone();
+        runs.clear();
+        assert_eq!((kept.num_seqs(), runs.num_seqs()), (2, 0));
     }
 
     #[test]

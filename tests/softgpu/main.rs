@@ -155,3 +155,16 @@ fn copies_are_the_cpus_in_other_schedules() {
 fn lives_end_as_alone_in_other_schedules() {
     support::softgpu::pass_in_other_schedules(&["simulation::"], "other_schedules");
 }
+
+/// What a request comes to, and the models that other programs have recorded.
+#[test]
+fn outputs_depend_on_requests_alone_in_other_schedules() {
+    let wanted = ["invariance::llama_", "invariance::gemma3", "adapters::a_request_has", "golden::a_tiny"];
+    support::softgpu::pass_lazily(&wanted, "other_schedules");
+}
+
+/// Blocks come from other tiers and places, and weights change between steps.
+#[test]
+fn tiers_compositions_and_merges_pass_in_other_schedules() {
+    support::softgpu::pass_lazily(&["tiers::", "composition::", "tails::", "merging::"], "other_schedules");
+}

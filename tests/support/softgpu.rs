@@ -32,7 +32,8 @@ const ALONE_VARIABLE: &str = "MNEME_TEST_ALONE";
 
 /// Orders blocks and warps.
 const SEED_VARIABLE: &str = "SOFTGPU_SEED";
-const SCHEDULES: [(&str, &str); 2] = [("lazy", "1"), ("eager", "2")];
+const LAZY: (&str, &str) = ("lazy", "1");
+const SCHEDULES: [(&str, &str); 2] = [LAZY, ("eager", "2")];
 
 /// The library that stands for the driver.
 pub fn library() -> PathBuf {
@@ -185,19 +186,26 @@ fn load() {
 /// Runs the tests of this program whose names contain one of `wanted` but not `skipped` again, in other schedules of the
 /// software GPU: how it orders what may run in any order is decided when it is loaded.
 pub fn pass_in_other_schedules(wanted: &[&str], skipped: &str) {
+    SCHEDULES.into_iter().for_each(|schedule| pass_in(schedule, wanted, skipped));
+}
+
+/// The same in the one of these in which work runs only when somebody waits for it.
+pub fn pass_lazily(wanted: &[&str], skipped: &str) {
+    pass_in(LAZY, wanted, skipped);
+}
+
+fn pass_in((streams, seed): (&str, &str), wanted: &[&str], skipped: &str) {
     if std::env::var_os(SEED_VARIABLE).is_some() || std::env::var_os(LIBRARY_VARIABLE).is_some() {
         return;
     }
-    for (streams, seed) in SCHEDULES {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(wanted).args(["--skip", skipped]).env("SOFTGPU_STREAMS", streams).env(SEED_VARIABLE, seed);
-        let output = command.output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        // What the device found stands there.
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}\n{errors}");
-        assert!(!text.contains("running 0 tests"), "no test is called one of {wanted:?}");
-    }
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(wanted).args(["--skip", skipped]).env("SOFTGPU_STREAMS", streams).env(SEED_VARIABLE, seed);
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    // What the device found stands there.
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}\n{errors}");
+    assert!(!text.contains("running 0 tests"), "no test is called one of {wanted:?}");
 }
 
 /// What each kernel does in `work`, as the software GPU counts it: it counts for a whole program, so this program runs

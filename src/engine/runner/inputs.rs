@@ -3,7 +3,7 @@
 use super::ModelRunner;
 use super::outputs::{is_embedding, num_logits_of, output_range};
 use crate::Result;
-use crate::backend::{AttentionMetadata, Backend, DType, DecodeShape, Device, Landing, SequenceRuns, Tensor};
+use crate::backend::{AttentionMetadata, Backend, DType, DecodeShape, Device, Landing, Tensor};
 use crate::engine::adapters::MAX_APPLIED;
 use crate::engine::residency::Residency;
 use crate::engine::scheduler::ScheduledSequence;
@@ -150,10 +150,14 @@ impl<B: Backend> ModelRunner<B> {
         let (context_lens, lens_at) = self.inputs.reserve(1, num_seqs);
         let (block_tables, tables_at) = self.inputs.reserve(num_seqs, max_blocks);
         let block_size = self.kv.layout.block_size();
+        self.runs.clear();
+        for entry in scheduled {
+            let context_len = running[entry.index].end_of_next(entry.num_tokens);
+            self.runs.push(entry.num_tokens, context_len);
+        }
         let numbers = self.inputs.numbers();
         let mut token_row = 0;
         let (mut max_query_len, mut max_context_len) = (0, 0);
-        let mut runs = SequenceRuns::default();
         numbers[starts_at.start] = 0;
         for (at, entry) in scheduled.iter().enumerate() {
             let sequence = &running[entry.index];
@@ -170,7 +174,6 @@ impl<B: Backend> ModelRunner<B> {
             for (column, block) in sequence.blocks.iter().enumerate() {
                 numbers[tables_at.start + at * max_blocks + column] = block.0 as i32;
             }
-            runs.push(entry.num_tokens, context_len);
             max_query_len = max_query_len.max(entry.num_tokens);
             max_context_len = max_context_len.max(context_len);
         }
@@ -180,7 +183,7 @@ impl<B: Backend> ModelRunner<B> {
             num_tokens,
             max_query_len,
             max_context_len,
-            runs,
+            runs: self.runs.clone(),
             cu_seqlens_q,
             context_lens,
             block_tables,

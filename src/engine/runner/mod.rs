@@ -23,7 +23,8 @@ use super::sequence::Sequence;
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
-    Backend, DType, DecodeShape, Landing, LoraBatch, LoraLoader, RowLogprobs, StepBounds, StreamKind, Tensor,
+    Backend, DType, DecodeShape, Landing, LoraBatch, LoraLoader, RowLogprobs, SequenceRuns, StepBounds, StreamKind,
+    Tensor,
 };
 use crate::models::{Adapted, ForwardBatch, KvCache, MergedCopy, MergedRows, Model, StepLimits, Workspace};
 use crate::paging::{DeviceLanding, Pager, PagingConfig};
@@ -36,6 +37,8 @@ pub(super) struct ModelRunner<B: Backend> {
     workspace: Workspace<B::Buffer>,
     stream: B::Stream,
     inputs: StepInputs<B>,
+    /// Of the step, or the last one.
+    runs: SequenceRuns,
     lora: LoraGroups<LoraOf<B>>,
     /// The model's projections with adapters merged into them, while there are such.
     merged: Option<MergedCopy<B>>,
@@ -101,6 +104,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(Self {
             kv: KvCache::new(&backend, layout, limits.num_blocks)?,
             inputs: StepInputs::new(&backend, capacity)?,
+            runs: SequenceRuns::with_capacity(limits.max_num_seqs),
             composition: CompositionBuffers::new(&backend, limits)?,
             tokens: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
             host_tokens: backend.allocate_host(max_logits * 4)?,
