@@ -124,9 +124,9 @@ mod tests {
     #[test]
     fn what_is_alike_is_one_run() {
         let prompts = SequenceRuns::of([(3, 3), (8, 8), (2, 2)]);
-        assert_eq!(prompts, SequenceRuns(vec![run(0..3, 0..13, (8, 8), true)]));
+        assert_eq!(prompts, SequenceRuns(Arc::new(vec![run(0..3, 0..13, (8, 8), true)])));
         let decodes = SequenceRuns::of([(1, 9), (1, 300), (1, 1)]);
-        assert_eq!(decodes, SequenceRuns(vec![run(0..3, 0..3, (1, 300), false)]));
+        assert_eq!(decodes, SequenceRuns(Arc::new(vec![run(0..3, 0..3, (1, 300), false)])));
         assert!(!decodes.has_uncached());
     }
 
