@@ -151,10 +151,6 @@ impl<B: Backend> ModelRunner<B> {
         let (block_tables, tables_at) = self.inputs.reserve(num_seqs, max_blocks);
         let block_size = self.kv.layout.block_size();
         self.runs.clear();
-        for entry in scheduled {
-            let context_len = running[entry.index].end_of_next(entry.num_tokens);
-            self.runs.push(entry.num_tokens, context_len);
-        }
         let numbers = self.inputs.numbers();
         let mut token_row = 0;
         let (mut max_query_len, mut max_context_len) = (0, 0);
@@ -174,6 +170,7 @@ impl<B: Backend> ModelRunner<B> {
             for (column, block) in sequence.blocks.iter().enumerate() {
                 numbers[tables_at.start + at * max_blocks + column] = block.0 as i32;
             }
+            self.runs.push(entry.num_tokens, context_len);
             max_query_len = max_query_len.max(entry.num_tokens);
             max_context_len = max_context_len.max(context_len);
         }
