@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::in_process::InProcess;
 use super::metrics::LatencyMetrics;
+use super::results::ResultArgs;
 use super::statistics::Samples;
 use super::table;
 use super::timing::Timing;
@@ -42,9 +43,8 @@ pub(super) struct LatencyArgs {
     /// Batches that run before the measurement
     #[arg(long, default_value_t = 2)]
     num_iters_warmup: usize,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    result: ResultArgs,
 }
 
 /// What was measured.
@@ -59,13 +59,7 @@ pub(super) fn run(args: &LatencyArgs) -> anyhow::Result<()> {
     let engine = InProcess::start(&args.engine, args.input_len.get(), args.output_len.get())?;
     let report = measure(args, &engine)?;
     engine.launched.shut_down()?;
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report.json())?)?;
-    } else {
-        report.write_table(&mut out)?;
-    }
-    Ok(())
+    args.result.write(&report.json(), |out| Ok(report.write_table(out)?))
 }
 
 fn measure(args: &LatencyArgs, engine: &InProcess) -> anyhow::Result<LatencyReport> {

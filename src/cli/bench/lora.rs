@@ -1,6 +1,6 @@
 //! `mneme bench lora`: what an adapter costs, added and merged, in batches that alternate with batches of the model alone.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use mneme::telemetry::MergeStage;
 use serde::Serialize;
 
 use super::in_process::InProcess;
+use super::results::ResultArgs;
 use super::statistics::Samples;
 use super::timing::Timing;
 use crate::cli::engine_args::{EngineArgs, WeightDtype};
@@ -47,9 +48,8 @@ pub(super) struct LoraBenchArgs {
     /// Rounds that are measured, behind one that is not
     #[arg(long, default_value = "7")]
     rounds: NonZeroUsize,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    result: ResultArgs,
 }
 
 /// Seconds per batch of one round, and milliseconds per output token behind the first.
@@ -119,12 +119,7 @@ pub(super) fn run(args: &LoraBenchArgs) -> anyhow::Result<()> {
     let engine = InProcess::start(&args.engine, args.input_len.get(), args.output_len.get())?;
     let report = measure(args, &engine)?;
     engine.launched.shut_down()?;
-    let mut out = io::stdout().lock();
-    match args.json {
-        true => writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?,
-        false => report.write_table(&mut out)?,
-    }
-    Ok(())
+    args.result.write(&report, |out| report.write_table(out))
 }
 
 fn measure(args: &LoraBenchArgs, engine: &InProcess) -> anyhow::Result<LoraReport> {

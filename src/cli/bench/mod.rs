@@ -8,6 +8,7 @@ mod memory;
 mod metrics;
 mod prompts;
 mod random;
+mod results;
 mod serve;
 mod statistics;
 mod table;

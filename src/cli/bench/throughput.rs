@@ -1,6 +1,5 @@
 //! `mneme bench throughput`: many requests at once, and how many tokens per second come of it.
 
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
@@ -10,6 +9,7 @@ use mneme::engine::SubmitError;
 use serde::Serialize;
 
 use super::in_process::InProcess;
+use super::results::ResultArgs;
 use super::timing::Timing;
 use crate::cli::engine_args::EngineArgs;
 
@@ -29,9 +29,8 @@ pub(super) struct ThroughputArgs {
     /// Requests
     #[arg(long, default_value = "100")]
     num_prompts: NonZeroUsize,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    result: ResultArgs,
 }
 
 /// What was measured, under vLLM's names where it has them.
@@ -53,13 +52,7 @@ pub(super) fn run(args: &ThroughputArgs) -> anyhow::Result<()> {
     let timings = engine.runtime.block_on(run_all(&engine, args.num_prompts.get()))?;
     let report = ThroughputReport::new(&timings, started_at.elapsed());
     engine.launched.shut_down()?;
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        writeln!(out, "{report}")?;
-    }
-    Ok(())
+    args.result.write(&report, |out| Ok(writeln!(out, "{report}")?))
 }
 
 /// Queues requests as long as the engine takes them; when its queue is full, each end makes room for another.

@@ -77,17 +77,32 @@ impl<B: Backend> Cache<B> {
     }
 }
 
+/// Keys that some of the last queries of a context sees.
+fn seen_by_any(context_len: usize, num_queries: usize, window: Option<usize>) -> usize {
+    window.map_or(context_len, |window| context_len.min(num_queries - 1 + window))
+}
+
+/// Pairs of one of the last queries of a context and a key that it sees.
+fn num_pairs(context_len: usize, num_queries: usize, window: Option<usize>) -> usize {
+    (context_len - num_queries + 1..=context_len).map(|seen| seen.min(window.unwrap_or(seen))).sum()
+}
+
 impl<B: Backend> Bench<B> {
-    /// Decode of a batch, prefill of one sequence, and moving a cube's tokens: in every type that the device can keep the
+    /// Decode of a batch and prefill of one sequence, over all and in a window, moving a cube's tokens and comparing them: in every type that the device can keep the
     /// cache as beside its activations.
     pub(super) fn attention(&self, context_len: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
         let context_len = context_len.max(self.num_tokens);
         for layout in self.layouts()? {
             let cache = Cache::new(self, layout, context_len)?;
             self.reserve(&cache.layout, context_len)?;
-            self.attend("attention decode", &cache, self.batch_size, 1, effort, sink)?;
-            self.attend("attention prefill", &cache, 1, self.num_tokens, effort, sink)?;
+            self.store(&cache, self.batch_size, 1, effort, sink)?;
+            self.store(&cache, 1, self.num_tokens, effort, sink)?;
+            for window in [None, Some(context_len / 4)] {
+                self.attend(&cache, self.batch_size, 1, window, effort, sink)?;
+                self.attend(&cache, 1, self.num_tokens, window, effort, sink)?;
+            }
             self.rotate_gather(&cache, effort, sink)?;
+            self.kv_deviation(&cache, effort, sink)?;
         }
         Ok(())
     }
@@ -102,7 +117,7 @@ impl<B: Backend> Bench<B> {
         Ok([Some(own), fp8].into_iter().flatten().collect())
     }
 
-    fn shape(&self) -> AttentionShape {
+    fn shape(&self, window: Option<usize>) -> AttentionShape {
         let dimensions = self.dimensions;
         AttentionShape {
             num_heads: dimensions.num_heads,
@@ -110,13 +125,12 @@ impl<B: Backend> Bench<B> {
             head_dim: dimensions.head_dim,
             scale: 1.0 / (dimensions.head_dim as f32).sqrt(),
             softcap: None,
-            window: None,
+            window,
         }
     }
 
-    fn attend(
+    fn store(
         &self,
-        name: &'static str,
         cache: &Cache<B>,
         num_sequences: usize,
         num_queries: usize,
@@ -124,10 +138,9 @@ impl<B: Backend> Bench<B> {
         sink: Sink<'_>,
     ) -> Result<()> {
         let step = cache.step(self, num_sequences, num_queries)?;
-        let num_tokens = step.num_tokens;
-        let (shape, q_size, dtype) = (self.shape(), self.dimensions.q_size(), cache.layout.dtype());
+        let (num_tokens, q_size, dtype) = (step.num_tokens, self.dimensions.q_size(), cache.layout.dtype());
         let qkv = self.activations(num_tokens, self.dimensions.qkv_size())?;
-        let heads = HeadTransform { shape, q_norm: None, k_norm: None, rope: &cache.rope };
+        let heads = HeadTransform { shape: self.shape(None), q_norm: None, k_norm: None, rope: &cache.rope };
         let work = Work {
             name: "rope_and_store_kv",
             shape: format!("[{num_tokens}, {}], {dtype}", qkv.columns()),
@@ -137,19 +150,51 @@ impl<B: Backend> Bench<B> {
             flops: 0,
         };
         let launch = |turn| self.backend.rope_and_store_kv(&self.stream, &qkv, &heads, &cache.layer(turn), &step);
-        self.measure(effort, work, &launch, sink)?;
+        self.measure(effort, work, &launch, sink)
+    }
 
+    fn attend(
+        &self,
+        cache: &Cache<B>,
+        num_sequences: usize,
+        num_queries: usize,
+        window: Option<usize>,
+        effort: &Effort,
+        sink: Sink<'_>,
+    ) -> Result<()> {
+        let step = cache.step(self, num_sequences, num_queries)?;
+        let num_tokens = step.num_tokens;
+        let (shape, q_size, dtype) = (self.shape(window), self.dimensions.q_size(), cache.layout.dtype());
+        let qkv = self.activations(num_tokens, self.dimensions.qkv_size())?;
         let out = self.activations(num_tokens, q_size)?;
-        // The causal triangle: query i of n sees all but the n - 1 - i last tokens.
-        let pairs = num_sequences * (num_queries * cache.context_len - num_queries * (num_queries - 1) / 2);
+        let name = if num_queries == 1 { "attention decode" } else { "attention prefill" };
+        let of = window.map_or_else(String::new, |window| format!(", window {window}"));
         let work = Work {
             name,
-            shape: format!("{num_sequences} x {num_queries} over {}, {dtype}", cache.context_len),
-            bytes: num_sequences * cache.context_len * cache.kv_bytes()
+            shape: format!("{num_sequences} x {num_queries} over {}{of}, {dtype}", cache.context_len),
+            bytes: num_sequences * seen_by_any(cache.context_len, num_queries, window) * cache.kv_bytes()
                 + 2 * num_tokens * q_size * self.activation_bytes(),
-            flops: 4 * pairs * q_size,
+            flops: 4 * num_sequences * num_pairs(cache.context_len, num_queries, window) * q_size,
         };
         let launch = |turn| self.backend.attention(&self.stream, &qkv, &shape, &cache.layer(turn), &step, &out);
+        self.measure(effort, work, &launch, sink)
+    }
+
+    /// As blended prompts choose what they compute again.
+    fn kv_deviation(&self, cache: &Cache<B>, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let num_tokens = self.num_tokens.min(cache.context_len);
+        let qkv = self.activations(num_tokens, self.dimensions.qkv_size())?;
+        let slots = self.indices(&(0..num_tokens).collect::<Vec<_>>())?;
+        let out = self.tensor(1, num_tokens, DType::F32)?;
+        let kv_columns = qkv.columns() - self.dimensions.q_size();
+        let work = Work {
+            name: "kv_deviation",
+            shape: format!("{num_tokens} tokens, {}", cache.layout.dtype()),
+            bytes: num_tokens * (cache.kv_bytes() + kv_columns * self.activation_bytes()),
+            flops: 0,
+        };
+        let launch =
+            |turn| self.backend.kv_deviation(&self.stream, &qkv, &self.shape(None), &cache.layer(turn), &slots, &out);
         self.measure(effort, work, &launch, sink)
     }
 

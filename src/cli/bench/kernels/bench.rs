@@ -71,7 +71,9 @@ impl<B: Backend> Bench<B> {
         self.run_products(effort, sink)?;
         for num_tokens in [self.batch_size, self.num_tokens] {
             self.elementwise(num_tokens, effort, sink)?;
+            self.quantised(num_tokens, effort, sink)?;
         }
+        self.logits(effort, sink)?;
         self.attention(context_len, effort, sink)?;
         for num_tokens in [self.batch_size, self.num_tokens] {
             self.lora(num_tokens, effort, sink)?;
@@ -133,8 +135,14 @@ impl<B: Backend> Bench<B> {
 
     /// `[1, N]` i32.
     pub(super) fn indices(&self, values: &[usize]) -> Result<Tensor<B::Buffer>> {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| (*value as i32).to_le_bytes()).collect();
-        Ok(Tensor::new(self.upload(&bytes)?, 0, 1, values.len(), DType::I32))
+        let words: Vec<i32> = values.iter().map(|value| *value as i32).collect();
+        self.words(&words, 1, values.len(), DType::I32)
+    }
+
+    /// `[rows, columns]` of a type of four bytes.
+    pub(super) fn words(&self, values: &[i32], rows: usize, columns: usize, dtype: DType) -> Result<Tensor<B::Buffer>> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Ok(Tensor::new(self.upload(&bytes)?, 0, rows, columns, dtype))
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<B::Buffer> {
@@ -149,16 +157,20 @@ impl<B: Backend> Bench<B> {
 
     /// Numbers on the host, as a checkpoint has them.
     pub(super) fn host_tensor(rows: usize, columns: usize, dtype: DType) -> Result<HostTensor> {
-        let bytes: Vec<u8> = (0..rows * columns * dtype.block_bytes()).map(pattern).collect();
+        let bytes: Vec<u8> = (0..rows * columns / dtype.block_elements() * dtype.block_bytes()).map(pattern).collect();
         let range = 0..bytes.len();
         HostTensor::new("numbers", Arc::new(bytes), range, dtype, rows, columns)
     }
 
     /// Weights, several times.
     pub(super) fn matrices(&self, rows: usize, columns: usize) -> Result<Vec<B::Matrix>> {
-        let dtype = self.weight_dtype();
+        self.matrices_of(rows, columns, self.weight_dtype())
+    }
+
+    /// The same of a type.
+    pub(super) fn matrices_of(&self, rows: usize, columns: usize, dtype: DType) -> Result<Vec<B::Matrix>> {
         let part = Self::host_tensor(rows, columns, dtype)?;
-        let num_turns = Self::num_turns(rows * columns * dtype.block_bytes());
+        let num_turns = Self::num_turns(rows * columns / dtype.block_elements() * dtype.block_bytes());
         (0..num_turns).map(|_| self.backend.load_matrix(std::slice::from_ref(&part), None)).collect()
     }
 

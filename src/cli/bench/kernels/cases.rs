@@ -8,8 +8,9 @@ use super::measure::Effort;
 
 const EPSILON: f32 = 1e-5;
 
-/// Gemma 2's.
-const LOGIT_CAP: f32 = 30.0;
+/// Formats of GGUF that weights are kept in.
+const QUANTISED: [DType; 8] =
+    [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::Q4K, DType::Q5K, DType::Q6K];
 
 impl<B: Backend> Bench<B> {
     /// All products of a layer, and that behind the last one.
@@ -49,7 +50,42 @@ impl<B: Backend> Bench<B> {
         self.measure(effort, work, &launch, sink)
     }
 
-    /// Embedding, norms, activation, and what samples.
+    /// The longest product of a layer by quantised weights, in every format that a device keeps so, and rows of these.
+    pub(super) fn quantised(&self, num_tokens: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
+        let (inputs, outputs) = (self.dimensions.hidden_size, 2 * self.dimensions.intermediate_size);
+        let x = self.activations(num_tokens, inputs)?;
+        let out = self.activations(num_tokens, outputs)?;
+        let residual = self.tensor(num_tokens, inputs, DType::F32)?;
+        let ids = self.indices(&(0..num_tokens).map(|at| at * 7919 % outputs).collect::<Vec<_>>())?;
+        for dtype in QUANTISED {
+            let matrices = self.matrices_of(outputs, inputs, dtype)?;
+            let row_bytes = inputs / dtype.block_elements() * dtype.block_bytes();
+            let work = Work {
+                name: "linear quantised",
+                shape: format!("[{num_tokens}, {inputs}] x [{outputs}, {inputs}], {dtype}"),
+                bytes: outputs * row_bytes + x.num_bytes() + out.num_bytes(),
+                flops: 2 * num_tokens * outputs * inputs,
+            };
+            let launch =
+                |turn: usize| self.backend.linear(&self.stream, &x, &matrices[turn % matrices.len()], None, &out);
+            self.measure(effort, work, &launch, sink)?;
+            let work = Work {
+                name: "embed quantised",
+                shape: format!("[{num_tokens}, {inputs}], {dtype}"),
+                bytes: num_tokens * row_bytes + residual.num_bytes(),
+                flops: 0,
+            };
+            self.measure(
+                effort,
+                work,
+                &|_| self.backend.embed(&self.stream, &matrices[0], &ids, 1.0, &residual),
+                sink,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Embedding, norms and activations.
     pub(super) fn elementwise(&self, num_tokens: usize, effort: &Effort, sink: Sink<'_>) -> Result<()> {
         let dimensions = self.dimensions;
         let (hidden, intermediate) = (dimensions.hidden_size, dimensions.intermediate_size);
@@ -71,8 +107,12 @@ impl<B: Backend> Bench<B> {
 
         let gate_up = self.activations(num_tokens, 2 * intermediate)?;
         let out = self.activations(num_tokens, intermediate)?;
-        let launch = |_| self.backend.gated_activation(&self.stream, &gate_up, Activation::Silu, &out);
-        self.measure(effort, work("gated_activation", intermediate, 3 * activation_bytes), &launch, sink)?;
+        for (name, activation) in
+            [("gated_activation silu", Activation::Silu), ("gated_activation gelu", Activation::GeluTanh)]
+        {
+            let launch = |_| self.backend.gated_activation(&self.stream, &gate_up, activation, &out);
+            self.measure(effort, work(name, intermediate, 3 * activation_bytes), &launch, sink)?;
+        }
 
         let table = &self.matrices(dimensions.vocab_size, hidden)?[0];
         let ids: Vec<usize> = (0..num_tokens).map(|at| at * 7919 % dimensions.vocab_size).collect();
@@ -80,14 +120,8 @@ impl<B: Backend> Bench<B> {
         let launch = |_| self.backend.embed(&self.stream, table, &ids, 1.0, &residual);
         self.measure(effort, work("embed", hidden, 4 + self.weight_dtype().block_bytes()), &launch, sink)?;
 
-        let num_rows = num_tokens.min(self.batch_size);
-        let logits = self.tensor(num_rows, dimensions.vocab_size, DType::F32)?;
-        let out = self.indices(&vec![0; num_rows])?;
-        let vocab_size = dimensions.vocab_size;
-        let work = |name, bytes: usize| Work { name, shape: format!("[{num_rows}, {vocab_size}]"), bytes, flops: 0 };
-        let launch = |_| self.backend.softcap(&self.stream, &logits, LOGIT_CAP);
-        self.measure(effort, work("softcap", 2 * logits.num_bytes()), &launch, sink)?;
-        let launch = |_| self.backend.argmax(&self.stream, &logits, &out);
-        self.measure(effort, work("argmax", logits.num_bytes()), &launch, sink)
+        let last = self.indices(&(0..num_tokens).rev().collect::<Vec<_>>())?;
+        let launch = |_| self.backend.gather_rows(&self.stream, &x, &last, &delta);
+        self.measure(effort, work("gather_rows", hidden, 2 * activation_bytes), &launch, sink)
     }
 }

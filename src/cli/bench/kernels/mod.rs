@@ -4,17 +4,15 @@
 mod attention;
 mod bench;
 mod cases;
+mod logits;
 mod lora;
 mod measure;
 mod report;
 mod shape;
 
-use std::fs;
-use std::io::{self, Write};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Args;
 use mneme::backend::cpu::{CpuBackend, Isa};
 #[cfg(feature = "cuda")]
@@ -27,6 +25,7 @@ use self::bench::CUBLASLT_PRODUCTS;
 use self::measure::Effort;
 use self::report::Report;
 use self::shape::ShapeName;
+use super::results::ResultArgs;
 use crate::cli::device::{Chosen, DeviceArg};
 use crate::cli::engine_args::{WeightDtype, num_physical_cores};
 
@@ -70,12 +69,8 @@ pub(super) struct KernelBenchArgs {
     /// Instruction set of the CPU's kernels [default: the best one here]
     #[arg(long, env = "MNEME_ISA")]
     isa: Option<Isa>,
-    /// Write the result as JSON to this file
-    #[arg(long, value_name = "FILE")]
-    save_result: Option<PathBuf>,
-    /// Print the result as JSON instead of the table
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    result: ResultArgs,
 }
 
 impl KernelBenchArgs {
@@ -97,17 +92,7 @@ pub(super) fn run(args: &KernelBenchArgs) -> anyhow::Result<()> {
         }
         Chosen::Gpu(gpu) => measure_on_gpu(args, &gpu)?,
     };
-    let json = serde_json::to_string_pretty(&report.json())?;
-    if let Some(path) = &args.save_result {
-        fs::write(path, &json).with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{json}")?;
-    } else {
-        report.write_table(&mut out)?;
-    }
-    Ok(())
+    args.result.write(&report.json(), |out| Ok(report.write_table(out)?))
 }
 
 #[cfg(feature = "cuda")]

@@ -22,6 +22,7 @@ use self::cell::Cell;
 use self::protocol::Protocol;
 use self::report::{CellRounds, Report, RunInfo};
 use self::swap::{SwapPlan, SwapRound};
+use super::results::ResultArgs;
 use crate::cli::engine_args::{EngineArgs, parse_bytes};
 
 /// Arguments of `mneme bench memory`.
@@ -49,12 +50,8 @@ pub(super) struct MemoryBenchArgs {
     /// Most bytes of KV blocks in the vault, with an optional suffix K, M or G
     #[arg(long, value_parser = parse_bytes, default_value = "8G")]
     vault_size_bytes: usize,
-    /// Write the result as JSON to this file
-    #[arg(long, alias = "output-json", value_name = "FILE")]
-    save_result: Option<PathBuf>,
-    /// Print the result as JSON instead of the tables
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    result: ResultArgs,
 }
 
 /// Runs the measurement. Answers that did not come from where they were to come from are an error, after the result.
@@ -66,16 +63,7 @@ pub(super) fn run(args: &MemoryBenchArgs) -> anyhow::Result<()> {
     let run = Uuid::now_v7().to_string();
     let scratch = Scratch::create(&run)?;
     let report = measure(args, &run, &scratch.0)?;
-    let text = serde_json::to_string_pretty(&report.json())? + "\n";
-    let mut out = io::stdout().lock();
-    if args.json {
-        out.write_all(text.as_bytes())?;
-    } else {
-        report.write_table(&mut out)?;
-    }
-    if let Some(path) = &args.save_result {
-        fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    args.result.write(&report.json(), |out| Ok(report.write_table(out)?))?;
     report.check()
 }
 
@@ -173,7 +161,7 @@ mod tests {
         let found: Vec<_> = args.cells().iter().map(|cell| (cell.context_len, cell.query_len)).collect();
         assert_eq!(found, [(64, 8), (64, 16)]);
         assert_eq!(args.swap_plan(4096, Path::new("/x")).num_blocks, 4);
-        assert!(args.save_result.is_some());
+        assert!(args.result.save_result.is_some());
     }
 
     #[test]

@@ -10,7 +10,6 @@ mod sse;
 
 use std::io::{self, Write};
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +24,7 @@ use self::report::{Report, RunInfo};
 use self::request::RequestShape;
 use super::metrics::parse_percent;
 use super::prompts::PromptShape;
+use super::results::ResultArgs;
 
 /// Ids below this are control tokens, bytes and unused places in common vocabularies.
 const FIRST_TOKEN_ID: u32 = 1000;
@@ -93,12 +93,8 @@ pub(super) struct ServeBenchArgs {
     /// Seconds after which a request counts as failed
     #[arg(long, default_value = "3600")]
     request_timeout: NonZeroU32,
-    /// Write the result as JSON to this file
-    #[arg(long, value_name = "FILE")]
-    save_result: Option<PathBuf>,
-    /// Print the result as JSON instead of the table
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    result: ResultArgs,
 }
 
 /// The two ways to ask for text.
@@ -131,16 +127,7 @@ impl Endpoint {
 pub(super) fn run(args: &ServeBenchArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = runtime.block_on(measure(args))?;
-    let text = serde_json::to_string_pretty(&report.json())? + "\n";
-    let mut out = io::stdout().lock();
-    if args.json {
-        out.write_all(text.as_bytes())?;
-    } else {
-        report.write_table(&mut out)?;
-    }
-    if let Some(path) = &args.save_result {
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    args.result.write(&report.json(), |out| Ok(report.write_table(out)?))?;
     report.check()
 }
 
