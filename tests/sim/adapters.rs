@@ -18,6 +18,7 @@ use crate::support::tiny_model::{Family, TinyModel, Written};
 
 /// What all lives load: a model, and adapters of it.
 pub struct Checkpoints {
+    family: Family,
     model: Written,
     adapters: Vec<Stored>,
 }
@@ -32,8 +33,8 @@ struct Stored {
 const FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 impl Checkpoints {
-    pub fn write() -> Arc<Self> {
-        let model = TinyModel::new(Family::Llama, 1);
+    pub fn write(family: Family) -> Arc<Self> {
+        let model = TinyModel::new(family, 1);
         // Of one page to some more than the smallest pools have.
         let kinds: [(usize, &[&str]); 5] = [(1, &ALL), (2, &ALL[2..4]), (3, &ALL[5..]), (4, &ALL), (2, &ALL)];
         let adapters = (1..).zip(kinds).map(|(seed, (rank, modules))| {
@@ -41,7 +42,11 @@ impl Checkpoints {
             let twin = TinyAdapter::of(&model, modules, rank, seed + 100).write();
             Stored { folder: adapter.write(), tags: tags(&model, &adapter), twin }
         });
-        Arc::new(Self { adapters: adapters.collect(), model: model.write() })
+        Arc::new(Self { family, adapters: adapters.collect(), model: model.write() })
+    }
+
+    pub fn family(&self) -> Family {
+        self.family
     }
 
     pub fn model(&self) -> &Path {

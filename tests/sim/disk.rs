@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use mneme::engine::Deposited;
+use mneme::engine::{Deposited, SchedulerLimits};
 use mneme::kv::BlockHash;
 use mneme::paging::faulty::{Fault, FaultyFiles};
 use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, PinnedBlocks, StoreConfig, Stored, VaultOpener};
@@ -12,15 +12,18 @@ use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, PinnedBlocks, S
 use super::oracle::{NUM_LAYERS, Oracle};
 use super::sharing::Asked;
 use crate::support::random::Random;
-
-/// Of a block of 32 tokens of the tiny model.
-pub const MAX_BLOCK_BYTES: usize = 8192;
+use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
 
 /// More blocks than two lives compute.
 const ENOUGH_BLOCKS: usize = 4096;
 
 /// Operations before a crash at most.
 const MAX_OPERATIONS: usize = 60;
+
+/// Bytes of a block of `family`'s KV, in 16 bits.
+pub fn block_bytes(family: Family, block_size: usize) -> usize {
+    family.num_layers() * 2 * NUM_KV_HEADS * HEAD_DIM * 2 * block_size
+}
 
 /// A deposit that was acknowledged as durable.
 pub struct Kept {
@@ -39,6 +42,7 @@ pub struct Disk {
     may_have_lost: bool,
     max_blocks: usize,
     block_size: usize,
+    block_bytes: usize,
     /// Whether what is stored is the double's, of which the oracle knows every byte.
     is_of_double: bool,
     /// The store of this life, once it is open.
@@ -46,14 +50,8 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn new(
-        seed: u64,
-        random: &mut Random,
-        block_size: usize,
-        num_device_blocks: usize,
-        is_of_double: bool,
-    ) -> Self {
-        let few_blocks = random.within(8, 4 * num_device_blocks + 8);
+    pub fn new(seed: u64, random: &mut Random, limits: &SchedulerLimits, family: Family, is_of_double: bool) -> Self {
+        let few_blocks = random.within(8, 4 * limits.num_blocks + 8);
         let max_blocks = if random.once_in(2) { few_blocks } else { ENOUGH_BLOCKS };
         Self {
             files: FaultyFiles::new(seed),
@@ -62,7 +60,8 @@ impl Disk {
             has_failed: false,
             may_have_lost: false,
             max_blocks,
-            block_size,
+            block_size: limits.block_size,
+            block_bytes: block_bytes(family, limits.block_size),
             is_of_double,
             open: Arc::default(),
         }
@@ -78,13 +77,9 @@ impl Disk {
         self.must_keep() && !self.has_failed
     }
 
-    fn block_bytes(&self) -> usize {
-        MAX_BLOCK_BYTES * self.block_size / 32
-    }
-
     fn store(&self) -> impl FnOnce() -> mneme::Result<BlockStore> + Send + use<> {
-        let format = BlockFormat { block_bytes: self.block_bytes(), block_size: self.block_size, layout: "sim".into() };
-        let max_bytes = (self.max_blocks * (self.block_bytes() + 4096)) as u64 + (64 << 10);
+        let format = BlockFormat { block_bytes: self.block_bytes, block_size: self.block_size, layout: "sim".into() };
+        let max_bytes = (self.max_blocks * (self.block_bytes + 4096)) as u64 + (64 << 10);
         let config = StoreConfig { format, max_bytes, segment_bytes: max_bytes / 4 };
         let files = Arc::new(self.files.clone());
         move || Ok(BlockStore::open(files, Path::new("/vault/segments"), config)?.0)
@@ -110,7 +105,7 @@ impl Disk {
         let mut pins = PinnedBlocks::new(Arc::clone(store));
         for (number, hash) in full.iter().chain(&tail).enumerate() {
             let range = number * self.block_size..asked.num_prompt.min((number + 1) * self.block_size);
-            let mut bytes = vec![0; self.block_bytes()];
+            let mut bytes = vec![0; self.block_bytes];
             for (token, payloads) in stored[range.clone()].iter().enumerate() {
                 for (layer, payload) in payloads.iter().enumerate() {
                     let start = 8 * (layer * self.block_size + token);
@@ -168,7 +163,7 @@ impl Disk {
         let Kept { asked, deposited } = kept;
         let prompt = asked.prompt();
         let wanted = Oracle::stored(prompt);
-        let mut bytes = vec![0; self.block_bytes()];
+        let mut bytes = vec![0; self.block_bytes];
         for (number, hash) in deposited.blocks.iter().chain(&deposited.tail).enumerate() {
             let range = number * self.block_size..prompt.len().min((number + 1) * self.block_size);
             let found = store.read(hash, &prompt[range.clone()], &mut bytes);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use mneme::backend::sim::{SimBackend, SimMemory};
 use mneme::engine::{Deposited, EngineHandle, GenerateRequest, OutputStream, SharedPrefix, Task, TierConfig};
 
-use super::disk::{Disk, MAX_BLOCK_BYTES};
+use super::disk::{Disk, block_bytes};
 use super::oracle::Oracle;
 use super::take_turn;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, request};
@@ -29,8 +29,8 @@ impl World {
         let model = TinyModel::new(Family::Llama, 1).write();
         let mut random = Random::new(1);
         let setup = Setup { limits: limits(), ..Setup::default() };
-        let disk = Disk::new(1, &mut random, setup.limits.block_size, setup.limits.num_blocks, true);
-        let host_bytes = 64 * MAX_BLOCK_BYTES;
+        let disk = Disk::new(1, &mut random, &setup.limits, Family::Llama, true);
+        let host_bytes = 128 * block_bytes(Family::Llama, setup.limits.block_size);
         let tiers = TierConfig { host_bytes, open_vault: Some(disk.opener(Duration::ZERO)), ..TierConfig::default() };
         let backend = SimBackend::slow(1);
         let memory = backend.memory();

@@ -42,11 +42,11 @@ impl Simulation {
     pub fn new(seed: u64, start: Option<Start>, checkpoints: &Checkpoints) -> Self {
         let mut random = Random::new(seed);
         let machine = Machine::draw(seed, &mut random);
-        let SchedulerLimits { max_model_len, block_size, num_blocks, .. } = machine.limits;
-        let prompts = Prompts::new(&mut random, max_model_len);
+        let prompts = Prompts::new(&mut random, machine.limits.max_model_len);
         let device = Device::new(start, machine.limits, checkpoints);
         let has_disk = !random.once_in(4);
-        let disk = has_disk.then(|| Disk::new(seed, &mut random, block_size, num_blocks, device.is_double()));
+        let disk =
+            has_disk.then(|| Disk::new(seed, &mut random, &machine.limits, checkpoints.family(), device.is_double()));
         Self {
             random,
             device,

@@ -6,13 +6,13 @@ use mneme::engine::{MergeConfig, SchedulerLimits, TierConfig};
 
 use super::adapters::{Checkpoints, merge_config};
 use super::device::Device;
-use super::disk::{Disk, MAX_BLOCK_BYTES};
+use super::disk::{Disk, block_bytes};
 use crate::support::engine::{Setup, TestEngine, limits};
 use crate::support::random::Random;
 
 pub struct Machine {
     pub limits: SchedulerLimits,
-    host_bytes: usize,
+    num_host_blocks: usize,
     adapter_host_bytes: usize,
     num_io_threads: usize,
     fetch_wait: Option<Duration>,
@@ -34,7 +34,7 @@ impl Machine {
             limits,
             // None, one or two, all.
             adapter_host_bytes: [0, 20_000, 1 << 20][random.below(3)],
-            host_bytes: num_host_blocks * MAX_BLOCK_BYTES * limits.block_size / 32,
+            num_host_blocks,
             num_io_threads: random.within(1, 4),
             fetch_wait: random.once_in(3).then(|| Duration::from_micros(random.below(3) as u64 * 100)),
             slow_seed: (!random.once_in(3)).then_some(seed),
@@ -59,7 +59,7 @@ impl Machine {
         let setup = Setup { limits, merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
         let tiers = TierConfig {
-            host_bytes: self.host_bytes,
+            host_bytes: self.num_host_blocks * block_bytes(checkpoints.family(), limits.block_size),
             num_io_threads: self.num_io_threads,
             open_vault: disk.map(|disk| disk.opener(delay)),
             fetch_wait: self.fetch_wait,

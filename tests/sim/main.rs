@@ -114,7 +114,7 @@ fn number(name: &str, otherwise: u64) -> u64 {
 fn random_lives_end_as_predicted() {
     let _turn = take_turn();
     let (first, num_seeds) = (number("MNEME_SIM_FIRST", 0), number("MNEME_SIM_SEEDS", NUM_SEEDS));
-    let total = match run_seeds(first..first + num_seeds, &Checkpoints::write()) {
+    let total = match run_seeds(first..first + num_seeds, &Checkpoints::write(Family::Llama)) {
         Ok(total) => total,
         Err((seed, why)) => panic!("seed {seed}: {why}"),
     };
@@ -128,14 +128,14 @@ fn random_lives_end_as_predicted() {
 #[test]
 fn random_lives_on_the_cpu_end_as_alone() {
     let _turn = take_turn();
-    let checkpoints = Checkpoints::write();
+    let checkpoints = Family::ALL.map(Checkpoints::write);
     let start: Start = |path, setup, tiers| {
         let backend = CpuBackend::new(setup.isa, 1).unwrap();
         TestEngine::start_with_tiers(backend, path, setup, tiers)
     };
     let mut total = Reached::default();
-    for seed in 0..NUM_COMPUTED_SEEDS {
-        let reached = Simulation::new(seed, Some(start), &checkpoints).run(&checkpoints);
+    for (seed, checkpoints) in (0..NUM_COMPUTED_SEEDS).zip(checkpoints.iter().cycle()) {
+        let reached = Simulation::new(seed, Some(start), checkpoints).run(checkpoints);
         eprintln!("seed {seed}: {reached:?}");
         total += reached;
     }

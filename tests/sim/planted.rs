@@ -7,6 +7,7 @@ use mneme::planted::{Bug, plant};
 
 use super::adapters::Checkpoints;
 use super::{NUM_SEEDS, run_seeds, take_turn};
+use crate::support::tiny_model::Family;
 
 /// Takes a planted bug out again, also when the test fails.
 struct Planted;
@@ -27,7 +28,7 @@ impl Drop for Planted {
 #[test]
 fn each_planted_bug_is_found() {
     let _turn = take_turn();
-    let checkpoints = Checkpoints::write();
+    let checkpoints = Checkpoints::write(Family::Llama);
     if let Err((seed, why)) = run_seeds(0..NUM_SEEDS, &checkpoints) {
         panic!("without a planted bug seed {seed} fails: {why}");
     }

@@ -49,6 +49,26 @@ fn check(family: Family, dtype: DType) {
 }
 
 #[test]
+fn llama_is_the_cpus_in_f16() {
+    check(Family::Llama, DType::F16);
+}
+
+#[test]
+fn llama3_is_the_cpus_in_bf16() {
+    check(Family::Llama3, DType::BF16);
+}
+
+#[test]
+fn qwen3_is_the_cpus_in_bf16() {
+    check(Family::Qwen3, DType::BF16);
+}
+
+#[test]
+fn gemma2_is_the_cpus_in_f16() {
+    check(Family::Gemma2, DType::F16);
+}
+
+#[test]
 fn qwen2_is_the_cpus_in_bf16() {
     check(Family::Qwen2, DType::BF16);
 }

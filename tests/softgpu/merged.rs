@@ -61,6 +61,26 @@ fn llama_is_the_cpus_in_bf16() {
 }
 
 #[test]
+fn llama3_is_the_cpus_in_f16() {
+    check(Family::Llama3, DType::F16);
+}
+
+#[test]
+fn qwen2_is_the_cpus_in_bf16() {
+    check(Family::Qwen2, DType::BF16);
+}
+
+#[test]
+fn qwen3_is_the_cpus_in_f16() {
+    check(Family::Qwen3, DType::F16);
+}
+
+#[test]
+fn gemma2_is_the_cpus_in_bf16() {
+    check(Family::Gemma2, DType::BF16);
+}
+
+#[test]
 fn gemma3_is_the_cpus_in_f16() {
     check(Family::Gemma3, DType::F16);
 }

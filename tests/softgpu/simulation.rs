@@ -28,14 +28,14 @@ use adapters::Checkpoints;
 use life::Simulation;
 use reached::Reached;
 
-/// Few that come to many places.
-const SEEDS: [u64; 2] = [2, 10];
+/// Of a life with every family: few that come to many places.
+const SEEDS: [u64; crate::FAMILIES.len()] = [2, 10, 3, 4, 5, 6];
 
 #[test]
 fn random_lives_end_as_alone() {
-    let checkpoints = Checkpoints::write();
     let mut total = Reached::default();
-    for seed in SEEDS {
+    for (seed, family) in SEEDS.into_iter().zip(crate::FAMILIES) {
+        let checkpoints = Checkpoints::write(*family);
         total += Simulation::new(seed, Some(crate::start_with_tiers), &checkpoints).run(&checkpoints);
     }
     eprintln!("{total:?}");
