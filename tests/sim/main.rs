@@ -151,7 +151,7 @@ fn late_blocks_in_a_full_pool_are_not_asked_for_again() {
     let mut random = Random::new(1);
     let prompt = random.tokens(71, VOCAB);
     let limits = SchedulerLimits { num_blocks: 5, max_model_len: 80, ..limits() };
-    let disk = Disk::new(1, &mut random, limits.block_size, limits.num_blocks, true);
+    let disk = Disk::new(1, &mut random, &limits, Family::Llama, true);
     let start = |fetch_wait| {
         let open_vault = Some(disk.opener(Duration::ZERO));
         let tiers = TierConfig { num_io_threads: 1, open_vault, fetch_wait, ..TierConfig::default() };
