@@ -9,7 +9,7 @@ use mneme::paging::faulty::FaultyFiles;
 use mneme::paging::{BlockFormat, BlockStore, Files, OpenedVault, StoreConfig};
 
 use crate::support::engine::{PATIENCE, Setup, TestEngine, collect, request};
-use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
+use crate::support::tiny_model::Family;
 
 const FOLDER: &str = "/vault/segments";
 
@@ -29,9 +29,7 @@ impl Tiers {
 
     /// Bytes of a block, as the engine lays it out.
     pub fn block_bytes(&self) -> usize {
-        let block_size = self.setup.limits.block_size;
-        let numbers = self.family.num_layers() * 2 * NUM_KV_HEADS * HEAD_DIM * block_size;
-        (numbers * self.setup.kv_dtype.block_bytes()).next_multiple_of(4096)
+        self.family.block_bytes(self.setup.kv_dtype, self.setup.limits.block_size)
     }
 
     /// The disk tier alone.

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use mneme::backend::DType;
 use mneme::engine::{Deposited, SchedulerLimits};
 use mneme::kv::BlockHash;
 use mneme::paging::faulty::{Fault, FaultyFiles};
@@ -12,18 +13,13 @@ use mneme::paging::{BlockFormat, BlockStore, Found, OpenedVault, PinnedBlocks, S
 use super::oracle::{NUM_LAYERS, Oracle};
 use super::sharing::Asked;
 use crate::support::random::Random;
-use crate::support::tiny_model::{Family, HEAD_DIM, NUM_KV_HEADS};
+use crate::support::tiny_model::Family;
 
 /// More blocks than two lives compute.
 const ENOUGH_BLOCKS: usize = 4096;
 
 /// Operations before a crash at most.
 const MAX_OPERATIONS: usize = 60;
-
-/// Bytes of a block of `family`'s KV, in 16 bits.
-pub fn block_bytes(family: Family, block_size: usize) -> usize {
-    family.num_layers() * 2 * NUM_KV_HEADS * HEAD_DIM * 2 * block_size
-}
 
 /// A deposit that was acknowledged as durable.
 pub struct Kept {
@@ -61,7 +57,7 @@ impl Disk {
             may_have_lost: false,
             max_blocks,
             block_size: limits.block_size,
-            block_bytes: block_bytes(family, limits.block_size),
+            block_bytes: family.block_bytes(DType::BF16, limits.block_size),
             is_of_double,
             open: Arc::default(),
         }

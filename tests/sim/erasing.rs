@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use mneme::backend::DType;
 use mneme::backend::sim::{SimBackend, SimMemory};
 use mneme::engine::{Deposited, EngineHandle, GenerateRequest, OutputStream, SharedPrefix, Task, TierConfig};
 
-use super::disk::{Disk, block_bytes};
+use super::disk::Disk;
 use super::oracle::Oracle;
 use super::take_turn;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, request};
@@ -30,7 +31,7 @@ impl World {
         let mut random = Random::new(1);
         let setup = Setup { limits: limits(), ..Setup::default() };
         let disk = Disk::new(1, &mut random, &setup.limits, Family::Llama, true);
-        let host_bytes = 128 * block_bytes(Family::Llama, setup.limits.block_size);
+        let host_bytes = 128 * Family::Llama.block_bytes(DType::BF16, setup.limits.block_size);
         let tiers = TierConfig { host_bytes, open_vault: Some(disk.opener(Duration::ZERO)), ..TierConfig::default() };
         let backend = SimBackend::slow(1);
         let memory = backend.memory();

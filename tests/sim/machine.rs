@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use mneme::backend::DType;
 use mneme::engine::{MergeConfig, SchedulerLimits, TierConfig};
 
 use super::adapters::{Checkpoints, merge_config};
 use super::device::Device;
-use super::disk::{Disk, block_bytes};
+use super::disk::Disk;
 use crate::support::engine::{Setup, TestEngine, limits};
 use crate::support::random::Random;
 
@@ -59,7 +60,7 @@ impl Machine {
         let setup = Setup { limits, merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
         let tiers = TierConfig {
-            host_bytes: self.num_host_blocks * block_bytes(checkpoints.family(), limits.block_size),
+            host_bytes: self.num_host_blocks * checkpoints.family().block_bytes(DType::BF16, limits.block_size),
             num_io_threads: self.num_io_threads,
             open_vault: disk.map(|disk| disk.opener(delay)),
             fetch_wait: self.fetch_wait,

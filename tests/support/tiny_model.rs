@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
+use mneme::backend::DType;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -70,6 +71,12 @@ impl Family {
             Family::Gemma2 | Family::ShortGemma3 => Some(2),
             _ => None,
         }
+    }
+
+    /// Bytes of a block of keys and values, as engines lay it out.
+    pub fn block_bytes(self, kv_dtype: DType, block_size: usize) -> usize {
+        let numbers = self.num_layers() * 2 * NUM_KV_HEADS * HEAD_DIM * block_size;
+        (numbers * kv_dtype.block_bytes()).next_multiple_of(4096)
     }
 
     pub fn is_gemma(self) -> bool {
