@@ -60,6 +60,7 @@ impl Machine {
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
         let tiers = TierConfig {
             host_bytes: self.host_bytes,
+            host_slab_bytes: self.host_bytes.div_ceil(3),
             num_io_threads: self.num_io_threads,
             open_vault: disk.map(|disk| disk.opener(delay)),
             fetch_wait: self.fetch_wait,
