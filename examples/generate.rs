@@ -35,6 +35,7 @@ fn main() -> anyhow::Result<()> {
     let config = EngineConfig {
         model_name: "example".into(),
         limits,
+        min_kv_tokens: limits.max_model_len,
         kv_dtype: DType::BF16,
         eos_token_ids: tokenizer.end_ids().to_vec(),
         seed: 0,

@@ -3,6 +3,7 @@
 //! Recording takes no allocation, so the step loop may do it. Encoding to text happens on the server's side.
 
 mod adapters;
+mod degradations;
 mod merges;
 mod prefills;
 
@@ -18,6 +19,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub use adapters::{AdapterMetrics, Evictor};
+pub use degradations::{Degradation, Degradations};
 pub use merges::{MergeMetrics, MergeRefusal, MergeStage};
 pub use prefills::{PrefillMetrics, PrefillOutcome};
 

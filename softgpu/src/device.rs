@@ -32,8 +32,8 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device as the environment describes it: `SOFTGPU_MEMORY_MIB`, `SOFTGPU_PINNED_MIB`, `SOFTGPU_STREAMS=eager|lazy`,
-    /// `SOFTGPU_SEED`.
+    /// A device as the environment describes it: `SOFTGPU_MEMORY_MIB`, `SOFTGPU_PIECE_MIB`, `SOFTGPU_PINNED_MIB`,
+    /// `SOFTGPU_STREAMS=eager|lazy`, `SOFTGPU_SEED`.
     fn from_env() -> Self {
         let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
         let mode = match std::env::var("SOFTGPU_STREAMS").as_deref() {
@@ -42,7 +42,8 @@ impl Device {
         };
         let seed = number("SOFTGPU_SEED").unwrap_or(0);
         Self {
-            memory: Memory::new(number("SOFTGPU_MEMORY_MIB").unwrap_or(DEFAULT_MEMORY_MIB) << 20),
+            memory: Memory::new(number("SOFTGPU_MEMORY_MIB").unwrap_or(DEFAULT_MEMORY_MIB) << 20)
+                .in_pieces(number("SOFTGPU_PIECE_MIB").map_or(u64::MAX, |mib| mib << 20)),
             pinned: Pinned::new(number("SOFTGPU_PINNED_MIB").map_or(u64::MAX, |mib| mib << 20)),
             streams: Streams::new(mode, seed),
             modules: Mutex::default(),

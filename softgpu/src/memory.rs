@@ -342,6 +342,8 @@ pub struct Memory {
     next: Mutex<Next>,
     used: AtomicU64,
     capacity: u64,
+    /// Bytes that a single allocation may have.
+    largest: u64,
     next_tag: AtomicU32,
     in_use: RwLock<()>,
 }
@@ -359,9 +361,15 @@ impl Memory {
             next: Mutex::new(Next { slot: 0, id: 1 }),
             used: AtomicU64::new(0),
             capacity,
+            largest: u64::MAX,
             next_tag: AtomicU32::new(1),
             in_use: RwLock::default(),
         }
+    }
+
+    /// The same where what is free lies in pieces, of so many bytes at the most.
+    pub fn in_pieces(self, largest: u64) -> Self {
+        Self { largest, ..self }
     }
 
     /// Keeps all allocations while it is held.
@@ -374,12 +382,15 @@ impl Memory {
         (self.capacity.saturating_sub(self.used.load(Relaxed)), self.capacity)
     }
 
-    /// Allocates `bytes` (at least 1) of uninitialised memory; `None` when the device is full.
+    /// Allocates `bytes` (at least 1) of uninitialised memory; `None` when the device is full, or has no such piece.
     pub fn allocate(&self, bytes: u64, origin: &str) -> Option<&Allocation> {
         let charged = bytes.max(1).next_multiple_of(512);
         let mut next = self.next.lock().unwrap_or_else(|e| e.into_inner());
         let slots = (LEAD + bytes + LEAD).div_ceil(1 << SLOT_BITS);
-        if self.used.load(Relaxed) + charged > self.capacity || next.slot + slots > (CHUNK * CHUNKS) as u64 {
+        if bytes > self.largest
+            || self.used.load(Relaxed) + charged > self.capacity
+            || next.slot + slots > (CHUNK * CHUNKS) as u64
+        {
             return None;
         }
         let (base, id) = (BASE + (next.slot << SLOT_BITS) + LEAD, next.id);

@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use super::{DType, Transfer};
+use crate::telemetry::Degradations;
 use crate::{Result, invalid};
 
 /// What a stream is for. Devices may run copies beside compute.
@@ -33,17 +34,14 @@ pub trait Device: Send + 'static {
     /// One I/O thread's way to and from device memory.
     type Transfer: Transfer<Buffer = Self::Buffer, HostBuffer = Self::HostBuffer, Event = Self::Event>;
 
+    /// Where it is said what the device, and who works with it, go on without.
+    fn degradations(&self) -> &Degradations;
+
     /// `bytes` of zeroed device memory.
     fn allocate(&self, bytes: usize) -> Result<Self::Buffer>;
 
     /// `bytes` of zeroed host memory.
     fn allocate_host(&self, bytes: usize) -> Result<Self::HostBuffer>;
-
-    /// Zeroed host memory of so many blocks of `block_bytes`, or of fewer where the system gives no more, from which they
-    /// can be brought up layer by layer ([`Transfer::land`]); `None` where that has no advantage or cannot be.
-    fn allocate_host_blocks(&self, _num_blocks: usize, _block_bytes: usize) -> Result<Option<Vec<Self::HostBuffer>>> {
-        Ok(None)
-    }
 
     /// Bytes of device memory that can still be allocated; `None` where it is the host's.
     fn free_bytes(&self) -> Result<Option<usize>> {

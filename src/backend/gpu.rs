@@ -41,15 +41,25 @@ impl GpuInfo {
             let (major, minor) = MIN_COMPUTE_CAPABILITY;
             return Some(format!("{self} is too old: the kernels need compute capability {major}.{minor}"));
         }
-        let ((found_major, found_minor), (major, minor)) = (self.driver_version, min_driver());
-        (self.driver_version < (major, minor)).then(|| {
+        self.driver_problem(min_driver())
+    }
+
+    /// What its driver lacks, if that is to support CUDA `wanted`.
+    fn driver_problem(&self, wanted: (i32, i32)) -> Option<String> {
+        let ((found_major, found_minor), (major, minor)) = (self.driver_version, wanted);
+        (self.driver_version < wanted).then(|| {
             format!(
                 "the driver of {self} supports CUDA {found_major}.{found_minor} and the kernels need {major}.{minor}: update \
                  it to {} or newer",
-                if major < 13 { "R525" } else { "R580" }
+                needed_release(wanted)
             )
         })
     }
+}
+
+/// The first release of NVIDIA's driver that supports such a version of CUDA, of those that kernels are compiled for.
+pub(super) fn needed_release(cuda: (i32, i32)) -> &'static str {
+    if cuda < (13, 0) { "R525" } else { "R580" }
 }
 
 /// The version of CUDA that a driver has to support, as far as it is known when the program is built.
@@ -73,7 +83,9 @@ pub fn find_gpus() -> Result<Vec<GpuInfo>> {
     #[cfg(feature = "cuda")]
     return super::cuda::find_gpus();
     #[cfg(not(feature = "cuda"))]
-    return Err(crate::unsupported!("this build has no CUDA (it was built without the cargo feature \"cuda\")"));
+    return Err(crate::Error::NotFound(
+        "this build has no CUDA (it was built without the cargo feature \"cuda\")".into(),
+    ));
 }
 
 /// How the kernels get onto a GPU. An error says what is missing.
@@ -124,11 +136,13 @@ mod tests {
 
     #[test]
     fn old_drivers_are_refused_by_what_they_lack() {
-        let old = GpuInfo { driver_version: (11, 8), ..gpu("NVIDIA A100", (8, 0)) };
-        let problem = old.problem();
-        assert_eq!(problem.is_some(), min_driver() > old.driver_version);
-        if let Some(problem) = problem {
-            assert!(problem.contains("supports CUDA 11.8") && problem.contains("update it to R5"), "{problem}");
+        let with_driver = |driver_version| GpuInfo { driver_version, ..gpu("NVIDIA A100", (8, 0)) };
+        let problem = with_driver((11, 8)).driver_problem((12, 0)).unwrap();
+        assert!(problem.contains("CUDA 11.8 and the kernels need 12.0: update it to R525"), "{problem}");
+        let problem = with_driver((12, 9)).driver_problem((13, 0)).unwrap();
+        assert!(problem.contains("CUDA 12.9 and the kernels need 13.0: update it to R580"), "{problem}");
+        for (found, wanted) in [((12, 0), (12, 0)), ((13, 1), (12, 0)), ((13, 0), (13, 0)), ((11, 8), (0, 0))] {
+            assert_eq!(with_driver(found).driver_problem(wanted), None);
         }
     }
 

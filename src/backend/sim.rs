@@ -37,6 +37,7 @@ use super::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, Device, HeadTransform, HostTensor, KvLayer, KvOrder,
     LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch, ScaledUpdate, Tensor, check_softcap,
 };
+use crate::telemetry::Degradations;
 use crate::{Error, Result};
 
 /// The double.
@@ -44,6 +45,7 @@ use crate::{Error, Result};
 pub struct SimBackend {
     delays: Option<Arc<Delays>>,
     memory: SimMemory,
+    degradations: Degradations,
 }
 
 impl SimBackend {
@@ -51,11 +53,6 @@ impl SimBackend {
     /// longer the more tokens it has.
     pub fn slow(seed: u64) -> Self {
         Self { delays: Some(Arc::new(Delays::new(seed))), ..Self::default() }
-    }
-
-    /// Whether steps may begin on blocks of the host that are still on their way.
-    fn lands_by_layer(&self) -> bool {
-        self.delays.as_ref().is_none_or(|delays| delays.lands_by_layer())
     }
 
     /// All its memory, for who looks what is left there.

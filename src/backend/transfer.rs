@@ -13,6 +13,13 @@ pub trait Transfer: Send + 'static {
     /// A point in this thread's copies.
     type Event: Send + 'static;
 
+    /// Zeroed host memory of so many blocks of `block_bytes` that lie one behind the other, or of fewer where the system gives
+    /// no more, from which they can be brought up layer by layer ([`land`](Self::land)); `None` where that has no advantage
+    /// or cannot be. That takes its time: page-locking some 64 MiB, milliseconds.
+    fn allocate_host_blocks(&self, _num_blocks: usize, _block_bytes: usize) -> Result<Option<Vec<Self::HostBuffer>>> {
+        Ok(None)
+    }
+
     /// Lets `write` fill `bytes` of host memory, which then are bytes `[offset, offset + bytes)` of `target`. Returns
     /// when they are there; after an error, the target's or `write`'s own, the run holds anything.
     fn fill(
@@ -28,8 +35,8 @@ pub trait Transfer: Send + 'static {
     /// returned, also after an error.
     ///
     /// # Errors
-    /// `Unsupported` on devices without [`allocate_host_blocks`](super::Device::allocate_host_blocks); otherwise the blocks
-    /// hold anything once `finish` has returned.
+    /// `Unsupported` on devices without [`allocate_host_blocks`](Self::allocate_host_blocks); otherwise the blocks hold
+    ///  anything once `finish` has returned.
     fn land(
         &mut self,
         _target: &Self::Buffer,

@@ -21,8 +21,8 @@ pub(crate) enum DeviceArg {
 /// Where the model will run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Chosen {
-    /// On the CPU, with the reason when a GPU might have been expected.
-    Cpu { reason: Option<String> },
+    /// On the CPU, with the reason when a GPU might have been expected, and whether a driver says that there is one.
+    Cpu { reason: Option<String>, has_gpu: bool },
     /// On this GPU.
     Gpu(GpuInfo),
 }
@@ -59,7 +59,7 @@ impl DeviceArg {
     /// Looks at this machine and decides.
     pub(crate) fn choose(self) -> anyhow::Result<Chosen> {
         match self {
-            DeviceArg::Cpu => Ok(Chosen::Cpu { reason: None }),
+            DeviceArg::Cpu => Ok(Chosen::Cpu { reason: None, has_gpu: false }),
             _ => self.choose_among(find_gpus(), kernel_source()),
         }
     }
@@ -71,9 +71,10 @@ impl DeviceArg {
         kernels: mneme::Result<&'static str>,
     ) -> anyhow::Result<Chosen> {
         if self == DeviceArg::Auto {
-            let usable = gpus.map_err(|error| error.to_string()).and_then(|gpus| first_usable(&gpus));
-            let ready = usable.and_then(|gpu| kernels.map(|_| gpu).map_err(|error| error.to_string()));
-            return Ok(ready.map_or_else(|reason| Chosen::Cpu { reason: Some(reason) }, Chosen::Gpu));
+            return Ok(match gpus {
+                Ok(gpus) => first_usable(&gpus, kernels),
+                Err(error) => without_gpu(&error, !matches!(error, mneme::Error::NotFound(_))),
+            });
         }
         let found = self.find(&gpus.map_err(|error| anyhow::anyhow!("--device {self}: {error}"))?)?;
         kernels.map_err(|error| anyhow::anyhow!("--device {self}: {error}"))?;
@@ -106,17 +107,22 @@ impl DeviceArg {
     }
 }
 
-/// The first real GPU the kernels can run on, or why there is none.
-fn first_usable(gpus: &[GpuInfo]) -> Result<GpuInfo, String> {
+/// The first real GPU the kernels can run on, or the CPU and why.
+fn first_usable(gpus: &[GpuInfo], kernels: mneme::Result<&'static str>) -> Chosen {
     let real = || gpus.iter().filter(|gpu| !gpu.is_software());
-    if let Some(gpu) = real().find(|gpu| gpu.problem().is_none()) {
-        return Ok(gpu.clone());
-    }
     let problems: Vec<String> = real().filter_map(GpuInfo::problem).collect();
-    match problems.is_empty() {
-        true => Err("the driver found is the software GPU, which only --device softgpu uses".to_owned()),
-        false => Err(problems.join("; ")),
+    match (real().find(|gpu| gpu.problem().is_none()), kernels) {
+        (Some(gpu), Ok(_)) => Chosen::Gpu(gpu.clone()),
+        (Some(_), Err(error)) => without_gpu(&error, true),
+        (None, _) if problems.is_empty() => {
+            without_gpu(&"the driver found is the software GPU, which only --device softgpu uses", false)
+        }
+        (None, _) => without_gpu(&problems.join("; "), true),
     }
+}
+
+fn without_gpu(reason: &dyn fmt::Display, has_gpu: bool) -> Chosen {
+    Chosen::Cpu { reason: Some(reason.to_string()), has_gpu }
 }
 
 fn list(gpus: &[GpuInfo]) -> String {
@@ -157,7 +163,7 @@ mod tests {
     fn auto_takes_the_first_gpu_that_can_be_used() {
         let (old, new) = (gpu(0, "Tesla V100", 7), gpu(1, "NVIDIA H100", 9));
         assert_eq!(choose(DeviceArg::Auto, &[old.clone(), new.clone()]), Ok(Chosen::Gpu(new)));
-        let Ok(Chosen::Cpu { reason: Some(reason) }) = choose(DeviceArg::Auto, &[old]) else { panic!() };
+        let Ok(Chosen::Cpu { reason: Some(reason), has_gpu: true }) = choose(DeviceArg::Auto, &[old]) else { panic!() };
         assert!(reason.contains("Tesla V100") && reason.contains("too old"), "{reason}");
     }
 
@@ -165,13 +171,15 @@ mod tests {
     fn auto_falls_back_to_the_cpu_and_says_why() {
         let missing = || Err(mneme::Error::NotFound("no driver here".into()));
         let reason = |chosen: anyhow::Result<Chosen>| match chosen {
-            Ok(Chosen::Cpu { reason: Some(reason) }) => reason,
+            Ok(Chosen::Cpu { reason: Some(reason), has_gpu }) => (reason, has_gpu),
             other => panic!("{other:?}"),
         };
-        assert_eq!(reason(DeviceArg::Auto.choose_among(missing(), Ok(""))), "no driver here");
+        assert_eq!(reason(DeviceArg::Auto.choose_among(missing(), Ok(""))), ("no driver here".into(), false));
+        let old = Err(mneme::Error::Unsupported("an old driver".into()));
+        assert_eq!(reason(DeviceArg::Auto.choose_among(old, Ok(""))), ("an old driver".into(), true));
         let gpus = Ok(vec![gpu(0, "NVIDIA H100", 9)]);
         let kernels = Err(mneme::Error::NotFound("no kernels here".into()));
-        assert_eq!(reason(DeviceArg::Auto.choose_among(gpus, kernels)), "no kernels here");
+        assert_eq!(reason(DeviceArg::Auto.choose_among(gpus, kernels)), ("no kernels here".into(), true));
         assert!(DeviceArg::Cuda(0).choose_among(missing(), Ok("")).unwrap_err().to_string().contains("no driver here"));
     }
 
@@ -180,7 +188,7 @@ mod tests {
         let soft = [gpu(0, "mneme software GPU", 8)];
         assert_eq!(choose(DeviceArg::SoftGpu, &soft), Ok(Chosen::Gpu(soft[0].clone())));
         assert!(choose(DeviceArg::Cuda(0), &soft).unwrap_err().contains("--device softgpu"));
-        let Ok(Chosen::Cpu { reason: Some(reason) }) = choose(DeviceArg::Auto, &soft) else { panic!() };
+        let Ok(Chosen::Cpu { reason: Some(reason), has_gpu: false }) = choose(DeviceArg::Auto, &soft) else { panic!() };
         assert!(reason.contains("software GPU"), "{reason}");
         let real = [gpu(0, "NVIDIA H100", 9)];
         assert!(choose(DeviceArg::SoftGpu, &real).unwrap_err().contains("LD_LIBRARY_PATH"));

@@ -12,6 +12,7 @@ use mneme::backend::{DType, KvLayout, flash_attention_version};
 use mneme::engine::{DEFAULT_ADAPTER_HOST_BYTES, SchedulerLimits};
 use mneme::hub::catalog;
 use mneme::models::{Checkpoint, ModelConfig};
+use mneme::telemetry::Degradations;
 
 use super::device::{Chosen, DeviceArg};
 use super::kv_room::KvRoom;
@@ -191,10 +192,24 @@ impl EngineArgs {
     }
 
     /// The same bounds with a pool that fits into `room`. A number of blocks that a command counted itself stays.
-    pub(crate) fn fit(&self, limits: SchedulerLimits, room: Option<KvRoom>) -> anyhow::Result<SchedulerLimits> {
+    pub(crate) fn fit(
+        &self,
+        limits: SchedulerLimits,
+        room: Option<KvRoom>,
+        degradations: &Degradations,
+    ) -> anyhow::Result<SchedulerLimits> {
         match room {
-            Some(room) if self.num_kv_blocks.is_none() => room.fit(limits, self.max_model_len.is_some()),
+            Some(room) if self.num_kv_blocks.is_none() => room.fit(limits, self.max_model_len.is_some(), degradations),
             _ => Ok(limits),
+        }
+    }
+
+    /// Tokens that a pool within `limits` holds at the least, should the device give no more: all of them where a command
+    /// counted its blocks itself.
+    pub(crate) fn min_kv_tokens(&self, limits: &SchedulerLimits) -> usize {
+        match self.num_kv_blocks {
+            Some(num_blocks) => num_blocks * limits.block_size,
+            None => self.max_model_len.unwrap_or(limits.block_size),
         }
     }
 
@@ -214,7 +229,7 @@ impl EngineArgs {
             if !asked {
                 continue;
             }
-            if let Chosen::Cpu { reason } = device {
+            if let Chosen::Cpu { reason, .. } = device {
                 let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
                 anyhow::bail!("{option} is for NVIDIA GPUs, and the CPU computes{reason}; leave {ours}");
             }

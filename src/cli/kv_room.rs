@@ -4,6 +4,7 @@ use mneme::Result;
 use mneme::backend::{Backend, KvLayout};
 use mneme::engine::SchedulerLimits;
 use mneme::models::{ModelConfig, StepLimits, Workspace};
+use mneme::telemetry::{Degradation, Degradations};
 
 /// One byte in so many is left free: memory is given out in pieces, and adapters may be merged later.
 const SHARE_LEFT_FREE: usize = 32;
@@ -38,7 +39,12 @@ impl KvRoom {
 
     /// The limits with a pool that fits, and says so where that is a smaller one. The longest sequence is cut to it, unless
     /// its length was asked for.
-    pub(crate) fn fit(self, limits: SchedulerLimits, is_len_given: bool) -> anyhow::Result<SchedulerLimits> {
+    pub(crate) fn fit(
+        self,
+        limits: SchedulerLimits,
+        is_len_given: bool,
+        degradations: &Degradations,
+    ) -> anyhow::Result<SchedulerLimits> {
         let num_blocks = self.free_bytes / self.block_bytes;
         if limits.num_blocks <= num_blocks {
             return Ok(limits);
@@ -56,10 +62,9 @@ impl KvRoom {
              smaller model",
             limits.max_model_len
         );
-        tracing::warn!(
-            "{found}; it gets that, and --kv-cache-memory-bytes {}M asks for it",
-            mib(num_blocks * self.block_bytes)
-        );
+        let given = mib(num_blocks * self.block_bytes);
+        let text = format!("{found}; it gets that, and --kv-cache-memory-bytes {given}M asks for it");
+        degradations.report(Degradation::KvPool, text);
         Ok(SchedulerLimits { num_blocks, max_model_len: limits.max_model_len.min(num_tokens), ..limits })
     }
 }
@@ -83,20 +88,22 @@ mod tests {
 
     #[test]
     fn a_pool_is_cut_to_what_is_free() {
-        let room = KvRoom { block_bytes: 1 << 20, free_bytes: 10 << 20 };
-        assert_eq!(room.fit(limits(10, 160), true).unwrap().num_blocks, 10);
-        let cut = room.fit(limits(40, 640), false).unwrap();
+        let (room, degradations) = (KvRoom { block_bytes: 1 << 20, free_bytes: 10 << 20 }, Degradations::default());
+        assert_eq!(room.fit(limits(10, 160), true, &degradations).unwrap().num_blocks, 10);
+        assert!(degradations.lines().is_empty());
+        let cut = room.fit(limits(40, 640), false, &degradations).unwrap();
         assert_eq!((cut.num_blocks, cut.max_model_len), (10, 160));
-        let cut = room.fit(limits(40, 100), true).unwrap();
+        let cut = room.fit(limits(40, 100), true, &degradations).unwrap();
         assert_eq!((cut.num_blocks, cut.max_model_len), (10, 100));
+        assert!(degradations.lines()[0].contains("--kv-cache-memory-bytes 10M"), "{:?}", degradations.lines());
     }
 
     #[test]
     fn what_cannot_be_cut_is_refused_with_what_to_do() {
-        let room = KvRoom { block_bytes: 1 << 20, free_bytes: 10 << 20 };
-        let error = room.fit(limits(40, 161), true).unwrap_err().to_string();
+        let (room, degradations) = (KvRoom { block_bytes: 1 << 20, free_bytes: 10 << 20 }, Degradations::default());
+        let error = room.fit(limits(40, 161), true, &degradations).unwrap_err().to_string();
         assert!(error.contains("room for 160 tokens") && error.contains("--max-model-len"), "{error}");
         let none = KvRoom { block_bytes: 1 << 20, free_bytes: 0 };
-        assert!(none.fit(limits(40, 640), false).is_err());
+        assert!(none.fit(limits(40, 640), false, &degradations).is_err());
     }
 }

@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use anyhow::Context;
 use mneme::backend::cpu::CpuBackend;
-use mneme::backend::{Backend, GpuInfo};
-use mneme::engine::{Engine, EngineConfig, EngineHandle, TierConfig};
+use mneme::backend::{Backend, Device, GpuInfo};
+use mneme::engine::{Engine, EngineConfig, EngineHandle, EngineInfo, TierConfig};
 use mneme::hub::{Cache, ModelRef, ResolvedModel, Resolver, stderr_progress};
 use mneme::models::Model;
+use mneme::telemetry::Degradation;
 
 use super::device::Chosen;
 use super::engine_args::EngineArgs;
@@ -46,12 +47,15 @@ pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Res
     let reference = ModelRef::parse(args.model())?;
     let model = Resolver::new(Cache::from_env()?).resolve(&reference, stderr_progress().as_mut())?;
     match device {
-        Chosen::Cpu { reason } => {
-            if let Some(reason) = reason {
-                tracing::info!("computing on the CPU: {reason}");
-            }
+        Chosen::Cpu { reason, has_gpu } => {
+            let reason = reason.map(|reason| format!("computing on the CPU: {reason}"));
+            reason.iter().for_each(|reason| tracing::info!("{reason}"));
             let make = || CpuBackend::new(args.isa(), args.num_threads());
-            launch_on(args, tiers, model, make)
+            let report = |backend: &CpuBackend| {
+                let reason = reason.iter().filter(|_| has_gpu);
+                reason.for_each(|reason| backend.degradations().report(Degradation::Gpu, reason));
+            };
+            launch_on(args, tiers, model, || make().inspect(report))
         }
         Chosen::Gpu(gpu) => launch_on_gpu(args, tiers, model, &gpu),
     }
@@ -95,22 +99,19 @@ fn launch_on<B: Backend>(
         (assets.join(), weights)
     });
     let weights = weights?;
-    let limits = args.fit(limits, KvRoom::of(&backend, checkpoint.config(), &limits, &layout)?)?;
+    let limits =
+        args.fit(limits, KvRoom::of(&backend, checkpoint.config(), &limits, &layout)?, backend.degradations())?;
     let assets = assets.map_err(|_| anyhow::anyhow!("the tokenizer's thread panicked"))??;
     let config = EngineConfig {
         model_name: model.name.clone(),
         limits,
+        min_kv_tokens: args.min_kv_tokens(&limits),
         kv_dtype,
         eos_token_ids: assets.eos_token_ids.clone(),
         seed: args.seed,
         merge: args.merge.config()?,
         adapter_host_bytes: args.max_lora_bytes,
     };
-    tracing::info!(
-        model = %model.name, backend = %backend.name(), threads = args.num_threads(),
-        max_model_len = config.limits.max_model_len, num_blocks = config.limits.num_blocks,
-        load_ms = started_at.elapsed().as_millis() as u64, "model loaded"
-    );
     let numerics = Numerics {
         backend: backend.name(),
         layout,
@@ -122,6 +123,11 @@ fn launch_on<B: Backend>(
         _ => TierConfig::default(),
     };
     let (engine, handle) = Engine::with_tiers(backend, weights, config, tiers)?;
+    let EngineInfo { max_model_len, num_blocks, .. } = handle.info();
+    tracing::info!(
+        model = %model.name, backend = %numerics.backend, threads = args.num_threads(), max_model_len, num_blocks,
+        load_ms = started_at.elapsed().as_millis() as u64, "model loaded"
+    );
     let thread =
         thread::Builder::new().name("engine".into()).spawn(|| engine.run()).context("cannot start the engine")?;
     if let Some(vault) = &vault {

@@ -36,8 +36,8 @@ pub(crate) struct TierArgs {
     /// Most bytes of KV blocks in the vault, with an optional suffix K, M or G
     #[arg(long, value_parser = parse_bytes, default_value = "8G")]
     vault_size_bytes: usize,
-    /// Host memory for KV blocks that the device has no room for, in bytes, with an optional suffix; page-locked at start
-    /// for a GPU, and of no use on the CPU, where it is the same memory
+    /// Most host memory for KV blocks that the device has no room for, in bytes, with an optional suffix; page-locked as
+    /// it fills for a GPU, and of no use on the CPU, where it is the same memory
     #[arg(long, value_parser = parse_bytes, default_value = "0")]
     kv_host_memory_bytes: usize,
 }
@@ -104,6 +104,7 @@ impl TierArgs {
         let open_vault = vault.map(|vault| self.opener(Arc::clone(vault), Arc::clone(checkpoint), numerics));
         Ok(TierConfig {
             host_bytes: self.kv_host_memory_bytes,
+            host_slab_bytes: 0,
             num_io_threads: NUM_IO_THREADS,
             open_vault: open_vault.transpose()?,
             fetch_wait: None,

@@ -91,6 +91,7 @@ mod tests {
             block_size: 1,
             layout: None,
             num_host_blocks: 0,
+            host_slab_bytes: 0,
             num_threads: 1,
             open: None,
         };

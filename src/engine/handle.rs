@@ -15,7 +15,7 @@ use super::output::output_channel;
 pub use super::output::{OutputSink, OutputStream};
 use super::request::{GenerateRequest, Task};
 use crate::kv::BlockHash;
-use crate::telemetry::EngineMetrics;
+use crate::telemetry::{Degradations, EngineMetrics};
 use crate::{Result as CrateResult, unsupported};
 
 /// A cheap, cloneable way to the engine thread.
@@ -29,6 +29,8 @@ pub struct EngineHandle {
     stopping: Arc<AtomicBool>,
     /// What the engine ended with, when that was an error.
     failure: Arc<OnceLock<String>>,
+    /// What it goes on without.
+    degradations: Degradations,
     leftovers: Option<Leftovers>,
     erasures: Option<ErasureQueue>,
     adapters: Option<Arc<dyn AdapterLoader>>,
@@ -94,6 +96,7 @@ impl EngineHandle {
             metrics,
             stopping,
             failure: Arc::default(),
+            degradations: Degradations::default(),
             leftovers: None,
             erasures: None,
             adapters: None,
@@ -109,6 +112,12 @@ impl EngineHandle {
     /// Says through the handle what the engine writes to `failure` when it ends with an error.
     pub(super) fn with_failure(mut self, failure: Arc<OnceLock<String>>) -> Self {
         self.failure = failure;
+        self
+    }
+
+    /// Says through the handle what the engine and its device go on without.
+    pub fn with_degradations(mut self, degradations: Degradations) -> Self {
+        self.degradations = degradations;
         self
     }
 
@@ -174,6 +183,11 @@ impl EngineHandle {
     /// Why the engine ended, when it did so with an error.
     pub fn failure(&self) -> Option<&str> {
         self.failure.get().map(String::as_str)
+    }
+
+    /// What the engine and its device go on without.
+    pub fn degradations(&self) -> &Degradations {
+        &self.degradations
     }
 
     /// The engine's fixed properties.

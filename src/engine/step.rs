@@ -34,6 +34,9 @@ pub struct EngineConfig {
     pub model_name: String,
     /// Bounds of steps, pool and queue.
     pub limits: SchedulerLimits,
+    /// Tokens that there is to be room for at the least, where the device gives fewer KV blocks than `limits` say; sequences
+    /// are no longer then.
+    pub min_kv_tokens: usize,
     /// Element type of the KV cache: bf16 or f32.
     pub kv_dtype: DType,
     /// Tokens that end an output.
@@ -86,7 +89,7 @@ impl<B: Backend> Engine<B> {
     pub fn with_tiers(
         backend: B,
         model: Model<B>,
-        config: EngineConfig,
+        mut config: EngineConfig,
         tiers: TierConfig,
     ) -> Result<(Self, EngineHandle)> {
         let limits = &config.limits;
@@ -99,26 +102,29 @@ impl<B: Backend> Engine<B> {
                 limits.max_model_len
             ));
         }
+        let degradations = backend.degradations().clone();
+        let runner = ModelRunner::new(backend, model, &config)?;
+        config.limits = *runner.limits();
+        let (limits, sizes) = (&config.limits, runner.model().config());
         let (sender, submissions) = bounded(SUBMISSION_QUEUE);
         let (waker, wake) = bounded(1);
         let stopping = Arc::new(AtomicBool::new(false));
         let metrics = Arc::new(EngineMetrics::new(&config.model_name, limits.block_size, limits.num_blocks));
         let info = EngineInfo {
             max_model_len: limits.max_model_len,
-            vocab_size: model.config().vocab_size,
-            hidden_size: model.config().hidden_size,
+            vocab_size: sizes.vocab_size,
+            hidden_size: sizes.hidden_size,
             block_size: limits.block_size,
             num_blocks: limits.num_blocks,
-            num_multiplied: model.config().num_multiplied(),
+            num_multiplied: sizes.num_multiplied(),
         };
         let stopped = Arc::new(AtomicBool::new(false));
         let failure = Arc::new(OnceLock::new());
         // Of this process alone: what is hashed before the model's identity is known is found by nobody later.
         let hash_identity = Uuid::new_v4().as_bytes().to_vec();
-        let shapes = base_shapes(model.config());
-        let runner = ModelRunner::new(backend, model, config.kv_dtype, limits)?;
+        let shapes = base_shapes(sizes);
         let fetch_wait = tiers.fetch_wait;
-        let pager = runner.start_pager(tiers, limits, &waker)?;
+        let pager = runner.start_pager(tiers, &waker)?;
         let (page_bytes, num_pages, host_bytes) = (runner.block_bytes(), limits.num_blocks, config.adapter_host_bytes);
         let space = AdapterSpace { shapes, page_bytes, num_pages, host_bytes };
         let store = Arc::new(AdapterStore::new(runner.create_lora_loader()?, space, Arc::clone(&metrics)));
@@ -130,6 +136,7 @@ impl<B: Backend> Engine<B> {
             .with_leftovers(submissions.clone(), Arc::clone(&stopped))
             .with_erasures(erasure_queue)
             .with_failure(Arc::clone(&failure))
+            .with_degradations(degradations)
             .with_adapters(store);
         let engine = Self {
             scheduler: Scheduler::new(*limits, pager, fetch_wait, residency),

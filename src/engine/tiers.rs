@@ -21,6 +21,7 @@ use super::sequence::{Sequence, WantedTail, Work};
 use crate::kv::{BlockHash, BlockId, CachedPool};
 use crate::paging::{Completion, DeviceLanding, Pager, Ticket, Tier, VaultOpener};
 use crate::planted::{self, Bug};
+use crate::telemetry::Degradation;
 
 /// A fetch that takes longer than this is not waited for, whatever it was expected to take.
 const MAX_WAIT: Duration = Duration::from_secs(10);
@@ -42,6 +43,8 @@ const POOL_SHARE_OF_SAVES: usize = 8;
 pub struct TierConfig {
     /// Bytes of the host's memory for blocks that the device has no room for; 0 for none.
     pub host_bytes: usize,
+    /// Bytes of it that are page-locked at a time, where they are; 0 for 64 MiB.
+    pub host_slab_bytes: usize,
     /// Threads that copy between tiers; 0 takes one.
     pub num_io_threads: usize,
     /// Opens the disk tier; none without it.
@@ -456,6 +459,7 @@ impl Tiers {
         let Fetch { sequence, blocks, promised, started_at, landing, .. } = self.fetches.swap_remove(at);
         if landing.is_some() {
             let is_whole = fetch::finish_landing(pool, blocks);
+            self.judge_copies(if is_whole { FetchDecision::Fetched } else { FetchDecision::Lost });
             return if is_whole { Arrival::Landed(promised) } else { Arrival::NeverLanded };
         }
         let Some(mut sequence) = sequence else {
@@ -476,6 +480,7 @@ impl Tiers {
         let is_complete = num_whole == blocks.len() && num_whole > 0;
         sequence.may_fetch = is_complete;
         sequence.reuse.decision = if is_complete { FetchDecision::Fetched } else { FetchDecision::Lost };
+        self.judge_copies(sequence.reuse.decision);
         sequence.reuse.fetch_ms += started_at.elapsed().as_secs_f64() * 1e3;
         Arrival::Ready(sequence, promised)
     }
@@ -491,7 +496,19 @@ impl Tiers {
         sequence.may_fetch = false;
         sequence.reuse.decision = FetchDecision::Late;
         sequence.reuse.fetch_ms += fetch.started_at.elapsed().as_secs_f64() * 1e3;
-        Some(Arrival::Ready(sequence, std::mem::take(&mut fetch.promised)))
+        let promised = std::mem::take(&mut fetch.promised);
+        self.judge_copies(FetchDecision::Late);
+        Some(Arrival::Ready(sequence, promised))
+    }
+
+    /// Says whether blocks of lower tiers come up as they should, by what became of the last that did or did not.
+    fn judge_copies(&self, decision: FetchDecision) {
+        let degradations = self.pager.degradations();
+        match decision {
+            FetchDecision::Fetched => degradations.clear(Degradation::Copies),
+            _ => degradations
+                .report(Degradation::Copies, "KV blocks of lower tiers were late or lost, and were computed"),
+        }
     }
 
     /// Sequences whose callers have gone; their copies go on without them.

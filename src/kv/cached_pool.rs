@@ -25,6 +25,9 @@ pub struct CachedPool {
     to_wipe: VecDeque<BlockId>,
     /// Those that are being zeroed; the same.
     wiping: HashSet<BlockId>,
+    /// Blocks of the tier: the first so many. There is no memory for the others, so each is left one reference.
+    num_usable: usize,
+    num_retired: usize,
     groups: BlockGroups,
 }
 
@@ -38,13 +41,28 @@ impl CachedPool {
             is_marked: vec![false; num_blocks],
             to_wipe: VecDeque::new(),
             wiping: HashSet::new(),
+            num_usable: num_blocks,
+            num_retired: 0,
             groups: BlockGroups::new(num_blocks),
         }
     }
 
     /// Blocks there are.
     pub fn num_blocks(&self) -> usize {
-        self.pool.num_blocks()
+        self.num_usable
+    }
+
+    /// Takes note that there are only so many blocks. The others hold nothing; nobody gets them any more, and those that
+    /// somebody holds are gone when they are given back.
+    pub fn shrink(&mut self, num_blocks: usize) {
+        for index in num_blocks..self.num_usable {
+            let block = BlockId(index as u32);
+            if self.pool.num_references(block) == 0 {
+                self.pool.share(block);
+                self.num_retired += 1;
+            }
+        }
+        self.num_usable = self.num_usable.min(num_blocks);
     }
 
     /// Blocks nobody holds.
@@ -139,7 +157,9 @@ impl CachedPool {
     /// Gives a block back. The last one to do so frees it as the most recently used one, or has it zeroed first.
     pub fn release(&mut self, block: BlockId) {
         let is_last = self.pool.num_references(block) == 1;
-        if is_last && self.is_marked(block) {
+        if is_last && block.index() >= self.num_usable {
+            self.num_retired += 1;
+        } else if is_last && self.is_marked(block) {
             self.contents.forget(block);
             self.to_wipe.push_back(block);
         } else {
@@ -212,7 +232,7 @@ impl CachedPool {
     /// Panics unless `num_held` blocks are held beside those that are being zeroed, each as often as counted. For tests and
     /// debug builds.
     pub fn check_integrity(&self, num_held: usize) {
-        self.pool.check_integrity(num_held + self.num_unwiped());
+        self.pool.check_integrity(num_held + self.num_unwiped() + self.num_retired);
         let is_hidden = |block: &BlockId| self.is_marked(*block) && self.content(*block).is_none();
         assert!(self.to_wipe.iter().all(is_hidden), "a block that is to be zeroed can be found");
     }
@@ -244,6 +264,23 @@ mod tests {
         assert_eq!((pool.allocate(), pool.num_unwiped()), (None, 1), "it is being zeroed");
         pool.finish_wipe(block);
         assert_eq!((pool.allocate(), pool.is_marked(block), pool.num_unwiped()), (Some(block), false, 0));
+    }
+
+    #[test]
+    fn blocks_that_are_not_there_are_given_to_nobody() {
+        let mut pool = CachedPool::new(6, 1);
+        let blocks: Vec<BlockId> = (0..4).filter_map(|_| pool.allocate()).collect();
+        pool.release(blocks[2]);
+        pool.shrink(2);
+        pool.check_integrity(3);
+        assert_eq!((pool.num_blocks(), pool.allocate()), (2, None));
+        for block in [1, 3, 0] {
+            pool.release(blocks[block]);
+        }
+        pool.check_integrity(0);
+        assert_eq!(take_all(&mut pool), [blocks[1], blocks[0]]);
+        pool.shrink(4);
+        assert_eq!(pool.num_blocks(), 2);
     }
 
     #[test]

@@ -163,8 +163,11 @@ impl<T: Transfer> IoThread<T> {
     }
 
     fn save_to_host(&mut self, copy: &BlockCopy, slot: BlockId) -> Result<bool> {
-        let mut target = self.host.lock(slot);
         let (offset, num_bytes) = self.place(copy.block);
+        if !self.host.grow_to(slot, |num_blocks| self.transfer.allocate_host_blocks(num_blocks, num_bytes))? {
+            return Ok(false);
+        }
+        let mut target = self.host.lock(slot);
         self.transfer.show(&self.blocks, offset, num_bytes, &mut |bytes| {
             target.write(bytes);
             Ok(())

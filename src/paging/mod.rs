@@ -41,6 +41,8 @@ pub struct PagingConfig {
     pub layout: Option<KvLayout>,
     /// Blocks of the host tier; 0 for none.
     pub num_host_blocks: usize,
+    /// Bytes of it that are page-locked at a time; 0 for 64 MiB.
+    pub host_slab_bytes: usize,
     /// Threads that copy.
     pub num_threads: usize,
     /// Opens the disk tier; none without it.

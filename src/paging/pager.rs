@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded, select};
 
-use super::host::HostArena;
+use super::host::{Growth, HostArena};
 use super::io::{BlockCopy, Completions, DeviceLanding, Done, IoThread, Job, Place, SharedStore, Ticket, Wiped};
 use super::rates::Rates;
 use super::store::{BlockStore, PinnedBlocks};
@@ -18,6 +18,7 @@ use super::{PagingConfig, Tier};
 use crate::backend::{Device, Transfer};
 use crate::kv::{BlockHash, BlockId, CachedPool, Level};
 use crate::planted::{self, Bug};
+use crate::telemetry::{Degradation, Degradations};
 use crate::{Error, Result};
 
 /// Blocks on their way down at the same time; further ones are not saved for now.
@@ -103,6 +104,7 @@ pub struct Pager {
     /// Whether a copy came to nothing that nobody has looked into.
     has_failures: bool,
     next_ticket: u64,
+    degradations: Degradations,
 }
 
 struct Io {
@@ -113,17 +115,19 @@ struct Io {
     store: SharedStore,
     threads: Vec<JoinHandle<()>>,
     num_threads: usize,
-    /// Whether blocks of the host can land layer by layer.
-    can_land: bool,
+    /// Of the host tier.
+    growth: Arc<Growth>,
+    /// Whether it is known where layers lie in a block.
+    has_layers: bool,
 }
 
 impl Pager {
     /// A pager without lower tiers.
     pub fn disabled() -> Self {
-        Self::new(None, CachedPool::new(0, 1))
+        Self::new(None, CachedPool::new(0, 1), Degradations::default())
     }
 
-    fn new(io: Option<Io>, host: CachedPool) -> Self {
+    fn new(io: Option<Io>, host: CachedPool, degradations: Degradations) -> Self {
         Self {
             io,
             host,
@@ -136,6 +140,7 @@ impl Pager {
             num_seals: 0,
             has_failures: false,
             next_ticket: 0,
+            degradations,
         }
     }
 
@@ -150,14 +155,8 @@ impl Pager {
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
-        let arena = Arc::new(HostArena::new(device, config.num_host_blocks, config.block_bytes)?);
-        let num_host_blocks = arena.num_slots();
-        if num_host_blocks < config.num_host_blocks {
-            let wanted = config.num_host_blocks;
-            tracing::warn!("the host tier has room for {num_host_blocks} KV blocks, not {wanted}");
-        }
-        let config = PagingConfig { num_host_blocks, ..config };
-        Self::start_over(device, (blocks, num_blocks), arena, config, waker)
+        let arena = HostArena::new(config.num_host_blocks, config.block_bytes, config.host_slab_bytes);
+        Self::start_over(device, (blocks, num_blocks), Arc::new(arena), config, waker)
     }
 
     fn start_over<D: Device>(
@@ -167,7 +166,7 @@ impl Pager {
         config: PagingConfig,
         waker: &Sender<()>,
     ) -> Result<Self> {
-        let PagingConfig { block_bytes, block_size, layout, num_host_blocks, num_threads, open } = config;
+        let PagingConfig { block_bytes, block_size, layout, num_host_blocks, num_threads, open, .. } = config;
         if num_host_blocks == 0 && open.is_none() {
             return Ok(Self::disabled());
         }
@@ -180,7 +179,6 @@ impl Pager {
         let completions = Completions { done: done_sender, waker: waker.clone() };
         let (opened_sender, opened) = bounded(1);
         let store = SharedStore::default();
-        let can_land = layout.is_some() && arena.is_pinned();
         let mut threads = Vec::with_capacity(num_threads + 1);
         for _ in 0..num_threads.max(1) {
             let thread = IoThread {
@@ -195,11 +193,13 @@ impl Pager {
             threads.push(spawn("mneme-io", move || serve(thread, &load_jobs, &save_jobs, &done))?);
         }
         if let Some(open) = open {
-            let (store, waker) = (Arc::clone(&store), waker.clone());
-            threads.push(spawn("mneme-vault", move || open_vault(open, &store, &opened_sender, &waker))?);
+            let (store, waker, degradations) = (Arc::clone(&store), waker.clone(), device.degradations().clone());
+            let open = move || open_vault(open, &store, &opened_sender, &waker, &degradations);
+            threads.push(spawn("mneme-vault", open)?);
         }
-        let io = Io { loads, saves, done, opened, store, threads, num_threads: num_threads.max(1), can_land };
-        Ok(Self::new(Some(io), CachedPool::new(num_host_blocks, block_size)))
+        let (num_threads, growth, has_layers) = (num_threads.max(1), Arc::clone(arena.growth()), layout.is_some());
+        let io = Io { loads, saves, done, opened, store, threads, num_threads, growth, has_layers };
+        Ok(Self::new(Some(io), CachedPool::new(num_host_blocks, block_size), device.degradations().clone()))
     }
 
     /// Whether there is any tier below the device.
@@ -316,7 +316,7 @@ impl Pager {
 
     /// Whether blocks of the host can be used while they come up.
     pub fn can_land(&self) -> bool {
-        self.io.as_ref().is_some_and(|io| io.can_land)
+        self.io.as_ref().is_some_and(|io| io.has_layers && io.growth.is_pinned())
     }
 
     /// Starts bringing blocks up from the host, the lowest layers of all of them first; `false`, and none is under way, when
@@ -444,6 +444,8 @@ impl Pager {
                 self.num_host_copies -= 1;
                 if is_there {
                     self.host.insert(copy.hash, &copy.tokens, slot);
+                } else {
+                    self.shrink_host();
                 }
                 self.host.release(slot);
             }
@@ -455,6 +457,16 @@ impl Pager {
             }
         }
         Completion::Saved { ticket: copy.ticket, block: copy.block, tier: copy.place.tier(), is_there }
+    }
+
+    /// Takes note of the end of the host tier, where that comes before what was asked for.
+    fn shrink_host(&mut self) {
+        let (num_slots, wanted) = (self.io.as_ref().map_or(0, |io| io.growth.num_slots()), self.host.num_blocks());
+        if num_slots < wanted {
+            self.host.shrink(num_slots);
+            let text = format!("the host tier has room for {num_slots} KV blocks, not {wanted}");
+            self.degradations.report(Degradation::HostTier, text);
+        }
     }
 
     fn absorb_loaded(&mut self, copy: &BlockCopy, is_whole: bool, took: Duration) -> Completion {
@@ -483,6 +495,11 @@ impl Pager {
                 self.disk.remove(&hash);
             }
         }
+    }
+
+    /// What the tiers, and the device, go on without.
+    pub fn degradations(&self) -> &Degradations {
+        &self.degradations
     }
 
     /// Whether copies have come to nothing since the last call, perhaps because the device is lost.
@@ -558,7 +575,13 @@ fn serve<T: Transfer>(mut thread: IoThread<T>, loads: &Receiver<Job>, saves: &Re
     }
 }
 
-fn open_vault(open: VaultOpener, store: &SharedStore, opened: &Sender<OpenedVault>, waker: &Sender<()>) {
+fn open_vault(
+    open: VaultOpener,
+    store: &SharedStore,
+    opened: &Sender<OpenedVault>,
+    waker: &Sender<()>,
+    degradations: &Degradations,
+) {
     match open() {
         Ok(vault) => {
             if let Some(opened) = &vault.store {
@@ -567,7 +590,10 @@ fn open_vault(open: VaultOpener, store: &SharedStore, opened: &Sender<OpenedVaul
             let _ = opened.send(vault);
             let _ = waker.try_send(());
         }
-        Err(error) => tracing::warn!(%error, "the vault stays closed: KV blocks will not survive a restart"),
+        Err(error) => {
+            let text = format!("the vault stays closed, so KV blocks will not survive a restart: {error}");
+            degradations.report(Degradation::Vault, text);
+        }
     }
 }
 

@@ -2,12 +2,11 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::AppRef;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorBody};
 
 /// The version of this server.
 #[derive(Serialize, ToSchema)]
@@ -22,16 +21,28 @@ pub(super) struct ServerLoad {
     server_load: usize,
 }
 
-/// 200 with an empty body while requests are served; 503 with the reason when the engine has ended or the server is
-/// draining.
-#[utoipa::path(get, path = "/health", responses((status = 200), (status = 503)))]
-pub(super) async fn health(State(app): State<AppRef>) -> Result<StatusCode, ApiError> {
-    app.check_serving().map(|()| StatusCode::OK)
+/// How well requests are served.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Health {
+    /// `ok`, or `degraded` where the server goes on with less than it was asked for.
+    status: &'static str,
+    /// What there is less of: a name, a colon and what is to be known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    degraded: Vec<String>,
+}
+
+/// 200 while requests are served, also where the server goes on with less than it was asked for, which the body names; 503
+/// with the reason when the engine has ended or the server is draining.
+#[utoipa::path(get, path = "/health", responses((status = 200, body = Health), (status = 503, body = ErrorBody)))]
+pub(super) async fn health(State(app): State<AppRef>) -> Result<Json<Health>, ApiError> {
+    app.check_serving()?;
+    let degraded = app.model.engine.degradations().lines();
+    Ok(Json(Health { status: if degraded.is_empty() { "ok" } else { "degraded" }, degraded }))
 }
 
 /// The same as `/health`, for hosts that probe this path.
-#[utoipa::path(get, path = "/ping", responses((status = 200), (status = 503)))]
-pub(super) async fn ping(app: State<AppRef>) -> Result<StatusCode, ApiError> {
+#[utoipa::path(get, path = "/ping", responses((status = 200, body = Health), (status = 503, body = ErrorBody)))]
+pub(super) async fn ping(app: State<AppRef>) -> Result<Json<Health>, ApiError> {
     health(app).await
 }
 

@@ -188,6 +188,7 @@ fn an_engine_that_is_gone_leaves_no_stream_open() {
     let config = EngineConfig {
         model_name: "test".into(),
         limits: limits(),
+        min_kv_tokens: limits().max_model_len,
         kv_dtype: DType::BF16,
         eos_token_ids: vec![],
         seed: 1,

@@ -2,9 +2,11 @@
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use mneme::telemetry::Degradation;
 use serde_json::{Value, json};
 
 use crate::TestServer;
+use crate::client::post;
 use crate::fake_engine::{HIDDEN_SIZE, MAX_MODEL_LEN, Script};
 
 /// 1, 2, .. num, scaled to length 1.
@@ -79,8 +81,16 @@ fn the_server_tells_about_itself() {
     let server = TestServer::start(Script::Echo);
     for path in ["/health", "/ping"] {
         let reply = server.get(path);
-        assert_eq!((reply.status, reply.text()), (200, ""));
+        assert_eq!((reply.status, reply.json()), (200, json!({ "status": "ok" })), "{path}");
     }
+    server.engine.degradations().report(Degradation::KvPool, "half of it");
+    server.engine.degradations().report(Degradation::Gpu, "none");
+    let degraded = json!({ "status": "degraded", "degraded": ["gpu: none", "kv_pool: half of it"] });
+    for reply in [server.get("/health"), server.get("/ping"), server.send(&post("/ping", b"", ""))] {
+        assert_eq!((reply.status, reply.json()), (200, degraded.clone()));
+    }
+    server.engine.degradations().clear(Degradation::Gpu);
+    assert_eq!(server.get("/health").json()["degraded"], json!(["kv_pool: half of it"]));
     assert_eq!(server.get("/version").json()["version"], env!("CARGO_PKG_VERSION"));
     assert_eq!(server.get("/load").json(), json!({ "server_load": 0 }));
     let metrics = server.get("/metrics");

@@ -21,11 +21,11 @@ const VARIABLE: &str = "MNEME_TEST_WITHOUT_WAIT_FOR";
 /// waiting came to.
 fn land(gpu: &Gpu, layout: &KvLayout, not_awaited: Option<usize>) -> Result<(Vec<u8>, Vec<u8>)> {
     let block_bytes = layout.block_bytes();
-    let mut host = gpu.backend.allocate_host_blocks(TARGETS.len(), block_bytes)?.unwrap();
+    let mut transfer = gpu.backend.create_transfer()?;
+    let mut host = transfer.allocate_host_blocks(TARGETS.len(), block_bytes)?.unwrap();
     let mut random = Random::new(1);
     host.iter_mut().for_each(|block| block.as_mut().fill_with(|| random.below(256) as u8));
     let [arena, found] = [(); 2].map(|()| gpu.backend.allocate(NUM_BLOCKS * block_bytes).unwrap());
-    let mut transfer = gpu.backend.create_transfer()?;
     let target = |(source, block): (_, &usize)| LandingBlock { source, target_offset: block * block_bytes };
     let blocks: Vec<_> = host.iter().zip(&TARGETS).map(target).collect();
     let landing = transfer.land(&arena, layout, &blocks)?;

@@ -2,9 +2,11 @@
 
 use std::sync::mpsc::{Sender, channel};
 
-use mneme::engine::Task;
+use mneme::Error;
+use mneme::engine::{Task, TierConfig};
+use mneme::paging::VaultOpener;
 
-use crate::support::engine::{Output, TestEngine, collect, greedy, request};
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 use crate::vault::{Tiers, wait_until_open};
@@ -71,4 +73,16 @@ fn a_deposit_that_came_before_the_model_was_known_is_not_acknowledged() {
     // It may have been looked at when the vault was open already; what is acknowledged is found again.
     let num_computed = if early.deposited.is_some() { 4 } else { 100 };
     assert_eq!(again.deposited.unwrap().computed_tokens, num_computed, "{:?}", early.reason);
+}
+
+/// An engine goes on without a vault that cannot be opened, and says so.
+#[test]
+fn a_vault_that_cannot_be_opened_is_said() {
+    let model = TinyModel::new(Family::Llama, 1).write();
+    let open_vault: VaultOpener = Box::new(|| Err(Error::Device("the disk is gone".into())));
+    let tiers = TierConfig { open_vault: Some(open_vault), ..TierConfig::default() };
+    let engine = crate::start_with_tiers(model.path(), Setup::default(), tiers);
+    assert_eq!(engine.greedy(&[1, 2, 3], 4).len(), 4);
+    let lines = engine.stop().degradations().lines();
+    assert!(lines.len() == 1 && lines[0].starts_with("vault: ") && lines[0].ends_with("the disk is gone"), "{lines:?}");
 }

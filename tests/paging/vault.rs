@@ -72,6 +72,7 @@ impl Tiers {
         };
         let tiers = TierConfig {
             host_bytes: self.host_bytes,
+            host_slab_bytes: self.host_bytes.div_ceil(3),
             num_io_threads: 2,
             fetch_wait: Some(self.fetch_wait),
             open_vault: Some(Box::new(open)),

@@ -59,8 +59,11 @@ impl Machine {
         let Self { limits, merge, adapter_host_bytes, .. } = *self;
         let setup = Setup { limits, merge, adapter_host_bytes, ..Setup::default() };
         let delay = Duration::from_micros(random.below(2) as u64 * random.below(1000) as u64);
+        let block_bytes = checkpoints.family().block_bytes(DType::BF16, limits.block_size);
+        let host_bytes = self.num_host_blocks * block_bytes;
         let tiers = TierConfig {
-            host_bytes: self.num_host_blocks * checkpoints.family().block_bytes(DType::BF16, limits.block_size),
+            host_bytes,
+            host_slab_bytes: host_bytes.div_ceil(3),
             num_io_threads: self.num_io_threads,
             open_vault: disk.map(|disk| disk.opener(delay)),
             fetch_wait: self.fetch_wait,

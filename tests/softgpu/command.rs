@@ -19,7 +19,13 @@ pub(crate) fn driver_folder() -> tempfile::TempDir {
 }
 
 pub(crate) fn mneme(arguments: &[&str], library_path: &Path) -> Output {
+    mneme_with(arguments, library_path, &[])
+}
+
+/// The same with other variables set.
+pub(crate) fn mneme_with(arguments: &[&str], library_path: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
+    command.envs(variables.iter().copied());
     command.args(arguments).env("LD_LIBRARY_PATH", library_path).env_remove("MNEME_DEVICE").env("MNEME_LOG", "info");
     command.env_remove("MNEME_CUBLASLT_LIBRARY");
     command.output().unwrap()

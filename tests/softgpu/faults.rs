@@ -6,11 +6,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mneme::backend::cuda::CudaBackend;
-use mneme::backend::{DType, Device};
-use mneme::engine::{EngineHandle, FetchDecision, FinishReason, OutputStream, SubmitError, Task};
+use mneme::backend::{DType, Device, Transfer, kernel_source};
+use mneme::engine::{EngineHandle, FetchDecision, FinishReason, OutputStream, SubmitError, Task, TierConfig};
 
+use crate::command::{doctor, driver_folder, mneme, mneme_with};
 use crate::landing::{NUM_SHARED, ask, engine_with_blocks_on_the_host, prompts};
-use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
+use crate::serving::{COMPLETION, Served, ask as ask_http, model as model_of_text};
+use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, limits, request};
 use crate::support::random::Random;
 use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, Written};
@@ -28,7 +30,7 @@ fn backend() -> CudaBackend {
 }
 
 /// What a request ended with; it was an error.
-fn error_of(output: &Output) -> &str {
+pub(crate) fn error_of(output: &Output) -> &str {
     match &output.reason {
         Some(FinishReason::Error(why)) => why,
         other => panic!("a request ended with {other:?}"),
@@ -36,13 +38,13 @@ fn error_of(output: &Output) -> &str {
 }
 
 /// An engine that is going to end with an error.
-struct Doomed {
-    handle: EngineHandle,
+pub(crate) struct Doomed {
+    pub(crate) handle: EngineHandle,
     thread: JoinHandle<()>,
 }
 
 impl Doomed {
-    fn new(engine: TestEngine) -> Self {
+    pub(crate) fn new(engine: TestEngine) -> Self {
         Self { handle: engine.handle.clone(), thread: engine.leave() }
     }
 
@@ -50,14 +52,15 @@ impl Doomed {
         self.handle.submit(request(prompt, Task::Generate(Box::new(greedy(max_tokens))))).unwrap()
     }
 
-    /// Waits for its end, which its handle, and so the server's health, tells with the reason.
-    fn end(self, wanted: &str) {
+    /// Waits for its end, which its handle, and so the server's health, tells with the reason that this returns.
+    pub(crate) fn end(self, wanted: &str) -> String {
         self.thread.join().unwrap_err();
         assert!(!self.handle.is_accepting());
         let why = self.handle.failure().unwrap();
         assert!(why.contains(wanted), "{why}");
         let refused = self.handle.submit(request(&[1], Task::Embed));
         assert_eq!(refused.err(), Some(SubmitError::ShuttingDown));
+        why.to_owned()
     }
 }
 
@@ -120,21 +123,88 @@ fn memory_that_cannot_be_page_locked_is_done_without() {
     }
 }
 
-/// Half of what was wanted is enough for a host tier.
+/// Half of what was wanted is enough for a slab of the host tier.
 #[test]
-fn a_host_tier_is_as_large_as_can_be_page_locked() {
-    if !softgpu::is_alone("faults::a_host_tier_is_as_large_as_can_be_page_locked") {
+fn a_slab_is_as_large_as_can_be_page_locked() {
+    if !softgpu::is_alone("faults::a_slab_is_as_large_as_can_be_page_locked") {
         return;
     }
     let (backend, room) = (backend(), 230 << 10);
+    let transfer = backend.create_transfer().unwrap();
     // Room behind what the backend has for itself.
     let pinned = backend.allocate_host(1).unwrap();
     softgpu::limit_pinned(softgpu::pinned_bytes() + room);
     for (wanted, found) in [(50, Some(50)), (100, Some(50)), (400, Some(50)), (1000, None)] {
-        let blocks = backend.allocate_host_blocks(wanted, 4096).unwrap();
+        let blocks = transfer.allocate_host_blocks(wanted, 4096).unwrap();
         assert_eq!(blocks.map(|blocks| blocks.len()), found, "{wanted} blocks");
     }
     drop(pinned);
+}
+
+/// A block goes through page-locked memory of its size, where there is less in parts, and without any all the same.
+#[test]
+fn blocks_go_through_less_memory_in_parts() {
+    if !softgpu::is_alone("faults::blocks_go_through_less_memory_in_parts") {
+        return;
+    }
+    const BLOCK_BYTES: usize = 3 << 20;
+    let backend = backend();
+    let arena = backend.allocate(2 * BLOCK_BYTES).unwrap();
+    for (room, wanted) in [(4 << 20, BLOCK_BYTES as u64), (600 << 10, 384 << 10), (100 << 10, 0)] {
+        let (mut transfer, num_before) = (backend.create_transfer().unwrap(), softgpu::pinned_bytes());
+        softgpu::limit_pinned(num_before + room);
+        let mut random = Random::new(room);
+        // The second is cut in other places.
+        let blocks = [BLOCK_BYTES, BLOCK_BYTES - 77].map(|len| random.tokens(len, 256));
+        for (at, block) in blocks.iter().enumerate() {
+            let write = &mut |bytes: &mut [u8]| {
+                bytes.iter_mut().zip(block).for_each(|(byte, number)| *byte = *number as u8);
+                Ok(())
+            };
+            transfer.fill(&arena, at * BLOCK_BYTES, block.len(), write).unwrap();
+        }
+        assert_eq!(softgpu::pinned_bytes() - num_before, wanted);
+        for (at, block) in blocks.iter().enumerate() {
+            let read = &mut |bytes: &[u8]| {
+                assert!(bytes.iter().map(|byte| u32::from(*byte)).eq(block.iter().copied()), "room for {room}");
+                Ok(())
+            };
+            transfer.show(&arena, at * BLOCK_BYTES, block.len(), read).unwrap();
+        }
+        assert_eq!(backend.degradations().lines().is_empty(), wanted == BLOCK_BYTES as u64);
+    }
+}
+
+/// Whichever allocation of an engine's fails: that of its KV blocks is tried again with fewer, the others say what to do.
+#[test]
+fn a_pool_that_the_device_does_not_give_gets_smaller() {
+    if !softgpu::is_alone("faults::a_pool_that_the_device_does_not_give_gets_smaller") {
+        return;
+    }
+    let model = model();
+    let num_wanted = limits().num_blocks;
+    let start = |rule: String| {
+        let arm = || softgpu::fail(&rule);
+        let started = TestEngine::try_start(backend(), model.path(), Setup::default(), TierConfig::default(), arm);
+        softgpu::fail("");
+        started
+    };
+    let mut smaller = Vec::new();
+    for skip in 0.. {
+        match start(format!("cuMemAlloc_v2=2@{skip}x2")) {
+            Err(error) => assert!(error.to_string().contains("give a smaller --kv-cache-memory-bytes"), "{error}"),
+            Ok(engine) if engine.handle.info().num_blocks == num_wanted => break,
+            Ok(engine) => {
+                assert_eq!(engine.handle.info().num_blocks, num_wanted * 7 / 8 * 7 / 8);
+                assert!(engine.handle.degradations().lines()[0].starts_with("kv_pool: the device gives no "));
+                assert_eq!(engine.greedy(&[1, 2, 3], 3).len(), 3);
+                smaller.push(skip);
+            }
+        }
+    }
+    assert_eq!(smaller.len(), 1, "one of them is that of the pool");
+    let error = start(format!("cuMemAlloc_v2=2@{}", smaller[0])).err().unwrap().to_string();
+    assert!(error.contains("give a smaller --kv-cache-memory-bytes"), "{error}");
 }
 
 /// Copies that cannot even be queued: the blocks are computed, and the engine goes on.
@@ -190,7 +260,7 @@ fn blocks_that_stand_still_are_computed() {
 }
 
 /// A copy of the software GPU's library in which nobody finds a function: the table of symbols has it as the library's own.
-fn library_without(function: &str, folder: &Path) {
+pub(crate) fn library_without(function: &str, folder: &Path) {
     let mut bytes = std::fs::read(softgpu::library()).unwrap();
     let number =
         |at: usize, len: usize| bytes[at..at + len].iter().rev().fold(0, |sum, byte| sum << 8 | usize::from(*byte));
@@ -208,20 +278,58 @@ fn library_without(function: &str, folder: &Path) {
     std::fs::write(folder.join("libcuda.so.1"), bytes).unwrap();
 }
 
-/// A driver without a function is said to be too old, not called.
+/// A driver without a function is said to be too old, not called; a server that may do without it computes on the CPU.
 #[test]
 fn a_driver_without_a_function_is_refused() {
     softgpu::end_without_kernels();
     if softgpu::is_replaced() {
         return;
     }
-    for function in ["cuMemcpy2DAsync_v2", "cuLaunchKernel", "cuInit"] {
+    let model = model_of_text();
+    for function in ["cuMemcpy2DAsync_v2", "cuDriverGetVersion", "cuLaunchKernel", "cuInit"] {
         let folder = tempfile::tempdir().unwrap();
         library_without(function, folder.path());
-        let cuda = crate::command::doctor(folder.path())["cuda"].clone();
-        let problem = cuda["problem"].as_str().unwrap();
-        assert!(problem.contains(function) && problem.contains("update"), "{problem}");
+        let is_told = |text: &str| text.contains(&format!("has no {function}")) && text.contains("update it to R525");
+        let cuda = doctor(folder.path())["cuda"].clone();
+        assert!(is_told(cuda["problem"].as_str().unwrap()), "{cuda}");
+        for device in ["cuda", "softgpu"] {
+            let arguments = ["serve", model.path().to_str().unwrap(), "--no-vault", "--device", device];
+            let output = mneme(&arguments, folder.path());
+            let text = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success() && is_told(&text) && !text.contains("panicked"), "{text}");
+        }
+        let mut served = Served::start_on("auto", folder, &model, &["--no-vault"], &[]);
+        assert!(is_told(&served.wait_for("computing on the CPU")));
+        let answer = ask_http(&served.address(), "POST /v1/completions", COMPLETION);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let health = ask_http(&served.address(), "GET /health", "");
+        assert!(health.starts_with("HTTP/1.1 200") && health.contains("gpu: computing on the CPU: "), "{health}");
+        assert!(is_told(&health), "{health}");
     }
+}
+
+/// So is one that is too old for the kernels.
+#[test]
+fn an_old_driver_is_refused() {
+    softgpu::end_without_kernels();
+    // NVRTC compiles for the driver that there is.
+    if softgpu::is_replaced() || kernel_source().unwrap() != "compiled into this program" {
+        return;
+    }
+    let (model, folder) = (model_of_text(), driver_folder());
+    let run = |arguments: &[&str], version: &str| {
+        let output = mneme_with(arguments, folder.path(), &[("SOFTGPU_DRIVER_VERSION", version)]);
+        (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    let (_, said) = run(&["doctor"], "11080");
+    let needed = said.split("supports CUDA 11.8 and the kernels need ").nth(1).unwrap().split(':').next().unwrap();
+    let arguments = ["serve", model.path().to_str().unwrap(), "--no-vault", "--device", "softgpu"];
+    let (is_serving, refused) = run(&arguments, "11080");
+    assert!(!is_serving && refused.contains(&format!("need {needed}: update it to R5")), "{refused}");
+    let (major, minor) = needed.split_once('.').unwrap();
+    let (_, said) =
+        run(&["doctor"], &format!("{}", 1000 * major.parse::<u32>().unwrap() + 10 * minor.parse::<u32>().unwrap()));
+    assert!(said.contains(&format!("supports CUDA {needed}")) && !said.contains("update it"), "{said}");
 }
 
 /// Without the functions for graphs steps are launched kernel by kernel.

@@ -3,27 +3,32 @@
 use std::path::Path;
 
 use mneme::backend::DType;
+use mneme::backend::cuda::CudaBackend;
 use mneme::engine::{FetchDecision, SamplingParams, SchedulerLimits, TierConfig};
 
 use crate::support::engine::{Output, PATIENCE, Setup, TestEngine, collect, limits};
 use crate::support::random::Random;
-use crate::support::softgpu;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
+use crate::support::{byte_tokenizer, softgpu};
 use crate::tiers::bits;
 use crate::vault::Tiers;
 
 /// Three blocks, all of which may be on their way down at a time.
 pub(crate) const NUM_SHARED: usize = 48;
 const NUM_BLOCKS: usize = 24;
+pub(crate) const NUM_HOST_BLOCKS: usize = 100;
 
 /// Kernels up to behind the attention of the second layer of two.
 const LAUNCHES_TO_LAST_LAYER: u64 = 15;
 
+/// Tokens that a server with a vocabulary of bytes takes, too.
+pub(crate) const NUM_BYTES: usize = byte_tokenizer::BOS as usize;
+
 /// Two prompts that begin alike.
 pub(crate) fn prompts() -> [Vec<u32>; 2] {
     let mut random = Random::new(5);
-    let shared = random.tokens(NUM_SHARED, VOCAB);
-    [(); 2].map(|()| [&shared[..], &random.tokens(5, VOCAB)].concat())
+    let shared = random.tokens(NUM_SHARED, NUM_BYTES);
+    [(); 2].map(|()| [&shared[..], &random.tokens(5, NUM_BYTES)].concat())
 }
 
 pub(crate) fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
@@ -36,23 +41,47 @@ pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> Te
     engine_with_blocks(model, family, Setup::default().kv_dtype)
 }
 
-/// The same, whose KV cache is of `kv_dtype`.
-fn engine_with_blocks(model: &Path, family: Family, kv_dtype: DType) -> TestEngine {
-    let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
-    let mut below = Tiers::new(family);
-    below.setup = Setup { limits, kv_dtype, ..Setup::default() };
-    let host_bytes = 100 * below.block_bytes();
-    let tiers = TierConfig { host_bytes, num_io_threads: 2, fetch_wait: Some(PATIENCE), ..TierConfig::default() };
-    let engine = TestEngine::start_with_tiers(softgpu::backend(kv_dtype), model, below.setup, tiers);
-    ask(&engine, &prompts()[0]);
-    for seed in 100..103 {
-        engine.greedy(&Random::new(seed).tokens(200, VOCAB), 1);
-    }
+/// The same on a device of the caller's.
+pub(crate) fn engine_with_blocks_below(backend: CudaBackend, model: &Path, family: Family) -> TestEngine {
+    let engine = engine_with_room_below(backend, model, family, Setup::default().kv_dtype, 0);
+    fill_host(&engine);
     engine
 }
 
+/// The same, whose KV cache is of `kv_dtype`.
+fn engine_with_blocks(model: &Path, family: Family, kv_dtype: DType) -> TestEngine {
+    let engine = engine_with_room_below(softgpu::backend(kv_dtype), model, family, kv_dtype, 0);
+    fill_host(&engine);
+    engine
+}
+
+/// An engine with an empty host tier of [`NUM_HOST_BLOCKS`], page-locked so many at a time.
+pub(crate) fn engine_with_room_below(
+    backend: CudaBackend,
+    model: &Path,
+    family: Family,
+    kv_dtype: DType,
+    slab_len: usize,
+) -> TestEngine {
+    let limits = SchedulerLimits { num_blocks: NUM_BLOCKS, max_model_len: 320, ..limits() };
+    let mut below = Tiers::new(family);
+    below.setup = Setup { limits, kv_dtype, ..Setup::default() };
+    let (host_bytes, host_slab_bytes) = (NUM_HOST_BLOCKS * below.block_bytes(), slab_len * below.block_bytes());
+    let fetch_wait = Some(PATIENCE);
+    let tiers = TierConfig { host_bytes, host_slab_bytes, num_io_threads: 2, fetch_wait, ..TierConfig::default() };
+    TestEngine::start_with_tiers(backend, model, below.setup, tiers)
+}
+
+/// Leaves what both prompts begin with on the host alone.
+fn fill_host(engine: &TestEngine) {
+    ask(engine, &prompts()[0]);
+    for seed in 100..103 {
+        engine.greedy(&Random::new(seed).tokens(200, VOCAB), 1);
+    }
+}
+
 /// Blocks whose place the device takes before they have come down are lost, and that many engines may lose some.
-const MAX_ENGINES: usize = 20;
+pub(crate) const MAX_ENGINES: usize = 20;
 
 /// Asks an engine whose host tier has all that both prompts begin with.
 fn attached(model: &Path, family: Family, kv_dtype: DType, prompt: &[u32], num_launches_before: u64) -> Output {

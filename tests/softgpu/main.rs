@@ -25,6 +25,7 @@ mod fp8;
 mod gate;
 mod golden;
 mod graphs;
+mod health;
 #[path = "../paging/identity.rs"]
 mod identity;
 #[path = "../generation/invariance.rs"]

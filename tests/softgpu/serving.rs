@@ -37,9 +37,19 @@ impl Served {
 
     /// The same with the vault that the arguments name.
     pub(crate) fn start_with_vault(model: &Written, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        let driver = driver_folder();
+        Self::start_on("softgpu", driver_folder(), model, arguments, variables)
+    }
+
+    /// The same on a device, with the driver that lies in a folder.
+    pub(crate) fn start_on(
+        device: &str,
+        driver: tempfile::TempDir,
+        model: &Written,
+        arguments: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mneme"));
-        command.args(["serve", model.path().to_str().unwrap(), "--device", "softgpu", "--port", "0"]);
+        command.args(["serve", model.path().to_str().unwrap(), "--device", device, "--port", "0"]);
         command.args(["--served-model-name", "tiny"]);
         command.args(arguments).envs(variables.iter().copied());
         command.env("LD_LIBRARY_PATH", driver.path()).env("MNEME_LOG", "info").env_remove("MNEME_API_KEY");
@@ -51,7 +61,7 @@ impl Served {
     }
 
     /// Reads the log, unless that is done, up to a line with `wanted`, which it returns; an end before that fails.
-    fn wait_for(&mut self, wanted: &str) -> String {
+    pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
         if let Some(line) = self.log.lines().find(|line| line.contains(wanted)) {
             return line.to_owned();
         }
@@ -96,7 +106,7 @@ pub(crate) fn ask(address: &str, request: &str, body: &str) -> String {
     answer
 }
 
-const COMPLETION: &str = r#"{"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0}"#;
+pub(crate) const COMPLETION: &str = r#"{"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0}"#;
 
 #[test]
 fn health_says_that_the_device_is_lost() {
@@ -111,7 +121,8 @@ fn health_says_that_the_device_is_lost() {
         &[("SOFTGPU_FAIL", "cuGraphLaunch=719@5"), ("SOFTGPU_QUIET", "1")],
     );
     let address = served.address();
-    assert!(ask(&address, "GET /health", "").starts_with("HTTP/1.1 200"));
+    let health = ask(&address, "GET /health", "");
+    assert!(health.starts_with("HTTP/1.1 200") && health.ends_with(r#"{"status":"ok"}"#), "{health}");
     let failed = ask(&address, "POST /v1/completions", COMPLETION);
     assert!(failed.starts_with("HTTP/1.1 500"), "{failed}");
     served.wait_for("the engine has ended");
@@ -130,11 +141,34 @@ fn a_small_device_gets_a_small_pool() {
     }
     let (model, small) = (model(), [("SOFTGPU_MEMORY_MIB", "192"), ("SOFTGPU_QUIET", "1")]);
     let mut served = Served::start(&model, &[], &small);
+    let is_told = |said: &str| said.contains("2048 MiB does not fit") && said.contains("--kv-cache-memory-bytes");
     let said = served.wait_for("does not fit");
-    assert!(said.contains("2048 MiB") && said.contains("--kv-cache-memory-bytes"), "{said}");
+    assert!(is_told(&said), "{said}");
     let address = served.address();
     let answer = ask(&address, "POST /v1/completions", COMPLETION);
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let health = ask(&address, "GET /health", "");
+    assert!(health.contains(r#"{"status":"degraded","degraded":["kv_pool: "#) && is_told(&health), "{health}");
+}
+
+/// There is as much as is wanted, in pieces: a pool is one.
+#[test]
+fn a_device_in_pieces_gets_a_small_pool() {
+    softgpu::end_without_kernels();
+    if softgpu::is_replaced() {
+        return;
+    }
+    let (model, pieces) = (model(), [("SOFTGPU_PIECE_MIB", "48"), ("SOFTGPU_QUIET", "1")]);
+    let mut served = Served::start(&model, &["--kv-cache-memory-bytes", "64M"], &pieces);
+    let address = served.address();
+    let answer = ask(&address, "POST /v1/completions", COMPLETION);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let health = ask(&address, "GET /health", "");
+    assert!(health.starts_with("HTTP/1.1 200"), "{health}");
+    assert!(
+        health.contains("kv_pool: the device gives no 64.0 MiB at once for the KV cache, which gets 42.9"),
+        "{health}"
+    );
 }
 
 /// What cannot be made smaller is said at once.

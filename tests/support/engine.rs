@@ -98,6 +98,17 @@ impl TestEngine {
 
     /// The same with tiers below the device.
     pub fn start_with_tiers<B: Backend>(backend: B, path: &Path, setup: Setup, tiers: TierConfig) -> Self {
+        Self::try_start(backend, path, setup, tiers, || {}).unwrap()
+    }
+
+    /// The same where it may fail; `before` is called when the model is loaded.
+    pub fn try_start<B: Backend>(
+        backend: B,
+        path: &Path,
+        setup: Setup,
+        tiers: TierConfig,
+        before: impl FnOnce(),
+    ) -> mneme::Result<Self> {
         let Setup { limits, dtype, kv_dtype, tied, eos_token_ids, merge, adapter_host_bytes, .. } = setup;
         let mut checkpoint = Checkpoint::open(path).unwrap();
         if tied {
@@ -107,15 +118,17 @@ impl TestEngine {
         let config = EngineConfig {
             model_name: "test".into(),
             limits,
+            min_kv_tokens: limits.max_model_len,
             kv_dtype,
             eos_token_ids,
             seed: 1,
             merge,
             adapter_host_bytes,
         };
-        let (engine, handle) = Engine::with_tiers(backend, model, config, tiers).unwrap();
+        before();
+        let (engine, handle) = Engine::with_tiers(backend, model, config, tiers)?;
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run().unwrap()).unwrap();
-        Self { handle, thread: Some(thread) }
+        Ok(Self { handle, thread: Some(thread) })
     }
 
     /// The same on the CPU backend.

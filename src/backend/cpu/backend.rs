@@ -22,6 +22,7 @@ use crate::backend::{
     KvLayer, KvOrder, LoraAdapter, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling, SamplingBatch,
     ScaledUpdate, StepBounds, StreamKind, Tensor, check_softcap, dequantize_row,
 };
+use crate::telemetry::Degradations;
 use crate::{Result, invalid};
 
 type CpuTensor = Tensor<CpuBuffer>;
@@ -30,6 +31,7 @@ type CpuTensor = Tensor<CpuBuffer>;
 pub struct CpuBackend {
     isa: Isa,
     workers: Mutex<Workers>,
+    degradations: Degradations,
 }
 
 struct Workers {
@@ -59,7 +61,7 @@ impl CpuBackend {
             lora: LoraScratch::default(),
             sampling: Vec::new(),
         };
-        Ok(Self { isa, workers: Mutex::new(workers) })
+        Ok(Self { isa, workers: Mutex::new(workers), degradations: Degradations::default() })
     }
 
     fn workers(&self) -> MutexGuard<'_, Workers> {
@@ -120,6 +122,10 @@ impl Device for CpuBackend {
     type Stream = CpuStream;
     type Event = CpuEvent;
     type Transfer = CpuTransfer;
+
+    fn degradations(&self) -> &Degradations {
+        &self.degradations
+    }
 
     fn allocate(&self, bytes: usize) -> Result<CpuBuffer> {
         CpuBuffer::allocate(bytes)

@@ -14,7 +14,7 @@ use cudarc::driver::{CudaContext, CudaFunction};
 use super::attention::{self, CHUNK_POSITIONS, Partials};
 use super::compose;
 use super::cublaslt::CublasLt;
-use super::driver::{driver_error, has_graphs, open};
+use super::driver::{driver_error, open};
 use super::flash_attention::{FlashAttention, flash_attention_version};
 use super::graphs::Graphs;
 use super::kernels::{Kernel, Kernels};
@@ -23,17 +23,18 @@ use super::logits;
 use super::lora::{self, LoraScratch};
 use super::lora_loader::{CudaLora, CudaLoraLoader};
 use super::lora_merge;
-use super::memory::CudaBuffer;
+use super::memory::{CudaBuffer, HostAllocator};
 use super::norm;
 use super::stream::{CudaStream, EventPool};
 use super::upload::Uploader;
-use super::watch::CopyWatch;
+use super::watch::{CopyPatience, CopyWatch};
 use super::weights::{CudaMatrix, CudaRopeTable, load_vector};
 use crate::backend::{
     Activation, AttentionMetadata, AttentionShape, Backend, DType, DecodeShape, GpuInfo, HeadTransform, HostTensor,
     KvLayer, KvLayout, KvOrder, LogitEdits, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, SamplingBatch,
     ScaledUpdate, StepBounds, Tensor, check_softcap,
 };
+use crate::telemetry::Degradations;
 use crate::{Result, invalid, unsupported};
 
 pub(super) type CudaTensor = Tensor<CudaBuffer>;
@@ -66,6 +67,7 @@ pub struct CudaBackend {
     watch: Arc<CopyWatch>,
     /// Used while weights and adapters are loaded.
     uploader: Arc<Mutex<Uploader>>,
+    host: HostAllocator,
     context: Arc<CudaContext>,
 }
 
@@ -76,21 +78,23 @@ impl CudaBackend {
             return Err(unsupported!("CUDA computes in bf16 or f16, not {dtype}; --device cpu computes in f32"));
         }
         let (context, info) = open(ordinal)?;
-        let events = EventPool::new();
+        let (events, degradations) = (EventPool::new(), Degradations::default());
+        let host = HostAllocator::new(&context, &degradations);
         Ok(Self {
-            graphs: Graphs::new(&context, has_graphs()),
+            graphs: Graphs::new(&context, &degradations),
             kernels: Kernels::load(&context, dtype)?,
             partials: Partials::allocate(&context)?,
             lora: LoraScratch::allocate(&context)?,
             cublaslt: None,
             flash_attention: None,
             attends_in_runs: false,
-            uploader: Arc::new(Mutex::new(Uploader::new(&context, &events)?)),
+            uploader: Arc::new(Mutex::new(Uploader::new(&host, &events)?)),
             watch: Arc::new(CopyWatch::new(info.is_software())),
             info,
             dtype,
             edits_logits: true,
             events,
+            host,
             context,
         })
     }
@@ -132,6 +136,11 @@ impl CudaBackend {
         Self { edits_logits: false, ..self }
     }
 
+    /// What sets how long copies between the host and the device may take.
+    pub fn copy_patience(&self) -> CopyPatience {
+        CopyWatch::patience_of(&self.watch)
+    }
+
     /// The device.
     pub fn info(&self) -> &GpuInfo {
         &self.info
@@ -144,6 +153,10 @@ impl CudaBackend {
 
     pub(super) fn context(&self) -> &Arc<CudaContext> {
         &self.context
+    }
+
+    pub(super) fn host(&self) -> &HostAllocator {
+        &self.host
     }
 
     pub(super) fn events(&self) -> &Arc<EventPool> {

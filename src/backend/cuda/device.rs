@@ -12,6 +12,7 @@ use super::memory::{CudaBuffer, CudaHostBuffer, address, free_bytes};
 use super::stream::{CudaEvent, CudaStream};
 use super::transfer::CudaTransfer;
 use crate::backend::{BufferCopy, Device, StreamKind, Tensor};
+use crate::telemetry::Degradations;
 use crate::{Result, invalid};
 
 impl Device for CudaBackend {
@@ -21,20 +22,20 @@ impl Device for CudaBackend {
     type Event = CudaEvent;
     type Transfer = CudaTransfer;
 
+    fn degradations(&self) -> &Degradations {
+        self.host().degradations()
+    }
+
     fn allocate(&self, bytes: usize) -> Result<CudaBuffer> {
         CudaBuffer::allocate(self.context(), bytes)
     }
 
     fn allocate_host(&self, bytes: usize) -> Result<CudaHostBuffer> {
-        CudaHostBuffer::allocate(self.context(), bytes)
-    }
-
-    fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<CudaHostBuffer>>> {
-        CudaHostBuffer::pin_row(self.context(), num_blocks, block_bytes)
+        self.host().allocate(bytes)
     }
 
     fn create_transfer(&self) -> Result<CudaTransfer> {
-        CudaTransfer::new(self.context(), self.events(), self.watch())
+        CudaTransfer::new(self.host(), self.events(), self.watch())
     }
 
     fn free_bytes(&self) -> Result<Option<usize>> {

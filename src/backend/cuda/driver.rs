@@ -10,12 +10,15 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
+use super::modules::MIN_DRIVER;
 use crate::backend::GpuInfo;
+use crate::backend::gpu::needed_release;
 use crate::{Error, Result, invalid, unsupported};
 
 /// Functions of the driver without which nothing runs: cudarc panics when it finds one missing.
-const NEEDED: [&str; 38] = [
+const NEEDED: [&str; 39] = [
     "cuInit",
+    "cuDriverGetVersion",
     "cuGetErrorName",
     "cuGetErrorString",
     "cuDeviceGet",
@@ -92,13 +95,9 @@ fn first_missing<'a>(names: &[&'a str]) -> Option<&'a str> {
     names.iter().find(is_missing).copied()
 }
 
-/// Whether the driver can keep steps as graphs.
-pub(super) fn has_graphs() -> bool {
-    let missing = first_missing(&FOR_GRAPHS);
-    if let Some(name) = missing {
-        tracing::warn!("the NVIDIA driver has no {name}: decode steps are launched kernel by kernel");
-    }
-    missing.is_none()
+/// The first function that the driver lacks to keep steps as graphs.
+pub(super) fn missing_for_graphs() -> Option<&'static str> {
+    first_missing(&FOR_GRAPHS)
 }
 
 /// The devices of this machine, the software GPU included. An error says why there are none.
@@ -108,10 +107,15 @@ pub(in crate::backend) fn find_gpus() -> Result<Vec<GpuInfo>> {
     }
     if let Some(name) = first_missing(&NEEDED) {
         return Err(unsupported!(
-            "the NVIDIA driver has no {name}: it is older than the kernels; update it to R580 or newer"
+            "the NVIDIA driver has no {name}: it is older than the kernels; update it to {} or newer",
+            needed_release(MIN_DRIVER)
         ));
     }
-    let count = CudaContext::device_count().map_err(driver_error("start the NVIDIA driver"))?;
+    let count = match CudaContext::device_count() {
+        // None is there, or none is to be seen.
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
+        count => count.map_err(driver_error("start the NVIDIA driver"))?,
+    };
     let devices: Vec<GpuInfo> = (0..usize::try_from(count).unwrap_or(0)).map(describe).collect::<Result<_>>()?;
     if devices.is_empty() {
         return Err(Error::NotFound("the NVIDIA driver shows no device".into()));

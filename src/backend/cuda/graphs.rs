@@ -13,10 +13,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
-use super::driver::driver_error;
+use super::driver::{driver_error, missing_for_graphs};
 use super::stream::CudaStream;
 use crate::Result;
 use crate::backend::DecodeShape;
+use crate::telemetry::{Degradation, Degradations};
 
 /// Graphs that are kept; the one that was used least lately makes room. A graph takes the host some hundred kilobytes.
 const MAX_GRAPHS: usize = 64;
@@ -42,6 +43,7 @@ pub(super) struct Graphs {
     context: Arc<CudaContext>,
     is_enabled: AtomicBool,
     kept: Mutex<Kept>,
+    degradations: Degradations,
 }
 
 #[derive(Default)]
@@ -77,17 +79,29 @@ enum Way {
 }
 
 impl Graphs {
-    pub(super) fn new(context: &Arc<CudaContext>, is_enabled: bool) -> Self {
-        Self { context: Arc::clone(context), is_enabled: AtomicBool::new(is_enabled), kept: Mutex::default() }
+    pub(super) fn new(context: &Arc<CudaContext>, degradations: &Degradations) -> Self {
+        let (is_enabled, degradations) = (AtomicBool::new(true), degradations.clone());
+        let graphs = Self { context: Arc::clone(context), is_enabled, kept: Mutex::default(), degradations };
+        if let Some(name) = missing_for_graphs() {
+            graphs.give_up(&format!("the NVIDIA driver has no {name}"));
+        }
+        graphs
+    }
+
+    /// Has every step queued anew from now on, though that was not asked for.
+    fn give_up(&self, why: &str) {
+        self.is_enabled.store(false, Ordering::Relaxed);
+        self.degradations.report(Degradation::CudaGraphs, format!("{why}: decode steps are launched kernel by kernel"));
     }
 
     pub(super) fn is_enabled(&self) -> bool {
         self.is_enabled.load(Ordering::Relaxed)
     }
 
-    /// Has every step queued anew from now on.
+    /// Has every step queued anew from now on, as was asked for.
     pub(super) fn disable(&self) {
         self.is_enabled.store(false, Ordering::Relaxed);
+        self.degradations.clear(Degradation::CudaGraphs);
     }
 
     /// See [`Backend::repeat_step`](crate::backend::Backend::repeat_step).
@@ -116,8 +130,7 @@ impl Graphs {
                 Err(error) => {
                     kept.num_failures += 1;
                     if kept.num_failures == MAX_FAILURES {
-                        tracing::warn!(%error, "decode steps cannot be kept as CUDA graphs; they are launched kernel by kernel");
-                        self.disable();
+                        self.give_up(&error.to_string());
                     }
                     queue().map(|()| false)
                 }

@@ -11,6 +11,7 @@ use cudarc::driver::{CudaContext, DriverError, result, sys};
 use super::driver::driver_error;
 use super::graphs::wait_for_all;
 use crate::backend::Tensor;
+use crate::telemetry::{Degradation, Degradations};
 use crate::{Error, Result, invalid};
 
 /// Ordinary host memory begins at multiples of it.
@@ -94,7 +95,7 @@ pub struct CudaHostBuffer {
     start: *mut u8,
     bytes: usize,
     /// What it is a part of.
-    _memory: Arc<HostMemory>,
+    memory: Arc<HostMemory>,
 }
 
 // SAFETY: it is plain memory with one owner.
@@ -113,49 +114,91 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for HostMemory {}
 
-impl CudaHostBuffer {
+/// What gives out such memory, and says where it is not page-locked.
+#[derive(Clone)]
+pub(super) struct HostAllocator {
+    context: Arc<CudaContext>,
+    degradations: Degradations,
+}
+
+impl HostAllocator {
+    pub(super) fn new(context: &Arc<CudaContext>, degradations: &Degradations) -> Self {
+        Self { context: Arc::clone(context), degradations: degradations.clone() }
+    }
+
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    pub(super) fn degradations(&self) -> &Degradations {
+        &self.degradations
+    }
+
     /// Zeroed memory, page-locked if there is so much.
-    pub(super) fn allocate(context: &Arc<CudaContext>, bytes: usize) -> Result<Self> {
-        let memory = match HostMemory::pin(context, bytes)? {
-            Some(memory) => memory,
-            None => HostMemory::allocate(context, bytes)?,
-        };
-        Ok(Self::whole(memory))
+    pub(super) fn allocate(&self, bytes: usize) -> Result<CudaHostBuffer> {
+        self.pin_one(bytes)?.map_or_else(|| self.allocate_pageable(bytes), Ok)
+    }
+
+    /// Zeroed ordinary memory, where there is no other.
+    pub(super) fn allocate_pageable(&self, bytes: usize) -> Result<CudaHostBuffer> {
+        HostMemory::allocate(&self.context, bytes).map(CudaHostBuffer::whole)
+    }
+
+    /// Zeroed page-locked memory, if there is so much.
+    pub(super) fn pin_one(&self, bytes: usize) -> Result<Option<CudaHostBuffer>> {
+        Ok(self.pin(bytes)?.map(CudaHostBuffer::whole))
     }
 
     /// Zeroed memory, page-locked if there is any of a size between `least` and `most`, the largest of its halves.
-    pub(super) fn allocate_up_to(context: &Arc<CudaContext>, most: usize, least: usize) -> Result<Self> {
+    pub(super) fn allocate_up_to(&self, most: usize, least: usize) -> Result<CudaHostBuffer> {
         let mut bytes = most;
         while bytes >= least {
-            if let Some(memory) = HostMemory::pin(context, bytes)? {
-                return Ok(Self::whole(memory));
+            if let Some(pinned) = self.pin_one(bytes)? {
+                return Ok(pinned);
             }
             bytes /= 2;
         }
-        HostMemory::allocate(context, least).map(Self::whole)
+        self.allocate_pageable(least)
     }
 
     /// Page-locked buffers of so many bytes, one behind the other: `count`, or half as many again and again down to an
     /// eighth, or `None`.
-    pub(super) fn pin_row(context: &Arc<CudaContext>, count: usize, bytes: usize) -> Result<Option<Vec<Self>>> {
+    pub(super) fn pin_row(&self, count: usize, bytes: usize) -> Result<Option<Vec<CudaHostBuffer>>> {
         for count in [count, count / 2, count / 4, count / 8].into_iter().filter(|count| *count > 0) {
             let total = count.checked_mul(bytes).ok_or_else(|| invalid!("{count} host blocks of {bytes} bytes"))?;
-            if let Some(memory) = HostMemory::pin(context, total)? {
-                return Ok(Some(Self::parts(memory, count, bytes)));
+            if let Some(memory) = self.pin(total)? {
+                return Ok(Some(CudaHostBuffer::parts(memory, count, bytes)));
             }
         }
         Ok(None)
     }
 
+    /// Page-locked memory; `None` when the system gives no so much.
+    fn pin(&self, bytes: usize) -> Result<Option<HostMemory>> {
+        let memory = HostMemory::pin(&self.context, bytes)?;
+        if memory.is_none() {
+            let text = format!("the system page-locks no {bytes} bytes more (ulimit -l, or the memory of a container)");
+            self.degradations.report(Degradation::PinnedMemory, text);
+        }
+        Ok(memory)
+    }
+}
+
+impl CudaHostBuffer {
+    /// Whether it begins `bytes` behind the beginning of `first`, in the same allocation.
+    pub(super) fn is_behind(&self, first: &Self, bytes: usize) -> bool {
+        Arc::ptr_eq(&self.memory, &first.memory) && first.start.wrapping_add(bytes) == self.start
+    }
+
     fn whole(memory: HostMemory) -> Self {
-        Self { start: memory.start, bytes: memory.bytes, _memory: Arc::new(memory) }
+        Self { start: memory.start, bytes: memory.bytes, memory: Arc::new(memory) }
     }
 
     fn parts(memory: HostMemory, count: usize, bytes: usize) -> Vec<Self> {
         let memory = Arc::new(memory);
         // SAFETY: so many bytes were allocated.
         let part = |at: usize| unsafe { memory.start.add(at * bytes) };
-        (0..count).map(|at| Self { start: part(at), bytes, _memory: Arc::clone(&memory) }).collect()
+        (0..count).map(|at| Self { start: part(at), bytes, memory: Arc::clone(&memory) }).collect()
     }
 }
 
@@ -168,10 +211,7 @@ impl HostMemory {
         // SAFETY: the memory is written before anybody reads it. Without flags it is not write-combined.
         let start = match unsafe { result::malloc_host(bytes.max(1), 0) } {
             Ok(start) => start.cast::<u8>(),
-            Err(problem) if problem.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                tracing::warn!("the system page-locks no {bytes} bytes more (ulimit -l, or the memory of a container)");
-                return Ok(None);
-            }
+            Err(problem) if problem.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Ok(None),
             Err(problem) => return Err(error(problem)),
         };
         // SAFETY: the range was just allocated.

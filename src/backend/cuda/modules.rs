@@ -104,3 +104,50 @@ pub(in crate::backend) fn kernel_source() -> Result<&'static str> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Set where the kernels must be there: a build without them then fails.
+    const REQUIRE_VARIABLE: &str = "MNEME_REQUIRE_CUDA_TESTS";
+
+    /// Kinds of what a fatbin holds.
+    const PTX: u16 = 1;
+    const MACHINE_CODE: u16 = 2;
+
+    /// What a fatbin holds: kinds, the compute capability each is for, and its bytes. `softgpu/src/fatbin.rs` says how.
+    fn entries(fatbin: &[u8]) -> Vec<((u16, u32), &[u8])> {
+        let number = |at: usize, len: usize| {
+            fatbin[at..at + len].iter().rev().fold(0, |number, byte| number << 8 | usize::from(*byte))
+        };
+        let (mut at, mut found) = (number(6, 2), Vec::new());
+        while at < fatbin.len() {
+            let [header, len] = [number(at + 4, 4), number(at + 8, 8)];
+            found.push(((number(at, 2) as u16, number(at + 28, 4) as u32), &fatbin[at + header..at + header + len]));
+            at += header + len;
+        }
+        found
+    }
+
+    /// What is built without the assembler of CUDA 12 needs drivers from R580 on.
+    #[test]
+    fn kernels_are_machine_code_and_ptx_for_old_drivers() {
+        if MIN_DRIVER != (12, 0) {
+            assert!(std::env::var_os(REQUIRE_VARIABLE).is_none(), "drivers have to support CUDA {MIN_DRIVER:?}");
+            return;
+        }
+        assert!(!IMAGES.is_empty());
+        for (name, image) in IMAGES {
+            let Image::Fatbin(fatbin) = image else { panic!("{name}.cu is embedded as source") };
+            let entries = entries(fatbin);
+            let kinds: Vec<(u16, u32)> = entries.iter().map(|(kind, _)| *kind).collect();
+            assert_eq!(kinds, [(MACHINE_CODE, 80), (MACHINE_CODE, 90), (PTX, 80)], "{name}.cu");
+            for (_, code) in &entries[..2] {
+                assert!(code.starts_with(b"\x7fELF"), "{name}.cu");
+            }
+            let ptx = String::from_utf8_lossy(entries[2].1);
+            assert!(ptx.lines().any(|line| line == ".version 7.8"), "{name}.cu");
+        }
+    }
+}

@@ -1,17 +1,14 @@
 //! Transfers of CUDA: one stream per thread, so that the copy engine works beside kernels. Blocks that land layer by layer
-//! come from pinned memory as they lie there, all others go through one pinned buffer.
+//! come from pinned memory as they lie there, all others go through memory of the thread's own.
 
 #![allow(unsafe_code)]
 
-use std::ops::Range;
-use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result, sys};
-
-use super::driver::driver_error;
-use super::memory::{CudaBuffer, CudaHostBuffer};
-use super::stream::{CudaEvent, CudaStream, EventPool};
+use super::copies::{CopyStream, Run};
+use super::memory::{CudaBuffer, CudaHostBuffer, HostAllocator};
+use super::staging::Staging;
+use super::stream::{CudaEvent, EventPool};
 use super::watch::CopyWatch;
 use crate::backend::{KvLayout, Landing, LandingBlock, Transfer};
 use crate::{Result, invalid};
@@ -20,93 +17,55 @@ use crate::{Result, invalid};
 /// eighth of a copy's time at the least, which is little beside the rest.
 const MAX_LANDING_EVENTS: usize = 8;
 
-/// One thread's way to the device. Its buffer grows to the largest run and stays.
+/// One thread's way to the device. Its memory grows to the largest run and stays.
 pub struct CudaTransfer {
-    // Before the context it came from.
-    staging: Option<CudaHostBuffer>,
-    stream: CudaStream,
-    events: Arc<EventPool>,
-    watch: Arc<CopyWatch>,
-    context: Arc<CudaContext>,
-}
-
-/// Blocks that lie one behind the other on both sides.
-struct Run {
-    source: *const u8,
-    target: sys::CUdeviceptr,
-    num_blocks: usize,
+    staging: Option<Staging>,
+    copies: CopyStream,
+    host: HostAllocator,
 }
 
 impl CudaTransfer {
-    pub(super) fn new(context: &Arc<CudaContext>, events: &Arc<EventPool>, watch: &Arc<CopyWatch>) -> Result<Self> {
-        let (events, watch, context) = (Arc::clone(events), Arc::clone(watch), Arc::clone(context));
-        Ok(Self { staging: None, stream: CudaStream::new(&context)?, events, watch, context })
+    pub(super) fn new(host: &HostAllocator, events: &Arc<EventPool>, watch: &Arc<CopyWatch>) -> Result<Self> {
+        let copies = CopyStream::new(host.context(), events, watch)?;
+        Ok(Self { staging: None, copies, host: host.clone() })
     }
 
-    /// Queues a copy of some bytes of each block of a run.
-    fn queue(&self, run: &Run, bytes: Range<usize>, block_bytes: usize) -> Result<()> {
-        let copy = sys::CUDA_MEMCPY2D {
-            srcXInBytes: bytes.start,
-            srcY: 0,
-            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-            srcHost: run.source.cast(),
-            srcDevice: 0,
-            srcArray: ptr::null_mut(),
-            srcPitch: block_bytes,
-            dstXInBytes: bytes.start,
-            dstY: 0,
-            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-            dstHost: ptr::null_mut(),
-            dstDevice: run.target,
-            dstArray: ptr::null_mut(),
-            dstPitch: block_bytes,
-            WidthInBytes: bytes.len(),
-            Height: run.num_blocks,
-        };
-        // SAFETY: all blocks of the run exist on both sides, and nobody touches those of the host before `finish` has
-        // returned.
-        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream.get().cu_stream()) }
-            .result()
-            .map_err(driver_error("swap blocks in"))
-    }
-
-    /// The first `bytes` of the buffer, which is made at first use: most starts never move a block.
-    fn reserve(&mut self, bytes: usize) -> Result<()> {
-        self.bind()?;
-        if self.staging.as_ref().is_none_or(|staging| staging.as_ref().len() < bytes) {
+    /// The device is the calling thread's, and there is room for a run of `bytes` on its way: made at first use, because most
+    /// starts never move a block.
+    fn prepare(&mut self, bytes: usize) -> Result<(&mut Staging, &CopyStream)> {
+        self.copies.bind()?;
+        if self.staging.as_ref().is_none_or(|staging| staging.len() < bytes) {
             self.staging = None;
-            self.staging = Some(CudaHostBuffer::allocate(&self.context, bytes)?);
         }
-        Ok(())
-    }
-
-    /// Makes the device the calling thread's. A copy that stands still may yet read the pinned buffer.
-    fn bind(&self) -> Result<()> {
-        self.watch.check()?;
-        self.context.bind_to_thread().map_err(driver_error("use the device"))
-    }
-
-    fn synchronize(&self) -> Result<()> {
-        self.watch.wait("copy between tiers", || self.stream.is_done())
+        let staging = match self.staging.take() {
+            Some(staging) => staging,
+            None => Staging::allocate(&self.host, bytes)?,
+        };
+        Ok((self.staging.insert(staging), &self.copies))
     }
 }
 
 /// The blocks in runs; those of one run follow each other.
-fn runs(target: &CudaBuffer, blocks: &[LandingBlock<'_, CudaHostBuffer>], block_bytes: usize) -> Result<Vec<Run>> {
-    let mut runs: Vec<Run> = Vec::new();
+fn runs<'a>(
+    target: &CudaBuffer,
+    blocks: &[LandingBlock<'a, CudaHostBuffer>],
+    block_bytes: usize,
+) -> Result<Vec<Run<'a>>> {
+    let mut runs: Vec<Run<'a>> = Vec::new();
     for LandingBlock { source, target_offset } in blocks {
+        let (source, target_offset) = (*source, *target_offset);
         let bytes = source.as_ref();
         if bytes.len() != block_bytes {
             return Err(invalid!("a host block has {} bytes, a block of the device {block_bytes}", bytes.len()));
         }
-        let address = target.address(*target_offset, block_bytes)?;
-        let follows = |run: &&mut Run| {
+        let address = target.address(target_offset, block_bytes)?;
+        let follows = |run: &&mut Run<'a>| {
             let num_bytes = run.num_blocks * block_bytes;
-            run.source.wrapping_add(num_bytes) == bytes.as_ptr() && run.target + num_bytes as u64 == address
+            source.is_behind(run.first, num_bytes) && run.target + num_bytes as u64 == address
         };
         match runs.last_mut().filter(follows) {
             Some(run) => run.num_blocks += 1,
-            None => runs.push(Run { source: bytes.as_ptr(), target: address, num_blocks: 1 }),
+            None => runs.push(Run { first: source, target: address, num_blocks: 1 }),
         }
     }
     Ok(runs)
@@ -117,6 +76,10 @@ impl Transfer for CudaTransfer {
     type HostBuffer = CudaHostBuffer;
     type Event = CudaEvent;
 
+    fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<CudaHostBuffer>>> {
+        self.host.pin_row(num_blocks, block_bytes)
+    }
+
     fn fill(
         &mut self,
         target: &CudaBuffer,
@@ -125,13 +88,10 @@ impl Transfer for CudaTransfer {
         write: &mut dyn FnMut(&mut [u8]) -> Result<()>,
     ) -> Result<()> {
         let address = target.address(offset, bytes)?;
-        self.reserve(bytes)?;
-        let staging = self.staging.as_mut().map(|staging| &mut staging.as_mut()[..bytes]).unwrap_or_default();
-        write(staging)?;
-        // SAFETY: both ranges exist, and nobody touches the host side until the stream is done, below.
-        unsafe { result::memcpy_htod_async(address, staging, self.stream.get().cu_stream()) }
-            .map_err(driver_error("swap a block in"))?;
-        self.synchronize()
+        let (staging, copies) = self.prepare(bytes)?;
+        write(&mut staging.bytes_mut()[..bytes])?;
+        // SAFETY: the range exists.
+        unsafe { staging.bring_up(copies, address, bytes) }
     }
 
     fn land(
@@ -140,17 +100,19 @@ impl Transfer for CudaTransfer {
         layout: &KvLayout,
         blocks: &[LandingBlock<'_, CudaHostBuffer>],
     ) -> Result<Landing<CudaEvent>> {
-        self.bind()?;
+        self.copies.bind()?;
         let block_bytes = layout.block_bytes();
         let runs = runs(target, blocks, block_bytes)?;
         Landing::queue(layout, MAX_LANDING_EVENTS, |first, end| {
-            runs.iter().try_for_each(|run| self.queue(run, layout.layer_bytes(first, end), block_bytes))?;
-            CudaEvent::record(&self.events, &self.stream)
+            let bytes = layout.layer_bytes(first, end);
+            // SAFETY: all blocks exist, and nobody touches those of the host before `finish` has returned.
+            runs.iter().try_for_each(|run| unsafe { self.copies.queue_run(run, bytes.clone(), block_bytes) })?;
+            self.copies.record()
         })
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.synchronize()
+        self.copies.synchronize()
     }
 
     fn show(
@@ -161,12 +123,9 @@ impl Transfer for CudaTransfer {
         read: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
         let address = source.address(offset, bytes)?;
-        self.reserve(bytes)?;
-        let stream = self.stream.get().cu_stream();
-        let staging = self.staging.as_mut().map(|staging| &mut staging.as_mut()[..bytes]).unwrap_or_default();
-        // SAFETY: as for `fill`.
-        unsafe { result::memcpy_dtoh_async(staging, address, stream) }.map_err(driver_error("swap a block out"))?;
-        self.synchronize()?;
-        read(self.staging.as_ref().map(|staging| &staging.as_ref()[..bytes]).unwrap_or_default())
+        let (staging, copies) = self.prepare(bytes)?;
+        // SAFETY: the range exists.
+        unsafe { staging.bring_down(copies, address, bytes) }?;
+        read(&staging.bytes()[..bytes])
     }
 }

@@ -4,10 +4,10 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result};
+use cudarc::driver::result;
 
 use super::driver::driver_error;
-use super::memory::{CudaBuffer, CudaHostBuffer};
+use super::memory::{CudaBuffer, CudaHostBuffer, HostAllocator};
 use super::stream::{CudaEvent, CudaStream, EventPool};
 use crate::Result;
 
@@ -34,12 +34,12 @@ struct Slot {
 }
 
 impl Uploader {
-    pub(super) fn new(context: &Arc<CudaContext>, events: &Arc<EventPool>) -> Result<Self> {
+    pub(super) fn new(host: &HostAllocator, events: &Arc<EventPool>) -> Result<Self> {
         let slot = || -> Result<Slot> {
-            let host = CudaHostBuffer::allocate_up_to(context, STAGING_BYTES, MIN_STAGING_BYTES)?;
+            let host = host.allocate_up_to(STAGING_BYTES, MIN_STAGING_BYTES)?;
             Ok(Slot { host, copied: None })
         };
-        let stream = CudaStream::new(context)?;
+        let stream = CudaStream::new(host.context())?;
         let slots = [slot()?, slot()?];
         let slot_bytes = slots[0].host.as_ref().len().min(slots[1].host.as_ref().len());
         Ok(Self { stream, events: Arc::clone(events), slots, slot_bytes, next: 0 })

@@ -1,6 +1,7 @@
 //! Copies that stand still: waits for them have an end, and once one has come to it nothing on the device is sure, because
 //! nobody knows what such a copy will still write.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +23,17 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Copies of the software GPU stand behind kernels that take minutes.
 const SOFTWARE_PATIENCE: Duration = Duration::from_secs(1200);
 
+/// How long copies may take; waits under way go by it as well. A clone is the same.
+#[derive(Clone)]
+pub struct CopyPatience(Arc<CopyWatch>);
+
+impl CopyPatience {
+    /// Has copies take so long from now on.
+    pub fn set(&self, patience: Duration) {
+        self.0.set_patience(patience);
+    }
+}
+
 /// How long copies may take, and whether some took longer.
 pub(super) struct CopyWatch {
     patience_ms: AtomicU64,
@@ -35,8 +47,17 @@ impl CopyWatch {
         watch
     }
 
-    pub(super) fn set_patience(&self, patience: Duration) {
+    /// What sets how long they may take.
+    pub(super) fn patience_of(watch: &Arc<Self>) -> CopyPatience {
+        CopyPatience(Arc::clone(watch))
+    }
+
+    fn set_patience(&self, patience: Duration) {
         self.patience_ms.store(patience.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.patience_ms.load(Ordering::Relaxed))
     }
 
     pub(super) fn has_stalled(&self) -> bool {
@@ -58,10 +79,10 @@ impl CopyWatch {
         mut is_done: impl FnMut() -> std::result::Result<bool, DriverError>,
     ) -> Result<()> {
         self.check()?;
-        let (started_at, patience) = (Instant::now(), Duration::from_millis(self.patience_ms.load(Ordering::Relaxed)));
+        let started_at = Instant::now();
         while !is_done().map_err(driver_error(action))? {
             match started_at.elapsed() {
-                waited if waited >= patience => {
+                waited if waited >= self.patience() => {
                     self.has_stalled.store(true, Ordering::Release);
                     return Err(self.stalled());
                 }
@@ -73,7 +94,7 @@ impl CopyWatch {
     }
 
     fn stalled(&self) -> Error {
-        let seconds = self.patience_ms.load(Ordering::Relaxed) as f64 / 1e3;
+        let seconds = self.patience().as_secs_f64();
         Error::Device(format!("copies between the host and the device have not ended in {seconds} s; start again"))
     }
 }

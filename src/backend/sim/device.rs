@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::super::{BufferCopy, Device, StreamKind, Tensor};
 use super::{SimBackend, SimTransfer};
 use crate::Result;
+use crate::telemetry::Degradations;
 
 /// Memory of the double.
 #[derive(Clone)]
@@ -116,17 +117,16 @@ impl Device for SimBackend {
     type Event = SimEvent;
     type Transfer = SimTransfer;
 
+    fn degradations(&self) -> &Degradations {
+        &self.degradations
+    }
+
     fn allocate(&self, bytes: usize) -> Result<SimBuffer> {
         Ok(self.memory.allocate(bytes))
     }
 
     fn allocate_host(&self, bytes: usize) -> Result<Vec<u8>> {
         Ok(vec![0; bytes])
-    }
-
-    fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<Vec<u8>>>> {
-        let blocks = || (0..num_blocks).map(|_| vec![0; block_bytes]).collect();
-        Ok(self.lands_by_layer().then(blocks))
     }
 
     fn create_transfer(&self) -> Result<SimTransfer> {

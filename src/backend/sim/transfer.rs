@@ -35,7 +35,7 @@ impl Delays {
     }
 
     /// Whether blocks of the host land layer by layer: two in three doubles have that form.
-    pub(super) fn lands_by_layer(&self) -> bool {
+    fn lands_by_layer(&self) -> bool {
         !self.seed.is_multiple_of(3)
     }
 
@@ -60,6 +60,11 @@ impl SimTransfer {
         Self { delays, landing: SimStream::new(StreamKind::Copy) }
     }
 
+    /// Whether steps may begin on blocks of the host that are still on their way.
+    fn lands_by_layer(&self) -> bool {
+        self.delays.as_ref().is_none_or(|delays| delays.lands_by_layer())
+    }
+
     fn wait(&self) {
         self.delays.iter().for_each(|delays| delays.wait());
     }
@@ -69,6 +74,11 @@ impl Transfer for SimTransfer {
     type Buffer = SimBuffer;
     type HostBuffer = Vec<u8>;
     type Event = SimEvent;
+
+    fn allocate_host_blocks(&self, num_blocks: usize, block_bytes: usize) -> Result<Option<Vec<Vec<u8>>>> {
+        let blocks = || (0..num_blocks).map(|_| vec![0; block_bytes]).collect();
+        Ok(self.lands_by_layer().then(blocks))
+    }
 
     fn fill(
         &mut self,

@@ -34,7 +34,7 @@ pub(super) struct Cuda {
     pub(super) driver_library: Option<PathBuf>,
     /// The version of CUDA that it supports.
     pub(super) driver_version: Option<String>,
-    /// What the driver shows.
+    /// What the driver shows, and what is wrong with it.
     pub(super) devices: Vec<String>,
     /// Where the kernels come from, or what they lack.
     pub(super) kernels: String,
@@ -58,7 +58,7 @@ impl Cuda {
         let search_path = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
         let (chosen, problem) = match DeviceArg::Auto.choose() {
             Ok(Chosen::Gpu(gpu)) => (Some(gpu.to_string()), None),
-            Ok(Chosen::Cpu { reason }) => (None, reason),
+            Ok(Chosen::Cpu { reason, .. }) => (None, reason),
             Err(error) => (None, Some(error.to_string())),
         };
         let gpus = find_gpus().unwrap_or_default();
@@ -67,7 +67,7 @@ impl Cuda {
         Self {
             driver_library: find(&search_path, &FOLDERS),
             driver_version: gpus.first().map(|gpu| format!("{}.{}", gpu.driver_version.0, gpu.driver_version.1)),
-            devices: gpus.iter().map(GpuInfo::to_string).collect(),
+            devices: gpus.iter().map(|gpu| gpu.problem().unwrap_or_else(|| gpu.to_string())).collect(),
             kernels: kernel_source().map_or_else(|error| error.to_string(), str::to_owned),
             cublaslt_version: cublaslt.as_ref().and_then(|found| found.clone().ok()),
             cublaslt_problem: cublaslt.and_then(Result::err),

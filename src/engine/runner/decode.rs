@@ -23,7 +23,7 @@ impl<B: Backend> ModelRunner<B> {
             shape.max_context_len = shape.max_context_len.max(sequence.end_of_next(1));
         }
         let shape = self.backend.repeated_shape(shape)?;
-        Some(shape.at_most(self.max_blocks, self.max_model_len))
+        Some(shape.at_most(self.max_blocks, self.limits.max_model_len))
     }
 }
 

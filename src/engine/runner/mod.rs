@@ -4,6 +4,7 @@ mod compose;
 mod decode;
 mod draws;
 mod inputs;
+mod kv_pool;
 mod outputs;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use super::lora_groups::LoraGroups;
 use super::residency::Residency;
 use super::scheduler::{ScheduledSequence, SchedulerLimits};
 use super::sequence::Sequence;
+use super::step::EngineConfig;
 use super::tiers::TierConfig;
 use crate::Result;
 use crate::backend::{
@@ -55,7 +57,7 @@ pub(super) struct ModelRunner<B: Backend> {
     num_row_bytes: usize,
     /// What block tables and contexts of a step hold at the most.
     max_blocks: usize,
-    max_model_len: usize,
+    limits: SchedulerLimits,
     outputs: Vec<SequenceOutput>,
 }
 
@@ -72,8 +74,10 @@ pub(super) struct QueuedStep {
 type LoraOf<B> = <<B as Backend>::LoraLoader as LoraLoader>::Lora;
 
 impl<B: Backend> ModelRunner<B> {
-    pub(super) fn new(backend: B, model: Model<B>, kv_dtype: DType, limits: &SchedulerLimits) -> Result<Self> {
-        let layout = model.kv_layout(&backend, limits.block_size, kv_dtype)?;
+    /// Allocates everything; of KV blocks, perhaps fewer than was asked for.
+    pub(super) fn new(backend: B, model: Model<B>, config: &EngineConfig) -> Result<Self> {
+        let EngineConfig { limits, min_kv_tokens, .. } = config;
+        let layout = model.kv_layout(&backend, limits.block_size, config.kv_dtype)?;
         backend.check_kv_layout(&layout)?;
         let max_logits = limits.max_num_seqs + limits.max_prompt_logits;
         let step = StepLimits { max_tokens: limits.max_num_batched_tokens, max_logits };
@@ -98,24 +102,30 @@ impl<B: Backend> ModelRunner<B> {
             + NUM_INPUTS * (ALIGNED_NUMBERS - 1);
         let num_asked = if backend.edits_logits() { limits.max_num_seqs } else { 0 };
         let answer_bytes = num_asked * RowLogprobs::NUM_WORDS * size_of::<u32>();
-        let config = model.config();
+        let sizes = model.config();
         // A step can bring logits of some sequences and hidden states of others to the host.
-        let row_bytes = (max_logits * config.vocab_size + limits.max_num_batched_tokens * config.hidden_size) * 4;
+        let row_bytes = (max_logits * sizes.vocab_size + limits.max_num_batched_tokens * sizes.hidden_size) * 4;
+        let inputs = StepInputs::new(&backend, capacity)?;
+        let composition = CompositionBuffers::new(&backend, limits)?;
+        let tokens = Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32);
+        let logprobs = Tensor::new(backend.allocate(answer_bytes)?, 0, num_asked, RowLogprobs::NUM_WORDS, DType::I32);
+        // Last: it takes what is left, where that is less than it was to have.
+        let (kv, limits) = kv_pool::allocate(&backend, layout, limits, *min_kv_tokens)?;
         Ok(Self {
-            kv: KvCache::new(&backend, layout, limits.num_blocks)?,
-            inputs: StepInputs::new(&backend, capacity)?,
+            kv,
+            inputs,
             runs: SequenceRuns::with_capacity(limits.max_num_seqs),
-            composition: CompositionBuffers::new(&backend, limits)?,
-            tokens: Tensor::new(backend.allocate(max_logits * 4)?, 0, 1, max_logits, DType::I32),
+            composition,
+            tokens,
             host_tokens: backend.allocate_host(max_logits * 4)?,
-            logprobs: Tensor::new(backend.allocate(answer_bytes)?, 0, num_asked, RowLogprobs::NUM_WORDS, DType::I32),
+            logprobs,
             host_logprobs: backend.allocate_host(answer_bytes)?,
             host_rows: backend.allocate_host(row_bytes)?,
             lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
             merged: None,
             num_row_bytes: 0,
             max_blocks,
-            max_model_len: limits.max_model_len,
+            limits,
             outputs: Vec::with_capacity(limits.max_num_seqs),
             backend,
             model,
@@ -125,17 +135,23 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Starts the tiers below the blocks of this runner.
-    pub(super) fn start_pager(&self, tiers: TierConfig, limits: &SchedulerLimits, waker: &Sender<()>) -> Result<Pager> {
+    pub(super) fn start_pager(&self, tiers: TierConfig, waker: &Sender<()>) -> Result<Pager> {
         let block_bytes = self.kv.layout.block_bytes();
         let config = PagingConfig {
             block_bytes,
-            block_size: limits.block_size,
+            block_size: self.limits.block_size,
             layout: Some(self.kv.layout),
             num_host_blocks: tiers.host_bytes / block_bytes,
+            host_slab_bytes: tiers.host_slab_bytes,
             num_threads: tiers.num_io_threads,
             open: tiers.open_vault,
         };
-        Pager::start(&self.backend, &self.kv.blocks, limits.num_blocks, config, waker)
+        Pager::start(&self.backend, &self.kv.blocks, self.kv.num_blocks, config, waker)
+    }
+
+    /// The bounds that it was made for.
+    pub(super) fn limits(&self) -> &SchedulerLimits {
+        &self.limits
     }
 
     pub(super) fn model(&self) -> &Model<B> {

@@ -28,9 +28,16 @@ impl World {
         };
         device.create_transfer().unwrap().fill(&blocks, 0, block_bytes, fill).unwrap();
         let (wake, waker) = bounded(1);
-        let config =
-            PagingConfig { block_bytes, block_size: 1, layout, num_host_blocks: 2, num_threads: 1, open: None };
-        let arena = Arc::new(HostArena::new(&device, 2, block_bytes).unwrap());
+        let config = PagingConfig {
+            block_bytes,
+            block_size: 1,
+            layout,
+            num_host_blocks: 2,
+            host_slab_bytes: 0,
+            num_threads: 1,
+            open: None,
+        };
+        let arena = Arc::new(HostArena::new(2, block_bytes, 0));
         let pager = Pager::start_over(&device, (&blocks, 2), Arc::clone(&arena), config, &wake).unwrap();
         let hash = BlockHash::root(b"model", b"").child(&[1]);
         let mut world = Self { pager, waker, arena, hash };

@@ -115,6 +115,7 @@ impl SwapPlan {
             block_size: BLOCK_TOKENS,
             layout: None,
             num_host_blocks: self.num_blocks,
+            host_slab_bytes: 0,
             num_threads: NUM_IO_THREADS,
             open: Some(Box::new(move || open_store(&folder, store))),
         };
