@@ -166,13 +166,14 @@ impl Warp {
             let mine = warp.get(a, wide, lane);
             (0..LANES).filter(|&o| mask >> o & 1 == 1 && warp.get(a, wide, o) == mine).fold(0u32, |m, o| m | 1 << o)
         };
-        let mut holds = 0;
+        let (mut out, mut holds) = ([0; LANES], 0);
         for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
             let same = equal(self, lane);
-            let value = if all && same != mask { 0 } else { same };
-            holds |= u32::from(value != 0) << lane;
-            self.regs.r32[d as usize][lane] = value;
+            out[lane] = if all && same != mask { 0 } else { same };
+            holds |= u32::from(out[lane] != 0) << lane;
         }
+        // Not before: `d` may be `a`, of which every lane reads all.
+        <u32 as Lane>::store(&mut self.regs, d, &out, mask);
         self.set_predicate(p, holds, mask);
     }
 

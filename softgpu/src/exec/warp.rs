@@ -98,9 +98,9 @@ impl Warp {
         self.regs.r64.clear();
         self.regs.p.clear();
         self.local.clear();
-        self.regs.r32.resize(kernel.rows.0, [0; LANES]);
-        self.regs.r64.resize(kernel.rows.1, [0; LANES]);
-        self.regs.p.resize(kernel.rows.2, 0);
+        self.regs.r32.resize(kernel.rows[0], [0; LANES]);
+        self.regs.r64.resize(kernel.rows[1], [0; LANES]);
+        self.regs.p.resize(kernel.rows[2], 0);
         kernel.consts32.iter().for_each(|&(slot, value)| self.regs.r32[slot as usize] = [value; LANES]);
         kernel.consts64.iter().for_each(|&(slot, value)| self.regs.r64[slot as usize] = [value; LANES]);
         self.kernel = kernel.id;
