@@ -3,6 +3,7 @@
 use crate::exec::isa::{
     Address, Inst, Kernel, LOCAL_WINDOW, NONE, Op, PARAM_WINDOW, Pred, SHARED_WINDOW, SharedVar, Special,
 };
+use crate::exec::operands::Bank;
 use crate::ptx::PtxError;
 use crate::ptx::syntax::{Entry, Loc, Module, Operand, Space, Stmt, Var};
 use std::collections::HashMap;
@@ -13,8 +14,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 mod arithmetic;
+mod bits;
+mod check;
 mod control;
+mod flow;
 mod memory;
+mod rows;
 mod warp_wide;
 
 pub(crate) type Result<T> = std::result::Result<T, PtxError>;
@@ -60,7 +65,8 @@ pub(crate) struct Decoder<'a> {
     globals: &'a HashMap<String, u64>,
     slots: Vec<Slot>,
     symbols: HashMap<String, (Space, u64)>,
-    rows: (usize, usize, usize),
+    /// Registers of each bank so far, each with a number of its own: `rows` gives them rows.
+    registers: [usize; 3],
     consts32: HashMap<u32, u16>,
     consts64: HashMap<u64, u16>,
     specials: HashMap<Special, u16>,
@@ -79,15 +85,14 @@ pub(crate) struct Decoder<'a> {
 
 impl<'a> Decoder<'a> {
     fn new(module: &'a Module, entry: &'a Entry, globals: &'a HashMap<String, u64>) -> Result<Self> {
-        // Rows 0 to 2 are scratch for flushed sources.
-        let mut rows = (3, 0, 0);
-        let slots = entry.regs.iter().map(|kind| new_slot(&mut rows, kind)).collect();
+        let mut registers = [rows::SCRATCH, 0, 0];
+        let slots = entry.regs.iter().map(|kind| new_slot(&mut registers, kind)).collect();
         let mut decoder = Self {
             entry,
             globals,
             slots,
             symbols: HashMap::new(),
-            rows,
+            registers,
             consts32: HashMap::new(),
             consts64: HashMap::new(),
             specials: HashMap::new(),
@@ -142,11 +147,18 @@ impl<'a> Decoder<'a> {
     }
 
     fn finish(mut self, files: &Arc<HashMap<u32, String>>) -> Result<Kernel> {
+        self.guard = None;
         self.push(Op::Exit, Loc::default());
-        if self.rows.0.max(self.rows.1).max(self.rows.2) >= NONE as usize {
+        if self.registers.iter().any(|&count| count >= NONE as usize) {
             return self.fail(format!("kernel {} uses more than 65534 registers", self.entry.name));
         }
         self.resolve_targets();
+        let prepared = self.prepared();
+        let rows = match rows::assign(&mut self.insts, self.registers, &prepared) {
+            Ok(rows) => rows,
+            Err(inst) => return self.fail(format!("rows of kernel {} are mixed up at {inst}", self.entry.name)),
+        };
+        let row = |bank: Bank, slot: u16| rows.of[bank as usize][slot as usize];
         let has_fence = self.insts.iter().any(|i| matches!(i.op, Op::Fence));
         Ok(Kernel {
             id: NEXT_ID.fetch_add(1, Relaxed),
@@ -155,10 +167,10 @@ impl<'a> Decoder<'a> {
             insts: self.insts,
             locs: self.locs,
             files: Arc::clone(files),
-            rows: self.rows,
-            consts32: self.consts32.into_iter().map(|(v, s)| (s, v)).collect(),
-            consts64: self.consts64.into_iter().map(|(v, s)| (s, v)).collect(),
-            specials: self.specials.into_iter().collect(),
+            rows: rows.counts,
+            consts32: self.consts32.into_iter().map(|(v, s)| (row(Bank::Narrow, s), v)).collect(),
+            consts64: self.consts64.into_iter().map(|(v, s)| (row(Bank::Wide, s), v)).collect(),
+            specials: self.specials.into_iter().map(|(special, s)| (special, row(Bank::Narrow, s))).collect(),
             shared: self.shared,
             static_shared: self.static_shared,
             dynamic_offset: self.dynamic_offset,
@@ -167,6 +179,12 @@ impl<'a> Decoder<'a> {
             required_threads: self.entry.required_threads,
             has_fence,
         })
+    }
+
+    /// The registers that have their values before a kernel starts.
+    fn prepared(&self) -> Vec<(Bank, u16)> {
+        let narrow = self.consts32.values().chain(self.specials.values()).map(|&slot| (Bank::Narrow, slot));
+        narrow.chain(self.consts64.values().map(|&slot| (Bank::Wide, slot))).collect()
     }
 
     /// Statement numbers in branches become instruction numbers.
@@ -255,19 +273,19 @@ impl<'a> Decoder<'a> {
 
     pub(crate) fn constant(&mut self, bits: u64, wide: bool) -> u16 {
         if wide {
-            let next = &mut self.rows.1;
-            return *self.consts64.entry(bits).or_insert_with(|| take_row(next));
+            let next = &mut self.registers[Bank::Wide as usize];
+            return *self.consts64.entry(bits).or_insert_with(|| take(next));
         }
-        let next = &mut self.rows.0;
-        *self.consts32.entry(bits as u32).or_insert_with(|| take_row(next))
+        let next = &mut self.registers[Bank::Narrow as usize];
+        *self.consts32.entry(bits as u32).or_insert_with(|| take(next))
     }
 
-    /// A target row of the given width; `_` becomes a row that nobody reads.
+    /// A target of the given width; `_` becomes a register that nobody reads.
     pub(crate) fn target(&mut self, operand: &Operand, wide: bool) -> Result<u16> {
         match self.slot_of(operand) {
             Some(Slot::Wide(slot)) if wide => Ok(slot),
             Some(Slot::Narrow(slot)) if !wide => Ok(slot),
-            None if *operand == Operand::Sink => Ok(take_row(if wide { &mut self.rows.1 } else { &mut self.rows.0 })),
+            None if *operand == Operand::Sink => Ok(take(&mut self.registers[Bank::of(wide) as usize])),
             other => self.fail(format!("target register has the wrong width ({other:?})")),
         }
     }
@@ -318,8 +336,8 @@ impl<'a> Decoder<'a> {
         if wide {
             return self.fail(format!("special register {name} is 32 bits wide"));
         }
-        let next = &mut self.rows.0;
-        Ok(*self.specials.entry(special).or_insert_with(|| take_row(next)))
+        let next = &mut self.registers[Bank::Narrow as usize];
+        Ok(*self.specials.entry(special).or_insert_with(|| take(next)))
     }
 
     /// `[base + offset]` as a row plus an offset.
@@ -345,16 +363,16 @@ pub(crate) fn window(space: Space) -> u64 {
     }
 }
 
-fn take_row(next: &mut usize) -> u16 {
+fn take(next: &mut usize) -> u16 {
     *next += 1;
     (*next - 1).min(NONE as usize) as u16
 }
 
-fn new_slot(rows: &mut (usize, usize, usize), kind: &str) -> Slot {
+fn new_slot(registers: &mut [usize; 3], kind: &str) -> Slot {
     match kind {
-        "pred" => Slot::Pred(take_row(&mut rows.2)),
-        "b64" | "u64" | "s64" | "f64" => Slot::Wide(take_row(&mut rows.1)),
-        _ => Slot::Narrow(take_row(&mut rows.0)),
+        "pred" => Slot::Pred(take(&mut registers[Bank::Predicate as usize])),
+        "b64" | "u64" | "s64" | "f64" => Slot::Wide(take(&mut registers[Bank::Wide as usize])),
+        _ => Slot::Narrow(take(&mut registers[Bank::Narrow as usize])),
     }
 }
 

@@ -41,12 +41,13 @@ impl Decoder<'_> {
                 }
             }
         }
-        let Some((op, signature)) = alu::lookup(&opcode) else {
+        let Some(op) = alu::lookup(&opcode) else {
             if parts[0] == "cvt" {
                 return self.convert(parts, operands);
             }
             return self.fail("instruction is not supported");
         };
+        let signature = alu::signature(op);
         if parts[0] == "cvt" && (sat && !signature.is_f32 || self.needs_extension(operands, &signature)) {
             return self.convert(parts, operands);
         }

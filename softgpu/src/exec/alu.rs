@@ -26,15 +26,22 @@ macro_rules! alu {
         pub enum Alu { $($name),+ }
 
         /// Finds the operation of an opcode, or `None`.
-        pub fn lookup(opcode: &str) -> Option<(Alu, Signature)> {
-            use super::lanes::Lane;
+        pub fn lookup(opcode: &str) -> Option<Alu> {
             match opcode {
-                $($($op)|+ => Some((Alu::$name, Signature {
+                $($($op)|+ => Some(Alu::$name),)+
+                _ => None,
+            }
+        }
+
+        /// The sources and the result of an operation.
+        pub fn signature(op: Alu) -> Signature {
+            use super::lanes::Lane;
+            match op {
+                $(Alu::$name => Signature {
                     sources: const { &[$(<$source as Lane>::WIDE),+] },
                     wide: <$result as Lane>::WIDE,
                     is_f32: const { str_eq(stringify!($result), "f32") },
-                })),)+
-                _ => None,
+                },)+
             }
         }
 

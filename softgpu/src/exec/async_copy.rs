@@ -10,6 +10,7 @@ use super::warp::{Pending, Warp};
 use crate::fault::{Fault, FaultKind};
 
 /// `cp.async`: reads now, arrives at its wait.
+#[inline(always)]
 pub fn async_copy(warp: &mut Warp, block: &mut Block, copy: &AsyncCopy, mask: u32) -> Lanes<()> {
     let width = u64::from(copy.bytes);
     let (targets, sources) = (addresses(&warp.regs, copy.target), addresses(&warp.regs, copy.source));
@@ -44,14 +45,21 @@ pub fn async_copy(warp: &mut Warp, block: &mut Block, copy: &AsyncCopy, mask: u3
             unsafe { copy_in(allocation.data(offset), &mut data, read[lane]) };
             last = Some(allocation);
         }
-        block.shared.reserve(targets[lane], width, warp.index).map_err(|f| (lane, f))?;
+        let (target, shared) = (targets[lane], &mut block.shared);
+        match width {
+            16 => shared.reserve::<16>(target, warp.index),
+            8 => shared.reserve::<8>(target, warp.index),
+            _ => shared.reserve::<4>(target, warp.index),
+        }
+        .map_err(|f| (lane, f))?;
         block.counters.async_copy_bytes += read[lane];
-        warp.open_copies.push(Pending { lane: lane as u8, target: targets[lane] as u32, bytes: copy.bytes, data });
+        warp.open_copies.push(Pending { lane: lane as u8, target: target as u32, bytes: copy.bytes, data });
     }
     Ok(())
 }
 
 /// `ldmatrix`: lane 8j + i names row i of matrix j.
+#[inline(always)]
 pub fn load_matrix(warp: &mut Warp, block: &mut Block, d: &[u16], transposed: bool, address: Address) -> Lanes<()> {
     let all = addresses(&warp.regs, address);
     let used = if d.len() == 4 { FULL } else { (1 << (8 * d.len())) - 1 };

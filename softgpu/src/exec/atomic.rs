@@ -2,7 +2,8 @@
 
 use super::block::Block;
 use super::isa::{AtomOp, Atomic, NONE, NumType};
-use super::load_store::{Lanes, addresses, check_alignment, check_read, lanes, regs64, spaces};
+use super::lanes::LANES;
+use super::load_store::{Lanes, addresses, check_alignment, check_read, lanes, spaces};
 use super::warp::Warp;
 use crate::fault::{Fault, FaultKind};
 use crate::ptx::syntax::Space;
@@ -65,15 +66,14 @@ pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) ->
     let width = u64::from(atomic.ty.bits() / 8);
     let all = addresses(&warp.regs, atomic.address);
     check_alignment(&all, mask, width)?;
+    let wide = atomic.ty.is_wide();
+    let [bs, cs] = [atomic.b, atomic.c].map(|slot| warp.regs.row(slot, wide));
+    let mut olds = [0; LANES];
     for (space, mask, start) in spaces(atomic.space, &all, mask) {
         for lane in lanes(mask) {
-            let wide = atomic.ty.is_wide();
-            let row = |slot: u16| {
-                if wide { regs64(&warp.regs, slot, lane) } else { u64::from(warp.regs.r32[slot as usize][lane]) }
-            };
-            let (b, c, at) = (row(atomic.b), row(atomic.c), all[lane].wrapping_sub(start));
+            let (b, c, at) = (bs[lane], cs[lane], all[lane].wrapping_sub(start));
             let update = |old: u64| combine(atomic.op, atomic.ty, old, b, c);
-            let old = match space {
+            olds[lane] = match space {
                 Space::Shared => atomic_shared(block, at, width, warp.index, update),
                 Space::Local | Space::Param => {
                     Err(Fault::new(FaultKind::OutOfBounds, "atomics work on global and shared memory only"))
@@ -82,12 +82,10 @@ pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) ->
             }
             .map_err(|f| (lane, f))?;
             block.counters.atomics += 1;
-            if atomic.d != NONE && wide {
-                warp.regs.r64[atomic.d as usize][lane] = old;
-            } else if atomic.d != NONE {
-                warp.regs.r32[atomic.d as usize][lane] = old as u32;
-            }
         }
+    }
+    if atomic.d != NONE {
+        warp.regs.set_row(atomic.d, wide, &olds, mask);
     }
     Ok(())
 }

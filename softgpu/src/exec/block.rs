@@ -111,7 +111,7 @@ impl<'a> Worker<'a> {
             rng.shuffle(&mut order, launch.seed != 0);
             for &i in &order {
                 if matches!(states[i], State::Ready) {
-                    states[i] = match self.warps[i].run(&mut self.block, SLICE)? {
+                    states[i] = match launch.simd.run(&mut self.warps[i], &mut self.block, SLICE)? {
                         Stop::Done => State::Done,
                         Stop::Barrier(arrival) => State::Waiting(arrival),
                         Stop::Slice => State::Ready,

@@ -421,6 +421,22 @@ pub struct Inst {
     pub loc: u32,
 }
 
+impl Inst {
+    /// Where it may branch to.
+    pub fn targets(&self) -> &[u32] {
+        match &self.op {
+            Op::Branch { target } => std::slice::from_ref(target),
+            Op::BranchTable { targets, .. } => targets,
+            _ => &[],
+        }
+    }
+
+    /// Whether a lane may go on with the next instruction.
+    pub fn goes_on(&self) -> bool {
+        self.guard.is_some() || !matches!(self.op, Op::Branch { .. } | Op::BranchTable { .. } | Op::Exit | Op::Trap)
+    }
+}
+
 /// Values that the launch gives to a warp.
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -468,8 +484,8 @@ pub struct Kernel {
     pub locs: Vec<Loc>,
     /// Names of source files.
     pub files: Arc<HashMap<u32, String>>,
-    /// Rows of each kind.
-    pub rows: (usize, usize, usize),
+    /// Rows of each [`super::operands::Bank`].
+    pub rows: [usize; 3],
     /// Constant rows, 32 bits.
     pub consts32: Vec<(u16, u32)>,
     /// Constant rows, 64 bits.
@@ -510,19 +526,8 @@ impl Kernel {
                 continue;
             }
             let inst = &self.insts[pc as usize];
-            let goes_on = match &inst.op {
-                Op::Branch { target } => {
-                    open.push(*target);
-                    inst.guard.is_some()
-                }
-                Op::BranchTable { targets, .. } => {
-                    open.extend(targets.iter());
-                    inst.guard.is_some()
-                }
-                Op::Exit | Op::Trap => inst.guard.is_some(),
-                _ => true,
-            };
-            if goes_on {
+            open.extend(inst.targets());
+            if inst.goes_on() {
                 open.push(pc + 1);
             }
         }

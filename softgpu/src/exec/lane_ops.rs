@@ -4,25 +4,23 @@ use super::alu::{self, Alu};
 use super::block::Block;
 use super::convert::convert;
 use super::isa::Op;
-use super::lanes::{FULL, LANES, Lane, Row32};
+use super::lanes::{FULL, LANES, Lane, Regs, Row32};
+use super::load_store::lanes;
 use super::simd;
 use super::warp::Warp;
 
 impl Warp {
+    #[inline(always)]
     pub(super) fn select(&mut self, wide: bool, d: u16, a: u16, b: u16, p: u32, mask: u32) {
-        let pick = |lane: usize| p >> lane & 1 == 1;
         if wide {
-            let (a, b) = (self.regs.r64[a as usize], self.regs.r64[b as usize]);
-            let out: [u64; LANES] = std::array::from_fn(|i| if pick(i) { a[i] } else { b[i] });
-            <u64 as Lane>::store(&mut self.regs, d, &out, mask);
+            pick::<u64>(&mut self.regs, d, (a, b), p, mask);
         } else {
-            let (a, b) = (self.regs.r32[a as usize], self.regs.r32[b as usize]);
-            let out: [u32; LANES] = std::array::from_fn(|i| if pick(i) { a[i] } else { b[i] });
-            <u32 as Lane>::store(&mut self.regs, d, &out, mask);
+            pick::<u32>(&mut self.regs, d, (a, b), p, mask);
         }
     }
 
     /// Sources go through scratch rows 0 to 2 flushed; the result is flushed and clamped in its row.
+    #[inline(always)]
     pub(super) fn alu_flush(
         &mut self,
         block: &Block,
@@ -53,67 +51,86 @@ impl Warp {
     }
 
     pub(super) fn clock(&mut self, block: &Block, d: u16, wide: bool, mask: u32) {
-        let now = block.counters.warp_instructions;
-        for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
-            if wide {
-                self.regs.r64[d as usize][lane] = now;
-            } else {
-                self.regs.r32[d as usize][lane] = now as u32;
+        self.regs.set_row(d, wide, &[block.counters.warp_instructions; LANES], mask);
+    }
+
+    /// Parts of equal widths to one register, the first part lowest.
+    #[inline(always)]
+    pub(super) fn pack(&mut self, d: u16, wide: bool, parts: &[u16], mask: u32) {
+        let (mut out, bits) = ([0; LANES], part_bits(wide, parts));
+        for (part, &slot) in parts.iter().enumerate() {
+            let row = &self.regs.r32[slot as usize];
+            for lane in 0..LANES {
+                out[lane] |= (u64::from(row[lane]) & ((1 << bits) - 1)) << (bits * part);
             }
         }
+        self.regs.set_row(d, wide, &out, mask);
     }
 
-    pub(super) fn get(&self, slot: u16, wide: bool, lane: usize) -> u64 {
-        if wide { self.regs.r64[slot as usize][lane] } else { u64::from(self.regs.r32[slot as usize][lane]) }
-    }
-
-    fn set(&mut self, slot: u16, wide: bool, lane: usize, value: u64) {
-        if wide {
-            self.regs.r64[slot as usize][lane] = value;
-        } else {
-            self.regs.r32[slot as usize][lane] = value as u32;
+    /// The other way.
+    #[inline(always)]
+    pub(super) fn unpack(&mut self, s: u16, wide: bool, parts: &[u16], mask: u32) {
+        let (row, bits) = (self.regs.row(s, wide), part_bits(wide, parts));
+        for (part, &slot) in parts.iter().enumerate() {
+            let mut out = [0; LANES];
+            for lane in 0..LANES {
+                out[lane] = (row[lane] >> (bits * part) & ((1 << bits) - 1)) as u32;
+            }
+            <u32 as Lane>::store(&mut self.regs, slot, &out, mask);
         }
     }
 
+    #[inline(always)]
     pub(super) fn lop3(&mut self, d: u16, sources: [u16; 3], table: u8, mask: u32) {
-        let out = lop3(sources.map(|slot| self.regs.r32[slot as usize]), table);
+        let [a, b, c] = sources;
+        let load = |slot: u16| <u32 as Lane>::load(&self.regs, slot);
+        let out = lop3([load(a), load(b), load(c)], table);
         <u32 as Lane>::store(&mut self.regs, d, &out, mask);
     }
 
     /// Forms that are rare enough to go lane by lane.
     pub(super) fn lane_by_lane(&mut self, op: &Op, mask: u32) {
-        for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
-            match *op {
-                Op::Insert { wide, d, field, base, position, length } => {
-                    let (field, base) = (self.get(field, wide, lane), self.get(base, wide, lane));
-                    let (position, length) = (self.get(position, false, lane), self.get(length, false, lane));
-                    let bits = if wide { 64 } else { 32 };
-                    self.set(d, wide, lane, alu::insert(field, base, position as u32, length as u32, bits));
+        let mut out = [0; LANES];
+        match *op {
+            Op::Insert { wide, d, field, base, position, length } => {
+                let [field, base] = [field, base].map(|slot| self.regs.row(slot, wide));
+                let [position, length] = [position, length].map(|slot| self.regs.r32[slot as usize]);
+                let bits = if wide { 64 } else { 32 };
+                for lane in lanes(mask) {
+                    out[lane] = alu::insert(field[lane], base[lane], position[lane], length[lane], bits);
                 }
-                Op::Convert { from, to, rounding, saturate, d, d_wide, s, s_wide } => {
-                    let value = convert(self.get(s, s_wide, lane), from, to, rounding, saturate);
-                    self.set(d, d_wide, lane, value);
-                }
-                Op::Pack { d, wide, parts, count } => {
-                    let bits = (if wide { 64 } else { 32 }) / u32::from(count);
-                    let part = |i: usize| (self.get(parts[i], false, lane) & ((1 << bits) - 1)) << (bits * i as u32);
-                    let value = (0..count as usize).fold(0, |value, i| value | part(i));
-                    self.set(d, wide, lane, value);
-                }
-                Op::Unpack { s, wide, parts, count } => {
-                    let bits = (if wide { 64 } else { 32 }) / u32::from(count);
-                    let value = self.get(s, wide, lane);
-                    for (i, &part) in parts[..count as usize].iter().enumerate() {
-                        self.set(part, false, lane, value >> (bits * i as u32) & ((1 << bits) - 1));
-                    }
-                }
-                _ => {}
+                self.regs.set_row(d, wide, &out, mask);
             }
+            Op::Convert { from, to, rounding, saturate, d, d_wide, s, s_wide } => {
+                let row = self.regs.row(s, s_wide);
+                for lane in lanes(mask) {
+                    out[lane] = convert(row[lane], from, to, rounding, saturate);
+                }
+                self.regs.set_row(d, d_wide, &out, mask);
+            }
+            _ => {}
         }
     }
 }
 
+/// Bits of each part of a register.
+fn part_bits(wide: bool, parts: &[u16]) -> usize {
+    (if wide { 64 } else { 32 }) / parts.len()
+}
+
+/// `d = p ? a : b` on the lanes of `mask`.
+#[inline(always)]
+fn pick<T: Lane>(regs: &mut Regs, d: u16, (a, b): (u16, u16), p: u32, mask: u32) {
+    let (a, b) = (T::load(regs, a), T::load(regs, b));
+    let mut out = b;
+    for lane in 0..LANES {
+        out[lane] = if p >> lane & 1 == 1 { a[lane] } else { b[lane] };
+    }
+    T::store(regs, d, &out, mask);
+}
+
 /// Any function of three bits, by its truth table, for all lanes.
+#[inline(always)]
 fn lop3([a, b, c]: [Row32; 3], table: u8) -> Row32 {
     let mut out = [0; LANES];
     for i in (0..8).filter(|i| table >> i & 1 == 1) {

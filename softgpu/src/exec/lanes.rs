@@ -16,11 +16,70 @@ pub type Row64 = [u64; LANES];
 #[derive(Clone, Debug, Default)]
 pub struct Regs {
     /// 32-bit registers, and 16- and 8-bit ones zero-extended.
-    pub r32: Vec<Row32>,
+    pub r32: Rows<u32>,
     /// 64-bit registers.
-    pub r64: Vec<Row64>,
+    pub r64: Rows<u64>,
     /// Predicates, one bit a lane.
     pub p: Vec<u32>,
+}
+
+/// Rows of one width. They begin where cache lines do, or every vector of lanes would lie in two of them.
+#[derive(Clone, Debug, Default)]
+pub struct Rows<T>(Vec<Row<T>>);
+
+#[repr(align(64))]
+#[derive(Clone, Debug)]
+struct Row<T>([T; LANES]);
+
+impl<T: Copy + Default> Rows<T> {
+    /// So many rows of zeros.
+    pub fn reset(&mut self, count: usize) {
+        self.0.clear();
+        self.0.resize(count, Row([T::default(); LANES]));
+    }
+}
+
+impl<T> std::ops::Index<usize> for Rows<T> {
+    type Output = [T; LANES];
+    #[inline(always)]
+    fn index(&self, slot: usize) -> &[T; LANES] {
+        &self.0[slot].0
+    }
+}
+
+impl<T> std::ops::IndexMut<usize> for Rows<T> {
+    #[inline(always)]
+    fn index_mut(&mut self, slot: usize) -> &mut [T; LANES] {
+        &mut self.0[slot].0
+    }
+}
+
+impl Regs {
+    /// A register of either width, zero-extended.
+    #[inline(always)]
+    pub fn row(&self, slot: u16, wide: bool) -> Row64 {
+        if wide {
+            return self.r64[slot as usize];
+        }
+        let (row, mut out) = (&self.r32[slot as usize], [0; LANES]);
+        for lane in 0..LANES {
+            out[lane] = u64::from(row[lane]);
+        }
+        out
+    }
+
+    /// Writes the lanes of `mask`, cut to the width of the register.
+    #[inline(always)]
+    pub fn set_row(&mut self, slot: u16, wide: bool, values: &Row64, mask: u32) {
+        if wide {
+            return u64::store(self, slot, values, mask);
+        }
+        let mut narrow = [0; LANES];
+        for lane in 0..LANES {
+            narrow[lane] = values[lane] as u32;
+        }
+        u32::store(self, slot, &narrow, mask);
+    }
 }
 
 /// A value type that lives in registers.

@@ -4,7 +4,7 @@ use super::block::Block;
 use super::isa::{Access, Address, LOCAL_WINDOW, NONE, PARAM_WINDOW, SHARED_WINDOW, WINDOW_BYTES};
 use super::lanes::{FULL, LANES, Regs};
 use super::shared;
-use super::warp::Warp;
+use super::warp::{Warp, first};
 use crate::fault::{Fault, FaultKind};
 use crate::memory::Allocation;
 use crate::ptx::syntax::Space;
@@ -21,16 +21,28 @@ pub(super) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
 }
 
 /// The address of every lane.
-#[inline]
+#[inline(always)]
 pub fn addresses(regs: &Regs, address: Address) -> [u64; LANES] {
-    if address.wide {
-        regs.r64[address.slot as usize].map(|a| a.wrapping_add_signed(address.offset))
-    } else {
-        regs.r32[address.slot as usize].map(|a| u64::from(a.wrapping_add(address.offset as u32)))
+    let mut all = regs.row(address.slot, address.wide);
+    let most = if address.wide { u64::MAX } else { u64::from(u32::MAX) };
+    for at in &mut all {
+        *at = at.wrapping_add_signed(address.offset) & most;
     }
+    all
+}
+
+/// Addresses in a window that begins at `start`.
+#[inline(always)]
+fn within(all: &[u64; LANES], start: u64) -> [u64; LANES] {
+    let mut at = *all;
+    for address in &mut at {
+        *address = address.wrapping_sub(start);
+    }
+    at
 }
 
 /// Splits generic addresses by window: (space, lanes, start of the window), of which those without lanes are to be left out.
+#[inline(always)]
 pub(super) fn spaces(space: Space, addresses: &[u64; LANES], mask: u32) -> impl Iterator<Item = (Space, u32, u64)> {
     let mut found = [(space, 0, 0); 4];
     if space == Space::Generic {
@@ -56,6 +68,7 @@ fn split_by_window(addresses: &[u64; LANES], mask: u32, found: &mut [(Space, u32
     }
 }
 
+#[inline(always)]
 pub(super) fn check_alignment(addresses: &[u64; LANES], mask: u32, width: u64) -> Lanes<()> {
     let any = lanes_or(addresses, mask);
     if any & (width - 1) == 0 {
@@ -66,6 +79,7 @@ pub(super) fn check_alignment(addresses: &[u64; LANES], mask: u32, width: u64) -
     Err((lane, Fault::new(FaultKind::Misaligned, what)))
 }
 
+#[inline(always)]
 fn lanes_or(addresses: &[u64; LANES], mask: u32) -> u64 {
     let mut any = 0;
     for (lane, address) in addresses.iter().enumerate() {
@@ -75,13 +89,14 @@ fn lanes_or(addresses: &[u64; LANES], mask: u32) -> u64 {
 }
 
 /// `ld`.
+#[inline(always)]
 pub fn load(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> Lanes<()> {
     let width = u64::from(access.bytes) * u64::from(access.count);
     let all = addresses(&warp.regs, access.address);
     check_alignment(&all, mask, width)?;
     let mut values: Values = [[0; 16]; LANES];
     for (space, mask, start) in spaces(access.space, &all, mask) {
-        let at = all.map(|a| a.wrapping_sub(start));
+        let at = within(&all, start);
         match space {
             Space::Shared => read_shared(warp, block, &at, mask, width, &mut values)?,
             Space::Local => read_local(warp, &at, mask, width, &mut values)?,
@@ -93,57 +108,60 @@ pub fn load(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> L
     Ok(())
 }
 
+/// The word of 8 bytes that an element lies in, its first bit there, and the bits that it has.
+#[inline(always)]
+fn place(element: usize, bytes: u8) -> (usize, usize, u64) {
+    let first = element * bytes as usize;
+    (first / 8 * 8, first % 8 * 8, u64::MAX >> (64 - 8 * u32::from(bytes)))
+}
+
+#[inline(always)]
+fn word(value: &[u8; 16], at: usize) -> u64 {
+    let mut raw = [0; 8];
+    raw.copy_from_slice(&value[at..at + 8]);
+    u64::from_le_bytes(raw)
+}
+
 /// Memory bytes to registers.
+#[inline(always)]
 fn scatter(regs: &mut Regs, access: &Access, mask: u32, values: &Values) {
-    let bytes = access.bytes as usize;
-    for (element, &slot) in access.regs[..access.count as usize].iter().enumerate() {
-        if slot == NONE {
-            continue;
+    for (element, &slot) in access.regs[..access.count as usize].iter().enumerate().filter(|(_, slot)| **slot != NONE) {
+        let (at, shift, bits) = place(element, access.bytes);
+        let unused = if access.signed { bits.leading_zeros() } else { 0 };
+        let mut row = [0; LANES];
+        for lane in 0..LANES {
+            let value = word(&values[lane], at) >> shift & bits;
+            row[lane] = ((value << unused) as i64 >> unused) as u64;
         }
-        if bytes == 4 && !access.wide {
-            let row = &mut regs.r32[slot as usize];
-            for lane in 0..LANES {
-                let v = &values[lane][element * 4..element * 4 + 4];
-                let value = u32::from_le_bytes([v[0], v[1], v[2], v[3]]);
-                row[lane] = if mask >> lane & 1 == 1 { value } else { row[lane] };
-            }
-            continue;
-        }
-        for lane in lanes(mask) {
-            let mut raw = [0; 8];
-            raw[..bytes].copy_from_slice(&values[lane][element * bytes..(element + 1) * bytes]);
-            let value = u64::from_le_bytes(raw);
-            let unused = 64 - 8 * bytes as u32;
-            let value = if access.signed { ((value << unused) as i64 >> unused) as u64 } else { value };
-            if access.wide {
-                regs.r64[slot as usize][lane] = value;
-            } else {
-                // Registers narrower than 32 bits keep their upper bits zero; signed 16-bit code masks on use.
-                regs.r32[slot as usize][lane] = value as u32;
-            }
-        }
+        // Registers narrower than 32 bits keep their upper bits zero; signed 16-bit code masks on use.
+        regs.set_row(slot, access.wide, &row, mask);
     }
 }
 
+/// Registers to memory bytes.
+#[inline(always)]
+fn gather(regs: &Regs, access: &Access) -> Values {
+    let mut values: Values = [[0; 16]; LANES];
+    for (element, &slot) in access.regs[..access.count as usize].iter().enumerate() {
+        let (at, shift, bits) = place(element, access.bytes);
+        let row = regs.row(slot, access.wide);
+        for lane in 0..LANES {
+            let with = word(&values[lane], at) | (row[lane] & bits) << shift;
+            values[lane][at..at + 8].copy_from_slice(&with.to_le_bytes());
+        }
+    }
+    values
+}
+
 /// `st`.
+#[inline(always)]
 pub fn store(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> Lanes<()> {
     let width = u64::from(access.bytes) * u64::from(access.count);
     let all = addresses(&warp.regs, access.address);
     check_alignment(&all, mask, width)?;
-    let mut values: Values = [[0; 16]; LANES];
-    let bytes = access.bytes as usize;
-    for (element, &slot) in access.regs[..access.count as usize].iter().enumerate() {
-        for lane in 0..LANES {
-            let value = if access.wide {
-                regs64(&warp.regs, slot, lane)
-            } else {
-                u64::from(warp.regs.r32[slot as usize][lane])
-            };
-            values[lane][element * bytes..(element + 1) * bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
-        }
-    }
+    let values = gather(&warp.regs, access);
     for (space, mask, start) in spaces(access.space, &all, mask) {
-        let at = all.map(|a| a.wrapping_sub(start));
+        let at = within(&all, start);
         match space {
             Space::Shared => write_shared(warp, block, &at, mask, width, &values)?,
             Space::Local => write_local(warp, &at, mask, width, &values)?,
@@ -156,10 +174,7 @@ pub fn store(warp: &mut Warp, block: &mut Block, access: &Access, mask: u32) -> 
     Ok(())
 }
 
-pub(super) fn regs64(regs: &Regs, slot: u16, lane: usize) -> u64 {
-    regs.r64[slot as usize][lane]
-}
-
+#[inline(always)]
 pub(super) fn read_shared(
     warp: &Warp,
     block: &mut Block,
@@ -169,14 +184,34 @@ pub(super) fn read_shared(
     values: &mut Values,
 ) -> Lanes<()> {
     count_shared(block, at, mask, width);
-    for lane in lanes(mask) {
-        let bytes = block.shared.read(at[lane], width, warp.index).map_err(|f| (lane, f))?;
-        // SAFETY: `read` gave `width` bytes.
-        unsafe { copy_in(bytes.as_ptr(), &mut values[lane], width) };
+    match width {
+        4 => read_lanes::<4>(warp, block, at, mask, values),
+        8 => read_lanes::<8>(warp, block, at, mask, values),
+        16 => read_lanes::<16>(warp, block, at, mask, values),
+        2 => read_lanes::<2>(warp, block, at, mask, values),
+        _ => read_lanes::<1>(warp, block, at, mask, values),
     }
+}
+
+#[inline(always)]
+fn read_lanes<const WIDTH: usize>(
+    warp: &Warp,
+    block: &mut Block,
+    at: &[u64; LANES],
+    mask: u32,
+    values: &mut Values,
+) -> Lanes<()> {
+    let uniform = uniform(at, mask);
+    let mask = uniform.map_or(mask, |lane| 1 << lane);
+    for lane in lanes(mask) {
+        let bytes: &[u8; WIDTH] = block.shared.read(at[lane], warp.index).map_err(|f| (lane, f))?;
+        values[lane][..WIDTH].copy_from_slice(bytes);
+    }
+    spread(values, uniform);
     Ok(())
 }
 
+#[inline(always)]
 fn write_shared(
     warp: &Warp,
     block: &mut Block,
@@ -186,12 +221,32 @@ fn write_shared(
     values: &Values,
 ) -> Lanes<()> {
     count_shared(block, at, mask, width);
+    match width {
+        4 => write_lanes::<4>(warp, block, at, mask, values),
+        8 => write_lanes::<8>(warp, block, at, mask, values),
+        16 => write_lanes::<16>(warp, block, at, mask, values),
+        2 => write_lanes::<2>(warp, block, at, mask, values),
+        _ => write_lanes::<1>(warp, block, at, mask, values),
+    }
+}
+
+#[inline(always)]
+fn write_lanes<const WIDTH: usize>(
+    warp: &Warp,
+    block: &mut Block,
+    at: &[u64; LANES],
+    mask: u32,
+    values: &Values,
+) -> Lanes<()> {
     for lane in lanes(mask) {
-        block.shared.write(at[lane], &values[lane][..width as usize], warp.index).map_err(|f| (lane, f))?;
+        let mut bytes = [0; WIDTH];
+        bytes.copy_from_slice(&values[lane][..WIDTH]);
+        block.shared.write(at[lane], &bytes, warp.index).map_err(|f| (lane, f))?;
     }
     Ok(())
 }
 
+#[inline(always)]
 fn count_shared(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64) {
     let (passes, ideal) = shared::wavefronts(at, mask, width);
     block.counters.shared_requests += 1;
@@ -230,7 +285,10 @@ fn write_local(warp: &mut Warp, at: &[u64; LANES], mask: u32, width: u64, values
     Ok(())
 }
 
+#[inline(always)]
 fn read_params(block: &Block, at: &[u64; LANES], mask: u32, width: u64, values: &mut Values) -> Lanes<()> {
+    let uniform = uniform(at, mask);
+    let mask = uniform.map_or(mask, |lane| 1 << lane);
     for lane in lanes(mask) {
         let start = at[lane] as usize;
         let Some(bytes) = block.launch.params.get(start..start.saturating_add(width as usize)) else {
@@ -239,6 +297,7 @@ fn read_params(block: &Block, at: &[u64; LANES], mask: u32, width: u64, values: 
         };
         values[lane][..width as usize].copy_from_slice(bytes);
     }
+    spread(values, uniform);
     Ok(())
 }
 
@@ -250,6 +309,26 @@ pub(super) struct Pattern {
     pub(super) bytes: u64,
 }
 
+/// The first lane of a mask, if all of it want the same address.
+#[inline(always)]
+fn uniform(at: &[u64; LANES], mask: u32) -> Option<usize> {
+    let (lane, mut differ) = (first(mask), 0);
+    for other in 0..LANES {
+        differ |= if mask >> other & 1 == 1 { at[other] ^ at[lane] } else { 0 };
+    }
+    (differ == 0).then_some(lane)
+}
+
+/// What one lane has read for all of them.
+#[inline(always)]
+fn spread(values: &mut Values, from: Option<usize>) {
+    if let Some(lane) = from {
+        let value: [u8; 16] = values[lane];
+        *values = [value; LANES];
+    }
+}
+
+#[inline(always)]
 pub(super) fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
     let mut is_dense = mask == FULL;
     for lane in 1..LANES {
@@ -259,6 +338,14 @@ pub(super) fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
         let sectors = (at[31] + width - 1) / 32 - at[0] / 32 + 1;
         return Pattern { is_dense, sectors, bytes: 32 * width };
     }
+    if let Some(lane) = uniform(at, mask) {
+        let first = at[lane];
+        return Pattern { is_dense, sectors: (first + width - 1) / 32 - first / 32 + 1, bytes: width };
+    }
+    sparse_pattern(at, mask, width)
+}
+
+fn sparse_pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
     let mut sorted = [0; LANES];
     let mut n = 0;
     for lane in lanes(mask) {
@@ -277,10 +364,11 @@ pub(super) fn pattern(at: &[u64; LANES], mask: u32, width: u64) -> Pattern {
             last_sector = sector;
         }
     }
-    Pattern { is_dense, sectors, bytes }
+    Pattern { is_dense: false, sectors, bytes }
 }
 
 /// The allocation of an access, trying the one of the lane before first.
+#[inline(always)]
 pub(super) fn resolve<'m>(
     block: &Block<'m>,
     last: Option<&'m Allocation>,
@@ -294,6 +382,7 @@ pub(super) fn resolve<'m>(
     }
 }
 
+#[inline(always)]
 fn read_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, values: &mut Values) -> Lanes<()> {
     let pattern = pattern(at, mask, width);
     block.counters.global_load_requests += 1;
@@ -309,6 +398,8 @@ fn read_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, valu
         }
         return Ok(());
     }
+    let uniform = uniform(at, mask);
+    let mask = uniform.map_or(mask, |lane| 1 << lane);
     let (mut last, mut previous) = (None, None);
     for lane in lanes(mask) {
         if let Some(before) = previous
@@ -325,6 +416,7 @@ fn read_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, valu
         unsafe { copy_in(allocation.data(offset), &mut values[lane], width) };
         (last, previous) = (Some(allocation), Some(lane));
     }
+    spread(values, uniform);
     Ok(())
 }
 
@@ -345,6 +437,23 @@ pub(super) unsafe fn copy_in(source: *const u8, value: &mut [u8; 16], width: u64
     }
 }
 
+/// # Safety
+/// `width` (1, 2, 4, 8 or 16) bytes are writable at `target`.
+#[inline(always)]
+unsafe fn copy_out(value: &[u8; 16], target: *mut u8, width: u64) {
+    // SAFETY: the caller's promise; the source has 16 bytes.
+    unsafe {
+        match width {
+            1 => *target = value[0],
+            2 => std::ptr::copy_nonoverlapping(value.as_ptr(), target, 2),
+            4 => std::ptr::copy_nonoverlapping(value.as_ptr(), target, 4),
+            8 => std::ptr::copy_nonoverlapping(value.as_ptr(), target, 8),
+            _ => std::ptr::copy_nonoverlapping(value.as_ptr(), target, 16),
+        }
+    }
+}
+
+#[inline(always)]
 pub(super) fn check_read(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u64) -> Result<(), Fault> {
     if !allocation.is_init(offset, bytes) {
         let at = allocation.first_uninit(offset..offset + bytes).unwrap_or(offset);
@@ -363,6 +472,7 @@ fn is_acquired(acquired: &std::collections::HashMap<u32, u32>, tag: u32, shift: 
     shift > 0 && acquired.get(&(tag >> shift)).is_some_and(|&clock| clock > tag & ((1 << shift) - 1))
 }
 
+#[inline(always)]
 fn check_write(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u64) -> Result<(), Fault> {
     let acquired = &block.acquired;
     let (base, shift) = (block.by.tag_base, block.by.tag_shift);
@@ -371,6 +481,7 @@ fn check_write(block: &mut Block, allocation: &Allocation, offset: u64, bytes: u
     Ok(())
 }
 
+#[inline(always)]
 fn write_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, values: &Values) -> Lanes<()> {
     let pattern = pattern(at, mask, width);
     block.counters.global_store_requests += 1;
@@ -388,7 +499,7 @@ fn write_global(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64, val
             check_write(block, allocation, offset, width).map_err(|f| (lane, f))?;
         }
         // SAFETY: `resolve` found the range in a live allocation.
-        unsafe { std::ptr::copy_nonoverlapping(values[lane].as_ptr(), allocation.data(offset), width as usize) };
+        unsafe { copy_out(&values[lane], allocation.data(offset), width) };
         allocation.mark_init(offset, width);
         last = Some(allocation);
     }

@@ -11,6 +11,7 @@ pub mod lanes;
 pub mod launch;
 pub mod load_store;
 pub mod mma;
+pub mod operands;
 pub mod shared;
 pub mod simd;
 mod together;

@@ -14,6 +14,8 @@ const EPOCH_MAX: u32 = (1 << (32 - EPOCH_SHIFT)) - 2;
 /// Epoch of bytes that a `cp.async` will write.
 const PENDING: u32 = EPOCH_MAX + 1;
 const UNOWNED: u64 = u64::MAX;
+/// The end of a chain of words in one bank.
+const NO_WORD: usize = usize::MAX;
 
 /// Shared memory and its cells.
 #[derive(Debug, Default)]
@@ -74,68 +76,37 @@ impl Shared {
         self.bytes
     }
 
+    #[inline(always)]
     fn range(&self, address: u64, bytes: u64) -> Checked<std::ops::Range<usize>> {
         if address + bytes > self.bytes as u64 {
-            let what = format!("{bytes} bytes at shared address {address:#x} of {} bytes of shared memory", self.bytes);
-            return Err(Fault::new(FaultKind::OutOfBounds, what));
+            return Err(explain_range(address, bytes, self.bytes));
         }
         Ok(address as usize..(address + bytes) as usize)
     }
 
     /// Reads for one lane of `warp`.
-    #[inline]
-    pub fn read(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<&[u8]> {
-        let range = self.range(address, bytes)?;
-        // Nearly always the bytes have one history, and often this warp has read them before.
-        if let Some(cell) = uniform(&self.cells[range.clone()])
-            && let Some(cell_now) = self.after_read(cell, warp)
-        {
-            if cell_now != cell {
-                self.cells[range.clone()].fill(cell_now);
-            }
-            return Ok(&self.data[range]);
-        }
-        for at in range.clone() {
-            let cell = self.cells[at];
-            let Some(cell_now) = self.after_read(cell, warp) else {
-                return Err(explain_read(cell, at as u64, (self.block_start, self.epoch), warp));
-            };
-            self.cells[at] = cell_now;
-        }
-        Ok(&self.data[range])
-    }
-
-    /// The cell after a read by `warp`, or `None` if the read is wrong.
     #[inline(always)]
-    fn after_read(&self, cell: u64, warp: u32) -> Option<u64> {
-        let (writer, reader) = (cell as u32, (cell >> 32) as u32);
-        let (written, mine) = (writer >> EPOCH_SHIFT, self.epoch << EPOCH_SHIFT | warp);
-        if written < self.block_start || written > self.epoch || (written == self.epoch && writer & MANY != warp) {
-            return None;
+    pub fn read<const WIDTH: usize>(&mut self, address: u64, warp: u32) -> Checked<&[u8; WIDTH]> {
+        let (start, epochs) = (self.range(address, WIDTH as u64)?.start, (self.block_start, self.epoch));
+        let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
+        // Nearly always the bytes have one history, and often this warp has read them before.
+        match uniform(cells).and_then(|cell| Some((cell, after_read(cell, epochs, warp)?))) {
+            Some((cell, cell_now)) if cell == cell_now => {}
+            Some((_, cell_now)) => *cells = [cell_now; WIDTH],
+            None => read_each(cells, address, epochs, warp)?,
         }
-        let reader = if reader >> EPOCH_SHIFT == self.epoch && reader & MANY != warp { mine | MANY } else { mine };
-        Some(u64::from(reader) << 32 | u64::from(writer))
+        Ok(chunk(&mut self.data, start))
     }
 
     /// Writes for one lane of `warp`.
-    #[inline]
-    pub fn write(&mut self, address: u64, value: &[u8], warp: u32) -> Checked<()> {
-        let range = self.range(address, value.len() as u64)?;
-        let mine = self.epoch << EPOCH_SHIFT | warp;
-        self.claim(range.clone(), warp)?;
-        self.cells[range.clone()].fill(u64::from(mine));
-        self.data[range].copy_from_slice(value);
-        Ok(())
-    }
-
-    /// Checks that `warp` may write the bytes.
     #[inline(always)]
-    fn claim(&self, range: std::ops::Range<usize>, warp: u32) -> Checked<()> {
-        let cells = &self.cells[range.clone()];
-        let checked = if uniform(cells).is_some() { &cells[..1] } else { cells };
-        for (i, &cell) in checked.iter().enumerate() {
-            check_write(cell, self.epoch, warp, (range.start + i) as u64)?;
-        }
+    pub fn write<const WIDTH: usize>(&mut self, address: u64, value: &[u8; WIDTH], warp: u32) -> Checked<()> {
+        let start = self.range(address, WIDTH as u64)?.start;
+        let mine = self.epoch << EPOCH_SHIFT | warp;
+        let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
+        claim(cells, address, self.epoch, warp)?;
+        *cells = [u64::from(mine); WIDTH];
+        *chunk(&mut self.data, start) = *value;
         Ok(())
     }
 
@@ -156,12 +127,14 @@ impl Shared {
     }
 
     /// Takes the target of a `cp.async`: nobody may use it until [`Shared::land`].
-    pub fn reserve(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<()> {
-        let range = self.range(address, bytes)?;
+    #[inline(always)]
+    pub fn reserve<const WIDTH: usize>(&mut self, address: u64, warp: u32) -> Checked<()> {
+        let start = self.range(address, WIDTH as u64)?.start;
         let mine = self.epoch << EPOCH_SHIFT | warp;
-        self.claim(range.clone(), warp)?;
+        let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
+        claim(cells, address, self.epoch, warp)?;
         // The other half keeps when it was issued.
-        self.cells[range].fill(u64::from(mine) << 32 | u64::from(PENDING << EPOCH_SHIFT | warp));
+        *cells = [u64::from(mine) << 32 | u64::from(PENDING << EPOCH_SHIFT | warp); WIDTH];
         Ok(())
     }
 
@@ -171,6 +144,45 @@ impl Shared {
         self.cells[range.clone()].fill(u64::from(self.epoch << EPOCH_SHIFT | warp));
         self.data[range].copy_from_slice(value);
     }
+}
+
+/// The `WIDTH` things that begin at `start`, a range that was checked.
+#[inline(always)]
+fn chunk<T, const WIDTH: usize>(all: &mut [T], start: usize) -> &mut [T; WIDTH] {
+    all[start..].first_chunk_mut().expect("shared memory has all bytes of a checked range")
+}
+
+/// The cell after a read by `warp`, or `None` if the read is wrong.
+#[inline(always)]
+fn after_read(cell: u64, (block_start, epoch): (u32, u32), warp: u32) -> Option<u64> {
+    let (writer, reader) = (cell as u32, (cell >> 32) as u32);
+    let (written, mine) = (writer >> EPOCH_SHIFT, epoch << EPOCH_SHIFT | warp);
+    if written < block_start || written > epoch || (written == epoch && writer & MANY != warp) {
+        return None;
+    }
+    let reader = if reader >> EPOCH_SHIFT == epoch && reader & MANY != warp { mine | MANY } else { mine };
+    Some(u64::from(reader) << 32 | u64::from(writer))
+}
+
+/// A read of bytes with several histories.
+fn read_each(cells: &mut [u64], address: u64, epochs: (u32, u32), warp: u32) -> Checked<()> {
+    for (cell, at) in cells.iter_mut().zip(address..) {
+        let Some(cell_now) = after_read(*cell, epochs, warp) else {
+            return Err(explain_read(*cell, at, epochs, warp));
+        };
+        *cell = cell_now;
+    }
+    Ok(())
+}
+
+/// Checks that `warp` may write the bytes that begin at `address`.
+#[inline(always)]
+fn claim(cells: &[u64], address: u64, epoch: u32, warp: u32) -> Checked<()> {
+    let checked = if uniform(cells).is_some() { &cells[..1] } else { cells };
+    for (&cell, at) in checked.iter().zip(address..) {
+        check_write(cell, epoch, warp, at)?;
+    }
+    Ok(())
 }
 
 #[inline(always)]
@@ -192,6 +204,12 @@ fn uniform(cells: &[u64]) -> Option<u64> {
 
 fn name(warp: u32) -> String {
     if warp == MANY { "several warps".to_owned() } else { format!("warp {warp}") }
+}
+
+#[cold]
+fn explain_range(address: u64, bytes: u64, of: usize) -> Fault {
+    let what = format!("{bytes} bytes at shared address {address:#x} of {of} bytes of shared memory");
+    Fault::new(FaultKind::OutOfBounds, what)
 }
 
 #[cold]
@@ -246,34 +264,41 @@ fn explain_write(cell: u64, epoch: u32, address: u64, warp: u32) -> Fault {
 
 /// Passes over the banks for one request: lanes go in groups of 128 bytes; in a group each pass serves one word per bank.
 /// Returns (passes, passes without conflicts).
+#[inline(always)]
 pub fn wavefronts(addresses: &[u64; 32], mask: u32, width: u64) -> (u64, u64) {
     let group = (128 / width.max(4)).min(32) as usize;
     let (mut passes, mut ideal) = (0, 0);
     for first in (0..32).step_by(group) {
-        if let Some(used) = distinct_banks(&addresses[first..first + group], mask >> first, width.max(4)) {
-            passes += u64::from(used);
-            ideal += u64::from(used);
-            continue;
-        }
-        let lanes = (first..first + group).filter(|lane| mask >> lane & 1 == 1);
-        let mut words: [u64; 32] = [0; 32];
-        let mut n = 0;
-        for lane in lanes {
-            for word in addresses[lane] / 4..(addresses[lane] + width).div_ceil(4) {
-                if !words[..n].contains(&word) && n < 32 {
-                    words[n] = word;
-                    n += 1;
-                }
-            }
-        }
-        if n > 0 {
-            let mut banks = [0u64; 32];
-            words[..n].iter().for_each(|word| banks[(word % 32) as usize] += 1);
-            passes += banks.iter().max().copied().unwrap_or(0);
-            ideal += 1;
-        }
+        let (more, least) = match distinct_banks(&addresses[first..first + group], mask >> first, width.max(4)) {
+            Some(used) => (u64::from(used), u64::from(used)),
+            None => conflicts(&addresses[first..first + group], mask >> first, width),
+        };
+        passes += more;
+        ideal += least;
     }
     (passes, ideal)
+}
+
+/// The passes of lanes that share a bank, perhaps for the same word.
+fn conflicts(addresses: &[u64], mask: u32, width: u64) -> (u64, u64) {
+    // The words that are wanted, those of a bank in a chain.
+    let (mut words, mut earlier, mut n) = ([0u64; 32], [NO_WORD; 32], 0);
+    let (mut last, mut passes) = ([NO_WORD; 32], [0u64; 32]);
+    for (_, address) in addresses.iter().enumerate().filter(|(lane, _)| mask >> lane & 1 == 1) {
+        for word in address / 4..(address + width).div_ceil(4) {
+            let bank = (word % 32) as usize;
+            let mut at = last[bank];
+            while at != NO_WORD && words[at] != word {
+                at = earlier[at];
+            }
+            if at == NO_WORD && n < 32 {
+                (words[n], earlier[n], last[bank]) = (word, last[bank], n);
+                passes[bank] += 1;
+                n += 1;
+            }
+        }
+    }
+    (passes.iter().max().copied().unwrap_or(0), u64::from(n > 0))
 }
 
 /// Whether the lanes of a group lie in different banks each: `Some(any lane active)` if so, `None` if it takes a closer look.

@@ -1,13 +1,16 @@
-//! The lane loops compiled for several instruction sets, chosen when the library starts.
+//! The instruction loop and the lane loops compiled for several instruction sets, chosen when the library starts.
 
 use super::alu::{self, Alu};
+use super::block::Block;
 use super::isa::{Compare, Mma, NumType, SetPredicate};
 use super::lanes::{FULL, LANES, Regs, test2};
 use super::mma;
+use super::warp::{Stop, Warp};
+use crate::fault::Fault;
 use half::{bf16, f16};
 use std::sync::OnceLock;
 
-/// Functions over whole rows, for one instruction set.
+/// Running warps and functions over whole rows, for one instruction set.
 #[derive(Clone, Copy)]
 pub struct Simd {
     /// Name of the instruction set.
@@ -15,6 +18,7 @@ pub struct Simd {
     alu: unsafe fn(Alu, &mut Regs, u16, [u16; 3], u32),
     compare: unsafe fn(&SetPredicate, &Regs) -> u32,
     mma: unsafe fn(&Mma, &mut Regs),
+    run: unsafe fn(&mut Warp, &mut Block, u32) -> Result<Stop, Fault>,
 }
 
 impl Simd {
@@ -38,6 +42,15 @@ impl Simd {
         // SAFETY: as above.
         unsafe { (self.mma)(op, regs) }
     }
+
+    /// `Warp::run`.
+    ///
+    /// # Errors
+    /// A finding, with the place.
+    pub fn run(&self, warp: &mut Warp, block: &mut Block, slice: u32) -> Result<Stop, Fault> {
+        // SAFETY: as above.
+        unsafe { (self.run)(warp, block, slice) }
+    }
 }
 
 macro_rules! variant {
@@ -60,7 +73,12 @@ macro_rules! variant {
                 super::mma::run(op, regs);
             }
 
-            pub(super) const $constant: Simd = Simd { name: $name, alu, compare, mma };
+            $(#[target_feature(enable = $features)])?
+            unsafe fn run(warp: &mut Warp, block: &mut Block, slice: u32) -> Result<Stop, Fault> {
+                warp.run(block, slice)
+            }
+
+            pub(super) const $constant: Simd = Simd { name: $name, alu, compare, mma, run };
         }
     };
 }
@@ -142,6 +160,7 @@ fn floating<T: super::lanes::Lane + PartialOrd>(op: &SetPredicate, regs: &Regs, 
 }
 
 /// Replaces denormals by zeros of the same sign.
+#[inline(always)]
 pub fn flush(row: &mut [u32; LANES]) {
     for bits in row {
         *bits = if *bits & 0x7f80_0000 == 0 { *bits & 0x8000_0000 } else { *bits };
@@ -149,6 +168,7 @@ pub fn flush(row: &mut [u32; LANES]) {
 }
 
 /// Clamps to [0, 1]; NaN becomes 0.
+#[inline(always)]
 pub fn saturate(row: &mut [u32; LANES]) {
     for bits in row {
         let value = f32::from_bits(*bits);

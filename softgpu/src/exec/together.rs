@@ -9,6 +9,7 @@ use crate::fault::{Fault, FaultKind};
 
 impl Warp {
     /// Instructions in which lanes work together: hold until the lanes that they name have arrived.
+    #[inline(always)]
     pub(super) fn together(&mut self, block: &mut Block, op: &Op, at: usize, mask: u32) -> LaneResult<Flow> {
         let arrived = self.splits[at].mask;
         let named = match *op {
@@ -29,10 +30,10 @@ impl Warp {
             return Ok(Flow::Hold);
         }
         match op {
-            Op::Barrier { id, count } => return self.barrier(block, *id, *count, 0, mask),
+            Op::Barrier { id, count } => return self.barrier(*id, *count, 0, mask),
             Op::BarrierReduce { id, p, .. } => {
                 let votes = self.predicate(*p) & mask;
-                return self.barrier(block, *id, NONE, votes, mask);
+                return self.barrier(*id, NONE, votes, mask);
             }
             Op::WarpBarrier { .. } => {}
             Op::ActiveMask { d } => self.broadcast(*d, mask, mask),
@@ -61,6 +62,7 @@ impl Warp {
         Err((first(mask), Fault::new(FaultKind::BarrierDivergence, what)))
     }
 
+    #[inline(always)]
     fn whole_warp(&mut self, block: &mut Block, op: &Op, mask: u32) -> LaneResult<Flow> {
         if mask != FULL {
             let what = format!("{:#010x} are the lanes here, the instruction needs all 32", mask);
@@ -80,7 +82,7 @@ impl Warp {
         Ok(Flow::Next)
     }
 
-    fn barrier(&self, _block: &Block, id: u16, count: u16, votes: u32, mask: u32) -> LaneResult<Flow> {
+    fn barrier(&mut self, id: u16, count: u16, votes: u32, mask: u32) -> LaneResult<Flow> {
         let missing = self.started & !mask;
         if missing != 0 {
             let what = format!(
@@ -95,7 +97,8 @@ impl Warp {
         let lane = first(mask);
         let count = (count != NONE).then(|| self.regs.r32[count as usize][lane]);
         let pc = self.splits[0].pc;
-        Ok(Flow::Stop(Arrival { id: self.regs.r32[id as usize][lane], count, pc, votes }))
+        self.arrival = Some(Arrival { id: self.regs.r32[id as usize][lane], count, pc, votes });
+        Ok(Flow::Stop)
     }
 
     /// Gives the result of `bar.red` at `pc`; `total` threads voted yes, `all` or not.
@@ -108,25 +111,46 @@ impl Warp {
         }
     }
 
+    #[inline(always)]
     fn broadcast(&mut self, d: u16, value: u32, mask: u32) {
-        let row = &mut self.regs.r32[d as usize];
-        (0..LANES).filter(|lane| mask >> lane & 1 == 1).for_each(|lane| row[lane] = value);
+        <u32 as Lane>::store(&mut self.regs, d, &[value; LANES], mask);
     }
 
     /// `shfl.sync` as the PTX ISA writes it: `c` holds the clamp (bits 0-4) and the segment mask (bits 8-12).
+    #[inline(always)]
     fn shuffle(&mut self, mode: Shuffle, (d, p): (u16, u16), (a, b, c): (u16, u16, u16), mask: u32) -> LaneResult<()> {
-        let [values, offsets, controls] = [a, b, c].map(|slot| self.regs.r32[slot as usize]);
-        let (mut out, mut valid) = (values, 0);
-        let is_uniform = |row: &[u32; LANES], value: u32| row.iter().all(|&other| other == value);
-        let step = offsets[0] & 0x1f;
+        let step = self.regs.r32[b as usize][0];
         // What sums over a warp are made of: all lanes, in one segment.
-        if mode == Shuffle::Butterfly && mask == FULL && is_uniform(&controls, 0x1f) && is_uniform(&offsets, offsets[0])
-        {
-            (0..LANES).for_each(|lane| out[lane] = values[lane ^ step as usize]);
+        if mode == Shuffle::Butterfly && mask == FULL && self.is_all(c, 0x1f) && self.is_all(b, step) {
+            let (values, mut out) = (<u32 as Lane>::load(&self.regs, a), [0; LANES]);
+            for lane in 0..LANES {
+                out[lane] = values[lane ^ (step & 0x1f) as usize];
+            }
             <u32 as Lane>::store(&mut self.regs, d, &out, FULL);
             self.set_predicate(p, FULL, FULL);
             return Ok(());
         }
+        self.any_shuffle(mode, (d, p), (a, b, c), mask)
+    }
+
+    #[inline(always)]
+    fn is_all(&self, slot: u16, value: u32) -> bool {
+        let mut differ = 0;
+        for other in &self.regs.r32[slot as usize] {
+            differ |= other ^ value;
+        }
+        differ == 0
+    }
+
+    fn any_shuffle(
+        &mut self,
+        mode: Shuffle,
+        (d, p): (u16, u16),
+        (a, b, c): (u16, u16, u16),
+        mask: u32,
+    ) -> LaneResult<()> {
+        let [values, offsets, controls] = [a, b, c].map(|slot| self.regs.r32[slot as usize]);
+        let (mut out, mut valid) = (values, 0);
         for lane in (0..LANES as u32).filter(|lane| mask >> lane & 1 == 1) {
             let (b, c) = (offsets[lane as usize] & 0x1f, controls[lane as usize]);
             let (clamp, segment) = (c & 0x1f, c >> 8 & 0x1f);
@@ -151,6 +175,7 @@ impl Warp {
         Ok(())
     }
 
+    #[inline(always)]
     fn vote(&mut self, mode: Vote, d: u16, yes: u32, mask: u32) {
         let result = match mode {
             Vote::Ballot => return self.broadcast(d, yes, mask),
@@ -162,17 +187,17 @@ impl Warp {
     }
 
     fn matching(&mut self, all: bool, wide: bool, (d, p): (u16, u16), a: u16, mask: u32) {
-        let equal = |warp: &Self, lane: usize| {
-            let mine = warp.get(a, wide, lane);
-            (0..LANES).filter(|&o| mask >> o & 1 == 1 && warp.get(a, wide, o) == mine).fold(0u32, |m, o| m | 1 << o)
+        let row = self.regs.row(a, wide);
+        let equal = |lane: usize| {
+            (0..LANES).filter(|&o| mask >> o & 1 == 1 && row[o] == row[lane]).fold(0u32, |m, o| m | 1 << o)
         };
-        let mut holds = 0;
+        let (mut out, mut holds) = ([0; LANES], 0);
         for lane in (0..LANES).filter(|lane| mask >> lane & 1 == 1) {
-            let same = equal(self, lane);
-            let value = if all && same != mask { 0 } else { same };
-            holds |= u32::from(value != 0) << lane;
-            self.regs.r32[d as usize][lane] = value;
+            let same = equal(lane);
+            out[lane] = if all && same != mask { 0 } else { same };
+            holds |= u32::from(out[lane] != 0) << lane;
         }
+        <u32 as Lane>::store(&mut self.regs, d, &out, mask);
         self.set_predicate(p, holds, mask);
     }
 

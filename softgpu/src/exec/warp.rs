@@ -78,6 +78,8 @@ pub struct Warp {
     groups: std::collections::VecDeque<Vec<Pending>>,
     /// Where the last copy was issued, for messages.
     copy_pc: u32,
+    /// At which barrier it has stopped.
+    pub(super) arrival: Option<Arrival>,
 }
 
 /// What an instruction did to the flow of control.
@@ -86,7 +88,8 @@ pub(super) enum Flow {
     Jumped,
     Diverged,
     Hold,
-    Stop(Arrival),
+    /// At the barrier of `arrival`.
+    Stop,
 }
 
 pub(super) type LaneResult<T> = load_store::Lanes<T>;
@@ -94,13 +97,11 @@ pub(super) type LaneResult<T> = load_store::Lanes<T>;
 impl Warp {
     /// Makes the registers those of a kernel: zeros, and constants in their rows, which nothing writes to.
     fn take_rows(&mut self, kernel: &Kernel) {
-        self.regs.r32.clear();
-        self.regs.r64.clear();
+        self.regs.r32.reset(kernel.rows[0]);
+        self.regs.r64.reset(kernel.rows[1]);
         self.regs.p.clear();
         self.local.clear();
-        self.regs.r32.resize(kernel.rows.0, [0; LANES]);
-        self.regs.r64.resize(kernel.rows.1, [0; LANES]);
-        self.regs.p.resize(kernel.rows.2, 0);
+        self.regs.p.resize(kernel.rows[2], 0);
         kernel.consts32.iter().for_each(|&(slot, value)| self.regs.r32[slot as usize] = [value; LANES]);
         kernel.consts64.iter().for_each(|&(slot, value)| self.regs.r64[slot as usize] = [value; LANES]);
         self.kernel = kernel.id;
@@ -122,10 +123,12 @@ impl Warp {
         self.groups.clear();
     }
 
-    /// Runs until a barrier, the end or `slice` instructions.
+    /// Runs until a barrier, the end or `slice` instructions. All that it does often is compiled together with it, for
+    /// one instruction set after the other ([`super::simd`]).
     ///
     /// # Errors
     /// A finding, with the place.
+    #[inline(always)]
     pub fn run(&mut self, block: &mut Block, slice: u32) -> Result<Stop, Fault> {
         let mut left = slice;
         loop {
@@ -167,6 +170,7 @@ impl Warp {
         (0..self.splits.len()).filter(|&i| !self.splits[i].held).min_by_key(|&i| self.splits[i].pc)
     }
 
+    #[inline(always)]
     fn run_split(
         &mut self,
         block: &mut Block,
@@ -201,9 +205,9 @@ impl Warp {
                     self.splits[at].held = true;
                     return Ok(None);
                 }
-                Flow::Stop(arrival) => {
+                Flow::Stop => {
                     self.splits[at].pc = pc + 1;
-                    return Ok(Some(arrival));
+                    return Ok(self.arrival.take());
                 }
             }
             if *left == 0 || self.splits[at].pc >= limit {
@@ -212,11 +216,13 @@ impl Warp {
         }
     }
 
+    #[inline(always)]
     pub(super) fn predicate(&self, p: Pred) -> u32 {
         let bits = self.regs.p[p.slot as usize];
         if p.negated { !bits } else { bits }
     }
 
+    #[inline(always)]
     pub(super) fn set_predicate(&mut self, slot: u16, bits: u32, mask: u32) {
         if slot != NONE {
             let row = &mut self.regs.p[slot as usize];
@@ -224,6 +230,7 @@ impl Warp {
         }
     }
 
+    #[inline(always)]
     fn step(&mut self, block: &mut Block, op: &Op, at: usize, mask: u32) -> LaneResult<Flow> {
         match op {
             Op::Branch { target } => return Ok(self.branch(at, mask, *target)),
@@ -265,15 +272,16 @@ impl Warp {
             }
             Op::Clock { d, wide } => self.clock(block, *d, *wide, mask),
             Op::Lop3 { d, a, b, c, table } => self.lop3(*d, [*a, *b, *c], *table, mask),
-            Op::Insert { .. } | Op::Convert { .. } | Op::Pack { .. } | Op::Unpack { .. } => {
-                self.lane_by_lane(op, mask);
-            }
+            Op::Pack { d, wide, parts, count } => self.pack(*d, *wide, &parts[..*count as usize], mask),
+            Op::Unpack { s, wide, parts, count } => self.unpack(*s, *wide, &parts[..*count as usize], mask),
+            Op::Insert { .. } | Op::Convert { .. } => self.lane_by_lane(op, mask),
             Op::Alu { op, d, s } => block.launch.simd.alu(*op, &mut self.regs, *d, *s, mask),
             _ => return self.together(block, op, at, mask),
         }
         Ok(Flow::Next)
     }
 
+    #[inline(always)]
     fn branch(&mut self, at: usize, taken: u32, target: u32) -> Flow {
         let Split { pc, mask, .. } = self.splits[at];
         if taken == 0 {
@@ -361,6 +369,7 @@ impl Warp {
     }
 
     /// Adds kernel, line, block and thread to a finding.
+    #[cold]
     pub fn place(&self, block: &Block, pc: u32, lane: usize, fault: Fault) -> Fault {
         let kernel = block.launch.kernel;
         let thread = block.launch.thread(self.index * LANES as u32 + lane as u32);
@@ -394,10 +403,12 @@ impl Warp {
 }
 
 /// The lowest lane of a mask.
+#[inline(always)]
 pub(super) fn first(mask: u32) -> usize {
     (mask.trailing_zeros() as usize).min(LANES - 1)
 }
 
+#[inline(always)]
 fn apply(logic: Logic, a: u32, b: u32) -> u32 {
     match logic {
         Logic::And => a & b,
