@@ -137,6 +137,31 @@ template <> __device__ __forceinline__ void store4<float>(float* target, float4 
     *reinterpret_cast<float4*>(target) = x;
 }
 
+// Widens `len` numbers of 16 bits, a multiple of 4, and multiplies them; by whole warps, of whose `threads` threads this is
+// one. A lane reads 16 bytes at a time and stores as many: half of what it has read and half of what its neighbour has, so
+// that both together fill a sector in one store.
+template <class T>
+__device__ __forceinline__ void widen(float* target, const T* source, u64 len, float scale, u64 thread, u64 threads) {
+    const int lane = threadIdx.x % 32;
+    const bool is_odd = lane % 2 == 1;
+    for (u64 i = thread * 8; i < len + lane * 8; i += threads * 8) {
+        uint4 own = {};
+        if (i + 8 <= len) {
+            own = *reinterpret_cast<const uint4*>(source + i);
+        } else if (i < len) {
+            const uint2 last = *reinterpret_cast<const uint2*>(source + i);
+            own.x = last.x, own.y = last.y;
+        }
+        const uint2 low = make_uint2(own.x, own.y), high = make_uint2(own.z, own.w);
+        const uint2 kept = is_odd ? high : low, given = is_odd ? low : high;
+        const uint2 got = make_uint2(__shfl_xor_sync(ALL_LANES, given.x, 1), __shfl_xor_sync(ALL_LANES, given.y, 1));
+        const u64 first = is_odd ? i - 4 : i, second = first + 8;
+        const float4 a = unpack4(FourWords<T>{is_odd ? got : kept}), b = unpack4(FourWords<T>{is_odd ? kept : got});
+        if (first < len) store4(target + first, make_float4(a.x * scale, a.y * scale, a.z * scale, a.w * scale));
+        if (second < len) store4(target + second, make_float4(b.x * scale, b.y * scale, b.z * scale, b.w * scale));
+    }
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
