@@ -276,11 +276,14 @@ impl Call<'_> {
             .int(head_dim)?
             .int(self.decode_rows)?
             .int(window.unwrap_or(0))?;
-        let blocks = (self.decode_rows, num_kv_heads, self.metadata.num_seqs);
+        // A lane has four dimensions of a row.
+        let threads = self.decode_rows * (head_dim / 4).next_power_of_two().min(32);
+        let block = threads.next_multiple_of(32).min(128);
+        let blocks = (threads.div_ceil(block), num_kv_heads, self.metadata.num_seqs);
         let kernel = &backend.kernels().attention_combine;
         // SAFETY: attention_combine(out, partials, context_lens, cu_seqlens_q, positions, num_chunks, num_heads,
         // num_kv_heads, head_dim, decode_rows, window), shapes as checked, behind the decode kernel on the same stream.
-        unsafe { backend.launch(stream, kernel, blocks, head_dim.next_multiple_of(32), arguments) }
+        unsafe { backend.launch(stream, kernel, blocks, block, arguments) }
     }
 
     fn launch_prefill(
