@@ -15,7 +15,8 @@
 //                    128. With `partials`, a block does one chunk of 256 positions, and attention_combine folds them;
 //                    without, num_chunks is 1 and a block does all. Four warps divide the keys of a tile for the
 //                    scores, and the dimensions for the weighted sum.
-// attention_combine: grid (decode_rows, num_kv_heads, num_seqs), block D rounded up to 32: a thread has a dimension.
+// attention_combine: a row has `lanes` = D / 4 threads, rounded up to a power of two, 32 at most. Grid
+//                    (ceil(decode_rows lanes / block), num_kv_heads, num_seqs), block a multiple of 32, at most 128.
 // attention_prefill: the other sequences. Grid (ceil(max rows / 64), num_kv_heads, num_seqs), block 128: 64 rows, 16 a
 //                    warp. For D = 256 block 256: two warps share rows, and have half of the dimensions each.
 // Dynamic shared memory: queries, a tile of 64 keys, one of 64 values; decode has 16 query rows and 4608 bytes more.
@@ -72,18 +73,29 @@ struct Rows {
     __device__ __forceinline__ int end_chunk() const { return ceil_div(context_len, CHUNK); }
 };
 
-// Where the next RUN positions of a sequence lie: an entry of the block table, and positions into that block. Blocks
-// hold a multiple of RUN, so a run never crosses into another. Kept from tile to tile, because divisions are slow.
+// Blocks hold a multiple of RUN positions, so the keys of a run lie one behind the other.
 constexpr int RUN = 16;
 
-struct Cursor {
-    int index, offset;
+// What the rows of a block see of their sequence, positions [begin, end), and where the chunk at hand lies: lane l of
+// every warp knows where its run l begins, in numbers of the cache. So a warp asks the block table once for a chunk.
+struct Context {
+    int begin, end;
+    u64 place;
 
-    __device__ __forceinline__ Cursor(int position, int block_size)
-        : index(position / block_size), offset(position % block_size) {}
-    __device__ __forceinline__ void advance(int block_size) {
-        offset += RUN;
-        if (offset == block_size) index++, offset = 0;
+    __device__ __forceinline__ Context(int first, int behind) : begin(first), end(behind), place(0) {}
+    // Whether some position of the run that begins there is seen. No other run is read.
+    __device__ __forceinline__ bool has(int position) const { return position + RUN > begin && position < end; }
+    // The chunk of a tile becomes the one at hand.
+    template <class Arguments>
+    __device__ __forceinline__ void find_chunk(const Arguments& args, const Rows& rows, int tile, int head_dim) {
+        const int lane = threadIdx.x % 32, position = tile * TILE / CHUNK * CHUNK + lane * RUN;
+        if (lane >= CHUNK / RUN || !has(position)) return;
+        const int index = position / args.block_size, offset = position % args.block_size;
+        const int block = args.block_tables[static_cast<u64>(rows.sequence) * args.max_blocks + index];
+        place = block * args.block_stride + static_cast<u64>(offset) * head_dim;
+    }
+    __device__ __forceinline__ u64 place_of(int position) const {
+        return __shfl_sync(ALL_LANES, place, position % CHUNK / RUN);
     }
 };
 
@@ -92,28 +104,25 @@ struct TileMemory {
     u32 tile, arriving;
 };
 
-// Queues the copy of keys (or values) [first, first + TILE) of a head, which are at the cursor; zeros past the context.
+// Queues the copy of the keys (or values) of a tile in the chunk at hand; zeros in place of runs that nobody sees and
+// past the end.
 template <int D, int THREADS, class T, class C>
 __device__ __forceinline__ void load_tile(const TileMemory& target, const Arguments<T, C>& args, const Rows& rows,
-                                          int first, bool is_value, Cursor& cursor) {
+                                          const Context& context, int tile, bool is_value) {
     constexpr int NUMBERS = 16 / sizeof(C), CHUNKS = D / NUMBERS, VECTORS = RUN * CHUNKS;
     const u64 tile_numbers = static_cast<u64>(args.block_size) * D;
     const C* head = args.blocks + args.layer_offset + (2 * rows.kv_head + is_value) * tile_numbers;
-    const int* table = args.block_tables + static_cast<u64>(rows.sequence) * args.max_blocks;
 #pragma unroll
     for (int run = 0; run < TILE / RUN; run++) {
-        const int position = first + run * RUN;
-        const C* source = head;
-        if (position < rows.context_len) {
-            source += table[cursor.index] * args.block_stride + static_cast<u64>(cursor.offset) * D;
-        }
-        cursor.advance(args.block_size);
+        const int position = tile * TILE + run * RUN;
+        const C* source = head + context.place_of(position);
+        const int end = context.has(position) ? context.end - position : 0;
 #pragma unroll
         for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
             const int vector = i * THREADS + threadIdx.x;
             if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
             const int row = vector / CHUNKS, chunk = vector % CHUNKS;
-            const bool exists = position + row < rows.context_len;
+            const bool exists = row < end;
             const C* from = exists ? source + vector * NUMBERS : head;
             const u32 place = sizeof(C) == sizeof(T) ? target.tile + swizzled<CHUNKS>(run * RUN + row, chunk)
                                                      : target.arriving + (run * VECTORS + vector) * 16;
@@ -135,15 +144,14 @@ template <int D, int THREADS, class T, class C> __device__ __forceinline__ void 
             for (int i = 0; i < ceil_div(VECTORS, THREADS); i++) {
                 const int vector = i * THREADS + threadIdx.x;
                 if (VECTORS % THREADS != 0 && vector >= VECTORS) break;
-                const int row = run * RUN + vector / CHUNKS, chunk = vector % CHUNKS * 2;
+                const u32 place = swizzled<D / 8>(run * RUN + vector / CHUNKS, vector % CHUNKS * 2);
                 const uint4 words = *reinterpret_cast<const uint4*>(arriving + (run * VECTORS + vector) * 16);
+                // A pair of chunks lies in one of four pairs of bank groups, and four threads in a row in all of them.
+                // The next four begin with the other half of theirs: no two of eight meet in a bank.
+                const u32 turned = (place >> 4 ^ vector >> 2) & 1;
                 const uint2 low = make_uint2(words.x, words.y), high = make_uint2(words.z, words.w);
-                // Every other four threads of a row begin with the second half: no two of eight meet in a bank.
-                const bool turned = vector % CHUNKS / 4 % 2 == 1;
-                T* first = reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk + turned));
-                T* second = reinterpret_cast<T*>(tile + swizzled<D / 8>(row, chunk + !turned));
-                store8(first, unpack8_fp8(turned ? high : low));
-                store8(second, unpack8_fp8(turned ? low : high));
+                store8_fp8(reinterpret_cast<T*>(tile + (place ^ turned << 4)), turned ? high : low);
+                store8_fp8(reinterpret_cast<T*>(tile + (place ^ (turned ^ 1) << 4)), turned ? low : high);
             }
         }
     }
@@ -356,6 +364,11 @@ template <int N> struct RowSums {
     }
 };
 
+// In one vector, which the compiler does not always make of two numbers: each alone, they meet in banks.
+__device__ __forceinline__ void store_pair(float2* target, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(target)), "f"(x), "f"(y) : "memory");
+}
+
 // The warps' scores, brought together so that every warp has those of the whole tile.
 __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], const float (&own)[2][4], float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -363,8 +376,8 @@ __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], co
 #pragma unroll
     for (int n = 0; n < 2; n++) {
         float2* low = reinterpret_cast<float2*>(corner + (warp * 2 + n) * 8);
-        low[0] = {own[n][0], own[n][1]};
-        low[4 * SCORE_STRIDE] = {own[n][2], own[n][3]};
+        store_pair(low, own[n][0], own[n][1]);
+        store_pair(low + 4 * SCORE_STRIDE, own[n][2], own[n][3]);
     }
     __syncthreads();
 #pragma unroll
@@ -376,13 +389,14 @@ __device__ __forceinline__ void exchange_scores(float (&scores)[TILE / 8][4], co
 }
 
 // Where decode leaves what chunks give: [num_seqs][num_kv_heads][num_chunks][decode_rows] times D weighted values, and
-// behind all of them as many pairs of maximum and sum. Called in grids of (any, num_kv_heads, num_seqs).
+// behind all of them pairs of maximum and sum, [num_seqs][num_kv_heads][decode_rows][num_chunks]: those of a row are read
+// together. Called in grids of (any, num_kv_heads, num_seqs).
 template <class Number> struct Partials {
     Number *first_values, *first_states;
-    int decode_rows, head_dim;
+    int num_chunks, decode_rows, head_dim;
 
-    __device__ __forceinline__ Partials(Number* partials, const Rows& rows, int num_chunks, int num_rows, int dims)
-        : decode_rows(num_rows), head_dim(dims) {
+    __device__ __forceinline__ Partials(Number* partials, const Rows& rows, int chunks, int num_rows, int dims)
+        : num_chunks(chunks), decode_rows(num_rows), head_dim(dims) {
         const u64 per_head = static_cast<u64>(num_chunks) * decode_rows;
         const u64 before = (static_cast<u64>(rows.sequence) * gridDim.y + rows.kv_head) * per_head;
         first_values = partials + before * head_dim;
@@ -391,14 +405,8 @@ template <class Number> struct Partials {
     __device__ __forceinline__ Number* values(int chunk, int row) const {
         return first_values + (static_cast<u64>(chunk) * decode_rows + row) * head_dim;
     }
-    __device__ __forceinline__ auto state(int chunk, int row) const {
-        return as_pair(first_states + (static_cast<u64>(chunk) * decode_rows + row) * 2);
-    }
-
-  private:
-    static __device__ __forceinline__ float2* as_pair(float* at) { return reinterpret_cast<float2*>(at); }
-    static __device__ __forceinline__ const float2* as_pair(const float* at) {
-        return reinterpret_cast<const float2*>(at);
+    __device__ __forceinline__ Number* state(int chunk, int row) const {
+        return first_states + (static_cast<u64>(row) * num_chunks + chunk) * 2;
     }
 };
 
@@ -420,7 +428,8 @@ __device__ __forceinline__ void store_partial(const Arguments<T, C>& args, const
             *pair = {sums.chunk[n][2 * i], sums.chunk[n][2 * i + 1]};
         }
         if (warp == 0 && lane % 4 == 0) {
-            *partials.state(chunk, row) = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
+            float2* state = reinterpret_cast<float2*>(partials.state(chunk, row));
+            *state = {sums.chunk_softmax[i].max, sums.chunk_softmax[i].sum};
         }
     }
 }
@@ -454,25 +463,30 @@ template <int D, class T, class C> __device__ __forceinline__ void decode(const 
     const u32 queries = shared_address(shared_bytes), tiles = queries + 16 * D * 2, arriving = queries + ARRIVING;
     const TileMemory keys = {tiles, arriving}, values = {tiles + TILE * D * 2, arriving + TILE * D};
     float* shared_scores = reinterpret_cast<float*>(shared_bytes + SCORES);
-    int tile = rows.begin(0) / TILE, end_tile = ceil_div(rows.context_len, TILE);
+    Context context(rows.begin(0), rows.context_len);
+    int tile = context.begin / TILE, end_tile = ceil_div(context.end, TILE);
     if (is_split) tile = max(tile, chunk * (CHUNK / TILE)), end_tile = min(end_tile, (chunk + 1) * (CHUNK / TILE));
     const ScoreScale scale(args.scale, args.cap_scale);
 
     load_queries<D, THREADS, 16>(queries, args, rows, 0);
-    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
-    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
+    context.find_chunk(args, rows, tile, D);
+    load_tile<D, THREADS>(keys, args, rows, context, tile, false);
     commit_copies();
     RowSums<N> sums(rows, 0);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
         land_tile<D, THREADS, T, C>(keys);
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
-        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
+        load_tile<D, THREADS>(values, args, rows, context, tile, true);
         commit_copies();
         float own[2][4], scores[TILE / 8][4];
         score<T, D, 1>(own, queries, 0, keys.tile, warp * 16);
         exchange_scores(scores, own, shared_scores);  // Its barrier: nobody reads the keys any more.
-        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
+        const bool ends_chunk = (tile + 1) % (CHUNK / TILE) == 0;
+        if (tile + 1 < end_tile) {
+            if (ends_chunk) context.find_chunk(args, rows, tile + 1, D);
+            load_tile<D, THREADS>(keys, args, rows, context, tile + 1, false);
+        }
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
@@ -480,8 +494,7 @@ template <int D, class T, class C> __device__ __forceinline__ void decode(const 
         land_tile<D, THREADS, T, C>(values);
         __syncthreads();  // The values are here, and nobody reads the exchanged scores.
         sums.template add_values<T, D>(weights, values.tile, warp, WARPS);
-        const bool ends_chunk = (tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile;
-        if (!is_split && ends_chunk) sums.fold_chunk();
+        if (!is_split && (ends_chunk || tile + 1 == end_tile)) sums.fold_chunk();
     }
     wait_for_copies<0>();
     if (is_split) {
@@ -492,23 +505,52 @@ template <int D, class T, class C> __device__ __forceinline__ void decode(const 
     }
 }
 
-// Folds what `decode` left, chunk after chunk.
+__device__ __forceinline__ float4 fold(float4 x, float4 y, float2 factors) {
+    return make_float4(fold(x.x, y.x, factors), fold(x.y, y.y, factors), fold(x.z, y.z, factors),
+                       fold(x.w, y.w, factors));
+}
+
+// Folds what `decode` left of a row, chunk after chunk. A row has as many lanes as have four dimensions each, rounded up to
+// a power of two; of 256 dimensions a lane has four more. Each lane brings another chunk's maximum and sum.
 template <class T>
 __device__ __forceinline__ void combine(T* out, const float* partials, const Rows& rows, int num_chunks, int num_heads,
                                         int head_dim, int decode_rows) {
-    const int row = blockIdx.x, dim = threadIdx.x;
-    if (rows.count() > decode_rows || row >= rows.count() || dim >= head_dim) return;
+    constexpr int PARTS = 2, PART = 128;
+    if (rows.count() == 0 || rows.count() > decode_rows) return;
+    const int lanes = head_dim <= 16 ? 4 : head_dim <= 32 ? 8 : head_dim <= 64 ? 16 : 32, lane = threadIdx.x % lanes;
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / lanes, end = rows.end_chunk();
+    // The lanes of a warp stay together, with a row or without.
+    const int row_dims = row < rows.count() ? head_dim : 0;
     const Partials<const float> left(partials, rows, num_chunks, decode_rows, head_dim);
-    float total = 0.0f;
+    float4 total[PARTS] = {};
     Softmax softmax = {MINUS_INFINITY, 0.0f};
+    for (int first = rows.first_chunk(); first < end; first += lanes) {
+        float2 own = {MINUS_INFINITY, 0.0f};
+        if (row_dims > 0 && first + lane < end) own = *reinterpret_cast<const float2*>(left.state(first + lane, row));
+        const int count = min(lanes, end - first);
 #pragma unroll 4
-    for (int chunk = rows.first_chunk(); chunk < rows.end_chunk(); chunk++) {
-        const float2 state = *left.state(chunk, row);
-        total = fold(total, left.values(chunk, row)[dim], fold_factors(softmax.max, state.x));
-        fold(softmax, {state.x, state.y});
+        for (int i = 0; i < count; i++) {
+            const Softmax state = {__shfl_sync(ALL_LANES, own.x, i, lanes), __shfl_sync(ALL_LANES, own.y, i, lanes)};
+            const float2 factors = fold_factors(softmax.max, state.max);
+            const float* values = left.values(first + i, row);
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                const int dim = part * PART + lane * 4;
+                if (dim < row_dims) total[part] = fold(total[part], load4(values + dim), factors);
+            }
+            fold(softmax, state);
+        }
     }
-    const u64 target = (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
-    out[target].bits = static_cast<u16>(pack<T>(__fmul_rn(total, inverse(softmax.sum)), 0.0f));
+    const float factor = inverse(softmax.sum);
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const int dim = part * PART + lane * 4;
+        if (dim >= row_dims) continue;
+        const float4 x = total[part];
+        T* target = out + (static_cast<u64>(rows.token(row)) * num_heads + rows.head(row)) * head_dim + dim;
+        store4(target, make_float4(__fmul_rn(x.x, factor), __fmul_rn(x.y, factor), __fmul_rn(x.z, factor),
+                                   __fmul_rn(x.w, factor)));
+    }
 }
 
 // Brings the warps' rows together in shared memory, where the queries were, and stores them in vectors of 16 bytes.
@@ -550,25 +592,30 @@ template <int D, class T, class C> __device__ __forceinline__ void prefill(const
     const TileMemory keys = {tiles, arriving}, values = {tiles + TILE * D * 2, arriving + TILE * D};
     const int warp = threadIdx.x / 32, warp_row = warp % 4 * 16, first_tile = warp / 4 * N;
     const int last_row = min(first_row + TILE, rows.count()) - 1;
-    const int end_tile = ceil_div(rows.end(last_row), TILE);
     const ScoreScale scale(args.scale, args.cap_scale);
-    int tile = rows.begin(first_row) / TILE;
+    Context context(rows.begin(first_row), rows.end(last_row));
+    int tile = context.begin / TILE;
+    const int end_tile = ceil_div(context.end, TILE);
 
     load_queries<D, THREADS, TILE>(queries, args, rows, first_row);
-    Cursor key_cursor(tile * TILE, args.block_size), value_cursor = key_cursor;
-    load_tile<D, THREADS>(keys, args, rows, tile * TILE, false, key_cursor);
+    context.find_chunk(args, rows, tile, D);
+    load_tile<D, THREADS>(keys, args, rows, context, tile, false);
     commit_copies();
     RowSums<N> sums(rows, first_row + warp_row);
     for (; tile < end_tile; tile++) {
         wait_for_copies<0>();
         land_tile<D, THREADS, T, C>(keys);
         __syncthreads();  // The keys are here, and nobody reads the values of the tile before.
-        load_tile<D, THREADS>(values, args, rows, tile * TILE, true, value_cursor);
+        load_tile<D, THREADS>(values, args, rows, context, tile, true);
         commit_copies();
         float scores[TILE / 8][4];
         score<T, D, TILE / 16>(scores, queries, warp_row, keys.tile, 0);
         __syncthreads();  // Nobody reads the keys any more.
-        if (tile + 1 < end_tile) load_tile<D, THREADS>(keys, args, rows, (tile + 1) * TILE, false, key_cursor);
+        const bool ends_chunk = (tile + 1) % (CHUNK / TILE) == 0;
+        if (tile + 1 < end_tile) {
+            if (ends_chunk) context.find_chunk(args, rows, tile + 1, D);
+            load_tile<D, THREADS>(keys, args, rows, context, tile + 1, false);
+        }
         commit_copies();
         u32 weights[TILE / 16][4];
         sums.template weigh<T>(scores, weights, tile * TILE, scale);
@@ -576,7 +623,7 @@ template <int D, class T, class C> __device__ __forceinline__ void prefill(const
         land_tile<D, THREADS, T, C>(values);
         __syncthreads();  // The values are here.
         sums.template add_values<T, D>(weights, values.tile, first_tile, 1);
-        if ((tile + 1) % (CHUNK / TILE) == 0 || tile + 1 == end_tile) sums.fold_chunk();
+        if (ends_chunk || tile + 1 == end_tile) sums.fold_chunk();
     }
     wait_for_copies<0>();
     sums.normalise();
@@ -593,7 +640,8 @@ template <int D, class T, class C> __device__ __forceinline__ void prefill(const
      scale,        cap_scale}
 
 #define ATTENTION_KERNELS(name, T, C, D)                                                                               \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##name##_d##D(ATTENTION_PARAMETERS(T, C)) {     \
+    extern "C" __global__ void __launch_bounds__(128, D > 128 ? 2 : 4)                                                 \
+    attention_decode_##name##_d##D(ATTENTION_PARAMETERS(T, C)) {                                                       \
         decode<D, T, C>(ATTENTION_ARGUMENTS);                                                                          \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(PREFILL_THREADS<D>)                                                   \
@@ -611,7 +659,7 @@ template <int D, class T, class C> __device__ __forceinline__ void prefill(const
     ATTENTION_KERNELS(name, T, C, 256)
 
 #define COMBINE_KERNEL(T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(128)                                                                  \
     attention_combine_##T(T* out, const float* partials, const int* context_lens, const int* cu_seqlens_q,             \
                           const int* positions, int num_chunks, int num_heads, int num_kv_heads, int head_dim,         \
                           int decode_rows, int window) {                                                               \

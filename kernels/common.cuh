@@ -95,6 +95,19 @@ __device__ __forceinline__ Eight unpack8_fp8(uint2 words) {
     for (int i = 0; i < 8; i++) x.at[i] = unpack_fp8(i < 4 ? words.x : words.y, i % 4);
     return x;
 }
+// The low or high two numbers of a word as bf16, which has them all: bits in place as above, and a product that is exact,
+// to which minus zero is added because that keeps the sign of zero.
+__device__ __forceinline__ u32 fp8_as_bf16(u32 word, bool is_high) {
+    const u32 top = __byte_perm(word, 0, is_high ? 0x3424 : 0x1404);
+    const u32 bits = (top & 0x80008000u) | (top >> 4 & 0x07f007f0u);
+    u32 pair;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(bits), "r"(0x7b807b80u), "r"(0x80008000u));
+    return pair;
+}
+__device__ __forceinline__ void store8_fp8(bf16* target, uint2 words) {
+    *reinterpret_cast<uint4*>(target) = make_uint4(fp8_as_bf16(words.x, false), fp8_as_bf16(words.x, true),
+                                                   fp8_as_bf16(words.y, false), fp8_as_bf16(words.y, true));
+}
 template <> __device__ __forceinline__ Eight load8(const fp8* source) {
     return unpack8_fp8(*reinterpret_cast<const uint2*>(source));
 }
@@ -135,6 +148,31 @@ template <class T> __device__ __forceinline__ void store4(T* target, float4 x) {
 }
 template <> __device__ __forceinline__ void store4<float>(float* target, float4 x) {
     *reinterpret_cast<float4*>(target) = x;
+}
+
+// Widens `len` numbers of 16 bits, a multiple of 4, and multiplies them; by whole warps, of whose `threads` threads this is
+// one. A lane reads 16 bytes at a time and stores as many: half of what it has read and half of what its neighbour has, so
+// that both together fill a sector in one store.
+template <class T>
+__device__ __forceinline__ void widen(float* target, const T* source, u64 len, float scale, u64 thread, u64 threads) {
+    const int lane = threadIdx.x % 32;
+    const bool is_odd = lane % 2 == 1;
+    for (u64 i = thread * 8; i < len + lane * 8; i += threads * 8) {
+        uint4 own = {};
+        if (i + 8 <= len) {
+            own = *reinterpret_cast<const uint4*>(source + i);
+        } else if (i < len) {
+            const uint2 last = *reinterpret_cast<const uint2*>(source + i);
+            own.x = last.x, own.y = last.y;
+        }
+        const uint2 low = make_uint2(own.x, own.y), high = make_uint2(own.z, own.w);
+        const uint2 kept = is_odd ? high : low, given = is_odd ? low : high;
+        const uint2 got = make_uint2(__shfl_xor_sync(ALL_LANES, given.x, 1), __shfl_xor_sync(ALL_LANES, given.y, 1));
+        const u64 first = is_odd ? i - 4 : i, second = first + 8;
+        const float4 a = unpack4(FourWords<T>{is_odd ? got : kept}), b = unpack4(FourWords<T>{is_odd ? kept : got});
+        if (first < len) store4(target + first, make_float4(a.x * scale, a.y * scale, a.z * scale, a.w * scale));
+        if (second < len) store4(target + second, make_float4(b.x * scale, b.y * scale, b.z * scale, b.w * scale));
+    }
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

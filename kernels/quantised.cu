@@ -76,28 +76,65 @@ __device__ __forceinline__ float above_32768(u32 word, int at) {
 
 __device__ __forceinline__ float low_f16(u32 word) { return unpack<f16>(word & 0xffff).x; }
 
-// The codes of a lane in 64 columns, a byte each, one word for each 16 columns.
-template <class F> __device__ __forceinline__ void load_codes(u32 (&codes)[4], const u8* low, const u8* high, int lane) {
-    if constexpr (F::bits == 8) {
-        const uint4 words = *reinterpret_cast<const uint4*>(low + lane * 16);
-        codes[0] = words.x, codes[1] = words.y, codes[2] = words.z, codes[3] = words.w;
-        return;
+// Where the parts of a run of 64 columns lie, of a record in `unit`, which has 256 columns.
+template <class F> struct Run {
+    const u8 *low, *high, *scales;
+    // Its number in the record.
+    int at;
+
+    __device__ __forceinline__ Run(const u8* unit, int quarter) : at(F::quarters == 1 ? 0 : quarter) {
+        const u8* record = F::quarters == 1 ? unit + quarter * F::record_bytes : unit;
+        low = record + at * F::low_bytes;
+        high = record + F::quarters * F::low_bytes + at * F::high_bytes;
+        scales = record + F::quarters * (F::low_bytes + F::high_bytes);
     }
-    const uint2 words = *reinterpret_cast<const uint2*>(low + lane * 8);
-    codes[0] = words.x & 0x0f0f0f0f, codes[1] = words.x >> 4 & 0x0f0f0f0f;
-    codes[2] = words.y & 0x0f0f0f0f, codes[3] = words.y >> 4 & 0x0f0f0f0f;
+};
+
+// The codes of a lane in 64 columns, a byte each, one word for each 16 columns: of low bits and, in as many bits as there
+// are, high ones. Those of Q8 lie like that.
+template <class F> __device__ __forceinline__ void unpack_codes(u32 (&codes)[4], uint2 low, u32 high) {
+    codes[0] = low.x & 0x0f0f0f0f, codes[1] = low.x >> 4 & 0x0f0f0f0f;
+    codes[2] = low.y & 0x0f0f0f0f, codes[3] = low.y >> 4 & 0x0f0f0f0f;
     if constexpr (F::bits == 5) {
         // A nibble of the half word for each byte.
-        u32 bits = *reinterpret_cast<const u16*>(high + lane * 2);
-        bits = (bits | bits << 8) & 0x00ff00ff;
+        u32 bits = (high | high << 8) & 0x00ff00ff;
         bits = (bits | bits << 4) & 0x0f0f0f0f;
 #pragma unroll
         for (int step = 0; step < 4; step++) codes[step] |= bits << (4 - step) & 0x10101010;
     }
     if constexpr (F::bits == 6) {
-        const u32 bits = *reinterpret_cast<const u32*>(high + lane * 4);
-        codes[0] |= bits << 4 & 0x30303030, codes[1] |= bits << 2 & 0x30303030;
-        codes[2] |= bits & 0x30303030, codes[3] |= bits >> 2 & 0x30303030;
+        codes[0] |= high << 4 & 0x30303030, codes[1] |= high << 2 & 0x30303030;
+        codes[2] |= high & 0x30303030, codes[3] |= high >> 2 & 0x30303030;
+    }
+}
+
+template <class F> __device__ __forceinline__ void load_codes(u32 (&codes)[4], const Run<F>& run, int lane) {
+    if constexpr (F::bits == 8) {
+        const uint4 words = *reinterpret_cast<const uint4*>(run.low + lane * 16);
+        codes[0] = words.x, codes[1] = words.y, codes[2] = words.z, codes[3] = words.w;
+    } else {
+        u32 high = 0;
+        if constexpr (F::bits == 5) high = *reinterpret_cast<const u16*>(run.high + lane * 2);
+        if constexpr (F::bits == 6) high = *reinterpret_cast<const u32*>(run.high + lane * 4);
+        unpack_codes<F>(codes, *reinterpret_cast<const uint2*>(run.low + lane * 8), high);
+    }
+}
+
+// The same of an even lane and the next, in vectors of 16 bytes.
+template <class F> __device__ __forceinline__ void load_two_codes(u32 (&codes)[2][4], const Run<F>& run, int lane) {
+    if constexpr (F::bits == 8) {
+        load_codes<F>(codes[0], run, lane);
+        load_codes<F>(codes[1], run, lane + 1);
+    } else {
+        uint2 high = {};
+        if constexpr (F::bits == 5) {
+            const u32 both = *reinterpret_cast<const u32*>(run.high + lane * 2);
+            high = make_uint2(both & 0xffff, both >> 16);
+        }
+        if constexpr (F::bits == 6) high = *reinterpret_cast<const uint2*>(run.high + lane * 4);
+        const uint4 low = *reinterpret_cast<const uint4*>(run.low + lane * 8);
+        unpack_codes<F>(codes[0], make_uint2(low.x, low.y), high.x);
+        unpack_codes<F>(codes[1], make_uint2(low.z, low.w), high.y);
     }
 }
 
@@ -168,23 +205,24 @@ __device__ __forceinline__ u32 weight_pair(u32 codes, int at, float scale, float
     return pack<T>(number[0], number[1]);
 }
 
-// A lane's part of eight rows and 64 columns: the B fragments of four steps of 16. `unit` has 256 columns, of which
-// run `quarter` is meant.
+// The weights of a lane's codes.
 template <class F, class T>
-__device__ __forceinline__ void load_weights(u32 (&b)[4][2], const u8* unit, int quarter, int lane) {
-    const u8* record = F::quarters == 1 ? unit + quarter * F::record_bytes : unit;
-    const int run = F::quarters == 1 ? 0 : quarter;
-    const u8* low = record + run * F::low_bytes;
-    const u8* high = record + F::quarters * F::low_bytes + run * F::high_bytes;
-    const u8* scales = record + F::quarters * (F::low_bytes + F::high_bytes);
-    u32 codes[4];
-    load_codes<F>(codes, low, high, lane);
-    const Terms terms = load_terms<F>(scales, run, lane / 4);
+__device__ __forceinline__ void unpack_weights(u32 (&b)[4][2], const u32 (&codes)[4], const Terms& terms) {
 #pragma unroll
     for (int step = 0; step < 4; step++) {
         b[step][0] = weight_pair<F, T>(codes[step], 0, terms.scale[step], terms.rest[step]);
         b[step][1] = weight_pair<F, T>(codes[step], 2, terms.scale[step], terms.rest[step]);
     }
+}
+
+// A lane's part of eight rows and 64 columns: the B fragments of four steps of 16. `unit` has 256 columns, of which
+// run `quarter` is meant.
+template <class F, class T>
+__device__ __forceinline__ void load_weights(u32 (&b)[4][2], const u8* unit, int quarter, int lane) {
+    const Run<F> run(unit, quarter);
+    u32 codes[4];
+    load_codes<F>(codes, run, lane);
+    unpack_weights<F, T>(b, codes, load_terms<F>(run.scales, run.at, lane / 4));
 }
 
 // A block has TOKENS rows and 8 * N_TILES outputs for each of its warps, which stand side by side along the outputs, so
@@ -350,21 +388,25 @@ __device__ __forceinline__ void quant_gemm(void* out, const T* x, const u8* weig
     store_tile<C, T>(out, is_f32, bias, sums, num_tokens, columns);
 }
 
+// A thread has what two lanes of a fragment have: four columns in a row of every eight.
 template <class F, class T>
 __device__ __forceinline__ void quant_embed(float* out, const u8* table, const int* ids, int hidden, float scale) {
     const int row = ids[blockIdx.x];
     const u8* group = table + static_cast<u64>(row / 8) * F::group_bytes(hidden);
     float* target = out + static_cast<u64>(blockIdx.x) * hidden;
-    for (int i = threadIdx.x; i < ceil_div(hidden, 64) * 4; i += blockDim.x) {
-        const int run = i / 4;
-        u32 weights[4][2];
-        load_weights<F, T>(weights, group + run / 4 * F::unit_bytes, run % 4, row % 8 * 4 + i % 4);
+    for (int i = threadIdx.x; i < ceil_div(hidden, 64) * 2; i += blockDim.x) {
+        const Run<F> run(group + i / 8 * F::unit_bytes, i / 2 % 4);
+        u32 codes[2][4], weights[2][4][2];
+        load_two_codes<F>(codes, run, row % 8 * 4 + i % 2 * 2);
+        const Terms terms = load_terms<F>(run.scales, run.at, row % 8);
+#pragma unroll
+        for (int lane = 0; lane < 2; lane++) unpack_weights<F, T>(weights[lane], codes[lane], terms);
 #pragma unroll
         for (int at = 0; at < 8; at++) {
-            const int column = run * 64 + at * 8 + i % 4 * 2;
+            const int column = i / 2 * 64 + at * 8 + i % 2 * 4;
             if (column >= hidden) break;
-            const float2 x = unpack<T>(weights[at / 2][at % 2]);
-            *reinterpret_cast<float2*>(target + column) = make_float2(x.x * scale, x.y * scale);
+            const float2 a = unpack<T>(weights[0][at / 2][at % 2]), b = unpack<T>(weights[1][at / 2][at % 2]);
+            store4(target + column, make_float4(a.x * scale, a.y * scale, b.x * scale, b.y * scale));
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "flash-attn")]
 mod flash_attention;
+mod traffic;
 
 use mneme::backend::cuda::{CudaBackend, CudaBuffer, CudaRopeTable};
 use mneme::backend::{
@@ -19,22 +20,22 @@ const MAX_POSITIONS: usize = 1024;
 const EPSILON: f32 = 1e-5;
 
 /// New tokens of a sequence, and the tokens in its cache after them.
-type Lengths = (usize, usize);
+pub type Lengths = (usize, usize);
 
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    num_kv_heads: usize,
-    group: usize,
-    head_dim: usize,
-    block_size: usize,
-    window: Option<usize>,
-    softcap: Option<f32>,
+pub struct Shape {
+    pub num_kv_heads: usize,
+    pub group: usize,
+    pub head_dim: usize,
+    pub block_size: usize,
+    pub window: Option<usize>,
+    pub softcap: Option<f32>,
 }
 
-const SMALL: Shape = Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, window: None, softcap: None };
+pub const SMALL: Shape = Shape { num_kv_heads: 2, group: 3, head_dim: 64, block_size: 16, window: None, softcap: None };
 
 impl Shape {
-    fn num_heads(&self) -> usize {
+    pub fn num_heads(&self) -> usize {
         self.num_kv_heads * self.group
     }
 
@@ -110,6 +111,16 @@ impl<'a> World<'a> {
         let tables = context_lens.iter().map(|len| (0..len.div_ceil(block_size)).map(&mut take).collect()).collect();
         let kv = gpu.poison(1, num_blocks * layout.block_bytes() / 2, gpu.dtype());
         World { gpu, shape, layout, kv, tables, context_lens: context_lens.to_vec(), rows: vec![] }
+    }
+
+    /// Has the tables name a block outside of the pool in the place of those that no query of `parts` sees.
+    fn lose_blocks_before_windows(&mut self, parts: &[Lengths]) {
+        let window = self.shape.window.unwrap();
+        let num_blocks = self.kv.num_bytes() / self.layout.block_bytes();
+        for (table, (num_queries, context_len)) in self.tables.iter_mut().zip(parts) {
+            let first_seen = (context_len - num_queries + 1).saturating_sub(window);
+            table[..first_seen / self.shape.block_size].fill(num_blocks as i32);
+        }
     }
 
     /// Takes keys and values for what the cache has made of them.
@@ -261,13 +272,29 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Attention of a model of 8 billion weights.
-const LARGE: Shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, ..SMALL };
+pub const LARGE: Shape = Shape { num_kv_heads: 8, group: 4, head_dim: 128, ..SMALL };
 
-/// A layer of such a model: two prompts of a thousand tokens, then one new token of each.
-pub fn run_large(gpu: &Gpu) {
-    const CONTEXT_LEN: usize = 1024;
-    let world = World::new(gpu, LARGE, &[CONTEXT_LEN; 2], &mut Random::new(4));
-    world.attend(&[0, 1], &[(1, CONTEXT_LEN); 2]);
+/// Types of activations, with those of caches beside them.
+pub const CACHES: [(DType, DType); 3] =
+    [(DType::BF16, DType::BF16), (DType::BF16, DType::F8E4M3), (DType::F16, DType::F16)];
+
+/// What decode, or prefill, attention is called for such types.
+pub fn kernel_name(kind: &str, (dtype, cache): (DType, DType), head_dim: usize) -> String {
+    let beside = if cache == dtype { String::new() } else { format!("_{cache}") };
+    format!("attention_{kind}_{dtype}{beside}_d{head_dim}")
+}
+
+/// Attends in a step to a cache of `dtype` that holds anything, as what kernels move and multiply does not depend on it.
+pub fn attend_to_anything(gpu: &Gpu, dtype: DType, shape: Shape, parts: &[Lengths]) {
+    let lens: Vec<usize> = parts.iter().map(|part| part.1).collect();
+    let world = World::empty(gpu, dtype, shape, &lens, &mut Random::new(1));
+    let metadata = world.metadata(&(0..parts.len()).collect::<Vec<_>>(), parts);
+    let (num_tokens, columns) = (metadata.num_tokens, shape.columns());
+    let qkv = gpu.activations(&vec![0.0; num_tokens * columns], num_tokens, columns);
+    let out = gpu.output(num_tokens, shape.num_heads() * shape.head_dim, gpu.dtype());
+    let attention = shape.of_backend();
+    gpu.backend.attention(&gpu.stream, &qkv, &attention, &world.kv_layer(), &metadata, &out.tensor).unwrap();
+    gpu.synchronize();
 }
 
 /// A prompt in a layer of such a model, whose cache is of `dtype` and whose heads may have norms.
@@ -421,6 +448,29 @@ fn caps_bound_large_scores_and_leave_small_ones() {
     }
 }
 
+/// The blocks before a window may be anything, as whoever holds the cache may have given them to others: here they lie
+/// outside of the pool.
+#[test]
+fn blocks_before_a_window_are_not_touched() {
+    for gpu in gpu::lend().iter() {
+        let caches = CACHES.iter().filter(|types| types.0 == gpu.dtype());
+        for (cache, window) in caches.flat_map(|types| [1, 40, 300].map(|window| (types.1, window))) {
+            let shape = Shape { window: Some(window), ..SMALL };
+            let parts = [(1, 700), (5, 560), (70, 400), (1, 30)];
+            let mut world =
+                World::with_cache(gpu, cache, shape, &parts.map(|part| part.1), &mut Random::new(45 + window as u64));
+            let attend = |world: &World<'_>| {
+                let together = world.attend(&[0, 1, 2, 3], &parts).bytes(gpu);
+                let metadata = AttentionMetadata { max_context_len: 1 << 28, ..world.metadata(&[0], &parts[..1]) };
+                [together, world.attend_with(&[0], &parts[..1], &metadata).bytes(gpu)]
+            };
+            let wanted = attend(&world);
+            world.lose_blocks_before_windows(&parts);
+            assert!(attend(&world) == wanted, "{} over {cache}, window {window}", gpu.dtype());
+        }
+    }
+}
+
 /// Chunked prefill, decode, splitting and the rest of the batch leave the bits of a row alone.
 #[test]
 fn a_row_has_the_same_bits_however_it_is_computed() {
@@ -441,7 +491,10 @@ fn a_row_has_the_same_bits_however_it_is_computed() {
             assert_eq!(last(&[1, 2, 0], &[(1, 60), (1, 300), (1, 530)]), alone, "in a batch, window {window:?}");
             assert_eq!(last(&[1, 0], &[(20, 60), (1, 530)]), alone, "beside a prefill, window {window:?}");
             let parts = [(1, 530)];
-            // A context so long that its chunks would not fit: they are then walked by one block.
+            // In a batch that fills the device whole contexts are walked by one block.
+            let rows = world.attend(&[0; 82], &[(1, 530); 82]).bytes(gpu);
+            assert!(rows.chunks_exact(row_bytes).all(|row| row == alone), "among many, window {window:?}");
+            // And one so long that its chunks would not fit is.
             let metadata = AttentionMetadata { max_context_len: 1 << 28, ..world.metadata(&[0], &parts) };
             assert_eq!(world.attend_with(&[0], &parts, &metadata).bytes(gpu), alone, "unsplit, window {window:?}");
         }

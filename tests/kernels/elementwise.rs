@@ -46,9 +46,8 @@ fn normalised(x: &[f32], weight: &[f32]) -> Vec<f64> {
 const NORM_SHAPES: [(usize, usize); 9] =
     [(1, 8), (3, 64), (2, 576), (1, 1032), (2, 4096), (1, 8192), (2, 8200), (335, 4096), (230, 4104)];
 
-/// Norms of `rows` tokens of a model of 8 billion weights.
-pub fn norm_large(gpu: &Gpu, rows: usize) {
-    let columns = 4096;
+/// Norms of `rows` tokens of a large model, which has so many columns.
+pub fn norm_large(gpu: &Gpu, rows: usize, columns: usize) {
     let weight = gpu.vector(&vec![1.0; columns]);
     let norm = Norm { weight: &weight, epsilon: EPSILON };
     let (kept, out) = (gpu.output(rows, columns, DType::F32), gpu.output(rows, columns, gpu.dtype()));

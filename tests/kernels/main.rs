@@ -18,6 +18,7 @@ mod quantised;
 mod raw;
 #[path = "../support/mod.rs"]
 mod support;
+mod tensor_cores;
 mod traffic;
 
 /// Orders of work that are all allowed: streams that run only when waited for, blocks and warps shuffled by a seed.

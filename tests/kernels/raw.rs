@@ -118,7 +118,7 @@ fn numbers_are_cast() {
             let mut launch = stream.launch_builder(&function);
             launch.arg(&mut target).arg(&source).arg(&count);
             // SAFETY: as above.
-            unsafe { launch.launch(grid(len.div_ceil(1024), 1, 256)) }.unwrap();
+            unsafe { launch.launch(grid(len.div_ceil(2048), 1, 256)) }.unwrap();
             assert_eq!(stream.clone_dtoh(&target).unwrap(), back, "{len} numbers from {dtype}");
         }
     }
@@ -138,10 +138,12 @@ fn copied(gpu: &Gpu, bytes: &[u8], block_bytes: usize, pairs: &[i32]) -> Vec<u8>
     stream.clone_dtoh(&target).unwrap()
 }
 
-/// Blocks of a model of 8 billion weights.
+/// A block of a model of 8 billion weights.
+pub const LARGE_BLOCK_BYTES: usize = 2 << 20;
+
+/// Two such blocks.
 pub fn copy_large(gpu: &Gpu) {
-    const BLOCK_BYTES: usize = 2 << 20;
-    copied(gpu, &vec![1; 3 * BLOCK_BYTES], BLOCK_BYTES, &[2, 0, 0, 1]);
+    copied(gpu, &vec![1; 3 * LARGE_BLOCK_BYTES], LARGE_BLOCK_BYTES, &[2, 0, 0, 1]);
 }
 
 #[test]

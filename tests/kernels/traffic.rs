@@ -1,9 +1,10 @@
-//! What kernels of adapters and of quantised weights move on shapes that models have: hardly more than every byte once, in
-//! whole sectors.
+//! What kernels move on shapes that models have: hardly more than every byte once, in whole sectors. Attention's are in
+//! `attention/traffic.rs`.
 
 use mneme::backend::{Backend, DType};
 use serde_json::Value;
 
+use crate::attention::LARGE;
 use crate::gpu::{Gpu, host_tensor};
 use crate::lora::{self, Case, Entry};
 use crate::quantised::{FORMATS, random_blocks};
@@ -63,46 +64,81 @@ fn kernels_of_adapters_move_hardly_more_than_they_must() {
     check(&counted, &["lora_shrink_bf16", "lora_expand_bf16", "lora_merge_bf16"]);
 }
 
+/// The same against what the shape says that it has to move.
+pub fn check_moved(counted: &Value, kernel: &str, least: usize) {
+    let counters = &counted[kernel];
+    let over_least = moved(counters) / least as f64;
+    let (_, efficiency) = traffic(counters);
+    eprintln!("{kernel}: {over_least:.3} of the least, sector efficiency {efficiency:.3}");
+    assert!(over_least >= 1.0, "{kernel} does not move what it has to: {over_least:.3}");
+    assert!(over_least <= MOST_OVER_LEAST, "{kernel} moves {over_least:.3} times the least");
+    assert!(efficiency >= LEAST_EFFICIENCY, "{kernel} uses {efficiency:.3} of the sectors it touches");
+}
+
+/// Rows of a step that fills the device.
+const NUM_ROWS: usize = 2048;
+const NUM_TOKENS: usize = 1024;
+
+/// Bytes of storing tokens: queries, keys and values are read with a position's angles, an index for each token, queries and
+/// keys written, keys and values stored.
+fn stored_least(num_tokens: usize, cache_bytes: usize) -> usize {
+    let [q, kv] = [LARGE.num_heads(), LARGE.num_kv_heads].map(|heads| heads * LARGE.head_dim);
+    num_tokens * (2 * (q + 2 * kv) + 4 * LARGE.head_dim + 2 * 4 + 2 * (q + kv) + 2 * kv * cache_bytes)
+}
+
+/// Bytes of moving tokens in the cache: keys and values read and written, three indices for each.
+fn moved_least(num_copies: usize, cache_bytes: usize) -> usize {
+    num_copies * (2 * 2 * LARGE.num_kv_heads * LARGE.head_dim * cache_bytes + 3 * 4)
+}
+
 #[test]
 fn kernels_of_a_step_move_hardly_more_than_they_must() {
     let counted = softgpu::count("traffic::kernels_of_a_step_move_hardly_more_than_they_must", || {
         let gpu = Gpu::new(DType::BF16);
-        attention::run_large(&gpu);
+        attention::store_large(&gpu, DType::BF16, NUM_TOKENS, false);
         compose::move_large(&gpu, DType::BF16, 256);
         raw::copy_large(&gpu);
-        elementwise::norm_large(&gpu, 2048);
+        elementwise::norm_large(&gpu, NUM_ROWS, HIDDEN);
+        elementwise::norm_large(&gpu, NUM_ROWS, 2 * HIDDEN);
+        elementwise::norm_large(&Gpu::new(DType::F16), NUM_ROWS, HIDDEN);
     });
     let Some(counted) = counted else { return };
-    let kernels = [
-        "attention_decode_bf16_d128",
-        "copy_blocks",
-        "rope_store_kv_bf16",
-        "rotate_gather_bf16",
-        "rms_norm_bf16_h4096",
-        "add_rms_norm_bf16_h4096",
-    ];
-    check(&counted, &kernels);
-    kernels.iter().for_each(|kernel| check_limit(kernel, &counted[*kernel]));
+    let (norm, sum) = (NUM_ROWS * HIDDEN * 6 + HIDDEN * 4, NUM_ROWS * HIDDEN * 12 + HIDDEN * 4);
+    for (kernel, least) in [
+        ("copy_blocks", 2 * 2 * raw::LARGE_BLOCK_BYTES),
+        ("rope_store_kv_bf16", stored_least(NUM_TOKENS, 2)),
+        ("rotate_gather_bf16", moved_least(256, 2)),
+        ("rms_norm_bf16_h4096", norm),
+        ("rms_norm_f16_h4096", norm),
+        ("add_rms_norm_bf16_h4096", sum),
+        ("add_rms_norm_f16_h4096", sum),
+        ("rms_norm_bf16_h8192", 2 * norm),
+        ("add_rms_norm_bf16_h8192", 2 * sum),
+    ] {
+        check_moved(&counted, kernel, least);
+        check_limit(kernel, &counted[kernel]);
+    }
 }
 
 #[test]
 fn kernels_of_a_cache_of_fp8_move_hardly_more_than_they_must() {
     let counted = softgpu::count("traffic::kernels_of_a_cache_of_fp8_move_hardly_more_than_they_must", || {
         let gpu = Gpu::new(DType::BF16);
-        attention::store_large(&gpu, DType::F8E4M3, 1024, false);
+        attention::store_large(&gpu, DType::F8E4M3, NUM_TOKENS, false);
         compose::move_large(&gpu, DType::F8E4M3, 512);
     });
     let Some(counted) = counted else { return };
-    check(&counted, &["rope_store_kv_bf16_fp8", "rotate_gather_fp8"]);
+    check_moved(&counted, "rope_store_kv_bf16_fp8", stored_least(NUM_TOKENS, 1));
+    check_moved(&counted, "rotate_gather_fp8", moved_least(512, 1));
 }
 
 #[test]
 fn norms_of_heads_are_read_once_for_a_token() {
     let counted = softgpu::count("traffic::norms_of_heads_are_read_once_for_a_token", || {
-        attention::store_large(&Gpu::new(DType::BF16), DType::BF16, 1024, true);
+        attention::store_large(&Gpu::new(DType::BF16), DType::BF16, NUM_TOKENS, true);
     });
     let Some(counted) = counted else { return };
-    check(&counted, &["rope_store_kv_bf16"]);
+    check_moved(&counted, "rope_store_kv_bf16", stored_least(NUM_TOKENS, 2));
 }
 
 /// What saves bytes is for steps that fill the device anyway: the rows of a decode step do not wait for each other.
@@ -113,7 +149,7 @@ fn few_rows_have_blocks_of_their_own() {
         let gpu = Gpu::new(DType::BF16);
         attention::store_large(&gpu, DType::BF16, NUM_ROWS, false);
         compose::move_large(&gpu, DType::BF16, NUM_ROWS);
-        elementwise::norm_large(&gpu, NUM_ROWS);
+        elementwise::norm_large(&gpu, NUM_ROWS, HIDDEN);
     });
     let Some(counted) = counted else { return };
     // A block has a third of a token's heads, or all of a copy's.
@@ -163,7 +199,7 @@ fn quantised_weights_are_read_once() {
 }
 
 /// By estimates for real devices, nothing but memory is what such a kernel waits for.
-fn check_limit(kernel: &str, counters: &Value) {
+pub fn check_limit(kernel: &str, counters: &Value) {
     for (device, estimate) in counters["roofline_estimates_not_times"].as_object().unwrap() {
         eprintln!("{kernel}, {device}: {estimate}");
         assert_eq!(estimate["bound_by"], "memory", "{kernel} on {device}");
@@ -172,9 +208,15 @@ fn check_limit(kernel: &str, counters: &Value) {
 
 /// Bytes moved over the least, and over those of the sectors they lie in.
 fn traffic(counters: &Value) -> (f64, f64) {
-    let both = |what: &str| -> f64 {
-        let number = |of: &str| counters[format!("global_{of}_{what}")].as_f64().unwrap();
-        number("load") + number("store")
-    };
-    (both("bytes") / both("footprint_bytes"), both("bytes") / (32.0 * both("sectors")))
+    (moved(counters) / both(counters, "footprint_bytes"), moved(counters) / (32.0 * both(counters, "sectors")))
+}
+
+fn moved(counters: &Value) -> f64 {
+    both(counters, "bytes")
+}
+
+/// A number of loads and stores together.
+fn both(counters: &Value, what: &str) -> f64 {
+    let number = |of: &str| counters[format!("global_{of}_{what}")].as_f64().unwrap();
+    number("load") + number("store")
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use cudarc::driver::CudaContext;
 
 use super::backend::{CudaBackend, CudaTensor};
-use super::kernels::AttentionKernels;
+use super::kernels::{AttentionKernels, DECODE_THREADS};
 use super::launch::Arguments;
 use super::memory::CudaBuffer;
 use super::stream::CudaStream;
@@ -26,6 +26,18 @@ const PREFILL_ROWS: usize = 64;
 /// Memory for the results of single chunks. A step that needs more has so many sequences and heads that it fills the
 /// device without splitting their contexts.
 const PARTIALS_BYTES: usize = 32 << 20;
+
+/// From how many chunks on contexts are split, where whole ones leave the device so idle: they take less than this
+/// percentage of the blocks that it has at a time. Where they fill it, splitting adds what partial results and a second
+/// kernel cost and gains nothing. Estimates, which nobody has held against times on a GPU.
+const SPLITS: [(usize, usize); 3] = [(25, 2), (50, 4), (100, 8)];
+
+/// Whether `num_blocks` contexts of up to `num_chunks` chunks are split, on a device with room for `max_blocks` blocks. It
+/// depends on nothing but what a decode step is repeated for (`graphs.rs`), and changes no bit.
+fn splits(num_blocks: usize, num_chunks: usize, max_blocks: usize) -> bool {
+    let idle = SPLITS.iter().find(|(percentage, _)| num_blocks * 100 < max_blocks * percentage);
+    idle.is_some_and(|(_, fewest)| num_chunks >= *fewest)
+}
 
 /// Where decode attention keeps the results of chunks until they are combined.
 pub(super) struct Partials(Mutex<CudaBuffer>);
@@ -242,14 +254,15 @@ impl Call<'_> {
         let num_seqs = self.metadata.num_seqs;
         let num_chunks = self.metadata.max_context_len.div_ceil(CHUNK_POSITIONS);
         let partials_bytes = num_seqs * num_kv_heads * num_chunks * self.decode_rows * (head_dim + 2) * 4;
-        let splits = num_chunks > 1 && partials_bytes <= PARTIALS_BYTES;
+        let max_blocks = backend.info().multiprocessors * kernels.decode_blocks;
+        let splits = splits(num_seqs * num_kv_heads, num_chunks, max_blocks) && partials_bytes <= PARTIALS_BYTES;
         let held = splits.then(|| backend.partials().lock());
         let partials = held.as_deref();
         let num_chunks = if splits { num_chunks } else { 1 };
         let blocks = (num_chunks, num_kv_heads, num_seqs);
         let arguments = self.arguments(partials)?;
         // SAFETY: attention_decode as `arguments` lists them, shapes as checked; block tables name blocks of the pool.
-        unsafe { backend.launch(stream, &kernels.decode, blocks, 128, arguments) }?;
+        unsafe { backend.launch(stream, &kernels.decode, blocks, DECODE_THREADS, arguments) }?;
         match partials {
             Some(partials) => self.launch_combine(backend, stream, partials, num_chunks),
             None => Ok(()),
@@ -276,11 +289,14 @@ impl Call<'_> {
             .int(head_dim)?
             .int(self.decode_rows)?
             .int(window.unwrap_or(0))?;
-        let blocks = (self.decode_rows, num_kv_heads, self.metadata.num_seqs);
+        // A lane has four dimensions of a row.
+        let threads = self.decode_rows * (head_dim / 4).next_power_of_two().min(32);
+        let block = threads.next_multiple_of(32).min(128);
+        let blocks = (threads.div_ceil(block), num_kv_heads, self.metadata.num_seqs);
         let kernel = &backend.kernels().attention_combine;
         // SAFETY: attention_combine(out, partials, context_lens, cu_seqlens_q, positions, num_chunks, num_heads,
         // num_kv_heads, head_dim, decode_rows, window), shapes as checked, behind the decode kernel on the same stream.
-        unsafe { backend.launch(stream, kernel, blocks, head_dim.next_multiple_of(32), arguments) }
+        unsafe { backend.launch(stream, kernel, blocks, block, arguments) }
     }
 
     fn launch_prefill(
@@ -326,5 +342,31 @@ impl Call<'_> {
             .int(self.shape.window.unwrap_or(0))?
             .float(scale)
             .float(cap_scale))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::splits;
+
+    /// An A100 with heads of 128 numbers, of which a KV head serves four.
+    const MAX_BLOCKS: usize = 108 * 3;
+
+    #[test]
+    fn contexts_are_split_where_whole_ones_leave_the_device_idle() {
+        let [short, medium, long, endless] = [1, 2, 8, 400];
+        for (num_blocks, wanted) in [
+            (8, [false, true, true, true]),
+            (80, [false, true, true, true]),
+            (81, [false, false, true, true]),
+            (162, [false, false, true, true]),
+            (323, [false, false, true, true]),
+            (324, [false; 4]),
+            (2048, [false; 4]),
+        ] {
+            let found = [short, medium, long, endless].map(|num_chunks| splits(num_blocks, num_chunks, MAX_BLOCKS));
+            assert_eq!(found, wanted, "{num_blocks} blocks");
+        }
+        assert!(splits(161, 4, MAX_BLOCKS) && !splits(162, 4, MAX_BLOCKS));
     }
 }

@@ -96,9 +96,14 @@ pub(super) struct QuantisedTile {
 /// Blocks that are enough for a large GPU. With more, each with fewer outputs, x would be read more often.
 const WANTED_BLOCKS: usize = 128;
 
+/// Threads of a block of decode attention.
+pub(super) const DECODE_THREADS: usize = 128;
+
 /// Attention for one head size.
 pub(super) struct AttentionKernels {
     pub(super) decode: Kernel,
+    /// Blocks of decode attention that a multiprocessor has at a time.
+    pub(super) decode_blocks: usize,
     pub(super) prefill: Kernel,
     /// Threads of a prefill block.
     pub(super) prefill_threads: usize,
@@ -250,6 +255,14 @@ impl Kernel {
         }
         Ok(Self { name, function, shared_bytes })
     }
+
+    /// Blocks of so many threads that a multiprocessor has at a time.
+    fn blocks_at_a_time(&self, threads: usize) -> Result<usize> {
+        self.function
+            .occupancy_max_active_blocks_per_multiprocessor(threads as u32, self.shared_bytes, None)
+            .map(|blocks| blocks as usize)
+            .map_err(driver_error("ask how many blocks run at a time"))
+    }
 }
 
 impl GemmKernel {
@@ -324,8 +337,10 @@ impl AttentionKernels {
         };
         // Keys and values of fp8 arrive beside the tiles.
         let arriving = if cache == DType::F8E4M3 { 2 * 64 * head_dim } else { 0 };
+        let decode = find("decode", (2 * 64 + 16) * head_dim * 2 + 16 * 72 * 4 + arriving)?;
         Ok(Self {
-            decode: find("decode", (2 * 64 + 16) * head_dim * 2 + 16 * 72 * 4 + arriving)?,
+            decode_blocks: decode.blocks_at_a_time(DECODE_THREADS)?,
+            decode,
             prefill: find("prefill", 3 * 64 * head_dim * 2 + arriving)?,
             prefill_threads: if head_dim == 256 { 256 } else { 128 },
         })
