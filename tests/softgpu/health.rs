@@ -115,8 +115,8 @@ fn a_device_lost_between_requests_is_said() {
     // Copies to the host alone ask streams.
     softgpu::fail("cuStreamQuery=700");
     let (status, body) = server.complete(&Random::new(40).tokens(100, NUM_BYTES), 1);
-    // Copies of what was there before may find it before the request has ended.
-    assert!(status == 200 || status == 500, "{body}");
+    // Copies of what was there before may find it before the request has ended, or come.
+    assert!([200, 500, 503].contains(&status), "{body}");
     Doomed::new(engine).end("CUDA_ERROR_ILLEGAL_ADDRESS");
     server.assert_ended("CUDA_ERROR_ILLEGAL_ADDRESS");
 }
@@ -148,7 +148,7 @@ fn a_landing_that_fails_is_said() {
         assert!(why.contains("KV blocks did not come up") || why.contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{why}");
         server.assert_ended(&why);
         softgpu::revive();
-        assert!(status == 200 || status == 500, "{body}");
+        assert!([200, 500, 503].contains(&status), "{body}");
         status == 500
     };
     assert!((0..MAX_ENGINES).any(fails));
