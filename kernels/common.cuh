@@ -329,6 +329,12 @@ struct LoraFactors {
     int rank, first_column, num_columns;
 };
 
+// An update and what it is added to.
+struct LoraPiece : LoraFactors {
+    int start, end;  // entries
+    int shrunk_at, first_block;
+};
+
 // Row `row` of a matrix with so many columns.
 template <class T>
 __device__ __forceinline__ const T* find_row(const LoraFactors& lora, const PagedRows& rows, int row, int num_columns,

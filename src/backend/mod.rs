@@ -46,7 +46,7 @@ use crate::{Error, Result, invalid, unsupported};
 
 /// Raised whenever a kernel's results change in any bit, so that KV blocks from before are not taken for what they would
 /// be now.
-pub const NUMERICS_VERSION: u32 = 3;
+pub const NUMERICS_VERSION: u32 = 4;
 
 /// A device that can run the layers of a transformer. All methods queue work on `stream` and may return before it is
 /// done. Shapes are checked before anything is queued; `T` is the number of tokens of the step. Kernels are

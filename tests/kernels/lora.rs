@@ -1,5 +1,6 @@
 //! Low-rank updates against plain loops, and against themselves in other company.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use mneme::backend::cuda::CudaLora;
@@ -128,9 +129,14 @@ impl Case {
 
     /// The row alone, under the same adapters.
     fn alone(&self, row: usize) -> Self {
+        self.part(row..row + 1)
+    }
+
+    /// Some of the rows.
+    fn part(&self, rows: Range<usize>) -> Self {
         Self {
-            x: self.x[row * self.inputs..][..self.inputs].to_vec(),
-            out: self.out[row * self.outputs..][..self.outputs].to_vec(),
+            x: self.x[rows.start * self.inputs..rows.end * self.inputs].to_vec(),
+            out: self.out[rows.start * self.outputs..rows.end * self.outputs].to_vec(),
             adapters: self.adapters.clone(),
             ..*self
         }
@@ -199,8 +205,8 @@ fn in_runs(num_tokens: usize) -> Vec<Entry> {
     run(0, 0..second).chain(run(1, first..second)).collect()
 }
 
-/// Rows, inputs, outputs of the modules, ranks of every adapter's modules. Around the edges of every tile: 16 rows and
-/// ranks, laps of 256 inputs, 256 columns, stages of 8 ranks.
+/// Rows, inputs, outputs of the modules, ranks of every adapter's modules. Around the edges of every tile: 16 to 128 rows, 16
+/// and 64 ranks, stages of 64 inputs and segments of several, strips of 64 columns and blocks of 256 and 512.
 #[allow(clippy::type_complexity)] // a table
 const SHAPES: &[(usize, usize, &[usize], &[&[usize]])] = &[
     (1, 8, &[8], &[&[1]]),
@@ -212,6 +218,12 @@ const SHAPES: &[(usize, usize, &[usize], &[&[usize]])] = &[
     (17, 576, &[24], &[&[17], &[33]]),
     (33, 40, &[520], &[&[15], &[65]]),
     (40, 48, &[8, 264], &[&[16, 16], &[512, 0], &[1, 9]]),
+    (65, 1016, &[72], &[&[16]]),
+    (100, 136, &[528], &[&[9], &[16]]),
+    (131, 40, &[24, 600], &[&[17, 3], &[0, 130]]),
+    (197, 24, &[520, 8], &[&[48, 20], &[0, 33], &[4, 0]]),
+    (1030, 72, &[16], &[&[5]]),
+    (1100, 8, &[8, 8], &[&[70, 0]]),
 ];
 
 #[test]
@@ -231,6 +243,26 @@ fn updates_are_products_of_products() {
                 let numbers = gpu::decode(&found, gpu.dtype());
                 assert_close(&what, &numbers, &case.reference(entries), epsilon(gpu.dtype()), 5e-4);
                 case.check_untouched(gpu, &found, entries);
+            }
+        }
+    }
+}
+
+/// Every tile of either kernel, by the number of rows.
+#[test]
+fn a_row_has_the_same_bits_in_every_tile() {
+    for gpu in gpu::lend().iter() {
+        let random = &mut Random::new(126);
+        for rank in [13, 70] {
+            let case = Case::random(gpu, random, 1040, 712, &[72], &[&[rank]]);
+            let loaded = case.load(gpu);
+            let run = |num_rows: usize| {
+                let entry = |row| Entry { adapter: 0, row, scale: 1.5 };
+                case.part(0..num_rows).run(gpu, &loaded, &(0..num_rows).map(entry).collect::<Vec<_>>())
+            };
+            let all = run(1040);
+            for num_rows in [1, 16, 17, 33, 65, 129] {
+                assert_eq!(run(num_rows), all[..num_rows * 144], "{num_rows} rows, rank {rank}, {}", gpu.dtype());
             }
         }
     }

@@ -14,6 +14,7 @@ mod linear;
 mod logits;
 mod lora;
 mod lora_merge;
+mod lora_traffic;
 mod quantised;
 mod raw;
 #[path = "../support/mod.rs"]

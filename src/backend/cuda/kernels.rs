@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::driver::driver_error;
+use super::lora_kernels::LoraKernels;
 use super::modules::Modules;
 use super::records::{GROUP_ROWS, Records};
 use crate::backend::DType;
@@ -123,9 +124,7 @@ pub(super) struct CacheKernels {
 pub(super) struct Kernels {
     pub(super) modules: Modules,
     pub(super) embed: Kernel,
-    pub(super) lora_shrink: Kernel,
-    pub(super) lora_expand: Kernel,
-    pub(super) lora_merge: Kernel,
+    pub(super) lora: LoraKernels,
     pub(super) attention_combine: Kernel,
     /// Outputs in the element type of the inputs.
     pub(super) gemm: Vec<GemmKernel>,
@@ -159,9 +158,7 @@ impl Kernels {
         };
         Ok(Self {
             embed: plain("embedding", format!("embed_{dtype}"))?,
-            lora_shrink: plain("lora", format!("lora_shrink_{dtype}"))?,
-            lora_expand: plain("lora", format!("lora_expand_{dtype}"))?,
-            lora_merge: plain("lora_merge", format!("lora_merge_{dtype}"))?,
+            lora: LoraKernels::find(&modules, dtype)?,
             attention_combine: plain("attention", format!("attention_combine_{dtype}"))?,
             gemm: gemm(dtype)?,
             gemm_f32: gemm(DType::F32)?,
@@ -245,7 +242,7 @@ impl Kernels {
 }
 
 impl Kernel {
-    fn find(modules: &Modules, file: &str, name: String, shared_bytes: usize) -> Result<Self> {
+    pub(super) fn find(modules: &Modules, file: &str, name: String, shared_bytes: usize) -> Result<Self> {
         let function = modules.function(file, &name)?;
         if shared_bytes > DEFAULT_SHARED_BYTES {
             let action = format!("give {name} {shared_bytes} bytes of shared memory");

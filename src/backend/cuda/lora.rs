@@ -1,6 +1,6 @@
 //! Low-rank updates of a projection's output: the launches for all adapters of a step.
 //!
-//! `kernels/lora.cu` says what a piece is. Pieces travel as arguments of the first kernel, which leaves them on the device
+//! `kernels/lora_shrink.cu` says what a piece is. Pieces travel as arguments of the first kernel, which leaves them on the device
 //! for the second: so any number of adapters takes no copy of its own.
 
 #![allow(unsafe_code)]
@@ -12,20 +12,17 @@ use cudarc::driver::CudaContext;
 
 use super::backend::{CudaBackend, CudaTensor, expect_vectors};
 use super::launch::{Arguments, ints};
+use super::lora_kernels::{ExpandGrid, LoraShape, ShrinkKernel, ShrinkTile};
 use super::lora_loader::{CudaLora, CudaLoraPart, FACTOR_WORDS};
 use super::memory::CudaBuffer;
 use super::stream::CudaStream;
 use crate::backend::{LoraBatch, LoraSite};
 use crate::{Result, invalid, unsupported};
 
-/// Pieces in the arguments of one launch, as in `lora.cu`.
+/// Pieces in the arguments of one launch, as in `lora_shrink.cu`.
 const LAUNCH_PIECES: usize = 32;
 /// 64-bit words of a piece.
 const PIECE_WORDS: usize = FACTOR_WORDS + 2;
-/// Rows, and ranks, of a block of the first kernel.
-const SHRINK_TILE: usize = 16;
-/// Rows and columns of a block of the second.
-const EXPAND_TILE: (usize, usize) = (16, 256);
 
 /// The most pieces of a step: some thousands of adapters.
 const MAX_PIECES: usize = 16 * 1024;
@@ -68,7 +65,8 @@ pub(super) fn add_lora(
     out.expect("projection output", x.rows(), out.columns(), backend.dtype())?;
     let between = &backend.lora().lock();
     let call = Call { backend, stream, x, batch, site, out, between };
-    let Measure { num_pieces, shrunk_stride, page_bytes } = call.measure()?;
+    let Measure { shape, shrunk_stride, page_bytes } = call.measure()?;
+    let num_pieces = shape.num_pieces;
     if num_pieces == 0 {
         return Ok(());
     }
@@ -81,7 +79,7 @@ pub(super) fn add_lora(
     }
     for first_row in (0..x.rows()).step_by(most_rows) {
         let num_rows = most_rows.min(x.rows() - first_row);
-        let round = Round { first_row, num_rows, shrunk_stride, num_pieces, page_bytes };
+        let round = Round { first_row, num_rows, shrunk_stride, shape, page_bytes };
         call.shrink(&round)?;
         call.expand(&round)?;
     }
@@ -104,14 +102,14 @@ struct Round {
     num_rows: usize,
     /// Shrunk numbers of a row.
     shrunk_stride: usize,
-    num_pieces: usize,
+    shape: LoraShape,
     page_bytes: usize,
 }
 
 /// What all pieces of a call come to.
 #[derive(Default)]
 struct Measure {
-    num_pieces: usize,
+    shape: LoraShape,
     /// Shrunk numbers of a row.
     shrunk_stride: usize,
     /// Of every adapter's pages.
@@ -131,7 +129,7 @@ impl Call<'_> {
     fn measure(&self) -> Result<Measure> {
         let (inputs, outputs) = (self.x.columns(), self.out.columns());
         let mut measure = Measure::default();
-        for (update, part, _) in self.pieces() {
+        for (update, part, entries) in self.pieces() {
             let columns = part.first_column..part.first_column + part.num_columns;
             if part.num_inputs != inputs || columns.end > outputs {
                 let found = part.num_inputs;
@@ -140,21 +138,25 @@ impl Call<'_> {
                      inputs and {outputs} outputs"
                 ));
             }
-            if measure.num_pieces > 0 && measure.page_bytes != update.page_bytes {
+            if measure.shape.num_pieces > 0 && measure.page_bytes != update.page_bytes {
                 let (found, wanted) = (update.page_bytes, measure.page_bytes);
                 return Err(invalid!("an adapter lies in pages of {found} bytes, another one in pages of {wanted}"));
             }
             measure.page_bytes = update.page_bytes;
-            measure.num_pieces += 1;
+            measure.shape.num_pieces += 1;
+            measure.shape.ranks += part.a.num_rows;
+            measure.shape.most_entries = measure.shape.most_entries.max(entries.len());
+            measure.shape.most_rank = measure.shape.most_rank.max(part.a.num_rows);
             measure.shrunk_stride += stride(part);
         }
-        if measure.num_pieces > 0 {
+        if measure.shape.num_pieces > 0 {
             expect_vectors("a projection with adapters", outputs)?;
         }
         Ok(measure)
     }
 
     fn shrink(&self, round: &Round) -> Result<()> {
+        let tile = self.backend.kernels().lora.shrink(round.shape).tile;
         let mut pieces = LaunchPieces::new(0);
         let mut shrunk_at = 0;
         for (update, part, entries) in self.pieces() {
@@ -162,7 +164,7 @@ impl Call<'_> {
                 self.launch_shrink(round, &pieces)?;
                 pieces = LaunchPieces::new(pieces.first + pieces.len);
             }
-            pieces.push(update, part, entries, shrunk_at)?;
+            pieces.push(update, part, entries, shrunk_at, tile)?;
             shrunk_at += stride(part);
         }
         self.launch_shrink(round, &pieces)
@@ -184,32 +186,34 @@ impl Call<'_> {
             .int(pieces.first)?
             .long(round.page_bytes)
             .structure(&pieces.words);
-        let kernel = &self.backend.kernels().lora_shrink;
+        let ShrinkKernel { kernel, tile } = self.backend.kernels().lora.shrink(round.shape);
         // SAFETY: lora_shrink(shrunk, table, x, rows, scales, num_inputs, first_row, num_rows, shrunk_stride, num_pieces,
         // first_piece, page_bytes, pieces), shapes as checked; `shrunk` and `table` hold the round's rows and all pieces, whose
         // pages lie in an arena that lives as long as the batch; entries are rows of x.
-        unsafe { self.backend.launch(self.stream, kernel, (pieces.num_blocks, 1, 1), 256, arguments) }
+        unsafe { self.backend.launch(self.stream, kernel, (pieces.num_blocks, 1, 1), tile.threads, arguments) }
     }
 
     fn expand(&self, round: &Round) -> Result<()> {
         let Between { table, shrunk } = self.between;
+        let num_outputs = self.out.columns();
+        let ExpandGrid { expand, block_rows } =
+            self.backend.kernels().lora.expand(round.shape, round.num_rows, num_outputs);
         let arguments = Arguments::new()
             .tensor(self.out)?
             .buffer(shrunk)?
             .buffer(table)?
             .tensor(&self.batch.rows)?
-            .int(self.out.columns())?
+            .int(num_outputs)?
             .int(round.first_row)?
             .int(round.num_rows)?
             .int(round.shrunk_stride)?
-            .int(round.num_pieces)?
+            .int(round.shape.num_pieces)?
+            .int(block_rows)?
             .long(round.page_bytes);
-        let (rows, columns) = EXPAND_TILE;
-        let blocks = (round.num_rows.div_ceil(rows), self.out.columns().div_ceil(columns), 1);
-        let kernel = &self.backend.kernels().lora_expand;
+        let blocks = (round.num_rows.div_ceil(block_rows), num_outputs.div_ceil(expand.columns), 1);
         // SAFETY: lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces,
-        // page_bytes), shapes as checked, behind the first kernel on the same stream.
-        unsafe { self.backend.launch(self.stream, kernel, blocks, 128, arguments) }
+        // block_rows, page_bytes), shapes as checked, behind the first kernel on the same stream.
+        unsafe { self.backend.launch(self.stream, &expand.kernel, blocks, expand.threads, arguments) }
     }
 }
 
@@ -218,7 +222,7 @@ fn stride(part: &CudaLoraPart) -> usize {
     part.a.num_rows.next_multiple_of(4)
 }
 
-/// `LoraPieces` of `lora.cu`.
+/// `LoraPieces` of `lora_shrink.cu`.
 struct LaunchPieces {
     words: [u64; LAUNCH_PIECES * PIECE_WORDS],
     len: usize,
@@ -232,13 +236,20 @@ impl LaunchPieces {
         Self { words: [0; LAUNCH_PIECES * PIECE_WORDS], len: 0, first, num_blocks: 0 }
     }
 
-    fn push(&mut self, update: &CudaLora, part: &CudaLoraPart, entries: &Range<usize>, shrunk_at: usize) -> Result<()> {
+    fn push(
+        &mut self,
+        update: &CudaLora,
+        part: &CudaLoraPart,
+        entries: &Range<usize>,
+        shrunk_at: usize,
+        tile: ShrinkTile,
+    ) -> Result<()> {
         let piece = &mut self.words[self.len * PIECE_WORDS..][..PIECE_WORDS];
         piece[..FACTOR_WORDS].copy_from_slice(&update.factor_words(part, part.scaling)?);
         piece[FACTOR_WORDS] = ints(entries.start, entries.end)?;
         piece[FACTOR_WORDS + 1] = ints(shrunk_at, self.num_blocks)?;
         self.len += 1;
-        self.num_blocks += entries.len().div_ceil(SHRINK_TILE) * part.a.num_rows.div_ceil(SHRINK_TILE);
+        self.num_blocks += entries.len().div_ceil(tile.entries) * part.a.num_rows.div_ceil(tile.ranks);
         Ok(())
     }
 }

@@ -123,7 +123,7 @@ impl Call<'_> {
             .long(own.first().map_or(0, |piece| piece.update.page_bytes))
             .structure(&words);
         let blocks = (num_tiles, num_rows.div_ceil(block_rows), 1);
-        let kernel = &self.backend.kernels().lora_merge;
+        let kernel = &self.backend.kernels().lora.merge;
         // SAFETY: lora_merge(target, weight, num_inputs, first_row, end_row, block_rows, num_pieces, page_bytes, pieces),
         // shapes as checked; pieces are of all the rows and lie in arenas that live as long as the updates.
         unsafe { self.backend.launch(self.stream, kernel, blocks, 256, arguments) }

@@ -19,6 +19,7 @@ mod kernels;
 mod launch;
 mod logits;
 mod lora;
+mod lora_kernels;
 mod lora_loader;
 mod lora_merge;
 mod memory;

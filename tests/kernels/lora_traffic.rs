@@ -1,0 +1,185 @@
+//! What the kernels of adapters move on shapes that models have, for tokens in decode and for prompts.
+//!
+//! In decode every byte is moved once, but for hardly any. A prompt has more rows than a block, and blocks that run side by
+//! side read the same factors, and those of other columns the same shrunk numbers: together fewer bytes than any GPU's cache of
+//! the second level has. The software GPU has no cache and counts them each time, so what is asked here is how often that
+//! is, and that all else is moved once.
+
+use mneme::backend::DType;
+use serde_json::Value;
+
+use crate::gpu::Gpu;
+use crate::lora::{self, Case, Entry};
+use crate::support::random::Random;
+use crate::support::softgpu;
+use crate::traffic::{LEAST_EFFICIENCY, MOST_OVER_LEAST, moved};
+
+/// As many inputs, and as many outputs, as the output of attention has in a model of 8 billion weights.
+const HIDDEN: usize = 4096;
+
+/// Rows of one step with one update of `rank` for each of them.
+#[derive(Clone, Copy)]
+struct Shape {
+    rows: usize,
+    adapters: usize,
+    rank: usize,
+}
+
+impl Shape {
+    /// Every adapter has its share of the rows, here and there; more adapters than rows have all of them.
+    fn run(self, gpu: &Gpu) {
+        let Self { rows, adapters, rank } = self;
+        let ranks = vec![vec![rank]; adapters];
+        let ranks: Vec<&[usize]> = ranks.iter().map(Vec::as_slice).collect();
+        let case = Case::random(gpu, &mut Random::new(1), rows, HIDDEN, &[HIDDEN], &ranks);
+        let entries = (0..adapters).flat_map(|adapter| {
+            let has = move |row: &usize| rows < adapters || row % adapters == adapter;
+            (0..rows).filter(has).map(move |row| Entry { adapter, row, scale: 1.0 })
+        });
+        drop(case.run(gpu, &case.load_in_pages_of(gpu, lora::PAGE_BYTES << 4), &entries.collect::<Vec<_>>()));
+    }
+
+    /// Of all `A`, or of all `B`.
+    fn factor_bytes(self) -> f64 {
+        (self.adapters * self.rank * HIDDEN * 2) as f64
+    }
+
+    fn shrunk_bytes(self) -> f64 {
+        (self.rows * self.rank * 4) as f64
+    }
+
+    /// Bytes of memory that a kernel may move: hardly more than the least, and `shared` that other blocks have read.
+    fn check(self, counted: &Value, kernel: &str, shared: f64) {
+        let counters = &counted[kernel];
+        let (bytes, least, sectors) = moved(counters);
+        let Self { rows, adapters, rank } = self;
+        eprintln!(
+            "{kernel}, {rows} rows, {adapters} adapters of rank {rank}: {:.3} of the least, {:.3} without {:.3} that blocks share, \
+             sector efficiency {:.3}",
+            bytes / least,
+            (bytes - shared) / least,
+            shared / least,
+            bytes / sectors
+        );
+        assert!(bytes - shared <= MOST_OVER_LEAST * least, "{kernel} moves {bytes} bytes, {least} at the least");
+        assert!(bytes >= LEAST_EFFICIENCY * sectors, "{kernel} moves {bytes} bytes in sectors of {sectors}");
+        let wavefronts = |what: &str| counters[format!("shared_wavefronts{what}")].as_u64().unwrap();
+        assert_eq!(wavefronts(""), wavefronts("_ideal"), "{kernel} has bank conflicts");
+    }
+}
+
+/// No more than the least by either kernel, whatever a cache holds.
+fn decode(test: &str, tile: &str, block: &str, rows: usize, adapters: usize) {
+    let shape = Shape { rows, adapters, rank: 16 };
+    let counted = softgpu::count(&format!("lora_traffic::{test}"), || shape.run(&Gpu::new(DType::BF16)));
+    let Some(counted) = counted else { return };
+    shape.check(&counted, &format!("lora_shrink_bf16_{tile}"), 0.0);
+    shape.check(&counted, &format!("lora_expand_bf16_{block}"), 0.0);
+}
+
+#[test]
+fn one_row_of_one_adapter() {
+    decode("one_row_of_one_adapter", "t16", "w4", 1, 1);
+}
+
+#[test]
+fn one_row_of_four_adapters() {
+    decode("one_row_of_four_adapters", "t16", "w4", 1, 4);
+}
+
+#[test]
+fn sixteen_rows_of_one_adapter() {
+    decode("sixteen_rows_of_one_adapter", "t16", "w4", 16, 1);
+}
+
+#[test]
+fn sixteen_rows_of_four_adapters() {
+    decode("sixteen_rows_of_four_adapters", "t16", "w4", 16, 4);
+}
+
+#[test]
+fn thirty_two_rows_of_one_adapter() {
+    decode("thirty_two_rows_of_one_adapter", "t32", "w8", 32, 1);
+}
+
+#[test]
+fn thirty_two_rows_of_four_adapters() {
+    decode("thirty_two_rows_of_four_adapters", "t16", "w4", 32, 4);
+}
+
+#[test]
+fn sixty_four_rows_of_one_adapter() {
+    decode("sixty_four_rows_of_one_adapter", "t64", "w8", 64, 1);
+}
+
+#[test]
+fn sixty_four_rows_of_four_adapters() {
+    decode("sixty_four_rows_of_four_adapters", "t16", "w4", 64, 4);
+}
+
+/// How a prompt's rows are cut.
+struct Cut<'a> {
+    /// Of the first kernel, and its rows.
+    tile: (&'a str, usize),
+    /// Of the second, with its rows and its columns.
+    block: (&'a str, usize, usize),
+}
+
+fn prefill(test: &str, rows: usize, rank: usize, cut: &Cut<'_>) {
+    let shape = Shape { rows, adapters: 1, rank };
+    let counted = softgpu::count(&format!("lora_traffic::{test}"), || shape.run(&Gpu::new(DType::BF16)));
+    let Some(counted) = counted else { return };
+    let again = |all: usize, block: usize| (all.div_ceil(block) - 1) as f64;
+    let (tile, tile_rows) = cut.tile;
+    shape.check(&counted, &format!("lora_shrink_bf16_{tile}"), again(rows, tile_rows) * shape.factor_bytes());
+    let (block, block_rows, columns) = cut.block;
+    let shared = again(rows, block_rows) * shape.factor_bytes() + again(HIDDEN, columns) * shape.shrunk_bytes();
+    shape.check(&counted, &format!("lora_expand_bf16_{block}"), shared);
+}
+
+#[test]
+fn a_prompt_of_512() {
+    let cut = Cut { tile: ("t64_r16", 64), block: ("w8", 128, 512) };
+    prefill("a_prompt_of_512", 512, 16, &cut);
+}
+
+#[test]
+fn a_prompt_of_2048() {
+    let cut = Cut { tile: ("t128_r16", 128), block: ("w8", 352, 512) };
+    prefill("a_prompt_of_2048", 2048, 16, &cut);
+}
+
+#[test]
+fn a_prompt_under_a_high_rank() {
+    let cut = Cut { tile: ("t64_r64", 64), block: ("w4", 176, 256) };
+    prefill("a_prompt_under_a_high_rank", 512, 64, &cut);
+}
+
+/// Where there are rows enough for it, tiles are of tensor cores, which take matrices from shared memory, and what lies there
+/// was copied past the registers: so says the PTX that this program carries, for each kernel of either type.
+#[test]
+fn tiles_are_copied_and_multiplied_as_matrices() {
+    let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    let mut num_found = 0;
+    for (name, body) in entries(&program).filter(|(name, _)| !name.starts_with("lora_merge")) {
+        for instruction in ["mma.sync.aligned.m16n8k16", "ldmatrix.sync", "cp.async.cg.shared.global"] {
+            assert!(body.contains(instruction), "{name} has no {instruction}");
+        }
+        num_found += 1;
+    }
+    // None where kernels are compiled when the program starts.
+    assert!(num_found == 0 || num_found >= 18, "{num_found} kernels of adapters");
+}
+
+/// The adapters' kernels in PTX that lies among `bytes`, by name, with their text.
+fn entries(bytes: &[u8]) -> impl Iterator<Item = (&str, String)> {
+    const START: &[u8] = b".entry ";
+    let dots = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'.').map(|(at, _)| at);
+    let texts = dots.filter_map(|at| bytes[at..].strip_prefix(START));
+    texts.filter_map(|text| {
+        let name = std::str::from_utf8(text.split(|byte| *byte == b'(').next()?).ok()?;
+        // Up to the next kernel or the end of the text; where that is kept for debuggers, lines end in zeros.
+        let end = text.windows(START.len()).position(|bytes| bytes == START || bytes == [0; START.len()])?;
+        name.starts_with("lora_").then(|| (name, String::from_utf8_lossy(&text[..end]).into_owned()))
+    })
+}
