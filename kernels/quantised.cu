@@ -120,22 +120,20 @@ template <class F> __device__ __forceinline__ void load_codes(u32 (&codes)[4], c
     }
 }
 
-// The same of an even lane and the next, in vectors of 16 bytes.
-template <class F> __device__ __forceinline__ void load_two_codes(u32 (&codes)[2][4], const Run<F>& run, int lane) {
-    if constexpr (F::bits == 8) {
-        load_codes<F>(codes[0], run, lane);
-        load_codes<F>(codes[1], run, lane + 1);
-    } else {
-        uint2 high = {};
-        if constexpr (F::bits == 5) {
-            const u32 both = *reinterpret_cast<const u32*>(run.high + lane * 2);
-            high = make_uint2(both & 0xffff, both >> 16);
-        }
-        if constexpr (F::bits == 6) high = *reinterpret_cast<const uint2*>(run.high + lane * 4);
-        const uint4 low = *reinterpret_cast<const uint4*>(run.low + lane * 8);
-        unpack_codes<F>(codes[0], make_uint2(low.x, low.y), high.x);
-        unpack_codes<F>(codes[1], make_uint2(low.z, low.w), high.y);
+// The same for one lane, or for an even lane and the next in vectors of 16 bytes.
+template <class F> __device__ __forceinline__ void load_codes(u32 (&codes)[1][4], const Run<F>& run, int lane) {
+    load_codes<F>(codes[0], run, lane);
+}
+template <class F> __device__ __forceinline__ void load_codes(u32 (&codes)[2][4], const Run<F>& run, int lane) {
+    uint2 high = {};
+    if constexpr (F::bits == 5) {
+        const u32 both = *reinterpret_cast<const u32*>(run.high + lane * 2);
+        high = make_uint2(both & 0xffff, both >> 16);
     }
+    if constexpr (F::bits == 6) high = *reinterpret_cast<const uint2*>(run.high + lane * 4);
+    const uint4 low = *reinterpret_cast<const uint4*>(run.low + lane * 8);
+    unpack_codes<F>(codes[0], make_uint2(low.x, low.y), high.x);
+    unpack_codes<F>(codes[1], make_uint2(low.z, low.w), high.y);
 }
 
 // What each 16 columns of a run of 64 have in common: a weight is scale * (code - offset) + minimum, computed as
@@ -388,25 +386,33 @@ __device__ __forceinline__ void quant_gemm(void* out, const T* x, const u8* weig
     store_tile<C, T>(out, is_f32, bias, sums, num_tokens, columns);
 }
 
-// A thread has what two lanes of a fragment have: four columns in a row of every eight.
+// Where lanes of a fragment have 8 bytes of low bits, a thread has what two of them have, and 16 bytes: of every eight
+// columns four in a row. Else it has one lane's.
 template <class F, class T>
 __device__ __forceinline__ void quant_embed(float* out, const u8* table, const int* ids, int hidden, float scale) {
+    constexpr int LANES = F::bits == 8 ? 1 : 2, THREADS = 4 / LANES;
     const int row = ids[blockIdx.x];
     const u8* group = table + static_cast<u64>(row / 8) * F::group_bytes(hidden);
     float* target = out + static_cast<u64>(blockIdx.x) * hidden;
-    for (int i = threadIdx.x; i < ceil_div(hidden, 64) * 2; i += blockDim.x) {
-        const Run<F> run(group + i / 8 * F::unit_bytes, i / 2 % 4);
-        u32 codes[2][4], weights[2][4][2];
-        load_two_codes<F>(codes, run, row % 8 * 4 + i % 2 * 2);
+    for (int i = threadIdx.x; i < ceil_div(hidden, 64) * THREADS; i += blockDim.x) {
+        const int number = i / THREADS, lane = i % THREADS * LANES;
+        const Run<F> run(group + number / 4 * F::unit_bytes, number % 4);
+        u32 codes[LANES][4], weights[LANES][4][2];
+        load_codes<F>(codes, run, row % 8 * 4 + lane);
         const Terms terms = load_terms<F>(run.scales, run.at, row % 8);
 #pragma unroll
-        for (int lane = 0; lane < 2; lane++) unpack_weights<F, T>(weights[lane], codes[lane], terms);
+        for (int j = 0; j < LANES; j++) unpack_weights<F, T>(weights[j], codes[j], terms);
 #pragma unroll
         for (int at = 0; at < 8; at++) {
-            const int column = i / 2 * 64 + at * 8 + i % 2 * 4;
+            const int column = number * 64 + at * 8 + lane * 2;
             if (column >= hidden) break;
-            const float2 a = unpack<T>(weights[0][at / 2][at % 2]), b = unpack<T>(weights[1][at / 2][at % 2]);
-            store4(target + column, make_float4(a.x * scale, a.y * scale, b.x * scale, b.y * scale));
+            const float2 a = unpack<T>(weights[0][at / 2][at % 2]);
+            if constexpr (LANES == 1) {
+                *reinterpret_cast<float2*>(target + column) = make_float2(a.x * scale, a.y * scale);
+            } else {
+                const float2 b = unpack<T>(weights[1][at / 2][at % 2]);
+                store4(target + column, make_float4(a.x * scale, a.y * scale, b.x * scale, b.y * scale));
+            }
         }
     }
 }

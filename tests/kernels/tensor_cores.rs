@@ -1,6 +1,8 @@
 //! Attention and matrix products multiply on the tensor cores alone. Operands get there by cp.async and ldmatrix, and no two
 //! lanes of a request to shared memory meet in a bank.
 
+use std::collections::HashMap;
+
 use mneme::backend::{Backend, DType, kernel_source};
 use serde_json::Value;
 
@@ -134,13 +136,17 @@ fn products_of_quantised_weights_feed_the_tensor_cores() {
     }
 }
 
-/// The text of a kernel, which lies in this program as it was compiled: up to the next kernel, or the zero behind the last.
-fn ptx_of<'a>(program: &'a [u8], kernel: &str) -> &'a str {
-    let find = |bytes: &[u8], text: &str| bytes.windows(text.len()).position(|found| found == text.as_bytes());
-    let head = format!(".entry {kernel}(\n");
-    let start = find(program, &head).unwrap_or_else(|| panic!("there is no PTX of {kernel}"));
-    let rest = program[start + head.len()..].split(|byte| *byte == 0).next().unwrap();
-    std::str::from_utf8(&rest[..find(rest, ".entry ").unwrap_or(rest.len())]).unwrap()
+/// The texts of all kernels by name. They lie in this program as they were compiled: each goes on to the next kernel, or to
+/// the zero behind the last.
+fn ptx(program: &[u8]) -> HashMap<&str, &str> {
+    const HEAD: &[u8] = b".visible .entry ";
+    let heads = program.windows(HEAD.len()).enumerate().filter(|(_, found)| *found == HEAD);
+    let starts: Vec<usize> = heads.map(|(at, _)| at + HEAD.len()).collect();
+    let ends = starts.iter().skip(1).copied().chain([program.len()]);
+    let texts = starts.iter().zip(ends).map(|(start, end)| &program[*start..end]);
+    let texts = texts.filter_map(|text| std::str::from_utf8(text.split(|byte| *byte == 0).next()?).ok());
+    // Beside the machine code lies the same text in single lines.
+    texts.filter_map(|text| text.split_once("(\n")).collect()
 }
 
 /// Operands leave shared memory by ldmatrix, which nothing counts apart.
@@ -151,13 +157,13 @@ fn kernels_are_made_of_ldmatrix() {
         return;
     }
     let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    let ptx = ptx(&program);
     for (kernel, element) in kernels() {
-        let ptx = ptx_of(&program, &kernel);
         let multiply = format!("mma.sync.aligned.m16n8k16.row.col.f32.{element}.{element}.f32");
         for instruction in
             [&multiply[..], "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared.global", "cp.async.wait_group"]
         {
-            assert!(ptx.contains(instruction), "{kernel} has no {instruction}");
+            assert!(ptx[&kernel[..]].contains(instruction), "{kernel} has no {instruction}");
         }
     }
 }

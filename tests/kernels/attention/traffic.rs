@@ -97,7 +97,7 @@ fn few(cache: DType, shape: Shape) -> Decode {
 
 #[test]
 fn heads_that_share_keys_read_them_once() {
-    let shapes = [64, 128, 256].map(|head_dim| Shape { head_dim, ..LARGE });
+    let shapes = [64, 80, 96, 128, 256].map(|head_dim| Shape { head_dim, ..LARGE });
     let each = shapes.iter().flat_map(|shape| CACHES.map(|(dtype, cache)| (dtype, few(cache, *shape))));
     let cases: Vec<_> = each.collect();
     check("attention::traffic::heads_that_share_keys_read_them_once", &cases);
