@@ -238,7 +238,8 @@ impl<B: Backend> Engine<B> {
     fn absorb_arrivals(&mut self) -> Result<()> {
         let num_failed = self.fail_without_adapters();
         self.erasures.try_iter().for_each(|erasure| self.scheduler.tiers_mut().start_erasure(erasure));
-        let opened = self.scheduler.absorb_arrivals()?;
+        // What the device failed with says more than that a copy did.
+        let opened = self.scheduler.absorb_arrivals().or_else(|error| self.runner.check_device().and(Err(error)))?;
         if self.scheduler.tiers_mut().pager_mut().take_failures() || num_failed > 0 {
             self.runner.check_device()?;
         }

@@ -154,32 +154,3 @@ fn a_prompt_under_a_high_rank() {
     let cut = Cut { tile: ("t64_r64", 64), block: ("w4", 176, 256) };
     prefill("a_prompt_under_a_high_rank", 512, 64, &cut);
 }
-
-/// Where there are rows enough for it, tiles are of tensor cores, which take matrices from shared memory, and what lies there
-/// was copied past the registers: so says the PTX that this program carries, for each kernel of either type.
-#[test]
-fn tiles_are_copied_and_multiplied_as_matrices() {
-    let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
-    let mut num_found = 0;
-    for (name, body) in entries(&program).filter(|(name, _)| !name.starts_with("lora_merge")) {
-        for instruction in ["mma.sync.aligned.m16n8k16", "ldmatrix.sync", "cp.async.cg.shared.global"] {
-            assert!(body.contains(instruction), "{name} has no {instruction}");
-        }
-        num_found += 1;
-    }
-    // None where kernels are compiled when the program starts.
-    assert!(num_found == 0 || num_found >= 18, "{num_found} kernels of adapters");
-}
-
-/// The adapters' kernels in PTX that lies among `bytes`, by name, with their text.
-fn entries(bytes: &[u8]) -> impl Iterator<Item = (&str, String)> {
-    const START: &[u8] = b".entry ";
-    let dots = bytes.iter().enumerate().filter(|(_, byte)| **byte == b'.').map(|(at, _)| at);
-    let texts = dots.filter_map(|at| bytes[at..].strip_prefix(START));
-    texts.filter_map(|text| {
-        let name = std::str::from_utf8(text.split(|byte| *byte == b'(').next()?).ok()?;
-        // Up to the next kernel or the end of the text; where that is kept for debuggers, lines end in zeros.
-        let end = text.windows(START.len()).position(|bytes| bytes == START || bytes == [0; START.len()])?;
-        name.starts_with("lora_").then(|| (name, String::from_utf8_lossy(&text[..end]).into_owned()))
-    })
-}

@@ -1,5 +1,5 @@
-//! Attention and matrix products multiply on the tensor cores alone. Operands get there by cp.async and ldmatrix, and no two
-//! lanes of a request to shared memory meet in a bank.
+//! Attention, matrix products and updates of adapters multiply on the tensor cores alone. Operands get there by cp.async and
+//! ldmatrix, and no two lanes of a request to shared memory meet in a bank.
 
 use std::collections::HashMap;
 
@@ -182,6 +182,10 @@ fn kernels() -> Vec<(String, DType)> {
         for (format, num_tokens) in FORMATS.iter().flat_map(|format| QUANTISED_TILES.map(|tile| (*format, tile))) {
             all.push((format!("quant_gemm_{dtype}_{format}_t{num_tokens}"), dtype));
         }
+        let shrink = ["t16", "t32", "t64", "t64_r16", "t64_r64", "t128_r16", "t128_r64"];
+        all.extend(shrink.map(|tile| (format!("lora_shrink_{dtype}_{tile}"), dtype)));
+        // In either type shrunk numbers are taken as sums of bf16.
+        all.extend([4, 8].map(|warps| (format!("lora_expand_{dtype}_w{warps}"), DType::BF16)));
     }
     all
 }
