@@ -61,7 +61,7 @@ impl<B: Backend> Bench<B> {
             let matrices = self.matrices_of(outputs, inputs, dtype)?;
             let row_bytes = inputs / dtype.block_elements() * dtype.block_bytes();
             let work = Work {
-                name: "linear quantised",
+                name: "quantised linear",
                 shape: format!("[{num_tokens}, {inputs}] x [{outputs}, {inputs}], {dtype}"),
                 bytes: outputs * row_bytes + x.num_bytes() + out.num_bytes(),
                 flops: 2 * num_tokens * outputs * inputs,
@@ -70,7 +70,7 @@ impl<B: Backend> Bench<B> {
                 |turn: usize| self.backend.linear(&self.stream, &x, &matrices[turn % matrices.len()], None, &out);
             self.measure(effort, work, &launch, sink)?;
             let work = Work {
-                name: "embed quantised",
+                name: "quantised embed",
                 shape: format!("[{num_tokens}, {inputs}], {dtype}"),
                 bytes: num_tokens * row_bytes + residual.num_bytes(),
                 flops: 0,
