@@ -142,13 +142,13 @@ fn blocks_land_in_other_schedules() {
 /// Adapters come from another thread and another stream than those that use them.
 #[test]
 fn adapters_are_the_cpus_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules(&["adapted::"], "other_schedules");
+    support::softgpu::pass_lazily(&["adapted::"], "other_schedules");
 }
 
 /// Everything at once, each from its own thread and stream.
 #[test]
 fn lives_end_as_alone_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules(&["simulation::"], "other_schedules");
+    support::softgpu::pass_lazily(&["simulation::"], "other_schedules");
 }
 
 /// What a request comes to, whatever runs beside it.
