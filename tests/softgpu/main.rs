@@ -142,19 +142,20 @@ fn blocks_land_in_other_schedules() {
 /// Adapters come from another thread and another stream than those that use them.
 #[test]
 fn adapters_are_the_cpus_in_other_schedules() {
-    support::softgpu::pass_lazily(&["adapted::qwen2", "adapted::gemma3"], "other_schedules");
+    let wanted = ["adapted::qwen2", "adapted::gemma3", "adapters::adapters_come_and_go"];
+    support::softgpu::pass_in_other_schedules(&wanted, "other_schedules");
 }
 
 /// A copy is written between steps, from pages that another stream has brought.
 #[test]
 fn copies_are_the_cpus_in_other_schedules() {
-    support::softgpu::pass_lazily(&["merged::llama_"], "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["merged::llama_"], "other_schedules");
 }
 
 /// Everything at once, each from its own thread and stream.
 #[test]
 fn lives_end_as_alone_in_other_schedules() {
-    support::softgpu::pass_lazily(&["simulation::random_lives_end"], "other_schedules");
+    support::softgpu::pass_in_other_schedules(&["simulation::random_lives_end"], "other_schedules");
 }
 
 /// What a request comes to, and the models that other programs have recorded.
@@ -172,7 +173,7 @@ fn tiers_compositions_and_merges_pass_in_other_schedules() {
 
 /// All of these, and what they leave out, but for the programs and faults that have processes of their own.
 #[test]
-#[ignore = "takes a quarter of an hour"]
+#[ignore = "takes minutes; most of it is in the tests above"]
 fn every_suite_passes_in_other_schedules() {
     let generation = ["invariance::", "levels::", "lifecycle::", "parameters::", "fp8::", "quantised::"];
     let models = ["golden::a_tiny", "adapted::", "adapters::", "merging::", "merged::", "simulation::"];
