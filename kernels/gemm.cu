@@ -5,10 +5,11 @@
 //   bias   [n] f32, or null
 //   out    [num_tokens, n] T or f32
 //
-// k is a multiple of 8 (rows are read in vectors of 16 bytes), n and num_tokens are any. Tiles are tokens x outputs:
-// gemm_t16 16 x 32 with 64 threads, gemm_t32 32 x 32 with 128, gemm_t64 64 x 64 with 128, gemm_t128 128 x 128 with
-// 256. Grid (ceil(num_tokens / tile tokens), ceil(n / tile outputs)): blocks that run together share weights, which are
-// then read from memory once, while x stays in L2. Dynamic shared memory: 48 KiB, for gemm_t128 64 KiB.
+// k is a multiple of 8 (rows are read in vectors of 16 bytes), n and num_tokens are any. Tiles are tokens x outputs, which
+// kernels are named by; 16 x 32 has 64 threads, 128 x 256 has 256, the others 128. Grid (ceil(num_tokens / tile tokens),
+// ceil(n / tile outputs)): blocks that run together share weights, which are then read from memory once, while x stays in
+// L2. Dynamic shared memory: 72 KiB for 16 x 32, 144 KiB for 128 x 256, 96 KiB for the others. A warp of the large tiles
+// has 64 x 64 sums, so that it multiplies for as long as it takes to load operands from shared memory.
 //
 // Every output is one chain of mma.m16n8k16 steps in order of k, begun at zero; steps past k add products of zeros,
 // which change nothing; the bias is added last. No tile splits k. So a row has the same bits in every tile size and
@@ -162,23 +163,25 @@ __device__ __forceinline__ void gemm(O* out, const T* x, const T* weight, const 
     store_tile<C>(out, bias, sums, num_tokens, n);
 }
 
-using Tile16 = Tile<16, 32, 128, 1, 2, 4>;
-using Tile32 = Tile<32, 32, 128, 2, 2, 3>;
-using Tile64 = Tile<64, 64, 64, 2, 2, 3>;
-using Tile128 = Tile<128, 128, 32, 2, 4, 4>;
+using Tile16x32 = Tile<16, 32, 128, 1, 2, 6>;
+using Tile32x64 = Tile<32, 64, 128, 2, 2, 4>;
+using Tile64x64 = Tile<64, 64, 128, 2, 2, 3>;
+using Tile128x128 = Tile<128, 128, 64, 2, 2, 3>;
+using Tile128x256 = Tile<128, 256, 64, 2, 4, 3>;
 
-#define GEMM_KERNEL(T, O, tokens, min_blocks)                                                                          \
-    extern "C" __global__ void __launch_bounds__(Tile##tokens::threads, min_blocks)                                    \
-    gemm_##T##_##O##_t##tokens(O* out, const T* x, const T* weight, const float* bias, int num_tokens, int n, int k) { \
-        gemm<Tile##tokens>(out, x, weight, bias, num_tokens, n, k);                                                    \
+#define GEMM_KERNEL(T, O, tile, min_blocks)                                                                            \
+    extern "C" __global__ void __launch_bounds__(Tile##tile::threads, min_blocks)                                      \
+    gemm_##T##_##O##_t##tile(O* out, const T* x, const T* weight, const float* bias, int num_tokens, int n, int k) {   \
+        gemm<Tile##tile>(out, x, weight, bias, num_tokens, n, k);                                                      \
     }
 
 typedef float f32;
 #define GEMM_KERNELS(T, O)                                                                                             \
-    GEMM_KERNEL(T, O, 16, 3)                                                                                           \
-    GEMM_KERNEL(T, O, 32, 3)                                                                                           \
-    GEMM_KERNEL(T, O, 64, 3)                                                                                           \
-    GEMM_KERNEL(T, O, 128, 2)
+    GEMM_KERNEL(T, O, 16x32, 3)                                                                                        \
+    GEMM_KERNEL(T, O, 32x64, 2)                                                                                        \
+    GEMM_KERNEL(T, O, 64x64, 2)                                                                                        \
+    GEMM_KERNEL(T, O, 128x128, 2)                                                                                      \
+    GEMM_KERNEL(T, O, 128x256, 1)
 
 GEMM_KERNELS(bf16, bf16)
 GEMM_KERNELS(bf16, f32)

@@ -31,7 +31,7 @@
 // Codes are unsigned: the value's offset (8, 16, 32 or 128, where there are no minima) is taken off here.
 //
 // Tiles of quant_gemm: _t16 16 tokens x 8 outputs a warp, 16 warps at most; _t64 64 tokens x 16 outputs a warp, 8 warps
-// at most. Grid (ceil(num_tokens / tile tokens), ceil(n / tile outputs)). Dynamic shared memory: 16 KiB for _t16, 24 KiB
+// at most. Grid (ceil(num_tokens / tile tokens), ceil(n / tile outputs)). Dynamic shared memory: 32 KiB for _t16, 24 KiB
 // for _t64, and for every 8 outputs of the tile 4 units for _t16, 2 for _t64, a unit being the bytes of 8 rows of 256
 // weights. quant_embed: grid (num_tokens), block 256.
 
@@ -225,7 +225,8 @@ __device__ __forceinline__ void load_weights(u32 (&b)[4][2], const u8* unit, int
 
 // A block has TOKENS rows and 8 * N_TILES outputs for each of its warps, which stand side by side along the outputs, so
 // that each weight is unpacked once in a block. How many warps it has is up to the launch. Rows of x come in stages of
-// DEPTH columns, weights in units of 256, both through rings in shared memory.
+// DEPTH columns, weights in units of 256, both through rings in shared memory; a warp brings the weights that it unpacks, so
+// that it knows where they are without dividing, and all bring x together.
 template <int TOKENS, int N_TILES, int DEPTH, int X_SLOTS, int UNIT_SLOTS> struct Tile {
     static constexpr int tokens = TOKENS, depth = DEPTH, x_slots = X_SLOTS, unit_slots = UNIT_SLOTS;
     static constexpr int chunks = DEPTH / 8, stages_per_unit = 256 / DEPTH;
@@ -239,29 +240,35 @@ template <int TOKENS, int N_TILES, int DEPTH, int X_SLOTS, int UNIT_SLOTS> struc
     __device__ static __forceinline__ int groups() { return blockDim.x / 32 * N_TILES; }
 };
 
-// Copying is not unrolled: addresses that are computed ahead cost more registers than it gains.
+// All rows of a stage: a thread has the same chunk of every so manyth row.
 template <class C, class T>
 __device__ __forceinline__ void load_x(u32 target, const T* x, int num_tokens, int first_k, int k) {
+    const int chunk = threadIdx.x % C::chunks, from_k = first_k + chunk * 8, step = blockDim.x / C::chunks;
+    int row = threadIdx.x / C::chunks;
+    const T* from = x + static_cast<u64>(blockIdx.x * C::tokens + row) * k + from_k;
+    const int num_rows = from_k < k ? num_tokens - blockIdx.x * C::tokens : 0;
 #pragma unroll 1
-    for (int vector = threadIdx.x; vector < C::tokens * C::chunks; vector += blockDim.x) {
-        const int row = vector / C::chunks, chunk = vector % C::chunks;
-        const int token = blockIdx.x * C::tokens + row, from_k = first_k + chunk * 8;
-        const bool exists = token < num_tokens && from_k < k;
-        const T* from = exists ? x + static_cast<u64>(token) * k + from_k : x;
-        copy16_async(target + swizzled<C::chunks>(row, chunk), from, exists);
+    for (; row < C::tokens; row += step, from += static_cast<u64>(step) * k) {
+        const bool exists = row < num_rows;
+        copy16_async(target + swizzled<C::chunks>(row, chunk), exists ? from : x, exists);
     }
 }
 
+// A unit of the groups of this warp, which nobody else reads.
 template <class C, class F>
 __device__ __forceinline__ void load_unit(u32 target, const u8* weight, int num_groups, int group_bytes, int unit) {
-    constexpr int CHUNKS = F::unit_bytes / 16;
-    const int first_group = blockIdx.y * C::groups();
-#pragma unroll 1
-    for (int vector = threadIdx.x; vector < C::groups() * CHUNKS; vector += blockDim.x) {
-        const int group = first_group + vector / CHUNKS, at = unit * F::unit_bytes + vector % CHUNKS * 16;
-        const bool exists = group < num_groups && at < group_bytes;
-        const u8* from = exists ? weight + static_cast<u64>(group) * group_bytes + at : weight;
-        copy16_async(target + vector * 16, from, exists);
+    const int first_group = threadIdx.x / 32 * C::n_tiles, lane_at = threadIdx.x % 32 * 16;
+#pragma unroll
+    for (int n = 0; n < C::n_tiles; n++) {
+        const int group = blockIdx.y * C::groups() + first_group + n;
+        const int end = group < num_groups ? group_bytes - unit * F::unit_bytes : 0;
+        const u8* from = weight + static_cast<u64>(group) * group_bytes + unit * F::unit_bytes;
+#pragma unroll
+        for (int first = 0; first < F::unit_bytes; first += 512) {
+            const int at = first + lane_at;
+            if (first + 512 > F::unit_bytes && at >= F::unit_bytes) break;
+            copy16_async(target + (first_group + n) * F::unit_bytes + at, at < end ? from + at : weight, at < end);
+        }
     }
 }
 
@@ -417,7 +424,7 @@ __device__ __forceinline__ void quant_embed(float* out, const u8* table, const i
     }
 }
 
-using Tile16 = Tile<16, 1, 128, 4, 4>;
+using Tile16 = Tile<16, 1, 256, 4, 4>;
 using Tile64 = Tile<64, 2, 64, 3, 2>;
 
 #define QUANT_GEMM_KERNEL(T, F, tokens, threads, min_blocks)                                                           \

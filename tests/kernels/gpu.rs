@@ -34,6 +34,11 @@ impl Gpu {
         Self::of(softgpu::backend(dtype))
     }
 
+    /// With one tile of so many tokens and outputs for all products.
+    pub fn with_tile(dtype: DType, (tokens, outputs): (usize, usize)) -> Self {
+        Self::of(softgpu::backend(dtype).with_gemm_tile(tokens, outputs))
+    }
+
     /// With products by cuBLASLt, where there is one.
     pub fn fast(dtype: DType) -> Option<Self> {
         softgpu::fast_backend(dtype).map(Self::of)

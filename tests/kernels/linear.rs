@@ -7,9 +7,12 @@ use crate::gpu::{self, Gpu, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
 use crate::support::tiny_gguf::Storage;
 
-/// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64 and 128 outputs), and inputs
-/// that end inside a step.
-pub const SHAPES: [(usize, usize, usize); 14] = [
+/// All tiles, tokens by outputs.
+pub const TILES: [(usize, usize); 5] = [(16, 32), (32, 64), (64, 64), (128, 128), (128, 256)];
+
+/// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64, 128 and 256 outputs), and
+/// inputs that end inside a step.
+pub const SHAPES: [(usize, usize, usize); 15] = [
     (1, 1, 8),
     (1, 33, 72),
     (2, 31, 64),
@@ -24,6 +27,7 @@ pub const SHAPES: [(usize, usize, usize); 14] = [
     (127, 5, 104),
     (128, 128, 64),
     (130, 129, 88),
+    (20, 257, 264),
 ];
 
 /// `x weight^T + bias` in f64.
@@ -56,6 +60,27 @@ fn products_are_sums_of_products() {
                 let out = gpu.product(&device_x, &matrix, device_bias.as_ref(), outputs, dtype);
                 let what = format!("{} to {dtype}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}]", gpu.dtype());
                 assert_close(&what, &out.numbers(gpu), &wanted, epsilon(dtype), 1e-5);
+            }
+        }
+    }
+}
+
+/// Which one a product takes depends on the device and on shapes larger than those of tests.
+#[test]
+fn all_tiles_give_the_same_bits() {
+    for dtype in [DType::BF16, DType::F16] {
+        let tilings = TILES.map(|tile| Gpu::with_tile(dtype, tile));
+        let random = &mut Random::new(4);
+        for (num_tokens, outputs, inputs) in SHAPES {
+            let x = tilings[0].numbers(random, num_tokens * inputs, 1.0);
+            let weight = tilings[0].numbers(random, outputs * inputs, 0.1);
+            let results = tilings.each_ref().map(|gpu| {
+                let matrix = gpu.matrix(&weight, outputs, inputs);
+                let x = gpu.activations(&x, num_tokens, inputs);
+                [dtype, DType::F32].map(|dtype| gpu.product(&x, &matrix, None, outputs, dtype).bytes(gpu))
+            });
+            for (found, tile) in results.iter().zip(TILES) {
+                assert!(*found == results[0], "{dtype}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}], {tile:?}");
             }
         }
     }

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::attention::{self, CACHES, Lengths, Shape};
 use crate::gpu::{Gpu, host_tensor};
+use crate::linear::TILES;
 use crate::quantised::{FORMATS, random_blocks};
 use crate::support::random::Random;
 use crate::support::softgpu;
@@ -68,33 +69,33 @@ fn attention_feeds_the_tensor_cores() {
     }
 }
 
-/// Tokens of the tiles of products. Outputs and inputs are such that the last tile and the last step are not full.
-const TILES: [usize; 4] = [16, 32, 64, 128];
-const OUTPUTS: usize = 136;
+/// Outputs and inputs are such that the last tile and the last step are not full.
+const OUTPUTS: usize = 264;
 const INPUTS: usize = 328;
 
-fn multiply(gpu: &Gpu) {
+fn multiply(dtype: DType) {
     let random = &mut Random::new(1);
-    let matrix = gpu.matrix(&gpu.numbers(random, OUTPUTS * INPUTS, 1.0), OUTPUTS, INPUTS);
-    for num_tokens in TILES {
-        let x = gpu.random_rows(random, num_tokens, INPUTS);
+    for (tokens, outputs) in TILES {
+        let gpu = Gpu::with_tile(dtype, (tokens, outputs));
+        let matrix = gpu.matrix(&gpu.numbers(random, OUTPUTS * INPUTS, 1.0), OUTPUTS, INPUTS);
+        let x = gpu.random_rows(random, tokens, INPUTS);
         for dtype in [gpu.dtype(), DType::F32] {
             drop(gpu.product(&x, &matrix, None, OUTPUTS, dtype));
         }
+        gpu.synchronize();
     }
-    gpu.synchronize();
 }
 
 #[test]
 fn products_feed_the_tensor_cores() {
     let dtypes = [DType::BF16, DType::F16];
     let counted = softgpu::count("tensor_cores::products_feed_the_tensor_cores", || {
-        dtypes.iter().for_each(|dtype| multiply(&Gpu::new(*dtype)));
+        dtypes.into_iter().for_each(multiply);
     });
     let Some(counted) = counted else { return };
-    for (dtype, num_tokens) in dtypes.iter().flat_map(|dtype| TILES.map(|num_tokens| (*dtype, num_tokens))) {
+    for (dtype, (num_tokens, outputs)) in dtypes.iter().flat_map(|dtype| TILES.map(|tile| (*dtype, tile))) {
         for output in [dtype, DType::F32] {
-            let kernel = format!("gemm_{dtype}_{output}_t{num_tokens}");
+            let kernel = format!("gemm_{dtype}_{output}_t{num_tokens}x{outputs}");
             let operand_bytes = 2 * (num_tokens + OUTPUTS) * INPUTS;
             Work { kernel, flops: 2 * num_tokens * OUTPUTS * INPUTS, operand_bytes }.check(&counted);
         }
@@ -176,8 +177,10 @@ fn kernels() -> Vec<(String, DType)> {
         }
     }
     for dtype in [DType::BF16, DType::F16] {
-        for (output, num_tokens) in [dtype, DType::F32].iter().flat_map(|output| TILES.map(|tile| (*output, tile))) {
-            all.push((format!("gemm_{dtype}_{output}_t{num_tokens}"), dtype));
+        for (output, (tokens, outputs)) in
+            [dtype, DType::F32].iter().flat_map(|output| TILES.map(|tile| (*output, tile)))
+        {
+            all.push((format!("gemm_{dtype}_{output}_t{tokens}x{outputs}"), dtype));
         }
         for (format, num_tokens) in FORMATS.iter().flat_map(|format| QUANTISED_TILES.map(|tile| (*format, tile))) {
             all.push((format!("quant_gemm_{dtype}_{format}_t{num_tokens}"), dtype));

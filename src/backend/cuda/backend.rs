@@ -131,6 +131,13 @@ impl CudaBackend {
         Self { attends_in_runs: true, ..self }
     }
 
+    /// The same with one tile for all products by plain weights, of so many tokens and outputs, where kernels have it: for tests.
+    pub fn with_gemm_tile(mut self, tokens: usize, outputs: usize) -> Self {
+        self.kernels.gemm.keep(tokens, outputs);
+        self.kernels.gemm_f32.keep(tokens, outputs);
+        self
+    }
+
     /// The same with rows of logits that are changed or asked about brought to the host.
     pub fn without_logit_edits(self) -> Self {
         Self { edits_logits: false, ..self }

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::driver::driver_error;
+use super::gemm_kernels::GemmKernels;
 use super::lora_kernels::LoraKernels;
 use super::modules::Modules;
 use super::records::{GROUP_ROWS, Records};
@@ -27,29 +28,6 @@ pub(super) struct Kernel {
     /// Dynamic shared memory of a block.
     pub(super) shared_bytes: usize,
 }
-
-/// One tiling of the matrix product.
-pub(super) struct GemmKernel {
-    pub(super) kernel: Kernel,
-    pub(super) tile: GemmTile,
-}
-
-/// Rows and columns of the output that one block computes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct GemmTile {
-    pub(super) tokens: usize,
-    pub(super) outputs: usize,
-    pub(super) threads: usize,
-    shared_bytes: usize,
-}
-
-/// By number of tokens: the first whose tile holds them all, else the last.
-const GEMM_TILES: [GemmTile; 4] = [
-    GemmTile { tokens: 16, outputs: 32, threads: 64, shared_bytes: 49152 },
-    GemmTile { tokens: 32, outputs: 32, threads: 128, shared_bytes: 49152 },
-    GemmTile { tokens: 64, outputs: 64, threads: 128, shared_bytes: 49152 },
-    GemmTile { tokens: 128, outputs: 128, threads: 256, shared_bytes: 65536 },
-];
 
 /// Norms of rows up to one width.
 pub(super) struct NormKernels {
@@ -97,6 +75,9 @@ pub(super) struct QuantisedTile {
 /// Blocks that are enough for a large GPU. With more, each with fewer outputs, x would be read more often.
 const WANTED_BLOCKS: usize = 128;
 
+/// Shared memory for rows of x in blocks for few of them.
+const DECODE_X_BYTES: usize = 32 << 10;
+
 /// Threads of a block of decode attention.
 pub(super) const DECODE_THREADS: usize = 128;
 
@@ -127,9 +108,9 @@ pub(super) struct Kernels {
     pub(super) lora: LoraKernels,
     pub(super) attention_combine: Kernel,
     /// Outputs in the element type of the inputs.
-    pub(super) gemm: Vec<GemmKernel>,
+    pub(super) gemm: GemmKernels,
     /// Outputs in f32.
-    pub(super) gemm_f32: Vec<GemmKernel>,
+    pub(super) gemm_f32: GemmKernels,
     pub(super) silu: Kernel,
     pub(super) gelu_tanh: Kernel,
     pub(super) softcap: Kernel,
@@ -153,15 +134,12 @@ impl Kernels {
     pub(super) fn load(context: &Arc<CudaContext>, dtype: DType) -> Result<Self> {
         let modules = Modules::new(context);
         let plain = |file: &str, name: String| Kernel::find(&modules, file, name, 0);
-        let gemm = |output: DType| -> Result<Vec<GemmKernel>> {
-            GEMM_TILES.into_iter().map(|tile| GemmKernel::find(&modules, dtype, output, tile)).collect()
-        };
         Ok(Self {
             embed: plain("embedding", format!("embed_{dtype}"))?,
             lora: LoraKernels::find(&modules, dtype)?,
             attention_combine: plain("attention", format!("attention_combine_{dtype}"))?,
-            gemm: gemm(dtype)?,
-            gemm_f32: gemm(DType::F32)?,
+            gemm: GemmKernels::find(&modules, dtype, dtype)?,
+            gemm_f32: GemmKernels::find(&modules, dtype, DType::F32)?,
             silu: plain("activation", format!("silu_{dtype}"))?,
             gelu_tanh: plain("activation", format!("gelu_tanh_{dtype}"))?,
             softcap: plain("activation", "softcap".into())?,
@@ -232,13 +210,6 @@ impl Kernels {
         found.insert(format, Arc::clone(&kernels));
         Ok(kernels)
     }
-
-    /// The tiling for `num_tokens` rows. Which one it is does not change a bit of the result.
-    pub(super) fn gemm(&self, output: DType, num_tokens: usize) -> &GemmKernel {
-        let tilings = if output == DType::F32 { &self.gemm_f32 } else { &self.gemm };
-        let fitting = tilings.iter().position(|gemm| num_tokens <= gemm.tile.tokens);
-        &tilings[fitting.unwrap_or(tilings.len() - 1)]
-    }
 }
 
 impl Kernel {
@@ -254,18 +225,11 @@ impl Kernel {
     }
 
     /// Blocks of so many threads that a multiprocessor has at a time.
-    fn blocks_at_a_time(&self, threads: usize) -> Result<usize> {
+    pub(super) fn blocks_at_a_time(&self, threads: usize) -> Result<usize> {
         self.function
             .occupancy_max_active_blocks_per_multiprocessor(threads as u32, self.shared_bytes, None)
             .map(|blocks| blocks as usize)
             .map_err(driver_error("ask how many blocks run at a time"))
-    }
-}
-
-impl GemmKernel {
-    fn find(modules: &Modules, input: DType, output: DType, tile: GemmTile) -> Result<Self> {
-        let name = format!("gemm_{input}_{output}_t{}", tile.tokens);
-        Ok(Self { kernel: Kernel::find(modules, "gemm", name, tile.shared_bytes)?, tile })
     }
 }
 
@@ -284,8 +248,7 @@ impl NormKernels {
 impl QuantisedKernels {
     fn find(modules: &Modules, dtype: DType, format: DType) -> Result<Self> {
         let tile = |tokens, warps| QuantisedTile::find(modules, dtype, format, tokens, warps);
-        // As wide as 99 KiB of shared memory allow, which is what the smallest of the GPUs have.
-        let wide = if format.block_bytes() * 8 <= format.block_elements() * 5 { 16 } else { 8 };
+        let wide = QuantisedTile::most_warps(format);
         Ok(Self {
             embed: Kernel::find(modules, "quantised", format!("quant_embed_{dtype}_{format}"), 0)?,
             decode: [tile(16, 4)?, tile(16, wide)?],
@@ -302,10 +265,18 @@ impl QuantisedKernels {
 }
 
 impl QuantisedTile {
+    /// Warps of the widest block for few rows: as many as 99 KiB of shared memory allow, which is what the smallest of the
+    /// GPUs have.
+    fn most_warps(format: DType) -> usize {
+        let most = ((99 << 10) - DECODE_X_BYTES) / (4 * Records::new(format).unit_bytes());
+        (most / 2 * 2).min(16)
+    }
+
     /// The tile of `tokens` rows for blocks of so many warps. Tiles of the same kernel are found in order of width: the last
     /// says how much shared memory it may use.
     fn find(modules: &Modules, dtype: DType, format: DType, tokens: usize, warps: usize) -> Result<Self> {
-        let (groups, x_bytes, num_units) = if tokens == 16 { (warps, 16 << 10, 4) } else { (2 * warps, 24 << 10, 2) };
+        let (groups, x_bytes, num_units) =
+            if tokens == 16 { (warps, DECODE_X_BYTES, 4) } else { (2 * warps, 24 << 10, 2) };
         let shared_bytes = x_bytes + num_units * groups * Records::new(format).unit_bytes();
         let name = format!("quant_gemm_{dtype}_{format}_t{tokens}");
         let kernel = Kernel::find(modules, "quantised", name, shared_bytes)?;

@@ -14,6 +14,7 @@ mod device;
 mod driver;
 #[cfg_attr(not(feature = "flash-attn"), path = "no_flash_attention.rs")]
 mod flash_attention;
+mod gemm_kernels;
 mod graphs;
 mod kernels;
 mod launch;

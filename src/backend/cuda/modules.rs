@@ -30,6 +30,13 @@ impl Modules {
         module.load_function(name).map_err(driver_error(&format!("find kernel {name} in {file}.cu")))
     }
 
+    /// Shared memory that a block may have at the most.
+    pub(super) fn max_shared_bytes(&self) -> Result<usize> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let bytes = self.context.attribute(attribute).map_err(driver_error("ask for the shared memory of a block"))?;
+        Ok(usize::try_from(bytes).unwrap_or(0))
+    }
+
     fn module(&self, file: &str) -> Result<Arc<CudaModule>> {
         let image = IMAGES.iter().find(|(name, _)| *name == file);
         let (name, image) = image.ok_or_else(|| Error::Device(format!("there is no kernel file {file}.cu")))?;

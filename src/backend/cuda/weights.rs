@@ -127,7 +127,9 @@ impl CudaMatrix {
         {
             return Ok(());
         }
-        let gemm = backend.kernels().gemm(out.dtype(), num_tokens);
+        let kernels = backend.kernels();
+        let tilings = if out.dtype() == DType::F32 { &kernels.gemm_f32 } else { &kernels.gemm };
+        let gemm = tilings.choose(num_tokens, outputs, backend.info().multiprocessors)?;
         let tile = gemm.tile;
         let blocks = (num_tokens.div_ceil(tile.tokens), outputs.div_ceil(tile.outputs), 1);
         let arguments = Arguments::new().tensor(out)?.tensor(x)?.tensor(weight)?.optional(bias)?;
