@@ -27,16 +27,23 @@ const PREFILL_ROWS: usize = 64;
 /// device without splitting their contexts.
 const PARTIALS_BYTES: usize = 32 << 20;
 
-/// From how many chunks on contexts are split, where whole ones leave the device so idle: they take less than this
-/// percentage of the blocks that it has at a time. Where they fill it, splitting adds what partial results and a second
-/// kernel cost and gains nothing. Estimates, which nobody has held against times on a GPU.
-const SPLITS: [(usize, usize); 3] = [(25, 2), (50, 4), (100, 8)];
+/// From how many chunks on contexts are split, where whole ones take up to this percentage of the blocks that the device has
+/// at a time. Where they take more, splitting adds what partial results and a second kernel cost and gains nothing.
+/// Measured on an H100 (docs/benchmarks.md).
+const SPLITS: [(usize, usize); 3] = [(15, 2), (27, 4), (33, 8)];
+
+/// The same where there are a few more blocks than the device has at a time, which would run when all others have ended.
+const OVERFLOW: (usize, usize) = (140, 4);
 
 /// Whether `num_blocks` contexts of up to `num_chunks` chunks are split, on a device with room for `max_blocks` blocks. It
 /// depends on nothing but what a decode step is repeated for (`graphs.rs`), and changes no bit.
 fn splits(num_blocks: usize, num_chunks: usize, max_blocks: usize) -> bool {
-    let idle = SPLITS.iter().find(|(percentage, _)| num_blocks * 100 < max_blocks * percentage);
-    idle.is_some_and(|(_, fewest)| num_chunks >= *fewest)
+    let takes = |percentage: usize| num_blocks * 100 <= max_blocks * percentage;
+    let fitting = match takes(100) {
+        true => SPLITS.iter().find(|(percentage, _)| takes(*percentage)),
+        false => Some(&OVERFLOW).filter(|(percentage, _)| takes(*percentage)),
+    };
+    fitting.is_some_and(|(_, fewest)| num_chunks >= *fewest)
 }
 
 /// Where decode attention keeps the results of chunks until they are combined.
@@ -349,24 +356,25 @@ impl Call<'_> {
 mod tests {
     use super::splits;
 
-    /// An A100 with heads of 128 numbers, of which a KV head serves four.
-    const MAX_BLOCKS: usize = 108 * 3;
+    /// An H100 with heads of 128 numbers, of which a KV head serves four.
+    const MAX_BLOCKS: usize = 132 * 4;
 
     #[test]
-    fn contexts_are_split_where_whole_ones_leave_the_device_idle() {
-        let [short, medium, long, endless] = [1, 2, 8, 400];
+    fn contexts_are_split_where_that_was_faster() {
         for (num_blocks, wanted) in [
             (8, [false, true, true, true]),
-            (80, [false, true, true, true]),
-            (81, [false, false, true, true]),
-            (162, [false, false, true, true]),
-            (323, [false, false, true, true]),
-            (324, [false; 4]),
+            (64, [false, true, true, true]),
+            (96, [false, false, true, true]),
+            (128, [false, false, true, true]),
+            (160, [false, false, false, true]),
+            (192, [false; 4]),
+            (528, [false; 4]),
+            (640, [false, false, true, true]),
+            (768, [false; 4]),
             (2048, [false; 4]),
         ] {
-            let found = [short, medium, long, endless].map(|num_chunks| splits(num_blocks, num_chunks, MAX_BLOCKS));
+            let found = [1, 2, 4, 8].map(|num_chunks| splits(num_blocks, num_chunks, MAX_BLOCKS));
             assert_eq!(found, wanted, "{num_blocks} blocks");
         }
-        assert!(splits(161, 4, MAX_BLOCKS) && !splits(162, 4, MAX_BLOCKS));
     }
 }
