@@ -63,21 +63,29 @@ struct Row {
     }
 };
 
+// Shows all logits of a row to its block, each to one thread, in no order: `see(id, logit)`. Loads of two vectors are under way
+// at a time.
+template <class See> __device__ __forceinline__ void visit(const Row& row, See see) {
+    // Rows begin on 16 bytes when their length is a multiple of 4.
+    if (row.vocab % 4 != 0) {
+        for (int id = threadIdx.x; id < row.vocab; id += THREADS) see(id, row.logit(id));
+        return;
+    }
+    constexpr int STEP = THREADS * 4;
+    for (int first = threadIdx.x * 4; first < row.vocab; first += 2 * STEP) {
+        const int second = first + STEP;
+        const bool has_second = second < row.vocab;
+        const float4 x = row.four(first), y = row.four(has_second ? second : first);
+        see(first, x.x), see(first + 1, x.y), see(first + 2, x.z), see(first + 3, x.w);
+        if (has_second) see(second, y.x), see(second + 1, y.y), see(second + 2, y.z), see(second + 3, y.w);
+    }
+}
+
 // The largest number of a row; every thread gets it.
 __device__ __forceinline__ Largest largest_of_row(const Row& row) {
     __shared__ Largest warp_best[NUM_WARPS];
     Largest best = {MINUS_INFINITY, NO_INDEX};
-    // Rows begin on 16 bytes when their length is a multiple of 4.
-    if (row.vocab % 4 == 0) {
-#pragma unroll 4
-        for (int i = threadIdx.x * 4; i < row.vocab; i += THREADS * 4) {
-            const float4 x = row.four(i);
-            best = larger(larger(best, {x.x, i}), {x.y, i + 1});
-            best = larger(larger(best, {x.z, i + 2}), {x.w, i + 3});
-        }
-    } else {
-        for (int i = threadIdx.x; i < row.vocab; i += THREADS) best = larger(best, {row.logit(i), i});
-    }
+    visit(row, [&](int id, float logit) { best = larger(best, {logit, id}); });
     best = larger_in_warp(best);
     if (threadIdx.x % 32 == 0) warp_best[threadIdx.x / 32] = best;
     __syncthreads();
@@ -96,9 +104,10 @@ struct Weights {
     Row row;
     float largest, temperature;
 
-    __device__ __forceinline__ u32 bits(int id) const {
+    __device__ __forceinline__ u32 bits(int id) const { return bits_of(row.logit(id)); }
+    __device__ __forceinline__ u32 bits_of(float logit) const {
         constexpr float LOG2_E = 1.4426950408889634f;
-        const float exponent = __fdiv_rn(__fadd_rn(row.logit(id), -largest), temperature);
+        const float exponent = __fdiv_rn(__fadd_rn(logit, -largest), temperature);
         const float weight = exp2_fast(__fmul_rn(exponent, LOG2_E));
         return weight > 0.0f ? __float_as_uint(weight) : 0;  // A NaN has none.
     }
@@ -130,10 +139,24 @@ __device__ __forceinline__ u64 scan_warp(u64 x) {
     return x;
 }
 
+// Sums by digit, in two words each: shared memory adds 32 bits at once, and 64 in a loop that ends when nobody else adds to
+// the same sum, which for rows of like weights is never.
 struct Histogram {
-    u64 bins[NUM_BINS], warp_sums[NUM_WARPS];
+    u32 low[NUM_BINS], high[NUM_BINS];
+    u64 warp_sums[NUM_WARPS];
     u64 rest;
     u32 bin;
+
+    __device__ __forceinline__ void clear() {
+        for (int i = threadIdx.x; i < NUM_BINS; i += THREADS) low[i] = high[i] = 0;
+    }
+    // Whoever adds what makes a low word overflow carries.
+    __device__ __forceinline__ void add(u32 to, u64 units) {
+        const u32 own = static_cast<u32>(units), before = atomicAdd(&low[to], own);
+        const u32 carried = static_cast<u32>(units >> 32) + (before + own < own);
+        if (carried > 0) atomicAdd(&high[to], carried);
+    }
+    __device__ __forceinline__ u64 sum(int of) const { return static_cast<u64>(high[of]) << 32 | low[of]; }
 };
 
 // The share `share` (in [0, 1), 40 binary digits of it) of `total`, rounded up, 1 at least.
@@ -150,17 +173,19 @@ __device__ __forceinline__ u64 share_of(u64 total, float share) {
 template <bool BY_WEIGHT>
 __device__ __forceinline__ void fill(Histogram& histogram, const Weights& weights, Cut cut, u32 prefix, int shift,
                                      int num_bits) {
-    for (int i = threadIdx.x; i < NUM_BINS; i += THREADS) histogram.bins[i] = 0;
+    histogram.clear();
     __syncthreads();
     const u32 digit = (1u << num_bits) - 1;
-    for (int id = threadIdx.x; id < weights.row.vocab; id += THREADS) {
-        const u32 bits = weights.bits(id);
-        if (bits <= cut.bits || bits >> (shift + num_bits) != prefix) continue;
-        atomicAdd(&histogram.bins[bits >> shift & digit], BY_WEIGHT ? Weights::units(bits) : 1);
-    }
+    visit(weights.row, [&](int, float logit) {
+        const u32 bits = weights.bits_of(logit);
+        const u64 own = BY_WEIGHT ? Weights::units(bits) : 1;
+        if (own > 0 && bits > cut.bits && bits >> (shift + num_bits) == prefix) {
+            histogram.add(bits >> shift & digit, own);
+        }
+    });
     if (threadIdx.x == 0 && cut.ties > 0 && cut.bits >> (shift + num_bits) == prefix) {
         const u64 each = BY_WEIGHT ? Weights::units(cut.bits) : 1;
-        atomicAdd(&histogram.bins[cut.bits >> shift & digit], cut.ties * each);
+        histogram.add(cut.bits >> shift & digit, cut.ties * each);
     }
     __syncthreads();
 }
@@ -168,8 +193,8 @@ __device__ __forceinline__ void fill(Histogram& histogram, const Weights& weight
 // Sum of all bins; each warp leaves the sum of its 64.
 __device__ __forceinline__ u64 sum_bins(Histogram& histogram) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u64* own = histogram.bins + warp * 64 + lane * 2;
-    const u64 sum = sum_warp(own[0] + own[1]);
+    const int first = warp * 64 + lane * 2;
+    const u64 sum = sum_warp(histogram.sum(first) + histogram.sum(first + 1));
     if (lane == 0) histogram.warp_sums[warp] = sum;
     __syncthreads();
     return sum_warp(histogram.warp_sums[lane]);
@@ -180,7 +205,7 @@ __device__ __forceinline__ u64 sum_bins(Histogram& histogram) {
 __device__ __forceinline__ void find_bin(Histogram& histogram, u64 wanted) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = warp * 64 + lane * 2;
     const u64 higher_warps = sum_warp(lane > warp ? histogram.warp_sums[lane] : 0);
-    const u64 low = histogram.bins[first], high = histogram.bins[first + 1];
+    const u64 low = histogram.sum(first), high = histogram.sum(first + 1);
     const u64 higher_lanes = histogram.warp_sums[warp] - scan_warp(low + high);
     const u64 above_high = higher_warps + higher_lanes, above_low = above_high + high;
     if (above_high < wanted && wanted <= above_low) {
@@ -221,11 +246,10 @@ __device__ __forceinline__ u64 scramble(u64 state) {
 }
 __device__ __forceinline__ u64 draw(u64 seed, u64 index) { return scramble(scramble(seed) ^ index) >> 11; }
 
-// Weight of the tokens that are kept of 32 neighbours, one a lane; `ties` says how many equal weights may still be
-// kept.
-__device__ __forceinline__ u64 kept_units(const Weights& weights, Cut cut, int id, int end, u64& ties) {
-    const u32 bits = id < end ? weights.bits(id) : 0;
-    const bool is_tie = cut.ties > 0 && id < end && bits == cut.bits;
+// Weight of the tokens that are kept of 32 neighbours, one a lane, which has the bits of its weight, or none; `ties` says how
+// many equal weights may still be kept.
+__device__ __forceinline__ u64 kept_units(u32 bits, Cut cut, bool exists, u64& ties) {
+    const bool is_tie = cut.ties > 0 && exists && bits == cut.bits;
     const u32 all_ties = __ballot_sync(ALL_LANES, is_tie);
     const u64 rank = __popc(all_ties & ((1u << threadIdx.x % 32) - 1));
     const bool is_kept = bits > cut.bits || (is_tie && rank < ties);
@@ -241,6 +265,7 @@ __device__ __forceinline__ void pick(int* out, const Weights& weights, Cut cut, 
     const int run = ceil_div(ceil_div(weights.row.vocab, NUM_WARPS), 32) * 32;
     const int begin = min(warp * run, weights.row.vocab), end = min(begin + run, weights.row.vocab);
     u64 sum = 0, equal = 0;
+#pragma unroll 4
     for (int id = begin + lane; id < end; id += 32) {
         const u32 bits = weights.bits(id);
         if (bits > cut.bits) sum += Weights::units(bits);
@@ -259,8 +284,12 @@ __device__ __forceinline__ void pick(int* out, const Weights& weights, Cut cut, 
     const u32 reached = __ballot_sync(ALL_LANES, position < run_end);
     if (__ffs(reached) - 1 != warp) return;
     u64 before = __shfl_sync(ALL_LANES, run_end - run_sum, warp), ties = __shfl_sync(ALL_LANES, ties_left, warp);
+    const auto bits_at = [&](int id) { return id < end ? weights.bits(id) : 0; };
+    u32 next_bits = bits_at(begin + lane);
     for (int id = begin + lane; id - lane < end; id += 32) {
-        const u64 units = kept_units(weights, cut, id, end, ties);
+        const u32 bits = next_bits;
+        next_bits = bits_at(id + 32);
+        const u64 units = kept_units(bits, cut, id < end, ties);
         const u64 after = before + scan_warp(units);
         if (units > 0 && position < after && position >= after - units) out[blockIdx.x] = id;
         before = __shfl_sync(ALL_LANES, after, 31);
