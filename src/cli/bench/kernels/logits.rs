@@ -5,6 +5,7 @@ use mneme::backend::{Backend, DType, LogitEdits, MAX_TOP_LOGPROBS, RowEdit, RowL
 
 use super::bench::{Bench, Sink, Work};
 use super::measure::Effort;
+use crate::cli::bench::random::Random;
 
 /// Gemma 2's.
 const LOGIT_CAP: f32 = 30.0;
@@ -12,11 +13,19 @@ const LOGIT_CAP: f32 = 30.0;
 /// Tokens of a row that have occurred.
 const NUM_COUNTS: usize = 256;
 
+/// Bits of numbers that lie as a model's logits do, nearly normal with a deviation of 3: how long draws take depends on how
+/// many tokens are about as likely.
+fn random_logits(len: usize) -> Vec<i32> {
+    let mut random = Random::new(1, 0);
+    let mut draw = || (0..4).map(|_| random.uniform() - 0.5).sum::<f64>() * 3.0 * 3f64.sqrt();
+    (0..len).map(|_| (draw() as f32).to_bits() as i32).collect()
+}
+
 impl<B: Backend> Bench<B> {
     /// Rows that a step samples from.
     pub(super) fn logits(&self, effort: &Effort, sink: Sink<'_>) -> Result<()> {
         let (num_rows, vocab_size) = (self.batch_size, self.dimensions.vocab_size);
-        let logits = self.tensor(num_rows, vocab_size, DType::F32)?;
+        let logits = self.words(&random_logits(num_rows * vocab_size), num_rows, vocab_size, DType::F32)?;
         let ids = self.indices(&vec![0; num_rows])?;
         let work = |name, bytes: usize| Work { name, shape: format!("[{num_rows}, {vocab_size}]"), bytes, flops: 0 };
         let launch = |_| self.backend.softcap(&self.stream, &logits, LOGIT_CAP);
