@@ -1,9 +1,11 @@
 //! Weights of no checkpoint: numbers drawn by a seed, in the shapes that a `config.json` asks for. A model made of them says
 //! nothing and is as fast as one that was trained.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use super::config::{Architecture, ModelConfig};
 use super::weights::StoredTensor;
@@ -49,12 +51,12 @@ impl DummyWeights {
     /// A tensor in bf16: norms leave a number as it is, all else keeps the size of what is multiplied with it.
     pub(super) fn tensor(&self, config: &ModelConfig, name: &str, rows: usize, columns: usize) -> Result<HostTensor> {
         let len = rows.saturating_mul(columns);
-        let mut bytes = Vec::with_capacity(len.saturating_mul(2));
+        let mut bytes = vec![0; len.saturating_mul(2)];
         if name.ends_with("norm.weight") {
             let one = half::bf16::from_f32(1.0 - config.norm_offset).to_le_bytes();
-            bytes.extend(std::iter::repeat_n(one, len).flatten());
+            bytes.as_chunks_mut().0.fill(one);
         } else {
-            fill(&mut bytes, len, self.seed_of(name), exponent(columns));
+            fill(&mut bytes, self.seed_of(name), exponent(columns));
         }
         let range: Range<usize> = 0..bytes.len();
         HostTensor::new(name, Arc::new(bytes), range, DType::BF16, rows, columns)
@@ -75,23 +77,38 @@ fn exponent(columns: usize) -> u16 {
     (127 + lower_end.log2().round() as i32).clamp(1, 254) as u16
 }
 
-/// Appends `len` numbers: signs and mantissas are drawn (SplitMix64), the exponent is one.
-fn fill(bytes: &mut Vec<u8>, len: usize, seed: u64, exponent: u16) {
-    let mut state = seed;
-    let mut draw = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    };
+/// Writes numbers of 16 bits: signs and mantissas are drawn, the exponent is one. Every thread of the machine draws a part.
+fn fill(bytes: &mut [u8], seed: u64, exponent: u16) {
+    let num_threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let part_bytes = bytes.len().div_ceil(num_threads).next_multiple_of(DRAWN_BYTES).max(MIN_PART_BYTES);
+    thread::scope(|scope| {
+        for (part, bytes) in bytes.chunks_mut(part_bytes).enumerate() {
+            let first_draw = part * part_bytes / DRAWN_BYTES;
+            scope.spawn(move || fill_part(bytes, first_draw as u64, seed, exponent));
+        }
+    });
+}
+
+/// Bytes of a draw.
+const DRAWN_BYTES: usize = 8;
+
+/// Less is not worth a thread; a multiple of a draw.
+const MIN_PART_BYTES: usize = 64 << 10;
+
+/// The same from draw `first_draw` on. SplitMix64 counts, so it may begin anywhere.
+fn fill_part(bytes: &mut [u8], first_draw: u64, seed: u64, exponent: u16) {
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     // Four numbers at once: the sign and the seven bits of the mantissa of each.
     const DRAWN: u64 = 0x807f_807f_807f_807f;
     let exponents = u64::from(exponent << 7) * 0x0001_0001_0001_0001;
-    for _ in 0..len / 4 {
-        bytes.extend_from_slice(&((draw() & DRAWN) | exponents).to_le_bytes());
+    let mut state = seed.wrapping_add(STEP.wrapping_mul(first_draw));
+    for four in bytes.chunks_mut(DRAWN_BYTES) {
+        state = state.wrapping_add(STEP);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let numbers = ((mixed ^ (mixed >> 31)) & DRAWN) | exponents;
+        four.copy_from_slice(&numbers.to_le_bytes()[..four.len()]);
     }
-    let rest = ((draw() & DRAWN) | exponents).to_le_bytes();
-    bytes.extend_from_slice(&rest[..len % 4 * 2]);
 }
 
 #[cfg(test)]
@@ -99,8 +116,8 @@ mod tests {
     use super::*;
 
     fn numbers(len: usize, seed: u64, columns: usize) -> Vec<f32> {
-        let mut bytes = Vec::new();
-        fill(&mut bytes, len, seed, exponent(columns));
+        let mut bytes = vec![0; 2 * len];
+        fill(&mut bytes, seed, exponent(columns));
         bytes.chunks_exact(2).map(|two| half::bf16::from_le_bytes([two[0], two[1]]).to_f32()).collect()
     }
 
@@ -120,6 +137,10 @@ mod tests {
     fn a_seed_gives_the_same_numbers_and_another_one_others() {
         assert_eq!(numbers(10, 7, 64), numbers(10, 7, 64));
         assert_eq!(numbers(10, 7, 64)[..8], numbers(8, 7, 64)[..]);
+        let (mut alone, mut together) = ([0; 3 * MIN_PART_BYTES + 6], [0; 3 * MIN_PART_BYTES + 6]);
+        fill_part(&mut alone, 0, 9, 100);
+        fill(&mut together, 9, 100);
+        assert!(alone == together, "parts are the whole");
         assert_ne!(numbers(10, 7, 64), numbers(10, 8, 64));
     }
 }
