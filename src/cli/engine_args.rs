@@ -18,6 +18,10 @@ use super::device::{Chosen, DeviceArg};
 use super::kv_room::KvRoom;
 use super::merge_args::MergeArgs;
 
+/// Tokens of a step: as many as keep a device busy with products.
+const CPU_STEP_TOKENS: usize = 512;
+const GPU_STEP_TOKENS: usize = 2048;
+
 /// What to run, and within which bounds.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct EngineArgs {
@@ -45,9 +49,9 @@ pub(crate) struct EngineArgs {
     /// Sequences that run at the same time
     #[arg(long, default_value_t = 64)]
     max_num_seqs: usize,
-    /// Tokens computed in one step
-    #[arg(long, default_value_t = 512)]
-    max_num_batched_tokens: usize,
+    /// Tokens computed in one step [default: 512 on the CPU, 2048 on a GPU]
+    #[arg(long)]
+    max_num_batched_tokens: Option<usize>,
     /// Requests that wait before further ones are refused with 503
     #[arg(long, default_value_t = 1024)]
     max_num_queued_reqs: usize,
@@ -269,14 +273,27 @@ impl EngineArgs {
         self.isa.unwrap_or_else(Isa::best)
     }
 
-    /// The bounds of an engine for this model and its KV cache. The length is cut to what the KV memory holds unless it was
+    /// Tokens of a step on that device.
+    pub(crate) fn step_tokens(&self, device: &Chosen) -> usize {
+        self.max_num_batched_tokens.unwrap_or(match device {
+            Chosen::Cpu { .. } => CPU_STEP_TOKENS,
+            Chosen::Gpu(_) => GPU_STEP_TOKENS,
+        })
+    }
+
+    /// The bounds of an engine for this model and its KV cache, whose steps have up to `step_tokens` tokens. The length is cut to what the KV memory holds unless it was
     /// asked for.
-    pub(crate) fn limits(&self, config: &ModelConfig, layout: &KvLayout) -> anyhow::Result<SchedulerLimits> {
+    pub(crate) fn limits(
+        &self,
+        config: &ModelConfig,
+        layout: &KvLayout,
+        step_tokens: usize,
+    ) -> anyhow::Result<SchedulerLimits> {
         let num_blocks = self.num_kv_blocks.unwrap_or(self.kv_cache_memory_bytes / layout.block_bytes());
         let capacity = num_blocks * self.block_size;
         let max_model_len = self.max_model_len.unwrap_or(config.max_position_embeddings.min(capacity));
         anyhow::ensure!(
-            max_model_len >= 2 && self.max_num_seqs >= 1 && self.max_num_batched_tokens >= 1,
+            max_model_len >= 2 && self.max_num_seqs >= 1 && step_tokens >= 1,
             "--max-model-len must be at least 2, --max-num-seqs and --max-num-batched-tokens at least 1; \
              --kv-cache-memory-bytes holds {capacity} tokens"
         );
@@ -287,7 +304,7 @@ impl EngineArgs {
         );
         Ok(SchedulerLimits {
             max_num_seqs: self.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens.max(self.max_num_seqs),
+            max_num_batched_tokens: step_tokens.max(self.max_num_seqs),
             max_num_waiting: self.max_num_queued_reqs,
             max_prompt_logits: 64,
             max_model_len,

@@ -46,6 +46,7 @@ pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Res
     args.check_kernels(&device)?;
     let reference = ModelRef::parse(args.model())?;
     let model = Resolver::new(Cache::from_env()?).resolve(&reference, stderr_progress().as_mut())?;
+    let step_tokens = args.step_tokens(&device);
     match device {
         Chosen::Cpu { reason, has_gpu } => {
             let reason = reason.map(|reason| format!("computing on the CPU: {reason}"));
@@ -55,9 +56,9 @@ pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Res
                 let reason = reason.iter().filter(|_| has_gpu);
                 reason.for_each(|reason| backend.degradations().report(Degradation::Gpu, reason));
             };
-            launch_on(args, tiers, model, || make().inspect(report))
+            launch_on(args, tiers, model, step_tokens, || make().inspect(report))
         }
-        Chosen::Gpu(gpu) => launch_on_gpu(args, tiers, model, &gpu),
+        Chosen::Gpu(gpu) => launch_on_gpu(args, tiers, model, step_tokens, &gpu),
     }
 }
 
@@ -66,14 +67,21 @@ fn launch_on_gpu(
     args: &EngineArgs,
     tiers: Option<&TierArgs>,
     model: ResolvedModel,
+    step_tokens: usize,
     gpu: &GpuInfo,
 ) -> anyhow::Result<Launched> {
     tracing::info!("computing on CUDA {gpu}");
-    launch_on(args, tiers, model, || args.open_gpu(gpu.ordinal))
+    launch_on(args, tiers, model, step_tokens, || args.open_gpu(gpu.ordinal))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn launch_on_gpu(_: &EngineArgs, _: Option<&TierArgs>, _: ResolvedModel, gpu: &GpuInfo) -> anyhow::Result<Launched> {
+fn launch_on_gpu(
+    _: &EngineArgs,
+    _: Option<&TierArgs>,
+    _: ResolvedModel,
+    _: usize,
+    gpu: &GpuInfo,
+) -> anyhow::Result<Launched> {
     anyhow::bail!("{gpu} cannot be used: this build has no CUDA")
 }
 
@@ -82,6 +90,7 @@ fn launch_on<B: Backend>(
     args: &EngineArgs,
     tiers: Option<&TierArgs>,
     model: ResolvedModel,
+    step_tokens: usize,
     make_backend: impl FnOnce() -> mneme::Result<B>,
 ) -> anyhow::Result<Launched> {
     let started_at = Instant::now();
@@ -91,7 +100,7 @@ fn launch_on<B: Backend>(
     let kv_dtype = args.kv_cache_dtype.dtype().unwrap_or_else(|| backend.kv_dtype());
     let layout = checkpoint.config().kv_layout(backend.kv_order(), args.block_size, kv_dtype)?;
     backend.check_kv_layout(&layout)?;
-    let limits = args.limits(checkpoint.config(), &layout)?;
+    let limits = args.limits(checkpoint.config(), &layout, step_tokens)?;
     // The vocabulary and the weights take about equally long, and neither needs the other.
     let (assets, weights) = thread::scope(|scope| {
         let assets = scope.spawn(|| TextAssets::load(&checkpoint));
