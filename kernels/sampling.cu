@@ -85,7 +85,17 @@ template <class See> __device__ __forceinline__ void visit(const Row& row, See s
 __device__ __forceinline__ Largest largest_of_row(const Row& row) {
     __shared__ Largest warp_best[NUM_WARPS];
     Largest best = {MINUS_INFINITY, NO_INDEX};
-    visit(row, [&](int id, float logit) { best = larger(best, {logit, id}); });
+    // Rows begin on 16 bytes when their length is a multiple of 4. Here more loads are under way than in `visit`.
+    if (row.vocab % 4 == 0) {
+#pragma unroll 4
+        for (int i = threadIdx.x * 4; i < row.vocab; i += THREADS * 4) {
+            const float4 x = row.four(i);
+            best = larger(larger(best, {x.x, i}), {x.y, i + 1});
+            best = larger(larger(best, {x.z, i + 2}), {x.w, i + 3});
+        }
+    } else {
+        for (int i = threadIdx.x; i < row.vocab; i += THREADS) best = larger(best, {row.logit(i), i});
+    }
     best = larger_in_warp(best);
     if (threadIdx.x % 32 == 0) warp_best[threadIdx.x / 32] = best;
     __syncthreads();

@@ -13,6 +13,9 @@ pub struct DecodeShape {
     /// A number for which adapters, lying where, are added to which rows: equal ones mean that all of it is equal. 0 without
     /// adapters.
     pub adapters: u64,
+    /// The number of the copy of the weights, with adapters merged into them, that the last rows go through, and the first of
+    /// these rows. No two copies have the same.
+    pub merged: Option<(u64, usize)>,
 }
 
 impl DecodeShape {
@@ -43,8 +46,10 @@ mod tests {
 
     #[test]
     fn shapes_are_rounded_up_and_stay_within_bounds() {
-        let shape =
-            |num_seqs, max_blocks, max_context_len| DecodeShape { num_seqs, max_blocks, max_context_len, adapters: 7 };
+        let shape = |num_seqs, max_blocks, max_context_len| {
+            let (adapters, merged) = (7, Some((2, 1)));
+            DecodeShape { num_seqs, max_blocks, max_context_len, adapters, merged }
+        };
         let rounded = shape(3, 17, 257).rounded_up(16, 256);
         assert_eq!(rounded, shape(3, 32, 512));
         assert_eq!(rounded.at_most(20, 320), shape(3, 20, 320));

@@ -18,9 +18,25 @@ use super::device::{Chosen, DeviceArg};
 use super::kv_room::KvRoom;
 use super::merge_args::MergeArgs;
 
-/// Tokens of a step: as many as keep a device busy with products.
-const CPU_STEP_TOKENS: usize = 512;
-const GPU_STEP_TOKENS: usize = 2048;
+/// What a device has where nothing was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceDefaults {
+    /// Tokens of a step: as many as keep it busy with products.
+    step_tokens: usize,
+    /// Bytes of KV blocks; `None` is most of what the weights leave.
+    kv_bytes: Option<usize>,
+}
+
+impl DeviceDefaults {
+    /// A GPU's memory is the engine's, a host's is not; the software GPU's is the host's.
+    pub(crate) fn of(device: &Chosen) -> Self {
+        const HOST_KV_BYTES: usize = 2 << 30;
+        match device {
+            Chosen::Cpu { .. } => Self { step_tokens: 512, kv_bytes: Some(HOST_KV_BYTES) },
+            Chosen::Gpu(gpu) => Self { step_tokens: 2048, kv_bytes: gpu.is_software().then_some(HOST_KV_BYTES) },
+        }
+    }
+}
 
 /// What to run, and within which bounds.
 #[derive(Debug, Clone, Args)]
@@ -55,9 +71,10 @@ pub(crate) struct EngineArgs {
     /// Requests that wait before further ones are refused with 503
     #[arg(long, default_value_t = 1024)]
     max_num_queued_reqs: usize,
-    /// Memory for KV blocks, and adapters in use, in bytes, with an optional suffix K, M or G
-    #[arg(long, value_parser = parse_bytes, default_value = "2G")]
-    kv_cache_memory_bytes: usize,
+    /// Memory for KV blocks, and adapters in use, in bytes, with an optional suffix K, M or G [default: 2G, on a GPU nine
+    /// tenths of what the weights leave]
+    #[arg(long, value_parser = parse_bytes)]
+    kv_cache_memory_bytes: Option<usize>,
     /// Tokens per KV block
     #[arg(long, default_value_t = 16)]
     pub(crate) block_size: usize,
@@ -200,12 +217,20 @@ impl EngineArgs {
         &self,
         limits: SchedulerLimits,
         room: Option<KvRoom>,
+        defaults: &DeviceDefaults,
         degradations: &Degradations,
     ) -> anyhow::Result<SchedulerLimits> {
-        match room {
-            Some(room) if self.num_kv_blocks.is_none() => room.fit(limits, self.max_model_len.is_some(), degradations),
-            _ => Ok(limits),
+        let is_len_given = self.max_model_len.is_some();
+        match room.filter(|_| self.num_kv_blocks.is_none()) {
+            Some(room) if self.kv_bytes(defaults).is_some() => room.fit(limits, is_len_given, degradations),
+            Some(room) => room.fill(limits, is_len_given, degradations),
+            None => Ok(limits),
         }
+    }
+
+    /// Bytes of KV blocks that were asked for, by default or not.
+    fn kv_bytes(&self, defaults: &DeviceDefaults) -> Option<usize> {
+        self.kv_cache_memory_bytes.or(defaults.kv_bytes)
     }
 
     /// Tokens that a pool within `limits` holds at the least, should the device give no more: all of them where a command
@@ -273,23 +298,18 @@ impl EngineArgs {
         self.isa.unwrap_or_else(Isa::best)
     }
 
-    /// Tokens of a step on that device.
-    pub(crate) fn step_tokens(&self, device: &Chosen) -> usize {
-        self.max_num_batched_tokens.unwrap_or(match device {
-            Chosen::Cpu { .. } => CPU_STEP_TOKENS,
-            Chosen::Gpu(_) => GPU_STEP_TOKENS,
-        })
-    }
-
-    /// The bounds of an engine for this model and its KV cache, whose steps have up to `step_tokens` tokens. The length is cut to what the KV memory holds unless it was
+    /// The bounds of an engine for this model and its KV cache. The length is cut to what the KV memory holds unless it was
     /// asked for.
     pub(crate) fn limits(
         &self,
         config: &ModelConfig,
         layout: &KvLayout,
-        step_tokens: usize,
+        defaults: &DeviceDefaults,
     ) -> anyhow::Result<SchedulerLimits> {
-        let num_blocks = self.num_kv_blocks.unwrap_or(self.kv_cache_memory_bytes / layout.block_bytes());
+        let step_tokens = self.max_num_batched_tokens.unwrap_or(defaults.step_tokens);
+        let asked = self.num_kv_blocks.or(self.kv_bytes(defaults).map(|bytes| bytes / layout.block_bytes()));
+        // Where none was asked for, one sequence may have as many as it can use until it is known how many there are.
+        let num_blocks = asked.unwrap_or(config.max_position_embeddings.div_ceil(self.block_size));
         let capacity = num_blocks * self.block_size;
         let max_model_len = self.max_model_len.unwrap_or(config.max_position_embeddings.min(capacity));
         anyhow::ensure!(

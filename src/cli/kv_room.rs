@@ -9,6 +9,9 @@ use mneme::telemetry::{Degradation, Degradations};
 /// One byte in so many is left free: memory is given out in pieces, and adapters may be merged later.
 const SHARE_LEFT_FREE: usize = 32;
 
+/// Of what is left, so much is a pool's that was not told its size: adapters are merged into memory of the device, too.
+const DEFAULT_SHARE: (usize, usize) = (9, 10);
+
 /// What a pool has to fit into.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KvRoom {
@@ -35,6 +38,26 @@ impl KvRoom {
         let tables_bytes = limits.max_num_seqs * limits.max_model_len.div_ceil(limits.block_size) * 4;
         let taken = step_bytes.saturating_add(tables_bytes).saturating_add(free_bytes / SHARE_LEFT_FREE);
         Ok(Some(Self { block_bytes: layout.block_bytes(), free_bytes: free_bytes.saturating_sub(taken) }))
+    }
+
+    /// The limits with a pool that takes most of the room, where none was asked for. The longest sequence is cut to it, unless
+    /// its length was asked for.
+    pub(crate) fn fill(
+        self,
+        limits: SchedulerLimits,
+        is_len_given: bool,
+        degradations: &Degradations,
+    ) -> anyhow::Result<SchedulerLimits> {
+        let num_blocks = self.free_bytes / DEFAULT_SHARE.1 * DEFAULT_SHARE.0 / self.block_bytes;
+        let (num_tokens, least) = (num_blocks * limits.block_size, if is_len_given { limits.max_model_len } else { 2 });
+        match least <= num_tokens {
+            true => Ok(SchedulerLimits { num_blocks, max_model_len: limits.max_model_len.min(num_tokens), ..limits }),
+            // It may still fit, with nothing left.
+            false => {
+                let num_blocks = least.div_ceil(limits.block_size);
+                self.fit(SchedulerLimits { num_blocks, ..limits }, is_len_given, degradations)
+            }
+        }
     }
 
     /// The limits with a pool that fits, and says so where that is a smaller one. The longest sequence is cut to it, unless
@@ -96,6 +119,17 @@ mod tests {
         let cut = room.fit(limits(40, 100), true, &degradations).unwrap();
         assert_eq!((cut.num_blocks, cut.max_model_len), (10, 100));
         assert!(degradations.lines()[0].contains("--kv-cache-memory-bytes 10M"), "{:?}", degradations.lines());
+    }
+
+    #[test]
+    fn a_pool_of_no_size_takes_most_of_what_is_free() {
+        let (room, degradations) = (KvRoom { block_bytes: 1 << 20, free_bytes: 100 << 20 }, Degradations::default());
+        let filled = room.fill(limits(4, 10_000), false, &degradations).unwrap();
+        assert_eq!((filled.num_blocks, filled.max_model_len), (90, 1440));
+        let long = room.fill(limits(4, 1600), true, &degradations).unwrap();
+        assert_eq!((long.num_blocks, long.max_model_len), (100, 1600));
+        assert!(degradations.lines().is_empty());
+        assert!(room.fill(limits(4, 1601), true, &degradations).is_err());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use mneme::models::Model;
 use mneme::telemetry::Degradation;
 
 use super::device::Chosen;
-use super::engine_args::EngineArgs;
+use super::engine_args::{DeviceDefaults, EngineArgs};
 use super::kv_room::KvRoom;
 use super::text_assets::TextAssets;
 use super::tiers::{Numerics, OpenVault, TierArgs};
@@ -46,7 +46,7 @@ pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Res
     args.check_kernels(&device)?;
     let reference = ModelRef::parse(args.model())?;
     let model = Resolver::new(Cache::from_env()?).resolve(&reference, stderr_progress().as_mut())?;
-    let step_tokens = args.step_tokens(&device);
+    let defaults = DeviceDefaults::of(&device);
     match device {
         Chosen::Cpu { reason, has_gpu } => {
             let reason = reason.map(|reason| format!("computing on the CPU: {reason}"));
@@ -56,9 +56,9 @@ pub(crate) fn launch(args: &EngineArgs, tiers: Option<&TierArgs>) -> anyhow::Res
                 let reason = reason.iter().filter(|_| has_gpu);
                 reason.for_each(|reason| backend.degradations().report(Degradation::Gpu, reason));
             };
-            launch_on(args, tiers, model, step_tokens, || make().inspect(report))
+            launch_on(args, tiers, model, defaults, || make().inspect(report))
         }
-        Chosen::Gpu(gpu) => launch_on_gpu(args, tiers, model, step_tokens, &gpu),
+        Chosen::Gpu(gpu) => launch_on_gpu(args, tiers, model, defaults, &gpu),
     }
 }
 
@@ -67,11 +67,11 @@ fn launch_on_gpu(
     args: &EngineArgs,
     tiers: Option<&TierArgs>,
     model: ResolvedModel,
-    step_tokens: usize,
+    defaults: DeviceDefaults,
     gpu: &GpuInfo,
 ) -> anyhow::Result<Launched> {
     tracing::info!("computing on CUDA {gpu}");
-    launch_on(args, tiers, model, step_tokens, || args.open_gpu(gpu.ordinal))
+    launch_on(args, tiers, model, defaults, || args.open_gpu(gpu.ordinal))
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -79,7 +79,7 @@ fn launch_on_gpu(
     _: &EngineArgs,
     _: Option<&TierArgs>,
     _: ResolvedModel,
-    _: usize,
+    _: DeviceDefaults,
     gpu: &GpuInfo,
 ) -> anyhow::Result<Launched> {
     anyhow::bail!("{gpu} cannot be used: this build has no CUDA")
@@ -90,7 +90,7 @@ fn launch_on<B: Backend>(
     args: &EngineArgs,
     tiers: Option<&TierArgs>,
     model: ResolvedModel,
-    step_tokens: usize,
+    defaults: DeviceDefaults,
     make_backend: impl FnOnce() -> mneme::Result<B>,
 ) -> anyhow::Result<Launched> {
     let started_at = Instant::now();
@@ -100,7 +100,7 @@ fn launch_on<B: Backend>(
     let kv_dtype = args.kv_cache_dtype.dtype().unwrap_or_else(|| backend.kv_dtype());
     let layout = checkpoint.config().kv_layout(backend.kv_order(), args.block_size, kv_dtype)?;
     backend.check_kv_layout(&layout)?;
-    let limits = args.limits(checkpoint.config(), &layout, step_tokens)?;
+    let limits = args.limits(checkpoint.config(), &layout, &defaults)?;
     // The vocabulary and the weights take about equally long, and neither needs the other.
     let (assets, weights) = thread::scope(|scope| {
         let assets = scope.spawn(|| TextAssets::load(&checkpoint));
@@ -108,8 +108,12 @@ fn launch_on<B: Backend>(
         (assets.join(), weights)
     });
     let weights = weights?;
-    let limits =
-        args.fit(limits, KvRoom::of(&backend, checkpoint.config(), &limits, &layout)?, backend.degradations())?;
+    let limits = args.fit(
+        limits,
+        KvRoom::of(&backend, checkpoint.config(), &limits, &layout)?,
+        &defaults,
+        backend.degradations(),
+    )?;
     let assets = assets.map_err(|_| anyhow::anyhow!("the tokenizer's thread panicked"))??;
     let config = EngineConfig {
         model_name: model.name.clone(),

@@ -1,6 +1,8 @@
 //! Blocks of the host that come up layer by layer, beside the step that uses them.
 
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use mneme::backend::DType;
 use mneme::backend::cuda::CudaBackend;
@@ -38,20 +40,20 @@ pub(crate) fn ask(engine: &TestEngine, prompt: &[u32]) -> Output {
 
 /// An engine whose host tier, and nothing else, has what both prompts begin with.
 pub(crate) fn engine_with_blocks_on_the_host(model: &Path, family: Family) -> TestEngine {
-    engine_with_blocks(model, family, Setup::default().kv_dtype)
+    engine_with_blocks(model, family, Setup::default().kv_dtype, Duration::ZERO)
 }
 
 /// The same on a device of the caller's.
 pub(crate) fn engine_with_blocks_below(backend: CudaBackend, model: &Path, family: Family) -> TestEngine {
     let engine = engine_with_room_below(backend, model, family, Setup::default().kv_dtype, 0);
-    fill_host(&engine);
+    fill_host(&engine, Duration::ZERO);
     engine
 }
 
-/// The same, whose KV cache is of `kv_dtype`.
-fn engine_with_blocks(model: &Path, family: Family, kv_dtype: DType) -> TestEngine {
+/// The same, whose KV cache is of `kv_dtype`, and which has so long a pause for copies on their way down.
+fn engine_with_blocks(model: &Path, family: Family, kv_dtype: DType, pause: Duration) -> TestEngine {
     let engine = engine_with_room_below(softgpu::backend(kv_dtype), model, family, kv_dtype, 0);
-    fill_host(&engine);
+    fill_host(&engine, pause);
     engine
 }
 
@@ -73,8 +75,9 @@ pub(crate) fn engine_with_room_below(
 }
 
 /// Leaves what both prompts begin with on the host alone.
-fn fill_host(engine: &TestEngine) {
+fn fill_host(engine: &TestEngine, pause: Duration) {
     ask(engine, &prompts()[0]);
+    thread::sleep(pause);
     for seed in 100..103 {
         engine.greedy(&Random::new(seed).tokens(200, VOCAB), 1);
     }
@@ -83,10 +86,13 @@ fn fill_host(engine: &TestEngine) {
 /// Blocks whose place the device takes before they have come down are lost, and that many engines may lose some.
 pub(crate) const MAX_ENGINES: usize = 20;
 
+/// How much longer each of them lets copies come down than the one before: a GPU takes places as fast as it computes.
+const LONGER_PAUSE: Duration = Duration::from_millis(5);
+
 /// Asks an engine whose host tier has all that both prompts begin with.
 fn attached(model: &Path, family: Family, kv_dtype: DType, prompt: &[u32], num_launches_before: u64) -> Output {
-    for _ in 0..MAX_ENGINES {
-        let engine = engine_with_blocks(model, family, kv_dtype);
+    for attempt in 0..MAX_ENGINES as u32 {
+        let engine = engine_with_blocks(model, family, kv_dtype, attempt * LONGER_PAUSE);
         softgpu::hold_copies(num_launches_before);
         let found = ask(&engine, prompt);
         if found.reuse.host_tokens == NUM_SHARED {

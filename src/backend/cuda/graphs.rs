@@ -256,7 +256,7 @@ mod tests {
     use super::*;
 
     fn shape(num_seqs: usize, max_context_len: usize) -> DecodeShape {
-        DecodeShape { num_seqs, max_blocks: 16, max_context_len, adapters: 0 }
+        DecodeShape { num_seqs, max_blocks: 16, max_context_len, adapters: 0, merged: None }
     }
 
     #[test]

@@ -58,9 +58,9 @@ const NORM_WIDTHS: [NormWidth; 3] = [
 pub(super) struct QuantisedKernels {
     /// Rows as an embedding.
     pub(super) embed: Kernel,
-    /// For few rows; a narrow tile, and a wide one for many outputs.
-    decode: [QuantisedTile; 2],
-    /// The same for more rows.
+    /// For few rows. Blocks of more warps would read x less often, from the cache, and be too few of equal length.
+    decode: QuantisedTile,
+    /// For more; a narrow tile, and a wide one for many outputs.
     prefill: [QuantisedTile; 2],
 }
 
@@ -74,9 +74,6 @@ pub(super) struct QuantisedTile {
 
 /// Blocks that are enough for a large GPU. With more, each with fewer outputs, x would be read more often.
 const WANTED_BLOCKS: usize = 128;
-
-/// Shared memory for rows of x in blocks for few of them.
-const DECODE_X_BYTES: usize = 32 << 10;
 
 /// Threads of a block of decode attention.
 pub(super) const DECODE_THREADS: usize = 128;
@@ -248,35 +245,29 @@ impl NormKernels {
 impl QuantisedKernels {
     fn find(modules: &Modules, dtype: DType, format: DType) -> Result<Self> {
         let tile = |tokens, warps| QuantisedTile::find(modules, dtype, format, tokens, warps);
-        let wide = QuantisedTile::most_warps(format);
         Ok(Self {
             embed: Kernel::find(modules, "quantised", format!("quant_embed_{dtype}_{format}"), 0)?,
-            decode: [tile(16, 4)?, tile(16, wide)?],
+            decode: tile(16, 4)?,
             prefill: [tile(64, 4)?, tile(64, 8)?],
         })
     }
 
     /// The tiling for so many rows and outputs. Which one it is does not change a bit of the result.
     pub(super) fn tile(&self, num_tokens: usize, num_outputs: usize) -> &QuantisedTile {
-        let [narrow, wide] = if num_tokens <= 16 { &self.decode } else { &self.prefill };
+        if num_tokens <= self.decode.tokens {
+            return &self.decode;
+        }
+        let [narrow, wide] = &self.prefill;
         let num_blocks = num_tokens.div_ceil(wide.tokens) * num_outputs.div_ceil(wide.outputs);
         if num_blocks >= WANTED_BLOCKS { wide } else { narrow }
     }
 }
 
 impl QuantisedTile {
-    /// Warps of the widest block for few rows: as many as 99 KiB of shared memory allow, which is what the smallest of the
-    /// GPUs have.
-    fn most_warps(format: DType) -> usize {
-        let most = ((99 << 10) - DECODE_X_BYTES) / (4 * Records::new(format).unit_bytes());
-        (most / 2 * 2).min(16)
-    }
-
     /// The tile of `tokens` rows for blocks of so many warps. Tiles of the same kernel are found in order of width: the last
     /// says how much shared memory it may use.
     fn find(modules: &Modules, dtype: DType, format: DType, tokens: usize, warps: usize) -> Result<Self> {
-        let (groups, x_bytes, num_units) =
-            if tokens == 16 { (warps, DECODE_X_BYTES, 4) } else { (2 * warps, 24 << 10, 2) };
+        let (groups, x_bytes, num_units) = if tokens == 16 { (warps, 32 << 10, 4) } else { (2 * warps, 24 << 10, 2) };
         let shared_bytes = x_bytes + num_units * groups * Records::new(format).unit_bytes();
         let name = format!("quant_gemm_{dtype}_{format}_t{tokens}");
         let kernel = Kernel::find(modules, "quantised", name, shared_bytes)?;

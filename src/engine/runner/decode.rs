@@ -13,7 +13,8 @@ impl<B: Backend> ModelRunner<B> {
         running: &[Box<Sequence>],
         scheduled: &[ScheduledSequence],
     ) -> Option<DecodeShape> {
-        let mut shape = DecodeShape { num_seqs: scheduled.len(), max_blocks: 0, max_context_len: 0, adapters: 0 };
+        let mut shape =
+            DecodeShape { num_seqs: scheduled.len(), max_blocks: 0, max_context_len: 0, adapters: 0, merged: None };
         for entry in scheduled {
             let sequence = &running[entry.index];
             if !goes_on_by_one(sequence, entry.num_tokens) {
@@ -27,8 +28,7 @@ impl<B: Backend> ModelRunner<B> {
     }
 }
 
-/// Whether a sequence has one token that logits are wanted of, and is computed with the model's own weights, which are not
-/// freed or written anew as merged ones are.
+/// Whether a sequence has one token that logits are wanted of.
 fn goes_on_by_one(sequence: &Sequence, num_tokens: usize) -> bool {
-    num_tokens == 1 && !sequence.is_merged() && !is_embedding(sequence) && output_range(sequence, num_tokens) == (0..1)
+    num_tokens == 1 && !is_embedding(sequence) && output_range(sequence, num_tokens) == (0..1)
 }

@@ -44,6 +44,8 @@ pub(super) struct ModelRunner<B: Backend> {
     lora: LoraGroups<LoraOf<B>>,
     /// The model's projections with adapters merged into them, while there are such.
     merged: Option<MergedCopy<B>>,
+    /// How many there have been: the number of the last.
+    num_copies: u64,
     composition: CompositionBuffers<B>,
     /// The token chosen from each row of logits, i32.
     tokens: Tensor<B::Buffer>,
@@ -123,6 +125,7 @@ impl<B: Backend> ModelRunner<B> {
             host_rows: backend.allocate_host(row_bytes)?,
             lora: LoraGroups::new(limits.max_num_seqs * MAX_APPLIED),
             merged: None,
+            num_copies: 0,
             num_row_bytes: 0,
             max_blocks,
             limits,
@@ -211,6 +214,8 @@ impl<B: Backend> ModelRunner<B> {
         let groups = self.lora.groups();
         let lora = adapted.map(|(rows, scales)| LoraBatch { rows, scales, groups });
         let merged = merged_rows(self.merged.as_ref(), running, scheduled);
+        let copy = merged.as_ref().map(|rows| (self.num_copies, rows.first_row));
+        let shape = shape.map(|shape| DecodeShape { merged: copy, ..shape });
         let head = head.map(|(rows, scales)| LoraBatch { rows, scales, groups: self.lora.head_groups() });
         let adapted = (lora.is_some() || merged.is_some()).then(|| Adapted { lora, head, merged });
         // What is drawn changes from step to step, so it is never a part of what is repeated.
@@ -272,6 +277,7 @@ impl<B: Backend> ModelRunner<B> {
             (adapter, applied.scale)
         };
         let copy = MergedCopy::plan(&self.backend, &self.model, adapters.iter().map(on_device).collect())?;
+        self.num_copies += 1;
         Ok(self.merged.insert(copy).num_bytes())
     }
 
