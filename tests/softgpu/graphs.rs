@@ -5,11 +5,12 @@ use std::path::Path;
 
 use mneme::backend::DType;
 use mneme::backend::cuda::CudaBackend;
-use mneme::engine::{OutputStream, SamplingParams};
+use mneme::engine::{MergeRule, OutputStream, SamplingParams};
 
 use crate::adapters::{COMPOSITIONS, adapters, compose, load, submit};
 use crate::families::{check_tokens, tolerances};
 use crate::invariance::fingerprint;
+use crate::merging::{Served, merging};
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy};
 use crate::support::random::Random;
 use crate::support::softgpu;
@@ -101,6 +102,36 @@ fn graphs_give_the_bits_of_single_launches_with_adapters() {
     assert_eq!((found, num_never), (wanted, 0));
     // Of nine steps of a pair the first two are not replayed, nor the first two of another number of sequences.
     assert!(num_replayed >= 15, "only {num_replayed} steps were replayed");
+}
+
+/// Of one copy after the other, with rows beside that do not go through it.
+#[test]
+fn graphs_give_the_bits_of_single_launches_with_merged_weights() {
+    let model = TinyModel::new(Family::Llama, 19);
+    let written = model.write();
+    let run = |backend: CudaBackend| {
+        let engine = TestEngine::start(backend, written.path(), merging(Setup::default()));
+        let served = Served::with(engine, &model, MergeRule::Always);
+        let mut random = Random::new(9);
+        let mut answer = |composition: &'static [(usize, f32)]| {
+            // The copy before it is given up first.
+            while !served.run(&[1, 2, 3], composition).reuse.is_merged {}
+            let sampling = || SamplingParams { logprobs: Some(3), ..greedy(14) };
+            let asked = [&[][..], composition].map(|own| served.submit(&random.tokens(20, VOCAB), sampling(), own));
+            asked.map(|stream| {
+                let output = collect(stream);
+                (output.reuse.is_merged, fingerprint(&output))
+            })
+        };
+        let answers: Vec<_> = [&[(0, 1.0)][..], &[(0, 0.5), (1, 1.0)]].map(&mut answer).into();
+        (answers, served.engine.stop().metrics().repeated_steps.get())
+    };
+    let (found, num_replayed) = run(softgpu::backend(DType::BF16));
+    let (wanted, num_never) = run(softgpu::backend(DType::BF16).without_graphs());
+    assert_eq!((&found, num_never), (&wanted, 0));
+    assert!(found.iter().all(|[base, merged]| !base.0 && merged.0), "{found:?}");
+    // Of fourteen steps of a pair the first is a prompt's and two are not replayed.
+    assert!(num_replayed >= 16, "only {num_replayed} steps were replayed");
 }
 
 /// Without a driver's help steps are launched kernel by kernel; what was wrong is tried a few times only.
