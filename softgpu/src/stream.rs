@@ -55,6 +55,8 @@ struct Stream {
     is_running: bool,
     capture: Option<u64>,
     has_launched: bool,
+    /// How many streams had the place before.
+    generation: usize,
 }
 
 #[derive(Clone, Default)]
@@ -75,6 +77,12 @@ struct State {
     /// Items that run.
     num_running: usize,
     has_workers: bool,
+    /// Workers without an item, who sleep.
+    num_idle: usize,
+    /// Whether one of them has been woken and has not looked yet.
+    is_waking: bool,
+    /// What threads of the program wait for.
+    goals: Vec<Position>,
     error: Option<u32>,
     /// Kernels launched.
     num_launches: u64,
@@ -92,7 +100,10 @@ pub struct Streams {
     mode: Mode,
     seed: u64,
     state: Mutex<State>,
+    /// For threads of the program.
     changed: Condvar,
+    /// For workers.
+    ready: Condvar,
 }
 
 /// A call that cannot be served, as its `CUresult`.
@@ -105,6 +116,8 @@ const CAPTURE_ISOLATION: u32 = 905;
 const CAPTURE_IMPLICIT: u32 = 906;
 const CAPTURED_EVENT: u32 = 907;
 const FIRST_HANDLE: usize = 0x1000;
+/// Handles have places in these low bits, as stamps do.
+const MAX_STREAMS: usize = 1 << 16;
 
 fn join(into: &mut Vec<u64>, other: &[u64]) {
     if into.len() < other.len() {
@@ -124,6 +137,9 @@ impl Streams {
             host_clock: Vec::new(),
             num_running: 0,
             has_workers: false,
+            num_idle: 0,
+            is_waking: false,
+            goals: Vec::new(),
             error: None,
             num_launches: 0,
             held_until: 0,
@@ -131,7 +147,7 @@ impl Streams {
             rng: Rng::new(seed),
             last: 0,
         };
-        Self { mode, seed, state: Mutex::new(state), changed: Condvar::new() }
+        Self { mode, seed, state: Mutex::new(state), changed: Condvar::new(), ready: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -161,20 +177,22 @@ impl Streams {
     pub fn hold_copies(&self, launches: u64) {
         let mut state = self.lock();
         state.held_until = state.num_launches + launches;
-        self.changed.notify_all();
+        self.notify_all();
     }
 
     /// Has copies between host and device stand still on streams that never launched a kernel, or go on.
     pub fn stall_copies(&self, is_stalled: bool) {
         self.lock().is_stalled = is_stalled;
-        self.changed.notify_all();
+        self.notify_all();
     }
 
     /// A new stream; `is_blocking` ones wait for the default stream and it for them.
     pub fn create(&self, is_blocking: bool) -> usize {
         let mut state = self.lock();
-        state.streams.push(Stream { is_blocking, ..Stream::default() });
-        FIRST_HANDLE + (state.streams.len() - 1) * 16
+        let index = state.place_of_a_stream();
+        let Stream { issued, done, generation, .. } = state.streams[index];
+        state.streams[index] = Stream { is_blocking, issued, done, generation: generation + 1, ..Stream::default() };
+        FIRST_HANDLE + ((generation + 1) * MAX_STREAMS + index) * 16
     }
 
     /// Ends a stream; what is queued still runs.
@@ -221,7 +239,24 @@ impl Streams {
             state.has_workers = true;
             (0..host_threads()).for_each(|_| drop(std::thread::spawn(|| device().streams.work())));
         }
+        self.wake_worker(state);
+        // With lazy streams who waits runs what others queue.
+        if self.mode == Mode::Lazy && !state.goals.is_empty() {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Wakes one worker if there is something for it, which wakes the next: one at a time, or most would come in vain.
+    fn wake_worker(&self, state: &mut State) {
+        if state.num_idle > 0 && !state.is_waking && state.runnable().is_some() {
+            state.is_waking = true;
+            self.ready.notify_one();
+        }
+    }
+
+    fn notify_all(&self) {
         self.changed.notify_all();
+        self.ready.notify_all();
     }
 
     /// An eager worker.
@@ -230,9 +265,17 @@ impl Streams {
         loop {
             state = match state.runnable() {
                 Some(index) => self.run(state, index),
-                None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+                None => self.rest(state),
             };
         }
+    }
+
+    fn rest<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.num_idle += 1;
+        state = self.ready.wait(state).unwrap_or_else(|e| e.into_inner());
+        state.num_idle -= 1;
+        state.is_waking = false;
+        state
     }
 
     /// Runs the first item of a stream, without the lock.
@@ -241,6 +284,7 @@ impl Streams {
         state.last = index;
         state.num_running += 1;
         state.streams[index].is_running = true;
+        self.wake_worker(&mut state);
         let (failed, threads) = (state.error.is_some(), host_threads().div_ceil(state.num_running));
         drop(state);
         let found = if failed { None } else { self.execute(device(), index, &item, threads) };
@@ -254,7 +298,11 @@ impl Streams {
         if let Some(code) = found {
             state.error.get_or_insert(code);
         }
-        self.changed.notify_all();
+        // With lazy streams who waits for something else may now run what led to it.
+        let is_reached = |goal: &Position| goal.stream == index && goal.number <= item.number;
+        if state.goals.iter().any(|goal| self.mode == Mode::Lazy || is_reached(goal)) {
+            self.changed.notify_all();
+        }
         state
     }
 
@@ -272,8 +320,17 @@ impl Streams {
             let next = if self.mode == Mode::Lazy { state.next_towards(goal, self.seed != 0) } else { None };
             state = match next {
                 Some(index) => self.run(state, index),
-                None => self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
+                None => self.wait_for_change(state, goal),
             };
+        }
+        state
+    }
+
+    fn wait_for_change<'a>(&'a self, mut state: MutexGuard<'a, State>, goal: Position) -> MutexGuard<'a, State> {
+        state.goals.push(goal);
+        state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        if let Some(at) = state.goals.iter().position(|other| *other == goal) {
+            state.goals.swap_remove(at);
         }
         state
     }
@@ -310,15 +367,17 @@ impl Streams {
     /// # Errors
     /// What a checker found.
     pub fn finish_all(&self) -> Outcome<()> {
-        let count = self.lock().streams.len();
-        for stream in 0..count {
-            let state = self.lock();
+        let mut state = self.lock();
+        for stream in 0..state.streams.len() {
             let number = state.streams[stream].issued;
-            let mut state = self.wait_for(state, Position { stream, number });
+            if state.is_known_to_be_done(stream) {
+                continue;
+            }
+            state = self.wait_for(state, Position { stream, number });
             let clock = state.streams[stream].clock.clone();
             join(&mut state.host_clock, &clock);
         }
-        self.check()
+        state.error.map_or(Ok(()), Err)
     }
 
     /// Queues work and waits for it.
@@ -540,11 +599,32 @@ impl State {
         if handle <= 2 {
             return Ok(0);
         }
-        let index = handle.checked_sub(FIRST_HANDLE).ok_or(INVALID_HANDLE)? / 16;
+        let number = handle.checked_sub(FIRST_HANDLE).ok_or(INVALID_HANDLE)? / 16;
+        let (generation, index) = (number / MAX_STREAMS, number % MAX_STREAMS);
         match self.streams.get(index) {
-            Some(stream) if !stream.is_destroyed => Ok(index),
+            Some(stream) if !stream.is_destroyed && stream.generation == generation => Ok(index),
             _ => Err(INVALID_HANDLE),
         }
+    }
+
+    /// Whether the host has seen all of a stream's work complete, so that all work to come is ordered behind it.
+    fn is_known_to_be_done(&self, index: usize) -> bool {
+        let Stream { issued, done, .. } = self.streams[index];
+        done == issued && self.host_clock.get(index).copied().unwrap_or(0) >= issued
+    }
+
+    /// That of a stream that was destroyed, if all of its work is ordered before whatever a new one does: every operation
+    /// carries a clock of all places.
+    fn place_of_a_stream(&mut self) -> usize {
+        let is_free = |index: &usize| {
+            let stream = &self.streams[*index];
+            stream.is_destroyed && stream.capture.is_none() && self.is_known_to_be_done(*index)
+        };
+        if let Some(index) = (0..self.streams.len()).find(is_free) {
+            return index;
+        }
+        self.streams.push(Stream::default());
+        self.streams.len() - 1
     }
 
     /// An error, and the recording spoiled, when a stream that is to be waited for records.

@@ -16,6 +16,8 @@ use std::time::Duration;
 /// Host functions that have met another.
 static MEETINGS: AtomicU32 = AtomicU32::new(0);
 
+const INVALID_HANDLE: u32 = 400;
+
 /// How long one waits for the other.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -43,6 +45,42 @@ fn copy_without_an_event() {
         ok(cuMemsetD32Async(a, 7, WORDS, compute));
         cuMemcpyDtoDAsync_v2(b, a, BYTES, copies);
         cuStreamSynchronize(copies) | cuStreamSynchronize(compute)
+    };
+    assert_eq!(code, 719);
+    assert!(report::message().contains("StreamOrder"), "{}", report::message());
+}
+
+/// A stream that begins where one has ended whose work the host has seen complete: its handle is another.
+fn streams_after_an_end() {
+    let (a, old) = (allocate(), stream());
+    // SAFETY: handles and addresses of this case.
+    let new = unsafe {
+        ok(cuMemsetD32Async(a, 7, WORDS, old));
+        ok(cuCtxSynchronize());
+        ok(cuStreamDestroy_v2(old));
+        let new = stream();
+        assert_ne!(new, old);
+        assert_eq!(cuMemsetD32Async(a, 8, WORDS, old), INVALID_HANDLE);
+        ok(cuMemsetD32Async(a, 9, WORDS, new));
+        ok(cuStreamSynchronize(new));
+        new
+    };
+    assert_eq!(read(a), [9; WORDS]);
+    // SAFETY: a handle of this case.
+    ok(unsafe { cuStreamDestroy_v2(new) });
+}
+
+/// Nobody waits for the work of a stream that has ended: another one is not ordered behind it.
+fn copy_after_an_end() {
+    let (a, b, old) = (allocate(), allocate(), stream());
+    // SAFETY: handles and addresses of this case.
+    let code = unsafe {
+        ok(cuMemsetD32_v2(a, 1, WORDS));
+        ok(cuCtxSynchronize());
+        ok(cuMemsetD32Async(a, 7, WORDS, old));
+        ok(cuStreamDestroy_v2(old));
+        cuMemcpyDtoDAsync_v2(b, a, BYTES, stream());
+        cuCtxSynchronize()
     };
     assert_eq!(code, 719);
     assert!(report::message().contains("StreamOrder"), "{}", report::message());
@@ -286,9 +324,11 @@ fn held_copies() {
     assert_eq!(read(a), [4; WORDS]);
 }
 
-const CASES: [(&str, fn()); 15] = [
+const CASES: [(&str, fn()); 17] = [
     ("ordered_by_an_event", ordered_by_an_event),
     ("copy_without_an_event", copy_without_an_event),
+    ("streams_after_an_end", streams_after_an_end),
+    ("copy_after_an_end", copy_after_an_end),
     ("kernel_without_an_event", kernel_without_an_event),
     ("streams_run_at_once", streams_run_at_once),
     ("copies_complete_later", copies_complete_later),

@@ -22,8 +22,8 @@ mod support;
 mod tensor_cores;
 mod traffic;
 
-/// Orders of work that are all allowed: streams that run only when waited for, blocks and warps shuffled by a seed.
+/// Another order of work that is allowed: streams that run only when waited for, blocks and warps shuffled by a seed.
 #[test]
 fn every_test_passes_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules(&[], "every_test_passes_in_other_schedules");
+    support::softgpu::pass_lazily(&[], "every_test_passes_in_other_schedules");
 }

@@ -6,10 +6,14 @@ use mneme::Error;
 use mneme::engine::{Task, TierConfig};
 use mneme::paging::VaultOpener;
 
+use crate::IS_FAST;
 use crate::support::engine::{Output, Setup, TestEngine, collect, greedy, request};
 use crate::support::random::Random;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB};
 use crate::vault::{Tiers, wait_until_open};
+
+/// Tokens that take longer than opening a vault.
+const NUM_BUSY: usize = if IS_FAST { 400 } else { 120 };
 
 /// An engine with room for two sequences at a time whose vault opens on a message.
 fn start(tiers: &Tiers, seed: u64, identity: &[u8]) -> (TestEngine, Sender<()>) {
@@ -21,7 +25,7 @@ fn start(tiers: &Tiers, seed: u64, identity: &[u8]) -> (TestEngine, Sender<()>) 
 
 /// Asks for `prompt` before the vault opens, and has it computed after that.
 fn ask_across_opening(engine: &TestEngine, open: &Sender<()>, prompt: &[u32]) -> Output {
-    let mut busy = engine.submit(&[1, 2, 3], greedy(400));
+    let mut busy = engine.submit(&[1, 2, 3], greedy(NUM_BUSY));
     let mut first = Output::default();
     let mut listen = |count: usize| (0..count).for_each(|_| first.absorb(busy.blocking_next().unwrap()));
     listen(2);
@@ -57,7 +61,7 @@ fn a_deposit_that_came_before_the_model_was_known_is_not_acknowledged() {
     let mut tiers = Tiers::new(Family::Llama);
     tiers.setup.limits.max_num_seqs = 1;
     let (engine, open) = start(&tiers, 1, b"one");
-    let mut busy = engine.submit(&[1, 2, 3], greedy(400));
+    let mut busy = engine.submit(&[1, 2, 3], greedy(NUM_BUSY));
     let mut first = Output::default();
     let mut listen = |count: usize| (0..count).for_each(|_| first.absorb(busy.blocking_next().unwrap()));
     listen(2);

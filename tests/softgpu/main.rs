@@ -69,7 +69,7 @@ use support::tiny_model::Family;
 const NUM_WORKLOADS: u64 = 1;
 
 /// Requests of which most are given up.
-const NUM_CANCELLED: usize = 150;
+const NUM_CANCELLED: usize = 60;
 
 /// Requests under adapters that come and go: a few under each composition.
 const NUM_ADAPTED: usize = 12;

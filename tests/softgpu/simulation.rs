@@ -34,7 +34,7 @@ use crate::support::tiny_model::Family;
 const LIVES: [(u64, Family); 2] = [(2, Family::Llama), (10, Family::Llama)];
 /// Of the other families.
 const OTHERS: [(u64, Family); 5] =
-    [(2, Family::Llama3), (3, Family::Qwen2), (4, Family::Qwen3), (5, Family::Gemma2), (6, Family::ShortGemma3)];
+    [(2, Family::Llama3), (10, Family::Qwen2), (4, Family::Qwen3), (10, Family::Gemma2), (6, Family::ShortGemma3)];
 
 fn live(lives: &[(u64, Family)]) -> Reached {
     let mut total = Reached::default();

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub type Released = Mutex<HashMap<u64, HashMap<u32, u32>>>;
 
 /// Other threads join only if the blocks so far suggest that this much work is left.
-const WORTH_A_THREAD: Duration = Duration::from_micros(200);
+const WORTH_A_THREAD: Duration = Duration::from_millis(2);
 /// Tags per block of kernels with fences, as a shift: 15 fences are told apart.
 const FENCE_SHIFT: u32 = 4;
 
