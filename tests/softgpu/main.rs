@@ -169,7 +169,7 @@ fn tiers_compositions_and_merges_pass_in_other_schedules() {
 /// What is left: it is about the engine's queue and one request's parameters.
 #[test]
 #[ignore = "takes minutes; what copies, waits for and shares is in the tests above"]
-fn every_suite_passes_in_other_schedules() {
+fn the_rest_passes_in_other_schedules() {
     let wanted = ["levels::", "lifecycle::", "parameters::", "fp8::", "quantised::", "link::"];
     support::softgpu::pass_lazily(&wanted, "other_schedules");
 }
