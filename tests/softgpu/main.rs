@@ -166,9 +166,9 @@ fn tiers_compositions_and_merges_pass_in_other_schedules() {
     support::softgpu::pass_lazily(&wanted, "other_schedules");
 }
 
-/// What is left: it is about the engine's queue and one request's parameters.
+/// What there is no time for in every run: linked prompts, other types of numbers, queues and parameters.
 #[test]
-#[ignore = "takes minutes; what copies, waits for and shares is in the tests above"]
+#[ignore = "takes a minute, which CI has not"]
 fn the_rest_passes_in_other_schedules() {
     let wanted = ["levels::", "lifecycle::", "parameters::", "fp8::", "quantised::", "link::"];
     support::softgpu::pass_lazily(&wanted, "other_schedules");
