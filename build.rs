@@ -16,8 +16,25 @@ use std::{env, fs, thread};
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
-/// Uncompressed, so that the PTX can be read where no driver is; one pass of the front end serves all targets.
-const TARGETS: [&str; 4] = ["-no-compress", "-fatbin", "-gencode", "arch=compute_80,code=[compute_80,sm_80,sm_90]"];
+/// What a kernel file is compiled for: the instructions it may use, and the machine code made of them.
+struct Target {
+    ptx: &'static str,
+    code: &'static [&'static str],
+    /// The version of PTX that the oldest driver of CUDA 12 reads and that has the instructions.
+    old_ptx: &'static str,
+}
+
+const EVERYWHERE: Target = Target { ptx: "80", code: &["80", "90"], old_ptx: ".version 7.8" };
+
+/// Hopper's own instructions, which no other GPU has: files whose names end in `_sm90a`.
+const HOPPER: Target = Target { ptx: "90a", code: &["90a"], old_ptx: ".version 8.0" };
+
+impl Target {
+    fn of(source: &Path) -> &'static Self {
+        let is_hopper = source.file_stem().and_then(|name| name.to_str()).is_some_and(|name| name.ends_with("_sm90a"));
+        if is_hopper { &HOPPER } else { &EVERYWHERE }
+    }
+}
 
 /// A kernel that spills registers is an error.
 const GATES: [&str; 4] = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror"];
@@ -25,9 +42,6 @@ const GATES: [&str; 4] = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-w
 /// CUDA versions that a driver supports: what machine code and PTX of nvcc 13 want, and those of `ptxas-12` (R525).
 const NEW_DRIVER: (i32, i32) = (13, 0);
 const OLD_DRIVER: (i32, i32) = (12, 0);
-
-/// The version of PTX that the oldest driver of CUDA 12 reads.
-const OLD_PTX: &str = ".version 7.8";
 
 const HEADER: &str = "/// A kernel file as it was embedded.
 #[allow(dead_code)]
@@ -91,7 +105,7 @@ fn main() -> Result<()> {
     }
     let entries = match fatbins {
         Some(fatbins) => fatbins.iter().map(|path| entry(path, "Fatbin(include_bytes")).collect::<Result<String>>()?,
-        None => embed_sources(&sources, &root.join("kernels/common.cuh"), &out)?,
+        None => embed_sources(&sources, &headers(&root.join("kernels"))?, &out)?,
     };
     let driver = format!(
         "/// The CUDA version that a driver has to support; 0 where NVRTC decides it.\n\
@@ -100,15 +114,25 @@ fn main() -> Result<()> {
     Ok(fs::write(out.join("kernels.rs"), format!("{HEADER}{entries}];\n\n{driver}"))?)
 }
 
-/// All `.cu` files in order of name; tells cargo to watch them.
+/// All `.cu` files in order of name; tells cargo to watch them and what they include.
 fn kernel_sources(directory: &Path) -> Result<Vec<PathBuf>> {
-    println!("cargo:rerun-if-changed={}", directory.join("common.cuh").display());
+    for path in headers(directory)?.iter().chain(&files(directory, "cu")?) {
+        println!("cargo:rerun-if-changed={}", path.display());
+    }
+    files(directory, "cu")
+}
+
+fn headers(directory: &Path) -> Result<Vec<PathBuf>> {
+    files(directory, "cuh")
+}
+
+/// Those with an extension, in order of name.
+fn files(directory: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     let files = fs::read_dir(directory)?.map(|entry| entry.map(|entry| entry.path()));
-    let mut sources = files.collect::<std::io::Result<Vec<_>>>()?;
-    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
-    sources.sort();
-    sources.iter().for_each(|path| println!("cargo:rerun-if-changed={}", path.display()));
-    Ok(sources)
+    let mut files = files.collect::<std::io::Result<Vec<_>>>()?;
+    files.retain(|path| path.extension().is_some_and(|found| found == extension));
+    files.sort();
+    Ok(files)
 }
 
 fn find_compiler(root: &Path) -> Result<Option<Compiler>> {
@@ -152,7 +176,12 @@ fn line_numbers() -> &'static [&'static str] {
 
 fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<PathBuf> {
     let fatbin = out.join(source.file_name().unwrap_or_default()).with_extension("fatbin");
-    let command_line = [&["-std=c++17", "-O3"][..], &TARGETS, &GATES, line_numbers()].concat();
+    let Target { ptx, code, .. } = Target::of(source);
+    let codes: String = code.iter().map(|code| format!(",sm_{code}")).collect();
+    // Uncompressed, so that the PTX can be read where no driver is; one pass of the front end serves all targets.
+    let target = format!("-gencode=arch=compute_{ptx},code=[compute_{ptx}{codes}]");
+    let command_line =
+        [&["-std=c++17", "-O3", "-no-compress", "-fatbin", &target][..], &GATES, line_numbers()].concat();
     run(Command::new(nvcc).args(command_line).arg("-o").arg(&fatbin).arg(source), source)?;
     Ok(fatbin)
 }
@@ -161,12 +190,14 @@ fn compile(nvcc: &Path, source: &Path, out: &Path) -> Result<PathBuf> {
 fn compile_for_older_drivers(nvcc: &Path, assembler: &Assembler, source: &Path, out: &Path) -> Result<PathBuf> {
     let at = |extension: &str| out.join(source.file_name().unwrap_or_default()).with_extension(extension);
     let (ptx, fatbin) = (at("ptx"), at("fatbin"));
-    let to_ptx = [&["-std=c++17", "-O3", "-ptx", "-arch=compute_80", GATES[0], GATES[1]][..], line_numbers()].concat();
+    let target = Target::of(source);
+    let instructions = format!("-arch=compute_{}", target.ptx);
+    let to_ptx = [&["-std=c++17", "-O3", "-ptx", &instructions, GATES[0], GATES[1]][..], line_numbers()].concat();
     run(Command::new(nvcc).args(to_ptx).arg("-o").arg(&ptx).arg(source), source)?;
-    fs::write(&ptx, with_older_version(&fs::read_to_string(&ptx)?)?)?;
+    fs::write(&ptx, with_version(target.old_ptx, &fs::read_to_string(&ptx)?)?)?;
     let mut pack = Command::new(&assembler.fatbinary);
     pack.args(["-64", "-compress=false", "--create"]).arg(&fatbin);
-    for architecture in ["80", "90"] {
+    for architecture in target.code {
         let cubin = at(&format!("sm_{architecture}.cubin"));
         let gates = ["-O3", "-warn-spills", "-warn-lmem-usage", "-Werror"];
         let mut assemble = Command::new(&assembler.ptxas);
@@ -174,15 +205,15 @@ fn compile_for_older_drivers(nvcc: &Path, assembler: &Assembler, source: &Path, 
         run(assemble.arg("-o").arg(&cubin).arg(&ptx), source)?;
         pack.arg(format!("--image3=kind=elf,sm={architecture},file={}", cubin.display()));
     }
-    pack.arg(format!("--image3=kind=ptx,sm=80,file={}", ptx.display()));
+    pack.arg(format!("--image3=kind=ptx,sm={},file={}", target.ptx, ptx.display()));
     run(&mut pack, source)?;
     Ok(fatbin)
 }
 
-fn with_older_version(ptx: &str) -> Result<String> {
+fn with_version(wanted: &str, ptx: &str) -> Result<String> {
     let is_version = |line: &&str| line.starts_with(".version ");
     let version = ptx.lines().find(is_version).ok_or("nvcc wrote PTX without a version")?;
-    Ok(ptx.replacen(version, OLD_PTX, 1))
+    Ok(ptx.replacen(version, wanted, 1))
 }
 
 fn run(command: &mut Command, source: &Path) -> Result<()> {
@@ -197,12 +228,15 @@ fn run(command: &mut Command, source: &Path) -> Result<()> {
     }
 }
 
-/// Writes the sources with `common.cuh` in the place of its inclusion: NVRTC has no include path.
-fn embed_sources(sources: &[PathBuf], common: &Path, out: &Path) -> Result<String> {
-    let common = fs::read_to_string(common)?;
+/// Writes the sources with headers in the place of their inclusion: NVRTC has no include path.
+fn embed_sources(sources: &[PathBuf], headers: &[PathBuf], out: &Path) -> Result<String> {
     let mut entries = String::new();
     for source in sources {
-        let whole = fs::read_to_string(source)?.replace("#include \"common.cuh\"", &common);
+        let mut whole = fs::read_to_string(source)?;
+        for header in headers {
+            let inclusion = format!("#include \"{}\"", header.file_name().unwrap_or_default().display());
+            whole = whole.replace(&inclusion, &fs::read_to_string(header)?);
+        }
         let path = out.join(source.file_name().unwrap_or_default());
         fs::write(&path, whole)?;
         entries += &entry(&path, "Source(include_str")?;

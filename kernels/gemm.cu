@@ -17,11 +17,10 @@
 // Equals `cpu::gemm` on numbers rounded to T: sums are f32 in another order.
 //
 // Tiles of both operands travel through a ring of cp.async stages in shared memory, their 16-byte chunks exchanged so
-// that ldmatrix meets no bank conflict. In a run of 16 outputs the weight rows are put into shared memory in the order
-// 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15: then the two mma columns of a lane, in two neighbouring mmas, are four
-// neighbouring outputs, which it stores as one vector.
+// that ldmatrix meets no bank conflict.
 
 #include "common.cuh"
+#include "gemm.cuh"
 
 template <int TOKENS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAGES> struct Tile {
     static constexpr int tokens = TOKENS, outputs = OUTPUTS, depth = DEPTH, stages = STAGES;
@@ -31,9 +30,6 @@ template <int TOKENS, int OUTPUTS, int DEPTH, int WARPS_M, int WARPS_N, int STAG
     // mma tiles of a warp.
     static constexpr int m_tiles = TOKENS / WARPS_M / 16, n_tiles = OUTPUTS / WARPS_N / 8;
 };
-
-// Where row `row` of the weight tile lies in shared memory; see the head of the file.
-__device__ __forceinline__ int permuted(int row) { return (row & ~15) | (row & 2) << 2 | (row & 12) >> 1 | (row & 1); }
 
 // Queues the copies of `ROWS` rows of the tile that begins at (first_row, first_k).
 template <class C, int ROWS, bool IS_WEIGHT, class T>
@@ -83,30 +79,6 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[C::m_tiles][C::n_ti
 #pragma unroll
             for (int n = 0; n < C::n_tiles; n++) mma<T>(sums[m][n], a[m], b[n][0], b[n][1]);
         }
-    }
-}
-
-__device__ __forceinline__ void store_one(float* target, float x) { *target = x; }
-template <class T> __device__ __forceinline__ void store_one(T* target, float x) {
-    target->bits = static_cast<u16>(pack<T>(x, 0.0f));
-}
-
-// Stores four neighbouring outputs of a row, as far as they exist.
-template <class O>
-__device__ __forceinline__ void store_outputs(O* out, const float* bias, float4 x, int token, int output, int n) {
-    O* target = out + static_cast<u64>(token) * n + output;
-    if (n % 4 == 0 && output < n) {
-        if (bias != nullptr) {
-            const float4 b = load4(bias + output);
-            x = make_float4(x.x + b.x, x.y + b.y, x.z + b.z, x.w + b.w);
-        }
-        store4(target, x);
-        return;
-    }
-    const float numbers[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (output + i < n) store_one(target + i, bias == nullptr ? numbers[i] : numbers[i] + bias[output + i]);
     }
 }
 
@@ -175,7 +147,6 @@ using Tile128x256 = Tile<128, 256, 64, 2, 4, 3>;
         gemm<Tile##tile>(out, x, weight, bias, num_tokens, n, k);                                                      \
     }
 
-typedef float f32;
 #define GEMM_KERNELS(T, O)                                                                                             \
     GEMM_KERNEL(T, O, 16x32, 3)                                                                                        \
     GEMM_KERNEL(T, O, 32x64, 2)                                                                                        \

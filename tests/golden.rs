@@ -39,7 +39,7 @@ fn load(engine: &TestEngine, composition: Option<Composition<'_>>) -> Vec<Applie
     if is_merged {
         drop(collect(submit(engine, &[1, 2, 3], greedy(1), &adapters)));
         while engine.handle.metrics().merges.stage() != MergeStage::Merged {
-            std::thread::yield_now();
+            std::thread::sleep(std::time::Duration::from_millis(1));
         }
     }
     adapters

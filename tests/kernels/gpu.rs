@@ -34,9 +34,14 @@ impl Gpu {
         Self::of(softgpu::backend(dtype))
     }
 
-    /// With one tile of so many tokens and outputs for all products.
-    pub fn with_tile(dtype: DType, (tokens, outputs): (usize, usize)) -> Self {
-        Self::of(softgpu::backend(dtype).with_gemm_tile(tokens, outputs))
+    /// With one tile for all products, one of [`Self::tiles`].
+    pub fn with_tile(dtype: DType, name: &str) -> Self {
+        Self::of(softgpu::backend(dtype).with_gemm_tile(name))
+    }
+
+    /// The tiles that the device has for products.
+    pub fn tiles(dtype: DType) -> Vec<&'static str> {
+        softgpu::backend(dtype).gemm_tiles()
     }
 
     /// With products by cuBLASLt, where there is one.

@@ -5,14 +5,22 @@ use mneme::backend::{Backend, DType, dequantize_row};
 
 use crate::gpu::{self, Gpu, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
+use crate::support::softgpu;
 use crate::support::tiny_gguf::Storage;
 
-/// All tiles, tokens by outputs.
-pub const TILES: [(usize, usize); 5] = [(16, 32), (32, 64), (64, 64), (128, 128), (128, 256)];
+/// Tiles of warps, which every GPU has, and of warpgroups, which Hopper has beside them, as their kernels' names end.
+pub const WARP_TILES: [&str; 5] = ["t16x32", "t32x64", "t64x64", "t128x128", "t128x256"];
+pub const WARPGROUP_TILES: [&str; 5] = ["w64x64", "w128x128s3", "w128x128s6", "w128x192", "w128x256"];
 
-/// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64, 128 and 256 outputs), and
-/// inputs that end inside a step.
-pub const SHAPES: [(usize, usize, usize); 15] = [
+/// Tokens and outputs of a tile.
+pub fn tile_size(name: &str) -> (usize, usize) {
+    let (tokens, outputs) = name[1..].split_once('x').unwrap();
+    (tokens.parse().unwrap(), outputs.split('s').next().unwrap().parse().unwrap())
+}
+
+/// Tokens, outputs, inputs: around the edges of every tile (16, 32, 64 and 128 tokens; 32, 64, 128, 192 and 256 outputs), and
+/// inputs that end inside a step, or inside any stage of a ring.
+pub const SHAPES: [(usize, usize, usize); 16] = [
     (1, 1, 8),
     (1, 33, 72),
     (2, 31, 64),
@@ -28,6 +36,7 @@ pub const SHAPES: [(usize, usize, usize); 15] = [
     (128, 128, 64),
     (130, 129, 88),
     (20, 257, 264),
+    (140, 391, 520),
 ];
 
 /// `x weight^T + bias` in f64.
@@ -69,20 +78,31 @@ fn products_are_sums_of_products() {
 #[test]
 fn all_tiles_give_the_same_bits() {
     for dtype in [DType::BF16, DType::F16] {
-        let tilings = TILES.map(|tile| Gpu::with_tile(dtype, tile));
+        let tiles = Gpu::tiles(dtype);
+        let tilings: Vec<Gpu> = tiles.iter().map(|tile| Gpu::with_tile(dtype, tile)).collect();
         let random = &mut Random::new(4);
         for (num_tokens, outputs, inputs) in SHAPES {
             let x = tilings[0].numbers(random, num_tokens * inputs, 1.0);
             let weight = tilings[0].numbers(random, outputs * inputs, 0.1);
-            let results = tilings.each_ref().map(|gpu| {
+            let product = |gpu: &Gpu| {
                 let matrix = gpu.matrix(&weight, outputs, inputs);
                 let x = gpu.activations(&x, num_tokens, inputs);
                 [dtype, DType::F32].map(|dtype| gpu.product(&x, &matrix, None, outputs, dtype).bytes(gpu))
-            });
-            for (found, tile) in results.iter().zip(TILES) {
-                assert!(*found == results[0], "{dtype}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}], {tile:?}");
+            };
+            let results: Vec<[Vec<u8>; 2]> = tilings.iter().map(product).collect();
+            for (found, tile) in results.iter().zip(&tiles) {
+                assert!(*found == results[0], "{dtype}, [{num_tokens}, {inputs}] x [{outputs}, {inputs}], {tile}");
             }
         }
+    }
+}
+
+#[test]
+fn hopper_has_tiles_of_warpgroups_beside_the_others() {
+    softgpu::pass_on_hopper(&["linear::", "tensor_cores::products_feed"]);
+    if !softgpu::is_replaced() {
+        let of_warpgroups = if softgpu::is_hopper() { &WARPGROUP_TILES[..] } else { &[] };
+        assert_eq!(Gpu::tiles(DType::BF16), [&WARP_TILES[..], of_warpgroups].concat());
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::attention::{self, CACHES, Lengths, Shape};
 use crate::gpu::{Gpu, host_tensor};
-use crate::linear::TILES;
+use crate::linear::{WARP_TILES, WARPGROUP_TILES, tile_size};
 use crate::quantised::{FORMATS, random_blocks};
 use crate::support::random::Random;
 use crate::support::softgpu;
@@ -75,10 +75,10 @@ const INPUTS: usize = 328;
 
 fn multiply(dtype: DType) {
     let random = &mut Random::new(1);
-    for (tokens, outputs) in TILES {
-        let gpu = Gpu::with_tile(dtype, (tokens, outputs));
+    for tile in Gpu::tiles(dtype) {
+        let gpu = Gpu::with_tile(dtype, tile);
         let matrix = gpu.matrix(&gpu.numbers(random, OUTPUTS * INPUTS, 1.0), OUTPUTS, INPUTS);
-        let x = gpu.random_rows(random, tokens, INPUTS);
+        let x = gpu.random_rows(random, tile_size(tile).0, INPUTS);
         for dtype in [gpu.dtype(), DType::F32] {
             drop(gpu.product(&x, &matrix, None, OUTPUTS, dtype));
         }
@@ -93,9 +93,10 @@ fn products_feed_the_tensor_cores() {
         dtypes.into_iter().for_each(multiply);
     });
     let Some(counted) = counted else { return };
-    for (dtype, (num_tokens, outputs)) in dtypes.iter().flat_map(|dtype| TILES.map(|tile| (*dtype, tile))) {
+    for (dtype, tile) in dtypes.iter().flat_map(|dtype| Gpu::tiles(*dtype).into_iter().map(|tile| (*dtype, tile))) {
+        let (num_tokens, _) = tile_size(tile);
         for output in [dtype, DType::F32] {
-            let kernel = format!("gemm_{dtype}_{output}_t{num_tokens}x{outputs}");
+            let kernel = format!("gemm_{dtype}_{output}_{tile}");
             let operand_bytes = 2 * (num_tokens + OUTPUTS) * INPUTS;
             Work { kernel, flops: 2 * num_tokens * OUTPUTS * INPUTS, operand_bytes }.check(&counted);
         }
@@ -150,7 +151,7 @@ fn ptx(program: &[u8]) -> HashMap<&str, &str> {
     texts.filter_map(|text| text.split_once("(\n")).collect()
 }
 
-/// Operands leave shared memory by ldmatrix, which nothing counts apart.
+/// Operands leave shared memory by ldmatrix, or are read there by wgmma; which nothing counts apart.
 #[test]
 fn kernels_are_made_of_ldmatrix() {
     softgpu::end_without_kernels();
@@ -159,6 +160,12 @@ fn kernels_are_made_of_ldmatrix() {
     }
     let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
     let ptx = ptx(&program);
+    for (kernel, element) in warpgroup_kernels() {
+        let inputs = format!("k16.f32.{element}.{element} {{");
+        for instruction in ["wgmma.mma_async.sync.aligned.m64n", &inputs, "cp.async.cg.shared.global"] {
+            assert!(ptx[&kernel[..]].contains(instruction), "{kernel} has no {instruction}");
+        }
+    }
     for (kernel, element) in kernels() {
         let multiply = format!("mma.sync.aligned.m16n8k16.row.col.f32.{element}.{element}.f32");
         for instruction in
@@ -169,6 +176,16 @@ fn kernels_are_made_of_ldmatrix() {
     }
 }
 
+/// Products by plain weights, to both types of outputs.
+fn products(dtype: DType, tiles: [&str; 5]) -> Vec<(String, DType)> {
+    let named = |output: DType| tiles.map(|tile| (format!("gemm_{dtype}_{output}_{tile}"), dtype));
+    [dtype, DType::F32].into_iter().flat_map(named).collect()
+}
+
+fn warpgroup_kernels() -> Vec<(String, DType)> {
+    [DType::BF16, DType::F16].into_iter().flat_map(|dtype| products(dtype, WARPGROUP_TILES)).collect()
+}
+
 fn kernels() -> Vec<(String, DType)> {
     let mut all = vec![];
     for (types, head_dim) in CACHES.iter().flat_map(|types| HEAD_DIMS.map(|head_dim| (*types, head_dim))) {
@@ -177,11 +194,7 @@ fn kernels() -> Vec<(String, DType)> {
         }
     }
     for dtype in [DType::BF16, DType::F16] {
-        for (output, (tokens, outputs)) in
-            [dtype, DType::F32].iter().flat_map(|output| TILES.map(|tile| (*output, tile)))
-        {
-            all.push((format!("gemm_{dtype}_{output}_t{tokens}x{outputs}"), dtype));
-        }
+        all.extend(products(dtype, WARP_TILES));
         for (format, num_tokens) in FORMATS.iter().flat_map(|format| QUANTISED_TILES.map(|tile| (*format, tile))) {
             all.push((format!("quant_gemm_{dtype}_{format}_t{num_tokens}"), dtype));
         }

@@ -79,7 +79,7 @@ pub fn check_merged(start: impl Fn() -> TestEngine, tolerance: Tolerance) {
         let records = golden::load(&format!("peft/{name}")).records;
         drop(collect(adapted.submit(&records[0], composition)));
         while adapted.engine.handle.metrics().merges.stage() != MergeStage::Merged {
-            std::thread::yield_now();
+            std::thread::sleep(std::time::Duration::from_millis(1));
         }
         let streams: Vec<_> = records.iter().map(|record| adapted.submit(record, composition)).collect();
         let outputs: Vec<Output> = streams.into_iter().map(collect).collect();

@@ -35,6 +35,10 @@ const SEED_VARIABLE: &str = "SOFTGPU_SEED";
 const LAZY: (&str, &str) = ("lazy", "1");
 const SCHEDULES: [(&str, &str); 2] = [LAZY, ("eager", "2")];
 
+/// What the device says it is.
+const CAPABILITY_VARIABLE: &str = "SOFTGPU_COMPUTE_CAPABILITY";
+const HOPPER: &str = "9.0";
+
 /// The library that stands for the driver.
 pub fn library() -> PathBuf {
     if let Some(path) = std::env::var_os(LIBRARY_VARIABLE) {
@@ -195,16 +199,32 @@ pub fn pass_lazily(wanted: &[&str], skipped: &str) {
 }
 
 fn pass_in((streams, seed): (&str, &str), wanted: &[&str], skipped: &str) {
+    pass_with_variables(&[("SOFTGPU_STREAMS", streams), (SEED_VARIABLE, seed)], wanted, &["--skip", skipped]);
+}
+
+/// Runs those tests on a software GPU of Hopper's compute capability; in that run it does nothing.
+pub fn pass_on_hopper(wanted: &[&str]) {
+    if !is_hopper() {
+        pass_with_variables(&[(CAPABILITY_VARIABLE, HOPPER)], wanted, &[]);
+    }
+}
+
+/// Whether the software GPU is.
+pub fn is_hopper() -> bool {
+    std::env::var(CAPABILITY_VARIABLE).is_ok_and(|capability| capability == HOPPER)
+}
+
+fn pass_with_variables(variables: &[(&str, &str)], wanted: &[&str], options: &[&str]) {
     if std::env::var_os(SEED_VARIABLE).is_some() || std::env::var_os(LIBRARY_VARIABLE).is_some() {
         return;
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(wanted).args(["--skip", skipped]).env("SOFTGPU_STREAMS", streams).env(SEED_VARIABLE, seed);
+    command.args(wanted).args(options).envs(variables.iter().copied());
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     // What the device found stands there.
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "with {streams} streams and seed {seed}: {text}\n{errors}");
+    assert!(output.status.success(), "with {variables:?}: {text}\n{errors}");
     for name in wanted {
         let is_run = text.lines().any(|line| line.starts_with("test ") && line.contains(name));
         assert!(is_run, "no test is called {name}");

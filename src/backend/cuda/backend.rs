@@ -131,11 +131,16 @@ impl CudaBackend {
         Self { attends_in_runs: true, ..self }
     }
 
-    /// The same with one tile for all products by plain weights, of so many tokens and outputs, where kernels have it: for tests.
-    pub fn with_gemm_tile(mut self, tokens: usize, outputs: usize) -> Self {
-        self.kernels.gemm.keep(tokens, outputs);
-        self.kernels.gemm_f32.keep(tokens, outputs);
+    /// The same with one tile for all products by plain weights, one of [`Self::gemm_tiles`]: for tests.
+    pub fn with_gemm_tile(mut self, name: &str) -> Self {
+        self.kernels.gemm.keep(name);
+        self.kernels.gemm_f32.keep(name);
         self
+    }
+
+    /// Ends of the names of the kernels that multiply by plain weights on this device.
+    pub fn gemm_tiles(&self) -> Vec<&'static str> {
+        self.kernels.gemm.names()
     }
 
     /// The same with rows of logits that are changed or asked about brought to the host.

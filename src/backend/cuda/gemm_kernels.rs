@@ -16,6 +16,8 @@ pub(super) struct GemmKernel {
 /// Rows and columns of the output that one block computes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct GemmTile {
+    /// How names of its kernels end.
+    name: &'static str,
     pub(super) tokens: usize,
     pub(super) outputs: usize,
     pub(super) threads: usize,
@@ -26,14 +28,38 @@ pub(super) struct GemmTile {
     each: f32,
 }
 
-/// Measured on an H100 (docs/benchmarks.md). Other devices are slower in all of it; what counts is which tile is faster.
-const GEMM_TILES: [GemmTile; 5] = [
-    GemmTile { tokens: 16, outputs: 32, threads: 64, shared_bytes: 73728, alone: 12.5, each: 5.3 },
-    GemmTile { tokens: 32, outputs: 64, threads: 128, shared_bytes: 98304, alone: 17.7, each: 11.5 },
-    GemmTile { tokens: 64, outputs: 64, threads: 128, shared_bytes: 98304, alone: 25.4, each: 16.5 },
-    GemmTile { tokens: 128, outputs: 128, threads: 128, shared_bytes: 98304, alone: 56.0, each: 47.0 },
-    GemmTile { tokens: 128, outputs: 256, threads: 256, shared_bytes: 147456, alone: 87.0, each: 87.0 },
+/// One line of a table of tiles.
+const fn tile(
+    name: &'static str,
+    (tokens, outputs): (usize, usize),
+    threads: usize,
+    shared_bytes: usize,
+    (alone, each): (f32, f32),
+) -> GemmTile {
+    GemmTile { name, tokens, outputs, threads, shared_bytes, alone, each }
+}
+
+/// What is multiplied by warps, on any GPU. Measured on an H100 (docs/benchmarks.md). Other devices are slower in all of it;
+/// what counts is which tile is faster.
+const WARP_TILES: [GemmTile; 5] = [
+    tile("t16x32", (16, 32), 64, 72 << 10, (12.5, 5.3)),
+    tile("t32x64", (32, 64), 128, 96 << 10, (17.7, 11.5)),
+    tile("t64x64", (64, 64), 128, 96 << 10, (25.4, 16.5)),
+    tile("t128x128", (128, 128), 128, 96 << 10, (56.0, 47.0)),
+    tile("t128x256", (128, 256), 256, 144 << 10, (87.0, 87.0)),
 ];
+
+/// What is multiplied by warpgroups, on Hopper; measured in the same way.
+const WARPGROUP_TILES: [GemmTile; 5] = [
+    tile("w64x64", (64, 64), 128, 97 << 10, (18.2, 13.4)),
+    tile("w128x128s3", (128, 128), 256, 97 << 10, (38.5, 28.6)),
+    tile("w128x128s6", (128, 128), 256, 193 << 10, (31.5, 31.5)),
+    tile("w128x192", (128, 192), 256, 201 << 10, (42.0, 41.7)),
+    tile("w128x256", (128, 256), 256, 193 << 10, (58.5, 58.5)),
+];
+
+/// The compute capability of Hopper, whose matrix instructions no other has.
+const HOPPER: (i32, i32) = (9, 0);
 
 /// Microseconds that a multiprocessor takes for its share of the bytes of one output's 4096 weights, times the number of
 /// multiprocessors.
@@ -42,15 +68,15 @@ const OUTPUT_READING: f32 = 0.363;
 /// How much longer that takes for every further row of tiles, which has them from the cache.
 const READ_AGAIN: f32 = 0.05;
 
-/// The tilings that a device has the shared memory for.
+/// The tilings that a device has the instructions and the shared memory for.
 pub(super) struct GemmKernels(Vec<GemmKernel>);
 
 impl GemmKernels {
     /// Products of `input` that give `output`.
     pub(super) fn find(modules: &Modules, input: DType, output: DType) -> Result<Self> {
-        let most = modules.max_shared_bytes()?;
-        let fitting = GEMM_TILES.into_iter().filter(|tile| tile.shared_bytes <= most);
-        fitting.map(|tile| GemmKernel::find(modules, input, output, tile)).collect::<Result<_>>().map(Self)
+        let (most, capability) = (modules.max_shared_bytes()?, modules.compute_capability()?);
+        let find = |tile| GemmKernel::find(modules, input, output, tile);
+        tiles(capability, most).map(find).collect::<Result<_>>().map(Self)
     }
 
     /// The one for so many rows and outputs, on a device with so many multiprocessors.
@@ -60,13 +86,30 @@ impl GemmKernels {
         best.ok_or_else(|| unsupported!("this device has too little shared memory for matrix products"))
     }
 
-    /// Leaves one tile of all.
-    pub(super) fn keep(&mut self, tokens: usize, outputs: usize) {
-        self.0.retain(|gemm| (gemm.tile.tokens, gemm.tile.outputs) == (tokens, outputs));
+    /// Leaves one tile of all, by the end of its kernels' names.
+    pub(super) fn keep(&mut self, name: &str) {
+        self.0.retain(|gemm| gemm.tile.name == name);
+    }
+
+    /// Ends of the kernels' names.
+    pub(super) fn names(&self) -> Vec<&'static str> {
+        self.0.iter().map(|gemm| gemm.tile.name).collect()
     }
 }
 
+/// Those for a compute capability and so much shared memory of a block.
+fn tiles(capability: (i32, i32), most_shared_bytes: usize) -> impl Iterator<Item = GemmTile> {
+    let of_warpgroups = if capability == HOPPER { &WARPGROUP_TILES[..] } else { &[] };
+    let all = WARP_TILES.iter().chain(of_warpgroups);
+    all.copied().filter(move |tile| tile.shared_bytes <= most_shared_bytes)
+}
+
 impl GemmTile {
+    /// The file that has its kernels.
+    fn file(&self) -> &'static str {
+        if self.name.starts_with('w') { "gemm_sm90a" } else { "gemm" }
+    }
+
     /// Microseconds for 4096 inputs: what the multiprocessor with most blocks computes, or what all read.
     fn cost(&self, num_tokens: usize, outputs: usize, multiprocessors: usize, blocks_at_a_time: usize) -> f32 {
         let token_tiles = num_tokens.div_ceil(self.tokens);
@@ -81,8 +124,8 @@ impl GemmTile {
 
 impl GemmKernel {
     fn find(modules: &Modules, input: DType, output: DType, tile: GemmTile) -> Result<Self> {
-        let name = format!("gemm_{input}_{output}_t{}x{}", tile.tokens, tile.outputs);
-        let kernel = Kernel::find(modules, "gemm", name, tile.shared_bytes)?;
+        let name = format!("gemm_{input}_{output}_{}", tile.name);
+        let kernel = Kernel::find(modules, tile.file(), name, tile.shared_bytes)?;
         Ok(Self { blocks_at_a_time: kernel.blocks_at_a_time(tile.threads)?, kernel, tile })
     }
 }
@@ -91,44 +134,53 @@ impl GemmKernel {
 mod tests {
     use super::*;
 
-    /// The tile that an H100, or a device with so much less shared memory, takes.
-    fn chosen(num_tokens: usize, outputs: usize, most_shared_bytes: usize) -> (usize, usize) {
-        let tiles = GEMM_TILES.into_iter().filter(|tile| tile.shared_bytes <= most_shared_bytes);
+    const H100: usize = 227 << 10;
+
+    /// The tile that a device with an H100's multiprocessors takes.
+    fn chosen(num_tokens: usize, outputs: usize, capability: (i32, i32), most_shared_bytes: usize) -> &'static str {
         let cost = |tile: &GemmTile| {
             let blocks_at_a_time = (most_shared_bytes / tile.shared_bytes).max(1);
             tile.cost(num_tokens, outputs, 132, blocks_at_a_time)
         };
-        let best = tiles.min_by(|one, other| cost(one).total_cmp(&cost(other))).unwrap();
-        (best.tokens, best.outputs)
+        let best = tiles(capability, most_shared_bytes).min_by(|one, other| cost(one).total_cmp(&cost(other)));
+        best.unwrap().name
     }
 
     /// Those that were measured as the fastest, or nearly.
     #[test]
     fn products_take_the_tile_that_was_fastest() {
-        let h100 = 227 << 10;
-        for (num_tokens, outputs, wanted) in [
-            (1, 4096, (16, 32)),
-            (16, 28672, (16, 32)),
-            (32, 28672, (32, 64)),
-            (32, 4096, (16, 32)),
-            (64, 28672, (64, 64)),
-            (64, 4096, (32, 64)),
-            (128, 28672, (128, 256)),
-            (128, 4096, (32, 64)),
-            (256, 6144, (64, 64)),
-            (512, 28672, (128, 128)),
-            (512, 4096, (128, 128)),
-            (1024, 6144, (128, 128)),
-            (1024, 28672, (128, 256)),
-            (4096, 4096, (128, 256)),
+        for (num_tokens, outputs, of_warps, of_all) in [
+            (1, 4096, "t16x32", "t16x32"),
+            (16, 28672, "t16x32", "t16x32"),
+            (32, 28672, "t32x64", "t32x64"),
+            (32, 4096, "t16x32", "t16x32"),
+            (64, 28672, "t64x64", "t64x64"),
+            (64, 4096, "t32x64", "t32x64"),
+            (128, 28672, "t128x256", "w128x128s3"),
+            (128, 4096, "t32x64", "w64x64"),
+            (256, 6144, "t64x64", "w128x128s6"),
+            (512, 28672, "t128x128", "w128x128s3"),
+            (512, 4096, "t128x128", "w128x128s6"),
+            (1024, 6144, "t128x128", "w128x192"),
+            (1024, 28672, "t128x256", "w128x128s3"),
+            (4096, 4096, "t128x256", "w128x128s3"),
         ] {
-            assert_eq!(chosen(num_tokens, outputs, h100), wanted, "[{num_tokens}] x [{outputs}]");
+            let found = [(8, 0), HOPPER].map(|capability| chosen(num_tokens, outputs, capability, H100));
+            assert_eq!(found, [of_warps, of_all], "[{num_tokens}] x [{outputs}]");
         }
     }
 
     #[test]
     fn a_device_with_less_shared_memory_goes_without_the_largest_tile() {
-        assert_eq!(chosen(4096, 28672, 99 << 10), (128, 128));
-        assert_eq!(chosen(1, 4096, 99 << 10), (16, 32));
+        assert_eq!(chosen(4096, 28672, (8, 9), 99 << 10), "t128x128");
+        assert_eq!(chosen(1, 4096, (8, 9), 99 << 10), "t16x32");
+    }
+
+    /// Newer GPUs run machine code of older ones, but not Hopper's own instructions.
+    #[test]
+    fn only_hopper_has_tiles_of_warpgroups() {
+        for (capability, wanted) in [((8, 0), 5), ((8, 9), 5), (HOPPER, 10), ((10, 0), 5), ((12, 0), 5)] {
+            assert_eq!(tiles(capability, H100).count(), wanted, "{capability:?}");
+        }
     }
 }

@@ -37,6 +37,11 @@ impl Modules {
         Ok(usize::try_from(bytes).unwrap_or(0))
     }
 
+    /// Major and minor.
+    pub(super) fn compute_capability(&self) -> Result<(i32, i32)> {
+        self.context.compute_capability().map_err(driver_error("ask for the compute capability"))
+    }
+
     fn module(&self, file: &str) -> Result<Arc<CudaModule>> {
         let image = IMAGES.iter().find(|(name, _)| *name == file);
         let (name, image) = image.ok_or_else(|| Error::Device(format!("there is no kernel file {file}.cu")))?;
@@ -68,12 +73,17 @@ fn load_error(name: &str, error: DriverError) -> Error {
     }
 }
 
-/// Compiles one source for the device's instructions.
+/// Compiles one source for the device's instructions; what has a name for it, for those of that generation alone.
 fn compile(context: &Arc<CudaContext>, name: &str, source: &str) -> Result<Ptx> {
     kernel_source()?;
     let (major, minor) = context.compute_capability().map_err(driver_error("ask for the compute capability"))?;
+    let own = if name.ends_with("_sm90a") { "a" } else { "" };
     let options = CompileOptions {
-        options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into(), "-lineinfo".into()],
+        options: vec![
+            format!("--gpu-architecture=compute_{major}{minor}{own}"),
+            "--std=c++17".into(),
+            "-lineinfo".into(),
+        ],
         name: Some(format!("{name}.cu")),
         ..CompileOptions::default()
     };
@@ -149,12 +159,16 @@ mod tests {
             let Image::Fatbin(fatbin) = image else { panic!("{name}.cu is embedded as source") };
             let entries = entries(fatbin);
             let kinds: Vec<(u16, u32)> = entries.iter().map(|(kind, _)| *kind).collect();
-            assert_eq!(kinds, [(MACHINE_CODE, 80), (MACHINE_CODE, 90), (PTX, 80)], "{name}.cu");
-            for (_, code) in &entries[..2] {
+            let (wanted, version) = match name.ends_with("_sm90a") {
+                true => (&[(MACHINE_CODE, 90), (PTX, 90)][..], ".version 8.0"),
+                false => (&[(MACHINE_CODE, 80), (MACHINE_CODE, 90), (PTX, 80)][..], ".version 7.8"),
+            };
+            assert_eq!(kinds, wanted, "{name}.cu");
+            let (ptx, codes) = entries.split_last().unwrap();
+            for (_, code) in codes {
                 assert!(code.starts_with(b"\x7fELF"), "{name}.cu");
             }
-            let ptx = String::from_utf8_lossy(entries[2].1);
-            assert!(ptx.lines().any(|line| line == ".version 7.8"), "{name}.cu");
+            assert!(String::from_utf8_lossy(ptx.1).lines().any(|line| line == version), "{name}.cu");
         }
     }
 }
