@@ -1,12 +1,13 @@
 //! Says whether the software device understands PTX files: `cargo run -p softgpu --example check_ptx -- a.ptx b.fatbin`.
 
+use softgpu::capability::capability;
 use softgpu::fatbin::ptx_of_fatbin;
 use softgpu::memory::Memory;
 use softgpu::module::Module;
 
 fn check(path: &str) -> Result<String, String> {
     let bytes = std::fs::read(path).map_err(|e| e.to_string())?;
-    let text = match ptx_of_fatbin(&bytes) {
+    let text = match ptx_of_fatbin(&bytes, capability()) {
         Ok(text) => text,
         Err(_) => String::from_utf8(bytes).map_err(|e| e.to_string())?,
     };

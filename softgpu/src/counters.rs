@@ -49,13 +49,14 @@ counters! {
     global_store_bytes,
     /// Bytes of 64-byte granules written at least once per launch.
     global_store_footprint_bytes,
-    /// Shared loads and stores issued, one per warp.
+    /// Shared loads and stores issued, one per warp. What `wgmma` reads is not among them: it is not known how often a device
+    /// reads what four warps share.
     shared_requests,
     /// Passes over the 32 banks that they take; more than the ideal means bank conflicts.
     shared_wavefronts,
     /// Passes that they would take without bank conflicts.
     shared_wavefronts_ideal,
-    /// Tensor-core instructions.
+    /// Tensor-core instructions, one per warp.
     mma,
     /// Products and sums in these.
     mma_flops,

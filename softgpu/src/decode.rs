@@ -21,6 +21,7 @@ mod flow;
 mod memory;
 mod rows;
 mod warp_wide;
+mod warpgroup;
 
 pub(crate) type Result<T> = std::result::Result<T, PtxError>;
 
@@ -128,7 +129,7 @@ impl<'a> Decoder<'a> {
                 _ => {}
             }
         }
-        self.dynamic_offset = shared_end.next_multiple_of(128);
+        self.dynamic_offset = dynamic_offset(entry, shared_end, &dynamic);
         for var in dynamic {
             self.symbols.insert(var.name.clone(), (Space::Shared, u64::from(self.dynamic_offset)));
         }
@@ -160,6 +161,7 @@ impl<'a> Decoder<'a> {
         };
         let row = |bank: Bank, slot: u16| rows.of[bank as usize][slot as usize];
         let has_fence = self.insts.iter().any(|i| matches!(i.op, Op::Fence));
+        let has_wgmma = self.insts.iter().any(|i| matches!(i.op, Op::Wgmma(_)));
         Ok(Kernel {
             id: NEXT_ID.fetch_add(1, Relaxed),
             name: self.entry.name.clone(),
@@ -178,6 +180,7 @@ impl<'a> Decoder<'a> {
             max_threads: self.entry.max_threads,
             required_threads: self.entry.required_threads,
             has_fence,
+            has_wgmma,
         })
     }
 
@@ -213,7 +216,8 @@ impl<'a> Decoder<'a> {
                 self.memory(&parts, &stmt.operands)?
             }
             "bra" | "brx" | "ret" | "exit" | "trap" | "call" | "bar" | "barrier" | "membar" | "fence" | "nanosleep"
-            | "brkpt" | "pmevent" | "griddepcontrol" => self.control(&parts, &stmt.operands)?,
+            | "brkpt" | "pmevent" | "griddepcontrol" | "setmaxnreg" => self.control(&parts, &stmt.operands)?,
+            "wgmma" => self.warpgroup(&parts, &stmt.operands)?,
             "shfl" | "vote" | "activemask" | "match" | "redux" | "mma" => self.warp_wide(&parts, &stmt.operands)?,
             _ => self.arithmetic(&parts, &stmt.operands)?,
         };
@@ -374,6 +378,15 @@ fn new_slot(registers: &mut [usize; 3], kind: &str) -> Slot {
         "b64" | "u64" | "s64" | "f64" => Slot::Wide(take(&mut registers[Bank::Wide as usize])),
         _ => Slot::Narrow(take(&mut registers[Bank::Narrow as usize])),
     }
+}
+
+/// Where dynamic shared memory begins. Tiles of `wgmma` want more than what is given to every kernel: one that does not ask
+/// for it is not given it by chance.
+fn dynamic_offset(entry: &Entry, end: u32, dynamic: &[&Var]) -> u32 {
+    let align = dynamic.iter().map(|var| var.align).max().unwrap_or(0).max(128);
+    let offset = end.next_multiple_of(align);
+    let has_tiles = entry.body.iter().any(|stmt| stmt.opcode.starts_with("wgmma."));
+    if has_tiles && align < 1024 && offset.is_multiple_of(1024) { offset + align } else { offset }
 }
 
 /// Whether a kernel names a module-level variable; shared memory counts only for kernels that do.

@@ -23,6 +23,11 @@ pub enum FaultKind {
     InactiveLane,
     /// `cp.async` read before its wait, overwritten before it, or never waited for.
     AsyncCopy,
+    /// `wgmma` whose tiles change before its wait, that is never committed or waited for, that no `wgmma.fence` precedes, on
+    /// which the warps of a warpgroup do not agree, or whose descriptor means nothing.
+    AsyncMatrix,
+    /// Shared memory that threads wrote, read by `wgmma` with no `fence.proxy.async` between.
+    ProxyFence,
     /// A launch whose shape or shared-memory size the kernel does not allow.
     LaunchShape,
     /// Host memory changed, freed or read while an asynchronous copy still needed it.

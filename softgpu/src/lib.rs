@@ -7,10 +7,11 @@
 //! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it; [`memory`] holds device memory and its shadow;
 //! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work and [`capture`] records it; [`driver`] is the C interface, whose
 //! calls [`inject`] makes fail. Beside it [`cublaslt`] is that of a library of matrix products, which [`product`] computes.
-//! [`counters`] say what kernels did, and [`roofline`] what that would take on real devices at the least.
+//! [`capability`] is what the device is said to be, [`counters`] say what kernels did, and [`roofline`] what that would take on real devices at the least.
 
 #![allow(clippy::needless_range_loop)] // Lane loops index several rows at once.
 
+pub mod capability;
 pub mod capture;
 pub mod counters;
 pub mod cublaslt;

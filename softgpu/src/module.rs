@@ -1,5 +1,6 @@
 //! A loaded module: its variables in device memory, its kernels decoded.
 
+use crate::capability::capability;
 use crate::decode::decode;
 use crate::exec::isa::{Kernel, SHARED_WINDOW};
 use crate::memory::Memory;
@@ -11,8 +12,6 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 /// Dynamic shared memory that a kernel may use without asking, bytes.
 pub const DEFAULT_SHARED: u32 = 48 << 10;
-/// Shared memory that a kernel may ask for, bytes (compute capability 8.0).
-pub const MAX_SHARED: u32 = 163 << 10;
 
 /// The kernels of texts that were loaded before: a test program loads the same ones for every engine. What has variables is
 /// decoded for their addresses, and not kept.
@@ -66,8 +65,8 @@ impl Function {
             ));
         }
         let total = dynamic_shared + self.kernel.static_shared;
-        (total > MAX_SHARED)
-            .then(|| format!("kernel {name}: {total} bytes of shared memory, the device has {MAX_SHARED}"))
+        let most = capability().max_shared;
+        (total > most).then(|| format!("kernel {name}: {total} bytes of shared memory, the device has {most}"))
     }
 }
 
@@ -91,6 +90,9 @@ impl Module {
             return Ok(Self::of(kernels, HashMap::new()));
         }
         let module = ptx::parse(text)?;
+        if let Some(message) = capability().refuse(&module.target) {
+            return Err(PtxError { line: 0, message });
+        }
         let vars: Vec<&Var> = module.vars.iter().filter(|v| matches!(v.space, Space::Global | Space::Const)).collect();
         let mut globals = HashMap::new();
         for var in &vars {

@@ -373,10 +373,10 @@ fn lanes_exchange() {
 
 #[test]
 fn what_is_not_supported_is_refused_with_its_line() {
-    let text = program("wgmma.fence.sync.aligned;", true);
-    let line = text.lines().position(|l| l.contains("wgmma")).unwrap() as u32 + 1;
+    let text = program("mbarrier.inval.b64 [%x0];", true);
+    let line = text.lines().position(|l| l.contains("mbarrier")).unwrap() as u32 + 1;
     let memory = softgpu::memory::Memory::new(1 << 20);
     let error = softgpu::module::Module::load(&text, &memory).unwrap_err();
     assert_eq!(error.line, line, "{error}");
-    assert!(error.message.contains("wgmma.fence") && error.message.contains("kernel k"), "{error}");
+    assert!(error.message.contains("mbarrier.inval") && error.message.contains("kernel k"), "{error}");
 }

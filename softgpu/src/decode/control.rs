@@ -11,11 +11,21 @@ impl Decoder<'_> {
             "brx" => self.branch_table(operands)?,
             "ret" | "exit" => Op::Exit,
             "trap" | "brkpt" => Op::Trap,
+            "fence" if parts[1..].starts_with(&["proxy", "async"]) => self.proxy_fence(parts)?,
             "membar" | "fence" => Op::Fence,
-            "nanosleep" | "pmevent" | "griddepcontrol" => Op::Nop,
+            "nanosleep" | "pmevent" | "griddepcontrol" | "setmaxnreg" => Op::Nop,
             "call" => self.call(operands)?,
             _ => self.barrier(parts, operands)?,
         })
+    }
+
+    /// Copies and matrices of the async proxy are there for shared memory alone.
+    fn proxy_fence(&self, parts: &[&str]) -> Result<Op> {
+        match parts[3..] {
+            [] | ["shared::cta" | "shared::cluster"] => Ok(Op::ProxyFence),
+            ["global"] => Ok(Op::Nop),
+            _ => self.fail("this form of fence.proxy.async is not supported"),
+        }
     }
 
     /// The statement number of a label; [`Decoder::finish`] turns it into an instruction number.

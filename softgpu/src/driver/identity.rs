@@ -1,8 +1,9 @@
 //! Initialisation and what the device says about itself.
 
-use super::{INVALID_DEVICE, INVALID_VALUE, entries, put};
+use super::{INVALID_DEVICE, INVALID_VALUE, entries, put, refuse};
+use crate::capability::{capability, wanted};
 use crate::device::device;
-use crate::module::{DEFAULT_SHARED, MAX_SHARED};
+use crate::module::DEFAULT_SHARED;
 use std::ffi::{c_char, c_int, c_uint};
 
 /// The name says what it is, so that nobody takes it for a GPU.
@@ -18,6 +19,8 @@ fn check(device: c_int) -> Result<(), u32> {
 
 /// Attribute numbers of `CUdevice_attribute`; what is not listed is 0, "not supported".
 fn attribute(number: c_uint) -> c_int {
+    let capability = capability();
+    let (major, minor) = capability.version();
     match number {
         1 => 1024,                    // threads per block
         2 | 3 => 1024,                // block x, y
@@ -30,25 +33,28 @@ fn attribute(number: c_uint) -> c_int {
         12 => 65536,                  // registers per block
         13 | 36 => 1_000_000,         // clock and memory clock, kHz: nominal
         15 | 31 | 40 | 41 => 1,       // overlap, concurrent kernels, async engine, unified addressing
-        16 => 108,                    // multiprocessors, as an A100
-        37 => 5120,                   // memory bus, bits, as an A100
-        38 => 40 << 20,               // L2 bytes
-        39 => 2048,                   // threads per multiprocessor
-        75 => 8,                      // compute capability, major
-        76 => 0,                      // compute capability, minor
-        78..=80 => 1,                 // stream priorities, global and local L1
-        81 => 164 << 10,              // shared memory per multiprocessor
-        82 => 65536,                  // registers per multiprocessor
-        97 => MAX_SHARED as c_int,    // shared memory per block, on request
-        106 => 32,                    // blocks per multiprocessor
-        111 => 1024,                  // reserved shared memory per block
-        115 => 1,                     // memory pools
+        16 => capability.multiprocessors as c_int,
+        37 => 5120, // memory bus, bits, as an A100 and an H100
+        38 => capability.l2_bytes as c_int,
+        39 => 2048,           // threads per multiprocessor
+        75 => major as c_int, // compute capability
+        76 => minor as c_int,
+        78..=80 => 1, // stream priorities, global and local L1
+        81 => capability.multiprocessor_shared as c_int,
+        82 => 65536,                          // registers per multiprocessor
+        97 => capability.max_shared as c_int, // shared memory per block, on request
+        106 => 32,                            // blocks per multiprocessor
+        111 => 1024,                          // reserved shared memory per block
+        115 => 1,                             // memory pools
         _ => 0,
     }
 }
 
 entries! {
     fn cuInit(_flags: c_uint) {
+        if let Err(message) = wanted() {
+            return refuse(INVALID_VALUE, &message);
+        }
         device();
         Ok(())
     }

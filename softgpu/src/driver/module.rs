@@ -5,10 +5,11 @@ use super::{
     FILE_NOT_FOUND, INVALID_HANDLE, INVALID_IMAGE, INVALID_PTX, INVALID_VALUE, NO_BINARY, NOT_FOUND, NOT_SUPPORTED,
     entries, put, refuse,
 };
+use crate::capability::capability;
 use crate::device::device;
 use crate::fatbin::{ImageError, ptx_of_image};
 use crate::fault::{Fault, FaultKind};
-use crate::module::{Function, MAX_SHARED, Module};
+use crate::module::{Function, Module};
 use crate::report;
 use crate::work::Work;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -110,7 +111,7 @@ fn attribute(function: &Function, number: c_uint) -> Option<c_int> {
         3 => kernel.local_bytes as c_int,
         // Registers are not assigned here; 0 says so.
         4 => 0,
-        5 | 6 => 80,
+        5 | 6 => capability().number as c_int,
         7 => 0,
         8 => function.max_dynamic_shared.load(Relaxed) as c_int,
         9 => -1,
@@ -208,15 +209,16 @@ entries! {
     fn cuFuncSetAttribute(handle: usize, number: c_uint, value: c_int) {
         let function = function(handle)?;
         match number {
-            8 if value >= 0 && value as u32 + function.kernel.static_shared <= MAX_SHARED => {
+            8 if value >= 0 && value as u32 + function.kernel.static_shared <= capability().max_shared => {
                 function.max_dynamic_shared.store(value as u32, Relaxed);
                 Ok(())
             }
             8 => refuse(
                 INVALID_VALUE,
                 &format!(
-                    "kernel {}: {value} bytes of dynamic shared memory wanted, the device has {MAX_SHARED}",
-                    function.kernel.name
+                    "kernel {}: {value} bytes of dynamic shared memory wanted, the device has {}",
+                    function.kernel.name,
+                    capability().max_shared
                 ),
             ),
             9 => Ok(()),
@@ -271,5 +273,5 @@ entries! {
 fn occupancy(function: &Function, threads: c_int, shared: usize) -> c_int {
     let by_threads = 2048 / threads.clamp(1, 1024);
     let bytes = function.kernel.static_shared as usize + shared + 1024;
-    by_threads.min(((164 << 10) / bytes) as c_int).min(32)
+    by_threads.min((capability().multiprocessor_shared as usize / bytes) as c_int).min(32)
 }

@@ -74,7 +74,7 @@ pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) ->
             let (b, c, at) = (bs[lane], cs[lane], all[lane].wrapping_sub(start));
             let update = |old: u64| combine(atomic.op, atomic.ty, old, b, c);
             olds[lane] = match space {
-                Space::Shared => atomic_shared(block, at, width, warp.index, update),
+                Space::Shared => atomic_shared(block, at, width, (warp.index, lane), update),
                 Space::Local | Space::Param => {
                     Err(Fault::new(FaultKind::OutOfBounds, "atomics work on global and shared memory only"))
                 }
@@ -90,8 +90,14 @@ pub fn atomic(warp: &mut Warp, block: &mut Block, atomic: &Atomic, mask: u32) ->
     Ok(())
 }
 
-fn atomic_shared(block: &mut Block, at: u64, width: u64, warp: u32, update: impl Fn(u64) -> u64) -> Result<u64, Fault> {
-    let bytes = block.shared.atomic(at, width, warp)?;
+fn atomic_shared(
+    block: &mut Block,
+    at: u64,
+    width: u64,
+    by: (u32, usize),
+    update: impl Fn(u64) -> u64,
+) -> Result<u64, Fault> {
+    let bytes = block.shared.atomic(at, width, by)?;
     let mut raw = [0; 8];
     raw[..width as usize].copy_from_slice(bytes);
     let old = u64::from_le_bytes(raw);

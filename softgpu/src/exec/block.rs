@@ -5,6 +5,7 @@ use super::lanes::LANES;
 use super::launch::Launch;
 use super::shared::Shared;
 use super::warp::{Arrival, Stop, Warp};
+use super::warpgroup::Issue;
 use crate::counters::Counters;
 use crate::fault::{Fault, FaultKind};
 use crate::memory::Accessor;
@@ -58,6 +59,8 @@ pub struct Block<'a> {
     pub by: Accessor,
     /// For other blocks, the fences of theirs that this block has seen through atomics.
     pub acquired: HashMap<u32, u32>,
+    /// What the warps of each warpgroup have issued.
+    pub products: Vec<Vec<Issue>>,
     /// Counters of this thread of the host.
     pub counters: Counters,
     fences: u32,
@@ -90,6 +93,7 @@ impl<'a> Worker<'a> {
             shared,
             by: launch.by.clone(),
             acquired: HashMap::new(),
+            products: vec![Vec::new(); launch.threads().div_ceil(4 * LANES as u32) as usize],
             counters: Counters::default(),
             fences: 0,
             linear: 0,
@@ -118,7 +122,11 @@ impl<'a> Worker<'a> {
                     };
                 }
             }
-            if launch.is_stopped() || states.iter().all(|s| matches!(s, State::Done)) {
+            if launch.is_stopped() {
+                return Ok(());
+            }
+            if states.iter().all(|s| matches!(s, State::Done)) {
+                self.check_warpgroups()?;
                 self.block.counters.blocks += 1;
                 return Ok(());
             }
@@ -130,6 +138,17 @@ impl<'a> Worker<'a> {
         Err(self.warps[0].place(&self.block, 0, 0, Fault::new(FaultKind::Timeout, what)))
     }
 
+    /// The warps of a warpgroup have issued the same products: those that the ones before issued.
+    fn check_warpgroups(&self) -> Result<(), Fault> {
+        for (i, warp) in self.warps.iter().enumerate() {
+            let issued = self.block.products[i / 4].len();
+            warp.products
+                .check_count(i as u32, issued)
+                .map_err(|fault| warp.place(&self.block, warp.products.pc, 0, fault))?;
+        }
+        Ok(())
+    }
+
     fn begin(&mut self, linear: u32) {
         let block = &mut self.block;
         let launch = block.launch;
@@ -138,6 +157,7 @@ impl<'a> Worker<'a> {
         block.linear = linear;
         block.shared.begin_block();
         block.acquired.clear();
+        block.products.iter_mut().for_each(Vec::clear);
         block.fences = 0;
         block.by.tag = launch.by.tag_base + (linear << launch.by.tag_shift);
         let threads = launch.threads();

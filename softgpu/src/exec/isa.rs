@@ -230,6 +230,47 @@ pub struct Mma {
     pub c: [u16; 4],
 }
 
+/// Where the A matrix of a `wgmma` comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Left {
+    /// Shared memory: the row of its descriptor, and whether M runs fastest there.
+    Shared(u16, bool),
+    /// Registers, as those of `mma.m16n8k16`.
+    Registers([u16; 4]),
+}
+
+/// Whether a `wgmma` adds to what its accumulator holds.
+#[derive(Clone, Copy, Debug)]
+pub enum Accumulate {
+    /// It does.
+    Always,
+    /// D = A B.
+    Never,
+    /// Where the predicate holds.
+    If(Pred),
+}
+
+/// `wgmma.mma_async.sync.aligned.m64nNk16.f32.T.T` with T = f16 or bf16.
+#[derive(Clone, Debug)]
+pub struct Wgmma {
+    /// bf16 inputs rather than f16.
+    pub is_bf16: bool,
+    /// Accumulator out: N / 2 registers, four for every 8 columns.
+    pub d: Box<[u16]>,
+    /// Accumulator in, the same registers.
+    pub c: Box<[u16]>,
+    /// A, 64 rows of 16.
+    pub a: Left,
+    /// Row of the descriptor of B, N columns of 16.
+    pub b: u16,
+    /// Whether N runs fastest in B rather than K.
+    pub is_b_transposed: bool,
+    /// Whether D is added to.
+    pub accumulate: Accumulate,
+    /// Whether products are taken with the other sign: one of the two scales is -1.
+    pub is_negative: bool,
+}
+
 /// `setp`.
 #[derive(Clone, Copy, Debug)]
 pub struct SetPredicate {
@@ -406,7 +447,16 @@ pub enum Op {
         address: Address,
     },
     Mma(Mma),
+    Wgmma(Box<Wgmma>),
+    WgmmaFence,
+    WgmmaCommit,
+    /// Waits until at most this many groups are under way.
+    WgmmaWait {
+        groups: u32,
+    },
     Fence,
+    /// `fence.proxy.async` for shared memory.
+    ProxyFence,
     Nop,
 }
 
@@ -506,6 +556,8 @@ pub struct Kernel {
     pub required_threads: Option<[u32; 3]>,
     /// Whether writes can be published to other blocks (fence and atomics).
     pub has_fence: bool,
+    /// Whether it has `wgmma`.
+    pub has_wgmma: bool,
 }
 
 impl Kernel {

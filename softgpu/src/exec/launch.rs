@@ -87,14 +87,15 @@ impl<'a> Launch<'a> {
     /// Makes shared memory for a worker of some that it may have had before.
     pub(super) fn prepare(&self, shared: &mut Shared) {
         let kernel = self.kernel;
-        let mut unowned = Vec::new();
+        let first = kernel.shared.first().map_or(kernel.dynamic_offset, |v| v.offset);
+        let mut unowned = vec![(0, first)];
         for (i, var) in kernel.shared.iter().enumerate() {
             let next = kernel.shared.get(i + 1).map_or(kernel.dynamic_offset, |v| v.offset);
             unowned.push((var.offset + var.bytes, next));
         }
         let end = kernel.dynamic_offset + self.dynamic_shared;
         unowned.retain(|(start, end)| start < end);
-        shared.prepare(end, unowned);
+        shared.prepare(end, unowned, kernel.has_wgmma);
     }
 
     /// The zero-terminated text at a device address, for assertion messages.

@@ -241,7 +241,7 @@ fn write_lanes<const WIDTH: usize>(
     for lane in lanes(mask) {
         let mut bytes = [0; WIDTH];
         bytes.copy_from_slice(&values[lane][..WIDTH]);
-        block.shared.write(at[lane], &bytes, warp.index).map_err(|f| (lane, f))?;
+        block.shared.write(at[lane], &bytes, (warp.index, lane)).map_err(|f| (lane, f))?;
     }
     Ok(())
 }

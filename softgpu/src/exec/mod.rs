@@ -2,6 +2,7 @@
 
 pub mod alu;
 pub mod async_copy;
+mod async_proxy;
 pub mod atomic;
 pub mod block;
 pub mod convert;
@@ -14,5 +15,7 @@ pub mod mma;
 pub mod operands;
 pub mod shared;
 pub mod simd;
+mod tile;
 mod together;
 pub mod warp;
+pub mod warpgroup;

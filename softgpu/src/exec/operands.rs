@@ -1,7 +1,9 @@
 //! Which registers an instruction reads and writes: the one place that knows the operands of every operation.
 
 use super::alu;
-use super::isa::{Access, Address, AsyncCopy, Atomic, Inst, Mma, NONE, Op, Pred, SetPredicate, Vote};
+use super::isa::{
+    Access, Accumulate, Address, AsyncCopy, Atomic, Inst, Left, Mma, NONE, Op, Pred, SetPredicate, Vote, Wgmma,
+};
 
 /// A kind of register, as an index into what is kept for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +92,21 @@ impl<F: FnMut(Bank, Role, &mut u16)> Visitor<F> {
     fn mma(&mut self, Mma { d, a, b, c, .. }: &mut Mma) {
         self.read(false, a.iter_mut().chain(b).chain(c));
         self.write(false, d);
+    }
+
+    fn wgmma(&mut self, Wgmma { d, c, a, b, accumulate, .. }: &mut Wgmma) {
+        match a {
+            Left::Shared(descriptor, _) => self.read(true, [descriptor]),
+            Left::Registers(rows) => self.read(false, rows),
+        }
+        self.read(true, [b]);
+        if let Accumulate::If(pred) = accumulate {
+            self.test(pred);
+        }
+        if !matches!(accumulate, Accumulate::Never) {
+            self.read(false, c.iter_mut());
+        }
+        self.write(false, d.iter_mut());
     }
 
     /// No arm for the rest: whoever adds an operation says here what its operands are.
@@ -183,13 +200,18 @@ impl<F: FnMut(Bank, Role, &mut u16)> Visitor<F> {
                 self.write(false, &mut d[..*count as usize]);
             }
             Op::Mma(mma) => self.mma(mma),
+            Op::Wgmma(wgmma) => self.wgmma(wgmma),
             Op::Branch { target: _ }
             | Op::Exit
             | Op::Trap
             | Op::AsyncCommit
             | Op::AsyncWait { groups: _ }
             | Op::AsyncWaitAll
+            | Op::WgmmaFence
+            | Op::WgmmaCommit
+            | Op::WgmmaWait { groups: _ }
             | Op::Fence
+            | Op::ProxyFence
             | Op::Nop => {}
         }
     }

@@ -4,6 +4,7 @@
 //! barriers; it goes on from block to block and from launch to launch, so a cell from before the block is uninitialised. Two
 //! warps that touch a byte in the same epoch, one of them writing and not both atomically, race.
 
+use super::async_proxy::AsyncProxy;
 use crate::fault::{Fault, FaultKind};
 
 const WARP_BITS: u32 = 6;
@@ -27,14 +28,15 @@ pub struct Shared {
     unowned: Vec<(u32, u32)>,
     epoch: u32,
     block_start: u32,
+    proxy: AsyncProxy,
 }
 
 type Checked<T> = Result<T, Fault>;
 
 impl Shared {
     /// Makes it memory of `bytes`, of which the ranges in `unowned` (start, end) belong to no variable, whatever it was
-    /// before: what no launch has spoiled may serve the next one.
-    pub fn prepare(&mut self, bytes: u32, unowned: Vec<(u32, u32)>) {
+    /// before: what no launch has spoiled may serve the next one. `has_wgmma` says whether it is read asynchronously.
+    pub fn prepare(&mut self, bytes: u32, unowned: Vec<(u32, u32)>, has_wgmma: bool) {
         self.mark_unowned(0);
         self.bytes = bytes as usize;
         if self.bytes > self.cells.len() {
@@ -43,6 +45,7 @@ impl Shared {
         }
         self.unowned = unowned;
         self.mark_unowned(UNOWNED);
+        self.proxy.prepare(self.bytes, has_wgmma);
     }
 
     fn mark_unowned(&mut self, cell: u64) {
@@ -54,6 +57,7 @@ impl Shared {
     fn clear(&mut self) {
         self.cells.fill(0);
         self.mark_unowned(UNOWNED);
+        self.proxy.clear();
         (self.epoch, self.block_start) = (1, 1);
     }
 
@@ -64,6 +68,7 @@ impl Shared {
         }
         self.epoch += 1;
         self.block_start = self.epoch;
+        self.proxy.begin_block();
     }
 
     /// A barrier has completed.
@@ -98,21 +103,63 @@ impl Shared {
         Ok(chunk(&mut self.data, start))
     }
 
-    /// Writes for one lane of `warp`.
+    /// Reads 16 bytes for `wgmma` of `warp`, which may do so until [`Shared::end_read`].
     #[inline(always)]
-    pub fn write<const WIDTH: usize>(&mut self, address: u64, value: &[u8; WIDTH], warp: u32) -> Checked<()> {
+    pub fn begin_read(&mut self, address: u32, warp: u32) -> Checked<&[u8; 16]> {
+        let start = self.range(u64::from(address), 16)?.start;
+        self.look(address, warp)?;
+        self.proxy.count(address, 1);
+        Ok(chunk(&mut self.data, start))
+    }
+
+    /// The wait for a read has come: it may have happened as late as now.
+    pub fn end_read(&mut self, address: u32, warp: u32) -> Checked<()> {
+        self.proxy.count(address, -1);
+        self.look(address, warp)
+    }
+
+    /// Checks a read by `wgmma`, at length once in an epoch for one warp and once for others.
+    #[inline(always)]
+    fn look(&mut self, address: u32, warp: u32) -> Checked<()> {
+        let mine = self.epoch << EPOCH_SHIFT | warp;
+        if self.proxy.is_seen(address, mine, mine | MANY) {
+            return Ok(());
+        }
+        self.read::<16>(u64::from(address), warp)?;
+        self.proxy.check_fences(address, warp, self.epoch)?;
+        let epoch = self.epoch;
+        self.proxy.see(address, mine, |seen| seen >> EPOCH_SHIFT == epoch, mine | MANY);
+        Ok(())
+    }
+
+    /// `lanes` of a warp make what they wrote visible to the async proxy.
+    pub fn proxy_fence(&mut self, warp: u32, lanes: u32) {
+        self.proxy.fence(warp, lanes, self.epoch);
+    }
+
+    /// Writes for a lane of a warp.
+    #[inline(always)]
+    pub fn write<const WIDTH: usize>(
+        &mut self,
+        address: u64,
+        value: &[u8; WIDTH],
+        (warp, lane): (u32, usize),
+    ) -> Checked<()> {
         let start = self.range(address, WIDTH as u64)?.start;
+        self.proxy.claim(address, WIDTH as u64, warp)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
         let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
         claim(cells, address, self.epoch, warp)?;
         *cells = [u64::from(mine); WIDTH];
         *chunk(&mut self.data, start) = *value;
+        self.proxy.wrote(address, WIDTH as u64, (warp, lane));
         Ok(())
     }
 
-    /// Bytes for an atomic operation of one lane; other atomics in the same epoch do not race with it.
-    pub fn atomic(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<&mut [u8]> {
+    /// Bytes for an atomic operation of a lane of a warp; other atomics in the same epoch do not race with it.
+    pub fn atomic(&mut self, address: u64, bytes: u64, (warp, lane): (u32, usize)) -> Checked<&mut [u8]> {
         let range = self.range(address, bytes)?;
+        self.proxy.claim(address, bytes, warp)?;
         for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
             let writer = *cell as u32;
             let written = writer >> EPOCH_SHIFT;
@@ -123,6 +170,7 @@ impl Shared {
             let who = if others { MANY } else { warp };
             *cell = u64::from(self.epoch << EPOCH_SHIFT | ATOMIC | who);
         }
+        self.proxy.wrote(address, bytes, (warp, lane));
         Ok(&mut self.data[range])
     }
 
@@ -130,6 +178,7 @@ impl Shared {
     #[inline(always)]
     pub fn reserve<const WIDTH: usize>(&mut self, address: u64, warp: u32) -> Checked<()> {
         let start = self.range(address, WIDTH as u64)?.start;
+        self.proxy.claim(address, WIDTH as u64, warp)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
         let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
         claim(cells, address, self.epoch, warp)?;
@@ -138,11 +187,12 @@ impl Shared {
         Ok(())
     }
 
-    /// A `cp.async` arrives at its wait.
-    pub fn land(&mut self, address: u64, value: &[u8], warp: u32) {
+    /// A `cp.async` of a lane of a warp arrives at its wait.
+    pub fn land(&mut self, address: u64, value: &[u8], (warp, lane): (u32, usize)) {
         let range = address as usize..address as usize + value.len();
         self.cells[range.clone()].fill(u64::from(self.epoch << EPOCH_SHIFT | warp));
         self.data[range].copy_from_slice(value);
+        self.proxy.wrote(address, value.len() as u64, (warp, lane));
     }
 }
 

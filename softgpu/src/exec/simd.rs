@@ -2,10 +2,10 @@
 
 use super::alu::{self, Alu};
 use super::block::Block;
-use super::isa::{Compare, Mma, NumType, SetPredicate};
+use super::isa::{Compare, Mma, NumType, SetPredicate, Wgmma};
 use super::lanes::{FULL, LANES, Regs, test2};
-use super::mma;
-use super::warp::{Stop, Warp};
+use super::warp::{LaneResult, Stop, Warp};
+use super::{mma, warpgroup};
 use crate::fault::Fault;
 use half::{bf16, f16};
 use std::sync::OnceLock;
@@ -18,6 +18,7 @@ pub struct Simd {
     alu: unsafe fn(Alu, &mut Regs, u16, [u16; 3], u32),
     compare: unsafe fn(&SetPredicate, &Regs) -> u32,
     mma: unsafe fn(&Mma, &mut Regs),
+    wgmma: unsafe fn(&Wgmma, &mut Warp, &mut Block) -> LaneResult<()>,
     run: unsafe fn(&mut Warp, &mut Block, u32) -> Result<Stop, Fault>,
 }
 
@@ -41,6 +42,16 @@ impl Simd {
     pub fn mma(&self, op: &Mma, regs: &mut Regs) {
         // SAFETY: as above.
         unsafe { (self.mma)(op, regs) }
+    }
+
+    /// `warpgroup::multiply`.
+    ///
+    /// # Errors
+    /// A finding, with the lane.
+    #[inline(always)]
+    pub fn wgmma(&self, op: &Wgmma, warp: &mut Warp, block: &mut Block) -> LaneResult<()> {
+        // SAFETY: as above.
+        unsafe { (self.wgmma)(op, warp, block) }
     }
 
     /// `Warp::run`.
@@ -74,11 +85,16 @@ macro_rules! variant {
             }
 
             $(#[target_feature(enable = $features)])?
+            unsafe fn wgmma(op: &Wgmma, warp: &mut Warp, block: &mut Block) -> LaneResult<()> {
+                warpgroup::multiply(op, warp, block)
+            }
+
+            $(#[target_feature(enable = $features)])?
             unsafe fn run(warp: &mut Warp, block: &mut Block, slice: u32) -> Result<Stop, Fault> {
                 warp.run(block, slice)
             }
 
-            pub(super) const $constant: Simd = Simd { name: $name, alu, compare, mma, run };
+            pub(super) const $constant: Simd = Simd { name: $name, alu, compare, mma, wgmma, run };
         }
     };
 }

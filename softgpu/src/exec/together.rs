@@ -41,7 +41,7 @@ impl Warp {
             Op::Vote { mode, d, p, .. } => self.vote(*mode, *d, self.predicate(*p) & mask, mask),
             Op::Match { all, wide, d, p, a, .. } => self.matching(*all, *wide, (*d, *p), *a, mask),
             Op::Reduce { op, signed, d, a, .. } => self.reduce(*op, *signed, *d, *a, mask),
-            _ => return self.whole_warp(block, op, mask),
+            _ => return self.whole_warp(block, op, self.splits[at].pc, mask),
         }
         Ok(Flow::Next)
     }
@@ -63,7 +63,7 @@ impl Warp {
     }
 
     #[inline(always)]
-    fn whole_warp(&mut self, block: &mut Block, op: &Op, mask: u32) -> LaneResult<Flow> {
+    fn whole_warp(&mut self, block: &mut Block, op: &Op, pc: u32, mask: u32) -> LaneResult<Flow> {
         if mask != FULL {
             let what = format!("{:#010x} are the lanes here, the instruction needs all 32", mask);
             return Err((first(mask), Fault::new(FaultKind::InactiveLane, what)));
@@ -77,6 +77,13 @@ impl Warp {
                 block.counters.mma_flops += 2 * 16 * 8 * u64::from(mma.k);
                 block.launch.simd.mma(mma, &mut self.regs);
             }
+            Op::Wgmma(wgmma) => {
+                self.products.pc = pc;
+                block.launch.simd.wgmma(wgmma, self, block)?;
+            }
+            Op::WgmmaFence => self.products.fence(),
+            Op::WgmmaCommit => self.products.commit(),
+            Op::WgmmaWait { groups } => self.products.wait(&mut block.shared, *groups, self.index)?,
             _ => {}
         }
         Ok(Flow::Next)

@@ -7,6 +7,7 @@
 use super::block::Block;
 use super::isa::{Kernel, Logic, NONE, Op, Pred};
 use super::lanes::{LANES, Regs};
+use super::warpgroup::Products;
 use super::{async_copy, atomic, load_store};
 use crate::fault::{Fault, FaultKind};
 
@@ -78,6 +79,8 @@ pub struct Warp {
     groups: std::collections::VecDeque<Vec<Pending>>,
     /// Where the last copy was issued, for messages.
     copy_pc: u32,
+    /// Products of its warpgroup, as far as they are its own.
+    pub products: Products,
     /// At which barrier it has stopped.
     pub(super) arrival: Option<Arrival>,
 }
@@ -92,7 +95,7 @@ pub(super) enum Flow {
     Stop,
 }
 
-pub(super) type LaneResult<T> = load_store::Lanes<T>;
+pub(crate) type LaneResult<T> = load_store::Lanes<T>;
 
 impl Warp {
     /// Makes the registers those of a kernel: zeros, and constants in their rows, which nothing writes to.
@@ -121,6 +124,7 @@ impl Warp {
         self.local_init.resize(local, 0);
         self.open_copies.clear();
         self.groups.clear();
+        self.products.begin();
     }
 
     /// Runs until a barrier, the end or `slice` instructions. All that it does often is compiled together with it, for
@@ -251,6 +255,7 @@ impl Warp {
                 self.wait_copies(block, mask, 0);
             }
             Op::Fence => block.fence(),
+            Op::ProxyFence => block.shared.proxy_fence(self.index, mask),
             Op::Nop => {}
             Op::Trap => return Err((first(mask), Fault::new(FaultKind::Assert, "trap"))),
             Op::Assert { message, file, line } => return Err(self.assertion(block, mask, *message, *file, *line)),
@@ -333,9 +338,11 @@ impl Warp {
 
     fn finish(&self, block: &Block) -> Result<(), Fault> {
         let left = self.open_copies.first().or_else(|| self.groups.iter().flatten().next());
-        let Some(copy) = left else { return Ok(()) };
-        let what = format!("cp.async to shared address {:#x} is never waited for", copy.target);
-        Err(self.place(block, self.copy_pc, copy.lane as usize, Fault::new(FaultKind::AsyncCopy, what)))
+        if let Some(copy) = left {
+            let what = format!("cp.async to shared address {:#x} is never waited for", copy.target);
+            return Err(self.place(block, self.copy_pc, copy.lane as usize, Fault::new(FaultKind::AsyncCopy, what)));
+        }
+        self.products.left().map_or(Ok(()), |fault| Err(self.place(block, self.products.pc, 0, fault)))
     }
 
     fn commit_copies(&mut self, mask: u32) {
@@ -351,7 +358,8 @@ impl Warp {
             group.retain(|copy| {
                 let lands = mask >> copy.lane & 1 == 1;
                 if lands {
-                    block.shared.land(u64::from(copy.target), &copy.data[..copy.bytes as usize], index);
+                    let by = (index, copy.lane as usize);
+                    block.shared.land(u64::from(copy.target), &copy.data[..copy.bytes as usize], by);
                 }
                 !lands
             });
