@@ -19,8 +19,8 @@ const VARIABLE: &str = "SOFTGPU_COMPUTE_CAPABILITY";
 const K: usize = 64;
 const M: usize = 64;
 const THREADS: usize = 128;
-/// Shared memory behind the tiles, bytes: a tile that begins too late is not out of bounds for that.
-const SLACK: u32 = 512;
+/// Shared memory behind the tiles, bytes: one may begin later without running out of bounds.
+const SLACK: u32 = 1024;
 const SEEDS: [u64; 4] = [0, 1, 2, 3];
 
 /// Runs `body` on a device of this compute capability, from the test of this name. A process that has another one leaves it
@@ -390,6 +390,17 @@ fn must_find(case: &Case, bugs: &[Bug], kinds: &[FaultKind], words: &str) {
     }
 }
 
+/// Nothing must be found under any schedule.
+fn silent(case: &Case, changes: &[Bug]) {
+    let mut gpu = Gpu::new(&program(case, changes));
+    let allowed = &gpu.module.functions["product"].max_dynamic_shared;
+    allowed.store(100 << 10, std::sync::atomic::Ordering::Relaxed);
+    for seed in SEEDS {
+        gpu.seed = seed;
+        launch(&gpu, case, &numbers(case)).unwrap_or_else(|fault| panic!("{changes:?}, seed {seed}: {fault}"));
+    }
+}
+
 fn must_find_in_plain(bug: Bug, kind: FaultKind, words: &str) {
     must_find(&PLAIN, &[bug], &[kind], words);
 }
@@ -397,10 +408,17 @@ fn must_find_in_plain(bug: Bug, kind: FaultKind, words: &str) {
 #[test]
 fn kernels_without_a_mistake_are_silent_under_every_schedule() {
     on("9.0", "kernels_without_a_mistake_are_silent_under_every_schedule", || {
-        let mut gpu = Gpu::new(&program(&PLAIN, &[]));
-        for seed in SEEDS {
-            gpu.seed = seed;
-            launch(&gpu, &PLAIN, &numbers(&PLAIN)).unwrap_or_else(|fault| panic!("seed {seed}: {fault}"));
+        // Not an alignment that happens to be there, but one of the kernel's own.
+        let aligned = [
+            (".align 1024 .b8 tiles", ".align 16 .b8 tiles"),
+            (
+                "mov.u32 %base, tiles; // base",
+                "mov.u32 %base, tiles; add.u32 %base, %base, 1023; and.b32 %base, %base, -1024;",
+            ),
+        ];
+        let registers = [("// before", "setmaxnreg.inc.sync.aligned.u32 240;")];
+        for changes in [&[][..], &aligned, &registers] {
+            silent(&PLAIN, changes);
         }
     });
 }
@@ -412,11 +430,7 @@ fn a_tile_is_overwritten_before_its_wait() {
         let leak = |text: String| -> &'static str { Box::leak(text.into_boxed_str()) };
         let covered = "no wgmma.wait_group has covered it";
         // By the warps themselves, before and after the commit; by all behind a barrier.
-        must_find_in_plain(
-            ("// issued", leak(format!("@%first st.shared.b32 [%base], %tid;"))),
-            FaultKind::AsyncMatrix,
-            covered,
-        );
+        must_find_in_plain(("// issued", "@%first st.shared.b32 [%base], %tid;"), FaultKind::AsyncMatrix, covered);
         must_find_in_plain(("// committed", leak(store.to_owned())), FaultKind::AsyncMatrix, covered);
         must_find_in_plain(("// committed", leak(format!("bar.sync 0; {store}"))), FaultKind::AsyncMatrix, covered);
         // The wait leaves the group that it should not.
@@ -466,11 +480,7 @@ fn fence_of_the_async_proxy_is_dropped() {
         let wait = (fence, "fence.proxy.async; cp.async.wait_all;");
         must_find(&PLAIN, &[copies, wait], &[FaultKind::ProxyFence], "without fence.proxy.async");
         let right = (fence, "cp.async.wait_all; fence.proxy.async;");
-        let mut gpu = Gpu::new(&program(&PLAIN, &[copies, right]));
-        for seed in SEEDS {
-            gpu.seed = seed;
-            launch(&gpu, &PLAIN, &numbers(&PLAIN)).unwrap_or_else(|fault| panic!("seed {seed}: {fault}"));
-        }
+        silent(&PLAIN, &[copies, right]);
         // Not there at all.
         must_find(
             &PLAIN,

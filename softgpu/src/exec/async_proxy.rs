@@ -4,6 +4,7 @@
 //! wrote only if that thread ran `fence.proxy.async` behind it, and other warps only if a barrier lies behind that fence.
 //! PTX ISA, "Async proxy".
 
+use super::shared::{EPOCH_SHIFT, MANY, name};
 use crate::fault::{Fault, FaultKind};
 
 /// Bytes that one read takes.
@@ -18,10 +19,12 @@ const WARPS: usize = 32;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Chunk {
-    /// Reader and epoch, as in the cells of shared memory, for which all that is here has been found readable.
+    /// Epoch in which every warp may read what is here.
     seen: u32,
     /// Reads under way.
     reads: u32,
+    /// Where the last read ended, in the form of a cell of shared memory: epoch and warp, or several.
+    ended: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,7 +63,7 @@ impl AsyncProxy {
 
     /// Epochs begin anew.
     pub(super) fn clear(&mut self) {
-        self.chunks.iter_mut().for_each(|chunk| chunk.seen = 0);
+        self.chunks.iter_mut().for_each(|chunk| (chunk.seen, chunk.ended) = (0, 0));
     }
 
     /// `lanes` of a warp run `fence.proxy.async`.
@@ -70,15 +73,15 @@ impl AsyncProxy {
         }
     }
 
-    /// Checks that bytes may be written.
+    /// Checks that bytes may be written by `mine`, epoch and warp in the form of a cell.
     #[inline(always)]
-    pub(super) fn claim(&mut self, address: u64, bytes: u64, warp: u32) -> Result<(), Fault> {
+    pub(super) fn claim(&mut self, address: u64, bytes: u64, mine: u32) -> Result<(), Fault> {
         if !self.is_used {
             return Ok(());
         }
         for chunk in &mut self.chunks[address as usize / CHUNK..(address + bytes).div_ceil(CHUNK as u64) as usize] {
-            if chunk.reads > 0 {
-                return Err(explain_claim(address, warp));
+            if chunk.reads > 0 || chunk.ended != mine && chunk.ended >> EPOCH_SHIFT == mine >> EPOCH_SHIFT {
+                return Err(explain_claim(address, mine & MANY, *chunk));
             }
             chunk.seen = 0;
         }
@@ -96,57 +99,68 @@ impl AsyncProxy {
         self.writers[address as usize / PIECE..(address + bytes).div_ceil(PIECE as u64) as usize].fill(writer);
     }
 
-    /// Whether a chunk needs no closer look for this reader, `mine` in the form of a cell, `all` the same for several warps.
+    /// Whether every warp may read a chunk in this epoch, as far as is known.
     #[inline(always)]
-    pub(super) fn is_seen(&self, address: u32, mine: u32, all: u32) -> bool {
-        let seen = self.chunks[address as usize / CHUNK].seen;
-        seen == mine || seen == all
+    pub(super) fn is_seen(&self, address: u32, epoch: u32) -> bool {
+        self.chunks[address as usize / CHUNK].seen == epoch
     }
 
-    /// What a reader may read every warp may that may read at all, if two have.
-    pub(super) fn see(&mut self, address: u32, mine: u32, is_other: impl Fn(u32) -> bool, all: u32) {
-        let seen = &mut self.chunks[address as usize / CHUNK].seen;
-        *seen = if is_other(*seen) { all } else { mine };
+    /// Every warp may read a chunk in this epoch.
+    pub(super) fn see(&mut self, address: u32, epoch: u32) {
+        self.chunks[address as usize / CHUNK].seen = epoch;
     }
 
-    /// Counts the reads of a chunk up or down.
+    /// A read of a chunk begins.
     #[inline(always)]
-    pub(super) fn count(&mut self, address: u32, change: i32) {
-        let reads = &mut self.chunks[address as usize / CHUNK].reads;
-        *reads = reads.wrapping_add_signed(change);
+    pub(super) fn begin(&mut self, address: u32) {
+        self.chunks[address as usize / CHUNK].reads += 1;
     }
 
-    /// Checks that fences lie behind what was written to a chunk, and in time for `warp` in this epoch.
-    pub(super) fn check_fences(&self, address: u32, warp: u32, epoch: u32) -> Result<(), Fault> {
+    /// A read of a chunk ends in the epoch and for the warp of `mine`.
+    #[inline(always)]
+    pub(super) fn end(&mut self, address: u32, mine: u32) {
+        let chunk = &mut self.chunks[address as usize / CHUNK];
+        let is_shared = chunk.ended != mine && chunk.ended >> EPOCH_SHIFT == mine >> EPOCH_SHIFT;
+        (chunk.reads, chunk.ended) = (chunk.reads - 1, if is_shared { mine | MANY } else { mine });
+    }
+
+    /// Checks that fences lie behind what was written to a chunk, in time for `warp` in this epoch; whether they are in time
+    /// for all.
+    pub(super) fn check_fences(&self, address: u32, warp: u32, epoch: u32) -> Result<bool, Fault> {
         let first = address as usize / PIECE;
-        let mut last = None;
+        let (mut last, mut is_old) = (None, true);
         for (piece, &writer) in self.writers[first..first + CHUNK / PIECE].iter().enumerate() {
             if last.replace(writer) != Some(writer) {
-                self.check_fence(writer, warp, epoch)
+                is_old &= self
+                    .check_fence(writer, warp, epoch)
                     .map_err(|missing| explain_fence(address + (piece * PIECE) as u32, writer, warp, missing))?;
             }
         }
-        Ok(())
+        Ok(is_old)
     }
 
-    fn check_fence(&self, writer: u32, warp: u32, epoch: u32) -> Result<(), &'static str> {
+    fn check_fence(&self, writer: u32, warp: u32, epoch: u32) -> Result<bool, &'static str> {
         let (by, lane) = (writer >> WARP_SHIFT, writer >> LANE_SHIFT & 31);
         let fences = &self.fences[by as usize];
         let since = &fences[fences.len().min((writer & MAX_FENCES) as usize)..];
         match since.iter().find(|fence| fence.lanes >> lane & 1 == 1) {
             None => Err("without fence.proxy.async behind it"),
-            Some(fence) if by != warp && fence.epoch >= epoch => Err("with no barrier behind its fence.proxy.async"),
-            Some(_) => Ok(()),
+            Some(fence) if fence.epoch < epoch => Ok(true),
+            Some(_) if by == warp => Ok(false),
+            Some(_) => Err("with no barrier behind its fence.proxy.async"),
         }
     }
 }
 
 #[cold]
-fn explain_claim(address: u64, warp: u32) -> Fault {
-    let what = format!(
-        "warp {warp} writes shared address {address:#x}, which a wgmma may still read: no wgmma.wait_group has covered it"
-    );
-    Fault::new(FaultKind::AsyncMatrix, what)
+fn explain_claim(address: u64, warp: u32, chunk: Chunk) -> Fault {
+    let writes = format!("warp {warp} writes shared address {address:#x}, which");
+    if chunk.reads > 0 {
+        let what = format!("{writes} a wgmma may still read: no wgmma.wait_group has covered it");
+        return Fault::new(FaultKind::AsyncMatrix, what);
+    }
+    let by = name(chunk.ended & MANY);
+    Fault::new(FaultKind::Race, format!("{writes} a wgmma of {by} read until its wait, with no barrier between"))
 }
 
 #[cold]

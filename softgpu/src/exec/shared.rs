@@ -9,8 +9,8 @@ use crate::fault::{Fault, FaultKind};
 
 const WARP_BITS: u32 = 6;
 const ATOMIC: u32 = 1 << WARP_BITS;
-const EPOCH_SHIFT: u32 = WARP_BITS + 1;
-const MANY: u32 = (1 << WARP_BITS) - 1;
+pub(super) const EPOCH_SHIFT: u32 = WARP_BITS + 1;
+pub(super) const MANY: u32 = (1 << WARP_BITS) - 1;
 const EPOCH_MAX: u32 = (1 << (32 - EPOCH_SHIFT)) - 2;
 /// Epoch of bytes that a `cp.async` will write.
 const PENDING: u32 = EPOCH_MAX + 1;
@@ -107,28 +107,35 @@ impl Shared {
     #[inline(always)]
     pub fn begin_read(&mut self, address: u32, warp: u32) -> Checked<&[u8; 16]> {
         let start = self.range(u64::from(address), 16)?.start;
-        self.look(address, warp)?;
-        self.proxy.count(address, 1);
+        if !self.proxy.is_seen(address, self.epoch) {
+            self.look(address, warp)?;
+        }
+        self.proxy.begin(address);
         Ok(chunk(&mut self.data, start))
     }
 
     /// The wait for a read has come: it may have happened as late as now.
-    pub fn end_read(&mut self, address: u32, warp: u32) -> Checked<()> {
-        self.proxy.count(address, -1);
-        self.look(address, warp)
+    #[inline(always)]
+    pub fn end_read(&mut self, address: u32, warp: u32) {
+        self.proxy.end(address, self.epoch << EPOCH_SHIFT | warp);
     }
 
-    /// Checks a read by `wgmma`, at length once in an epoch for one warp and once for others.
-    #[inline(always)]
+    /// Checks that `wgmma` of `warp` may read 16 bytes, and whether every warp may in this epoch.
     fn look(&mut self, address: u32, warp: u32) -> Checked<()> {
-        let mine = self.epoch << EPOCH_SHIFT | warp;
-        if self.proxy.is_seen(address, mine, mine | MANY) {
-            return Ok(());
+        let (first, epochs) = (address as usize, (self.block_start, self.epoch));
+        let cells: &[u64; 16] = chunk(&mut self.cells, first);
+        let mut is_old = true;
+        let checked = if uniform(cells).is_some() { &cells[..1] } else { cells };
+        for (&cell, at) in checked.iter().zip(u64::from(address)..) {
+            if after_read(cell, epochs, warp).is_none() {
+                return Err(explain_read(cell, at, epochs, warp));
+            }
+            is_old &= cell as u32 >> EPOCH_SHIFT != self.epoch;
         }
-        self.read::<16>(u64::from(address), warp)?;
-        self.proxy.check_fences(address, warp, self.epoch)?;
-        let epoch = self.epoch;
-        self.proxy.see(address, mine, |seen| seen >> EPOCH_SHIFT == epoch, mine | MANY);
+        is_old &= self.proxy.check_fences(address, warp, self.epoch)?;
+        if is_old {
+            self.proxy.see(address, self.epoch);
+        }
         Ok(())
     }
 
@@ -146,7 +153,7 @@ impl Shared {
         (warp, lane): (u32, usize),
     ) -> Checked<()> {
         let start = self.range(address, WIDTH as u64)?.start;
-        self.proxy.claim(address, WIDTH as u64, warp)?;
+        self.proxy.claim(address, WIDTH as u64, self.epoch << EPOCH_SHIFT | warp)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
         let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
         claim(cells, address, self.epoch, warp)?;
@@ -159,7 +166,7 @@ impl Shared {
     /// Bytes for an atomic operation of a lane of a warp; other atomics in the same epoch do not race with it.
     pub fn atomic(&mut self, address: u64, bytes: u64, (warp, lane): (u32, usize)) -> Checked<&mut [u8]> {
         let range = self.range(address, bytes)?;
-        self.proxy.claim(address, bytes, warp)?;
+        self.proxy.claim(address, bytes, self.epoch << EPOCH_SHIFT | warp)?;
         for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
             let writer = *cell as u32;
             let written = writer >> EPOCH_SHIFT;
@@ -178,7 +185,7 @@ impl Shared {
     #[inline(always)]
     pub fn reserve<const WIDTH: usize>(&mut self, address: u64, warp: u32) -> Checked<()> {
         let start = self.range(address, WIDTH as u64)?.start;
-        self.proxy.claim(address, WIDTH as u64, warp)?;
+        self.proxy.claim(address, WIDTH as u64, self.epoch << EPOCH_SHIFT | warp)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
         let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
         claim(cells, address, self.epoch, warp)?;
@@ -252,7 +259,7 @@ fn uniform(cells: &[u64]) -> Option<u64> {
     (cells.iter().fold(0, |differ, cell| differ | (cell ^ first)) == 0).then_some(first)
 }
 
-fn name(warp: u32) -> String {
+pub(super) fn name(warp: u32) -> String {
     if warp == MANY { "several warps".to_owned() } else { format!("warp {warp}") }
 }
 

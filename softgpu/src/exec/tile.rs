@@ -100,9 +100,4 @@ impl Tile {
         }
         rows
     }
-
-    /// Shared addresses of all rows.
-    pub(super) fn all_rows(self) -> impl Iterator<Item = u32> {
-        (0..self.groups).flat_map(move |group| (0..2).flat_map(move |half| self.rows(group, half)))
-    }
 }

@@ -83,7 +83,7 @@ impl Warp {
             }
             Op::WgmmaFence => self.products.fence(),
             Op::WgmmaCommit => self.products.commit(),
-            Op::WgmmaWait { groups } => self.products.wait(&mut block.shared, *groups, self.index)?,
+            Op::WgmmaWait { groups } => self.products.wait(&mut block.shared, *groups, self.index),
             _ => {}
         }
         Ok(Flow::Next)

@@ -42,12 +42,6 @@ struct Tiles {
     b: Tile,
 }
 
-impl Tiles {
-    fn rows(self) -> impl Iterator<Item = u32> {
-        self.a.into_iter().chain([self.b]).flat_map(|tile| tile.all_rows())
-    }
-}
-
 /// A product as the warps of a warpgroup must agree on it: place, descriptors, whether it adds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Issue {
@@ -75,13 +69,14 @@ impl Products {
     }
 
     /// `wgmma.wait_group`: ends the reads of all groups but the last `left`.
-    pub(super) fn wait(&mut self, shared: &mut Shared, left: u32, warp: u32) -> Lanes<()> {
+    pub(super) fn wait(&mut self, shared: &mut Shared, left: u32, warp: u32) {
         self.is_fenced = false;
         let done = self.groups.len().saturating_sub(left as usize);
-        for address in self.groups.drain(..done).flatten().flat_map(|tiles: Tiles| tiles.rows()) {
-            shared.end_read(address, warp).map_err(|fault| (0, fault))?;
+        for tiles in self.groups.drain(..done).flatten() {
+            for tile in tiles.a.iter().chain([&tiles.b]) {
+                end(shared, tile, warp);
+            }
         }
-        Ok(())
     }
 
     /// What the end of the kernel finds under way.
@@ -110,6 +105,14 @@ impl Products {
     }
 }
 
+fn end(shared: &mut Shared, tile: &Tile, warp: u32) {
+    for core in 0..2 * tile.groups {
+        for address in tile.rows(core / 2, core % 2) {
+            shared.end_read(address, warp);
+        }
+    }
+}
+
 /// `wgmma.mma_async` of all lanes of a warp.
 #[inline(always)]
 pub fn multiply(op: &Wgmma, warp: &mut Warp, block: &mut Block) -> Lanes<()> {
@@ -118,8 +121,13 @@ pub fn multiply(op: &Wgmma, warp: &mut Warp, block: &mut Block) -> Lanes<()> {
     let counted = &mut block.counters;
     counted.mma += 1;
     counted.mma_flops += 2 * 16 * 16 * 2 * op.d.len() as u64;
-    let products = if op.is_bf16 { multiply_as::<true> } else { multiply_as::<false> };
-    products(op, warp, &mut block.shared, &tiles, accumulates).map_err(|fault| (0, fault))?;
+    // Named where they are called: a pointer to one of them would miss the caller's instruction set.
+    let done = if op.is_bf16 {
+        multiply_as::<true>(op, warp, &mut block.shared, &tiles, accumulates)
+    } else {
+        multiply_as::<false>(op, warp, &mut block.shared, &tiles, accumulates)
+    };
+    done.map_err(|fault| (0, fault))?;
     warp.products.open.push(tiles);
     Ok(())
 }
