@@ -82,7 +82,7 @@ fn kernels_of_a_step_move_hardly_more_than_they_must() {
     let counted = softgpu::count("traffic::kernels_of_a_step_move_hardly_more_than_they_must", || {
         let gpu = Gpu::new(DType::BF16);
         attention::store_large(&gpu, DType::BF16, NUM_TOKENS, false);
-        compose::move_large(&gpu, DType::BF16, 256);
+        compose::move_large(&gpu, DType::BF16, 1024);
         raw::copy_large(&gpu);
         elementwise::norm_large(&gpu, NUM_ROWS, HIDDEN);
         elementwise::norm_large(&gpu, NUM_ROWS, 2 * HIDDEN);
@@ -93,7 +93,7 @@ fn kernels_of_a_step_move_hardly_more_than_they_must() {
     for (kernel, least) in [
         ("copy_blocks", 2 * 2 * raw::LARGE_BLOCK_BYTES),
         ("rope_store_kv_bf16", stored_least(NUM_TOKENS, 2)),
-        ("rotate_gather_bf16", moved_least(256, 2)),
+        ("rotate_gather_bf16", moved_least(1024, 2)),
         ("rms_norm_bf16_h4096", norm),
         ("rms_norm_f16_h4096", norm),
         ("add_rms_norm_bf16_h4096", sum),
@@ -111,11 +111,11 @@ fn kernels_of_a_cache_of_fp8_move_hardly_more_than_they_must() {
     let counted = softgpu::count("traffic::kernels_of_a_cache_of_fp8_move_hardly_more_than_they_must", || {
         let gpu = Gpu::new(DType::BF16);
         attention::store_large(&gpu, DType::F8E4M3, NUM_TOKENS, false);
-        compose::move_large(&gpu, DType::F8E4M3, 512);
+        compose::move_large(&gpu, DType::F8E4M3, 1024);
     });
     let Some(counted) = counted else { return };
     check_moved(&counted, "rope_store_kv_bf16_fp8", stored_least(NUM_TOKENS, 1));
-    check_moved(&counted, "rotate_gather_fp8", moved_least(512, 1));
+    check_moved(&counted, "rotate_gather_fp8", moved_least(1024, 1));
 }
 
 #[test]
