@@ -74,6 +74,9 @@ const NUM_CANCELLED: usize = 60;
 /// Requests under adapters that come and go: a few under each composition.
 const NUM_ADAPTED: usize = 12;
 
+/// Tokens of an answer to a linked prompt.
+const LINKED_ANSWER: usize = 20;
+
 /// Tokens of an answer that a merge beside it takes less time than.
 const LONG_ANSWER: usize = 150;
 
@@ -118,13 +121,13 @@ fn families_are_the_cpus_in_other_schedules() {
 /// A graph's kernels run when their stream gets to them, like single launches.
 #[test]
 fn graphs_are_replayed_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules(&["graphs::graphs_give"], "other_schedules");
+    support::softgpu::pass_lazily(&["graphs::graphs_give"], "other_schedules");
 }
 
 /// Products of the library are work of their stream like kernels, and share one workspace.
 #[test]
 fn fast_products_are_near_in_other_schedules() {
-    support::softgpu::pass_in_other_schedules(&["cublaslt::"], "other_schedules");
+    support::softgpu::pass_lazily(&["cublaslt::"], "other_schedules");
 }
 
 /// What is drawn how is written and uploaded while the layers are computed.
