@@ -9,7 +9,7 @@ use crate::support::engine::{Output, Setup, collect, limits, metric, request};
 use crate::support::random::Random;
 use crate::support::runner::BLOCK_SIZE;
 use crate::support::tiny_model::{Family, TinyModel, VOCAB, WINDOW};
-use crate::{FAMILIES, GEMMA, IS_FAST, LINKED_ANSWER, start};
+use crate::{FAMILIES, GEMMA, IS_FAST, start};
 
 const SEED: u64 = 21;
 
@@ -120,7 +120,7 @@ fn nothing_but_the_request_decides_the_answer() {
             .iter()
             .map(|(prompt, pieces)| {
                 let engine = start(model.path(), Setup { limits: base, ..Setup::default() });
-                run(&engine, prompt, pieces, LINKED_ANSWER)
+                run(&engine, prompt, pieces, 40)
             })
             .collect();
         assert!(alone.iter().all(|output| output.reuse.linked_tokens > 0 && output.cached_tokens == 0));
@@ -135,10 +135,8 @@ fn nothing_but_the_request_decides_the_answer() {
             let engine = start(model.path(), Setup { limits, host_bytes, ..Setup::default() });
             let mut reuse = Reuse::default();
             for round in 0..2 {
-                let streams: Vec<OutputStream> = requests
-                    .iter()
-                    .map(|(prompt, pieces)| submit(&engine, prompt, pieces.clone(), LINKED_ANSWER))
-                    .collect();
+                let streams: Vec<OutputStream> =
+                    requests.iter().map(|(prompt, pieces)| submit(&engine, prompt, pieces.clone(), 40)).collect();
                 for ((found, alone), (prompt, _)) in streams.into_iter().map(collect).zip(&alone).zip(&requests) {
                     assert_eq!(bits(&found), bits(alone), "{family:?} {name}, round {round}: {} tokens", prompt.len());
                     reuse.add(&found.reuse);

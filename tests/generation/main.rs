@@ -35,9 +35,6 @@ const NUM_CANCELLED: usize = 1000;
 /// Requests under adapters that come and go.
 const NUM_ADAPTED: usize = 20;
 
-/// Tokens of an answer to a linked prompt.
-const LINKED_ANSWER: usize = 40;
-
 /// Tokens of an answer that a merge beside it takes less time than.
 const LONG_ANSWER: usize = 900;
 

@@ -74,9 +74,6 @@ const NUM_CANCELLED: usize = 60;
 /// Requests under adapters that come and go: a few under each composition.
 const NUM_ADAPTED: usize = 12;
 
-/// Tokens of an answer to a linked prompt.
-const LINKED_ANSWER: usize = 20;
-
 /// Tokens of an answer that a merge beside it takes less time than.
 const LONG_ANSWER: usize = 150;
 
