@@ -166,10 +166,16 @@ fn tiers_compositions_and_merges_pass_in_other_schedules() {
     support::softgpu::pass_lazily(&wanted, "other_schedules");
 }
 
-/// What there is no time for in every run: linked prompts, other types of numbers, queues and parameters.
+/// Pieces are computed apart and moved.
+#[test]
+fn linked_prompts_pass_in_other_schedules() {
+    support::softgpu::pass_lazily(&["link::"], "other_schedules");
+}
+
+/// What there is no time for in every run: other types of numbers, queues and parameters.
 #[test]
 #[ignore = "takes a minute, which CI has not"]
 fn the_rest_passes_in_other_schedules() {
-    let wanted = ["levels::", "lifecycle::", "parameters::", "fp8::", "quantised::", "link::"];
+    let wanted = ["levels::", "lifecycle::", "parameters::", "fp8::", "quantised::"];
     support::softgpu::pass_lazily(&wanted, "other_schedules");
 }
