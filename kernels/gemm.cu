@@ -141,18 +141,12 @@ using Tile64x64 = Tile<64, 64, 128, 2, 2, 3>;
 using Tile128x128 = Tile<128, 128, 64, 2, 2, 3>;
 using Tile128x256 = Tile<128, 256, 64, 2, 4, 3>;
 
-#define GEMM_KERNEL(T, O, tile, min_blocks)                                                                            \
-    extern "C" __global__ void __launch_bounds__(Tile##tile::threads, min_blocks)                                      \
-    gemm_##T##_##O##_t##tile(O* out, const T* x, const T* weight, const float* bias, int num_tokens, int n, int k) {   \
-        gemm<Tile##tile>(out, x, weight, bias, num_tokens, n, k);                                                      \
-    }
-
 #define GEMM_KERNELS(T, O)                                                                                             \
-    GEMM_KERNEL(T, O, 16x32, 3)                                                                                        \
-    GEMM_KERNEL(T, O, 32x64, 2)                                                                                        \
-    GEMM_KERNEL(T, O, 64x64, 2)                                                                                        \
-    GEMM_KERNEL(T, O, 128x128, 2)                                                                                      \
-    GEMM_KERNEL(T, O, 128x256, 1)
+    GEMM_KERNEL(T, O, t, 16x32, 3)                                                                                     \
+    GEMM_KERNEL(T, O, t, 32x64, 2)                                                                                     \
+    GEMM_KERNEL(T, O, t, 64x64, 2)                                                                                     \
+    GEMM_KERNEL(T, O, t, 128x128, 2)                                                                                   \
+    GEMM_KERNEL(T, O, t, 128x256, 1)
 
 GEMM_KERNELS(bf16, bf16)
 GEMM_KERNELS(bf16, f32)

@@ -31,3 +31,11 @@ __device__ __forceinline__ void store_outputs(O* out, const float* bias, float4 
 }
 
 typedef float f32;
+
+// A kernel by the file's `gemm` over one of its tiles; names of tiles begin with `kind`.
+#define GEMM_KERNEL(T, O, kind, tile, min_blocks)                                                                      \
+    extern "C" __global__ void __launch_bounds__(Tile##tile::threads, min_blocks)                                      \
+    gemm_##T##_##O##_##kind##tile(O* out, const T* x, const T* weight, const float* bias, int num_tokens, int n,       \
+                                  int k) {                                                                             \
+        gemm<Tile##tile>(out, x, weight, bias, num_tokens, n, k);                                                      \
+    }

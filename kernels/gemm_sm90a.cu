@@ -180,18 +180,12 @@ using Tile128x128s3 = Tile<128, 128, 3>;
 using Tile128x192 = Tile<128, 192, 5>;
 using Tile128x256 = Tile<128, 256, 4>;
 
-#define GEMM_KERNEL(T, O, tile, min_blocks)                                                                            \
-    extern "C" __global__ void __launch_bounds__(Tile##tile::threads, min_blocks)                                      \
-    gemm_##T##_##O##_w##tile(O* out, const T* x, const T* weight, const float* bias, int num_tokens, int n, int k) {   \
-        gemm<Tile##tile>(out, x, weight, bias, num_tokens, n, k);                                                      \
-    }
-
 #define GEMM_KERNELS(T, O)                                                                                             \
-    GEMM_KERNEL(T, O, 64x64, 2)                                                                                        \
-    GEMM_KERNEL(T, O, 128x128s6, 1)                                                                                    \
-    GEMM_KERNEL(T, O, 128x128s3, 2)                                                                                    \
-    GEMM_KERNEL(T, O, 128x192, 1)                                                                                      \
-    GEMM_KERNEL(T, O, 128x256, 1)
+    GEMM_KERNEL(T, O, w, 64x64, 2)                                                                                     \
+    GEMM_KERNEL(T, O, w, 128x128s6, 1)                                                                                 \
+    GEMM_KERNEL(T, O, w, 128x128s3, 2)                                                                                 \
+    GEMM_KERNEL(T, O, w, 128x192, 1)                                                                                   \
+    GEMM_KERNEL(T, O, w, 128x256, 1)
 
 GEMM_KERNELS(bf16, bf16)
 GEMM_KERNELS(bf16, f32)

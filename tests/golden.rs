@@ -38,9 +38,7 @@ fn load(engine: &TestEngine, composition: Option<Composition<'_>>) -> Vec<Applie
     let adapters: Vec<_> = parts.iter().map(load).collect();
     if is_merged {
         drop(collect(submit(engine, &[1, 2, 3], greedy(1), &adapters)));
-        while engine.handle.metrics().merges.stage() != MergeStage::Merged {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        engine.wait_for_merge(MergeStage::Merged);
     }
     adapters
 }

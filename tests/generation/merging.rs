@@ -70,17 +70,11 @@ impl Served {
         collect(self.submit(prompt, sampling(), composition))
     }
 
-    fn wait_for(&self, stage: MergeStage) {
-        while self.metrics().stage() != stage {
-            std::thread::yield_now();
-        }
-    }
-
     /// Uses a composition that has to be merged, and waits until it is.
     pub fn merge(&self, composition: &[(usize, f32)]) {
         let output = self.run(&[1, 2, 3], composition);
         assert!(!output.reuse.is_merged, "nothing is merged before it was used");
-        self.wait_for(MergeStage::Merged);
+        self.engine.wait_for_merge(MergeStage::Merged);
     }
 }
 
@@ -141,7 +135,7 @@ fn bystanders_have_the_bits_of_an_engine_that_never_merges() {
         let mut during = Served::start(&model, MergeRule::Always, merging(setup));
         during.loaded[1] = during.loaded[1].clone().with_merge_rule(MergeRule::Auto);
         check(&run_together(&during, &requests), "during");
-        merges.wait_for(MergeStage::Merged);
+        merges.engine.wait_for_merge(MergeStage::Merged);
         let after = run_together(&merges, &requests);
         check(&after, "after");
         let merged: Vec<_> = after.iter().zip(&requests).filter(|(output, _)| output.reuse.is_merged).collect();
@@ -158,7 +152,7 @@ fn bystanders_have_the_bits_of_an_engine_that_never_merges() {
         }
         // Others take over, the copy goes, and everything is as if it had never been.
         generate(&merges, WINDOW_TOKENS, &[]);
-        merges.wait_for(MergeStage::None);
+        merges.engine.wait_for_merge(MergeStage::None);
         assert_eq!((merges.metrics().merges.get(), merges.metrics().unmerges.get()), (1, 1));
         assert_eq!(merges.metrics().merged_bytes.get(), 0);
         let unmerged = run_together(&merges, &requests);
@@ -193,7 +187,7 @@ fn kv_is_never_shared_across_forms() {
     let served = Served::start(&model, MergeRule::Always, merging(Setup::default()));
     let prompt = Random::new(9).tokens(50, VOCAB);
     let added = served.run(&prompt, &[(0, 1.0)]);
-    served.wait_for(MergeStage::Merged);
+    served.engine.wait_for_merge(MergeStage::Merged);
     let merged = served.run(&prompt, &[(0, 1.0)]);
     assert_eq!((added.reuse.is_merged, merged.reuse.is_merged, merged.cached_tokens), (false, true, 0));
     let again = served.run(&prompt, &[(0, 1.0)]);
@@ -253,6 +247,6 @@ fn the_copy_of_an_unloaded_adapter_goes() {
     assert!(served.metrics().merged_bytes.get() > 0 && served.loaded[0].is_merged() && !served.loaded[1].is_merged());
     served.loaded.remove(0);
     served.engine.greedy(&[1], 3);
-    served.wait_for(MergeStage::None);
+    served.engine.wait_for_merge(MergeStage::None);
     assert_eq!(served.metrics().merged_bytes.get(), 0);
 }

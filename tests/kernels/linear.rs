@@ -99,7 +99,6 @@ fn all_tiles_give_the_same_bits() {
 
 #[test]
 fn hopper_has_tiles_of_warpgroups_beside_the_others() {
-    softgpu::pass_on_hopper(&["linear::", "tensor_cores::products_feed"]);
     if !softgpu::is_replaced() {
         let of_warpgroups = if softgpu::is_hopper() { &WARPGROUP_TILES[..] } else { &[] };
         assert_eq!(Gpu::tiles(DType::BF16), [&WARP_TILES[..], of_warpgroups].concat());

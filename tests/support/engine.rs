@@ -11,6 +11,7 @@ use mneme::engine::{
     OutputStream, Reuse, SamplingParams, SchedulerLimits, Task, TierConfig, TokenLogprobs,
 };
 use mneme::models::{Checkpoint, Model};
+use mneme::telemetry::MergeStage;
 
 /// What a test engine is started with.
 #[derive(Debug, Clone)]
@@ -85,6 +86,13 @@ pub struct Output {
 }
 
 impl TestEngine {
+    /// Waits until merging has come to a stage.
+    pub fn wait_for_merge(&self, stage: MergeStage) {
+        while self.handle.metrics().merges.stage() != stage {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Loads a checkpoint onto `backend`; the setup's instruction set and threads were the caller's to use.
     pub fn start<B: Backend>(backend: B, path: &Path, setup: Setup) -> Self {
         let tiers = TierConfig {

@@ -78,9 +78,7 @@ pub fn check_merged(start: impl Fn() -> TestEngine, tolerance: Tolerance) {
         let adapted = Adapted::new(start(), ADAPTERS, MergeRule::Always);
         let records = golden::load(&format!("peft/{name}")).records;
         drop(collect(adapted.submit(&records[0], composition)));
-        while adapted.engine.handle.metrics().merges.stage() != MergeStage::Merged {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        adapted.engine.wait_for_merge(MergeStage::Merged);
         let streams: Vec<_> = records.iter().map(|record| adapted.submit(record, composition)).collect();
         let outputs: Vec<Output> = streams.into_iter().map(collect).collect();
         assert!(outputs.iter().all(|output| output.reuse.is_merged));
