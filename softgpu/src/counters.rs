@@ -60,12 +60,14 @@ counters! {
     mma,
     /// Products and sums in these.
     mma_flops,
-    /// Barriers completed, one per block.
+    /// Barriers completed, one per block; those of a cluster count for each of its blocks.
     barriers,
     /// Atomic operations, one per lane.
     atomics,
     /// Bytes moved by `cp.async`.
     async_copy_bytes,
+    /// Bytes that lanes read of the shared memory of other blocks of their cluster.
+    peer_load_bytes,
 }
 
 impl Counters {

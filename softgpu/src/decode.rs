@@ -82,6 +82,8 @@ pub(crate) struct Decoder<'a> {
     local_bytes: u32,
     /// Arguments stored for a call that follows.
     pub(crate) call_args: HashMap<String, Operand>,
+    /// The instruction of a `barrier.cluster.arrive` whose wait is to come.
+    pub(crate) cluster_arrival: Option<usize>,
 }
 
 impl<'a> Decoder<'a> {
@@ -106,6 +108,7 @@ impl<'a> Decoder<'a> {
             dynamic_offset: 0,
             local_bytes: 0,
             call_args: HashMap::new(),
+            cluster_arrival: None,
         };
         decoder.place_variables(module, entry);
         Ok(decoder)
@@ -149,6 +152,10 @@ impl<'a> Decoder<'a> {
 
     fn finish(mut self, files: &Arc<HashMap<u32, String>>) -> Result<Kernel> {
         self.guard = None;
+        if self.cluster_arrival.is_some() {
+            return self
+                .fail(format!("kernel {} has a barrier.cluster.arrive with no wait behind it", self.entry.name));
+        }
         self.push(Op::Exit, Loc::default());
         if self.registers.iter().any(|&count| count >= NONE as usize) {
             return self.fail(format!("kernel {} uses more than 65534 registers", self.entry.name));
@@ -162,6 +169,7 @@ impl<'a> Decoder<'a> {
         let row = |bank: Bank, slot: u16| rows.of[bank as usize][slot as usize];
         let has_fence = self.insts.iter().any(|i| matches!(i.op, Op::Fence));
         let has_wgmma = self.insts.iter().any(|i| matches!(i.op, Op::Wgmma(_)));
+        let has_peer_loads = self.insts.iter().any(|i| matches!(i.op, Op::PeerLoad(_)));
         Ok(Kernel {
             id: NEXT_ID.fetch_add(1, Relaxed),
             name: self.entry.name.clone(),
@@ -179,8 +187,10 @@ impl<'a> Decoder<'a> {
             local_bytes: self.local_bytes,
             max_threads: self.entry.max_threads,
             required_threads: self.entry.required_threads,
+            cluster: self.entry.cluster.unwrap_or([1; 3]),
             has_fence,
             has_wgmma,
+            has_peer_loads,
         })
     }
 
@@ -212,7 +222,7 @@ impl<'a> Decoder<'a> {
         };
         let parts: Vec<&str> = stmt.opcode.split('.').collect();
         let op = match parts[0] {
-            "ld" | "ldu" | "st" | "atom" | "red" | "cp" | "ldmatrix" | "cvta" | "prefetch" | "isspacep" => {
+            "ld" | "ldu" | "st" | "atom" | "red" | "cp" | "ldmatrix" | "cvta" | "mapa" | "prefetch" | "isspacep" => {
                 self.memory(&parts, &stmt.operands)?
             }
             "bra" | "brx" | "ret" | "exit" | "trap" | "call" | "bar" | "barrier" | "membar" | "fence" | "nanosleep"
@@ -324,6 +334,12 @@ impl<'a> Decoder<'a> {
             ("%ntid", Some(i)) => Special::Ntid(i),
             ("%ctaid", Some(i)) => Special::Ctaid(i),
             ("%nctaid", Some(i)) => Special::Nctaid(i),
+            ("%clusterid", Some(i)) => Special::ClusterId(i),
+            ("%nclusterid", Some(i)) => Special::NumClusters(i),
+            ("%cluster_ctaid", Some(i)) => Special::ClusterCtaid(i),
+            ("%cluster_nctaid", Some(i)) => Special::ClusterNctaid(i),
+            ("%cluster_ctarank", None) => Special::ClusterRank,
+            ("%cluster_nctarank", None) => Special::ClusterSize,
             ("%laneid", None) => Special::LaneId,
             ("%warpid", None) => Special::WarpId,
             ("%nwarpid", None) => Special::NumWarps,

@@ -17,6 +17,8 @@ pub const DEFAULT_SHARED: u32 = 48 << 10;
 /// decoded for their addresses, and not kept.
 static KNOWN: LazyLock<Mutex<KernelsByText>> = LazyLock::new(Mutex::default);
 type KernelsByText = HashMap<Box<str>, Vec<Arc<Kernel>>>;
+/// Blocks of a cluster that every device with clusters has room for.
+const MAX_CLUSTER: u32 = 8;
 /// Texts that are kept.
 const MAX_KNOWN: usize = 64;
 
@@ -57,6 +59,12 @@ impl Function {
         }
         if self.kernel.required_threads.is_some_and(|wanted| wanted != block) {
             return Some(format!("kernel {name}: block {block:?}, it requires {:?}", self.kernel.required_threads));
+        }
+        let cluster = self.kernel.cluster;
+        if self.kernel.cluster_size() > MAX_CLUSTER || (0..3).any(|axis| !grid[axis].is_multiple_of(cluster[axis])) {
+            return Some(format!(
+                "kernel {name}: grid {grid:?} in clusters of {cluster:?} blocks, which must divide it and be {MAX_CLUSTER} at most"
+            ));
         }
         if dynamic_shared > limit {
             return Some(format!(

@@ -11,10 +11,8 @@ use softgpu::counters::Counters;
 use softgpu::exec::simd;
 use softgpu::fault::{Fault, FaultKind};
 use softgpu::module::Module;
-use std::process::Command;
-use support::{Arg, Gpu, values};
+use support::{Arg, Gpu, VARIABLE, on, values};
 
-const VARIABLE: &str = "SOFTGPU_COMPUTE_CAPABILITY";
 /// A product is as deep as four instructions.
 const K: usize = 64;
 const M: usize = 64;
@@ -22,21 +20,6 @@ const THREADS: usize = 128;
 /// Shared memory behind the tiles, bytes: one may begin later without running out of bounds.
 const SLACK: u32 = 1024;
 const SEEDS: [u64; 4] = [0, 1, 2, 3];
-
-/// Runs `body` on a device of this compute capability, from the test of this name. A process that has another one leaves it
-/// to its parent.
-fn on(version: &str, test: &str, body: fn()) {
-    match std::env::var(VARIABLE) {
-        Ok(here) if here == version => return body(),
-        Ok(_) => return,
-        Err(_) => {}
-    }
-    let program = std::env::current_exe().expect("a test program has a path");
-    let mut command = Command::new(program);
-    command.args([test, "--exact", "--nocapture"]).env(VARIABLE, version);
-    let run = command.output().expect("the program can be run again");
-    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-}
 
 /// How an operand lies in shared memory.
 #[derive(Clone, Copy, Debug, PartialEq)]

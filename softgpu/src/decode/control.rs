@@ -64,9 +64,24 @@ impl Decoder<'_> {
         Ok(Op::Assert { message: value(self, 0, true)?, file: value(self, 1, true)?, line: value(self, 2, false)? })
     }
 
+    /// Both halves of a barrier of the cluster, with nothing between them: what a thread does there would be ordered by neither.
+    fn cluster_barrier(&mut self, names: &[&str]) -> Result<Op> {
+        match (names, self.cluster_arrival.take()) {
+            (["arrive"] | ["arrive", "release"], None) => {
+                self.cluster_arrival = Some(self.insts.len());
+                Ok(Op::Nop)
+            }
+            (["wait"] | ["wait", "acquire"], Some(arrival)) if arrival + 1 == self.insts.len() => {
+                Ok(Op::ClusterBarrier)
+            }
+            _ => self.fail("a barrier of the cluster is an arrive, with release, and its wait right behind it"),
+        }
+    }
+
     fn barrier(&mut self, parts: &[&str], operands: &[Operand]) -> Result<Op> {
         let names: Vec<&str> = parts.iter().copied().filter(|p| !matches!(*p, "cta" | "aligned")).collect();
         match names[1..] {
+            ["cluster", ..] => self.cluster_barrier(&names[2..]),
             ["warp", "sync"] => Ok(Op::WarpBarrier { mask: self.source(self.operand(operands, 0)?, false)? }),
             ["sync"] => {
                 let id = self.source(self.operand(operands, 0)?, false)?;

@@ -6,7 +6,7 @@ use crate::exec::isa::{Access, AsyncCopy, AtomOp, Atomic, NONE, NumType, Op};
 use crate::ptx::syntax::{Operand, Space};
 
 fn space(name: &str) -> Option<Space> {
-    Some(match name.split("::").next().unwrap_or(name) {
+    Some(match name.split("::").next().filter(|_| name != PEERS)? {
         "global" => Space::Global,
         "const" => Space::Const,
         "shared" => Space::Shared,
@@ -15,6 +15,9 @@ fn space(name: &str) -> Option<Space> {
         _ => return None,
     })
 }
+
+/// The shared memory of all blocks of a cluster; loads alone may name it.
+const PEERS: &str = "shared::cluster";
 
 impl Decoder<'_> {
     pub(super) fn memory(&mut self, parts: &[&str], operands: &[Operand]) -> Result<Op> {
@@ -25,6 +28,7 @@ impl Decoder<'_> {
             "cp" => self.async_copy(parts, operands),
             "ldmatrix" => self.load_matrix(parts, operands),
             "cvta" => self.convert_address(parts, operands),
+            "mapa" => self.peer_address(parts, operands),
             "prefetch" => Ok(Op::Nop),
             _ => self.fail("instruction is not supported"),
         }
@@ -54,7 +58,9 @@ impl Decoder<'_> {
     }
 
     fn load(&mut self, parts: &[&str], operands: &[Operand]) -> Result<Op> {
-        let (space, ty, count) = self.shape(parts)?;
+        let is_peer = parts.contains(&PEERS);
+        let own: Vec<&str> = parts.iter().map(|&part| if part == PEERS { "shared" } else { part }).collect();
+        let (space, ty, count) = self.shape(&own)?;
         let target = self.operand(operands, 0)?;
         let items = if let Operand::Tuple(items) = target { items.as_slice() } else { std::slice::from_ref(target) };
         let wide = items.iter().any(|item| matches!(self.slot_of(item), Some(Slot::Wide(_))));
@@ -62,7 +68,8 @@ impl Decoder<'_> {
             if *item == Operand::Sink { Ok(NONE) } else { decoder.target(item, wide) }
         })?;
         let address = self.address(self.operand(operands, 1)?)?;
-        Ok(Op::Load(Access { space, bytes: (ty.bits() / 8) as u8, count, regs, wide, signed: ty.is_signed(), address }))
+        let access = Access { space, bytes: (ty.bits() / 8) as u8, count, regs, wide, signed: ty.is_signed(), address };
+        Ok(if is_peer { Op::PeerLoad(access) } else { Op::Load(access) })
     }
 
     fn store(&mut self, parts: &[&str], operands: &[Operand]) -> Result<Op> {
@@ -185,6 +192,15 @@ impl Decoder<'_> {
         let base = if at == Space::Param { 0 } else { window(at) };
         let b = self.constant(if to { base.wrapping_neg() } else { base }, true);
         Ok(Op::Alu { op: Alu::AddU64, d, s: [a, b, 0] })
+    }
+
+    fn peer_address(&mut self, parts: &[&str], operands: &[Operand]) -> Result<Op> {
+        if parts[1..] != [PEERS, "u32"] {
+            return self.fail("this form of mapa is not supported");
+        }
+        let d = self.target(self.operand(operands, 0)?, false)?;
+        let a = self.source(self.operand(operands, 1)?, false)?;
+        Ok(Op::PeerAddress { d, a, rank: self.source(self.operand(operands, 2)?, false)? })
     }
 }
 

@@ -11,41 +11,9 @@ use crate::fault::{Fault, FaultKind};
 use crate::memory::Accessor;
 use crate::rng::Rng;
 use std::collections::HashMap;
-use std::sync::Mutex;
 
 /// Warp instructions before another warp has its turn.
-const SLICE: u32 = 20_000;
-/// Turns of a block before it is taken for an endless loop.
-const MAX_TURNS: u64 = 2_000_000;
-
-/// What workers leave behind for later ones: to get fresh memory takes longer than many a launch.
-static SPARE: Mutex<Vec<Spare>> = Mutex::new(Vec::new());
-/// As many as there may be workers at a time, and kernels that programs launch in turn.
-const MAX_SPARE: usize = 96;
-
-#[derive(Default)]
-struct Spare {
-    shared: Shared,
-    warps: Vec<Warp>,
-    /// Whose registers they have.
-    kernel: u64,
-}
-
-fn spare() -> std::sync::MutexGuard<'static, Vec<Spare>> {
-    SPARE.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-impl Spare {
-    /// For a kernel, whose own registers need no preparing; where many are kept, else the one that was left longest ago.
-    fn take(kernel: u64) -> Self {
-        let mut spare = spare();
-        match spare.iter().rposition(|spare| spare.kernel == kernel) {
-            Some(at) => spare.remove(at),
-            None if spare.len() == MAX_SPARE => spare.remove(0),
-            None => Self::default(),
-        }
-    }
-}
+pub(super) const SLICE: u32 = 20_000;
 
 /// What the warps of a block share.
 pub struct Block<'a> {
@@ -53,6 +21,8 @@ pub struct Block<'a> {
     pub launch: &'a Launch<'a>,
     /// Position in the grid.
     pub index: [u32; 3],
+    /// Number in the cluster.
+    pub rank: u32,
     /// Shared memory.
     pub shared: Shared,
     /// How global accesses are signed.
@@ -71,25 +41,53 @@ pub struct Block<'a> {
 enum State {
     Ready,
     Waiting(Arrival),
+    /// At a barrier of the cluster, at this instruction.
+    AtCluster(u32),
     Done,
 }
 
-/// A worker of the host: runs blocks one after the other, reusing registers and shared memory.
-pub struct Worker<'a> {
-    /// The block at hand.
-    pub block: Block<'a>,
-    warps: Vec<Warp>,
+/// A load from other blocks of the cluster that is still to be done, the only thing that a warp cannot do alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PeerLoad {
+    pub(super) warp: usize,
+    /// Its instruction.
+    pub(super) pc: u32,
+    /// Its lanes.
+    pub(super) mask: u32,
 }
 
-impl<'a> Worker<'a> {
-    /// A worker for a launch.
-    pub fn new(launch: &'a Launch<'a>) -> Self {
-        let Spare { mut shared, mut warps, .. } = Spare::take(launch.kernel.id);
-        launch.prepare(&mut shared);
+/// What a block has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Some warp can go on.
+    Going,
+    /// A warp reads what another block of the cluster has.
+    PeerLoad(PeerLoad),
+    /// Every warp waits for the cluster, the first one at this instruction.
+    AtCluster(u32),
+    /// Every warp has exited.
+    Done,
+}
+
+/// A block with its warps.
+pub(super) struct BlockRun<'a> {
+    pub(super) block: Block<'a>,
+    pub(super) warps: Vec<Warp>,
+    states: Vec<State>,
+    /// Of the warps in a turn.
+    order: Vec<usize>,
+    /// How many of them have had this turn.
+    taken: usize,
+}
+
+impl<'a> BlockRun<'a> {
+    /// Room for the blocks of a launch, one after the other.
+    pub(super) fn new(launch: &'a Launch<'a>, shared: Shared, mut warps: Vec<Warp>) -> Self {
         warps.resize_with(launch.threads().div_ceil(LANES as u32) as usize, Warp::default);
         let block = Block {
             launch,
             index: [0; 3],
+            rank: 0,
             shared,
             by: launch.by.clone(),
             acquired: HashMap::new(),
@@ -98,44 +96,91 @@ impl<'a> Worker<'a> {
             fences: 0,
             linear: 0,
         };
-        Self { block, warps }
+        let order = (0..warps.len()).collect();
+        Self { block, states: vec![State::Ready; warps.len()], warps, order, taken: 0 }
     }
 
-    /// Runs block number `linear` to its end.
-    ///
-    /// # Errors
-    /// The first finding.
-    pub fn run(&mut self, linear: u32) -> Result<(), Fault> {
-        let launch = self.block.launch;
-        self.begin(linear);
-        let mut rng = Rng::new(launch.seed ^ u64::from(linear) << 20);
-        let mut states = vec![State::Ready; self.warps.len()];
-        let mut order: Vec<usize> = (0..self.warps.len()).collect();
-        for _ in 0..MAX_TURNS {
-            rng.shuffle(&mut order, launch.seed != 0);
-            for &i in &order {
-                if matches!(states[i], State::Ready) {
-                    states[i] = match launch.simd.run(&mut self.warps[i], &mut self.block, SLICE)? {
-                        Stop::Done => State::Done,
-                        Stop::Barrier(arrival) => State::Waiting(arrival),
-                        Stop::Slice => State::Ready,
-                    };
-                }
-            }
-            if launch.is_stopped() {
-                return Ok(());
-            }
-            if states.iter().all(|s| matches!(s, State::Done)) {
-                self.check_warpgroups()?;
-                self.block.counters.blocks += 1;
-                return Ok(());
-            }
-            if !states.iter().any(|s| matches!(s, State::Ready)) {
-                self.release(&mut states)?;
+    /// Begins the block at `index` of the grid, number `rank` of its cluster.
+    pub(super) fn begin(&mut self, index: [u32; 3], rank: u32) {
+        let block = &mut self.block;
+        let launch = block.launch;
+        let [gx, gy, _] = launch.grid;
+        (block.index, block.rank) = (index, rank);
+        block.linear = (index[2] * gy + index[1]) * gx + index[0];
+        block.shared.begin_block();
+        block.acquired.clear();
+        block.products.iter_mut().for_each(Vec::clear);
+        block.fences = 0;
+        block.by.tag = launch.by.tag_base + (block.linear << launch.by.tag_shift);
+        let threads = launch.threads();
+        for (i, warp) in self.warps.iter_mut().enumerate() {
+            let lanes = (threads - i as u32 * LANES as u32).min(LANES as u32);
+            warp.begin(launch.kernel, i as u32, if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 });
+            for &(special, slot) in &launch.kernel.specials {
+                warp.regs.r32[slot as usize] =
+                    std::array::from_fn(|lane| special_value(&self.block, i as u32, lane as u32, special));
             }
         }
-        let what = format!("block ran {} warp instructions without an end", MAX_TURNS * u64::from(SLICE));
-        Err(self.warps[0].place(&self.block, 0, 0, Fault::new(FaultKind::Timeout, what)))
+        self.states.fill(State::Ready);
+        self.order.iter_mut().enumerate().for_each(|(i, warp)| *warp = i);
+        self.taken = self.order.len();
+    }
+
+    /// Lets every warp that can go on do so for a slice, or one come to a load from another block, behind which the turn goes on.
+    pub(super) fn turn(&mut self, rng: &mut Rng) -> Result<Turn, Fault> {
+        let launch = self.block.launch;
+        if self.taken == self.order.len() {
+            rng.shuffle(&mut self.order, launch.seed != 0);
+            self.taken = 0;
+        }
+        while let Some(&i) = self.order.get(self.taken) {
+            while matches!(self.states[i], State::Ready) {
+                self.states[i] = match launch.simd.run(&mut self.warps[i], &mut self.block, SLICE)? {
+                    Stop::Done => State::Done,
+                    Stop::Barrier(arrival) => State::Waiting(arrival),
+                    Stop::ClusterBarrier(pc) => State::AtCluster(pc),
+                    Stop::PeerLoad { pc, mask } => return Ok(Turn::PeerLoad(PeerLoad { warp: i, pc, mask })),
+                    Stop::Slice => break,
+                }
+            }
+            self.taken += 1;
+        }
+        if self.states.iter().any(|s| matches!(s, State::Ready)) {
+            return Ok(Turn::Going);
+        }
+        if self.states.iter().any(|s| matches!(s, State::Waiting(_))) {
+            return self.release().map(|()| Turn::Going);
+        }
+        self.all_stopped()
+    }
+
+    /// Adds the place of the first thread to a finding.
+    pub(super) fn place(&self, pc: u32, fault: Fault) -> Fault {
+        self.warps[0].place(&self.block, pc, 0, fault)
+    }
+
+    /// No warp is at a barrier of the block or can go on.
+    fn all_stopped(&mut self) -> Result<Turn, Fault> {
+        let at_cluster = |s: &State| if let State::AtCluster(pc) = s { Some(*pc) } else { None };
+        let Some(i) = self.states.iter().position(|s| at_cluster(s).is_some()) else {
+            self.check_warpgroups()?;
+            self.block.counters.blocks += 1;
+            return Ok(Turn::Done);
+        };
+        let pc = at_cluster(&self.states[i]).unwrap_or_default();
+        if self.states.iter().all(|s| at_cluster(s).is_some()) {
+            return Ok(Turn::AtCluster(pc));
+        }
+        let absent: Vec<usize> = (0..self.states.len()).filter(|&i| matches!(self.states[i], State::Done)).collect();
+        let what = format!("warp {i} waits at a barrier of the cluster for warps {absent:?}, which have exited");
+        Err(self.warps[i].place(&self.block, pc, 0, Fault::new(FaultKind::BarrierDivergence, what)))
+    }
+
+    /// The barrier of the cluster is complete.
+    pub(super) fn pass_cluster_barrier(&mut self) {
+        self.states.fill(State::Ready);
+        self.block.shared.next_phase();
+        self.block.counters.barriers += 1;
     }
 
     /// The warps of a warpgroup have issued the same products: those that the ones before issued.
@@ -149,31 +194,10 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, linear: u32) {
-        let block = &mut self.block;
-        let launch = block.launch;
-        let [gx, gy, _] = launch.grid;
-        block.index = [linear % gx, linear / gx % gy, linear / gx / gy];
-        block.linear = linear;
-        block.shared.begin_block();
-        block.acquired.clear();
-        block.products.iter_mut().for_each(Vec::clear);
-        block.fences = 0;
-        block.by.tag = launch.by.tag_base + (linear << launch.by.tag_shift);
-        let threads = launch.threads();
-        for (i, warp) in self.warps.iter_mut().enumerate() {
-            let lanes = (threads - i as u32 * LANES as u32).min(LANES as u32);
-            warp.begin(launch.kernel, i as u32, if lanes == 32 { u32::MAX } else { (1 << lanes) - 1 });
-            for &(special, slot) in &launch.kernel.specials {
-                warp.regs.r32[slot as usize] =
-                    std::array::from_fn(|lane| special_value(launch, block.index, i as u32, lane as u32, special));
-            }
-        }
-    }
-
     /// Lets the warps of complete barriers go on; if there is none, they wait for ever.
-    fn release(&mut self, states: &mut [State]) -> Result<(), Fault> {
-        let waiting: Vec<(usize, Arrival)> = states
+    fn release(&mut self) -> Result<(), Fault> {
+        let waiting: Vec<(usize, Arrival)> = self
+            .states
             .iter()
             .enumerate()
             .filter_map(|(i, s)| if let State::Waiting(a) = s { Some((i, *a)) } else { None })
@@ -185,7 +209,7 @@ impl<'a> Worker<'a> {
         for id in ids {
             let group: Vec<(usize, Arrival)> = waiting.iter().copied().filter(|(_, a)| a.id == id).collect();
             if self.is_complete(&group)? {
-                self.pass(&group, states);
+                self.pass(&group);
                 released = true;
             }
         }
@@ -193,9 +217,12 @@ impl<'a> Worker<'a> {
             return Ok(());
         }
         let (i, arrival) = waiting[0];
-        let absent: Vec<usize> =
-            states.iter().enumerate().filter(|(_, s)| matches!(s, State::Done)).map(|(i, _)| i).collect();
-        let what = format!("warp {i} waits at barrier {} for warps {absent:?}, which have exited", arrival.id);
+        let is_absent = |&i: &usize| !matches!(self.states[i], State::Waiting(_));
+        let absent: Vec<usize> = (0..self.states.len()).filter(is_absent).collect();
+        let what = format!(
+            "warp {i} waits at barrier {} for warps {absent:?}, which have exited or wait for the cluster",
+            arrival.id
+        );
         Err(self.warps[i].place(&self.block, arrival.pc, 0, Fault::new(FaultKind::BarrierDivergence, what)))
     }
 
@@ -221,26 +248,15 @@ impl<'a> Worker<'a> {
         Ok(group.len() == self.warps.len())
     }
 
-    fn pass(&mut self, group: &[(usize, Arrival)], states: &mut [State]) {
+    fn pass(&mut self, group: &[(usize, Arrival)]) {
         let total: u32 = group.iter().map(|(_, a)| a.votes.count_ones()).sum();
         let all = total == self.block.launch.threads();
         for &(i, arrival) in group {
             self.warps[i].barrier_result(self.block.launch.kernel, arrival.pc, total, all);
-            states[i] = State::Ready;
+            self.states[i] = State::Ready;
         }
         self.block.shared.next_epoch();
         self.block.counters.barriers += 1;
-    }
-}
-
-impl Drop for Worker<'_> {
-    /// Where a block was left in its middle, memory is not what the next one may count on.
-    fn drop(&mut self) {
-        let mut spare = spare();
-        if spare.len() < MAX_SPARE && !self.block.launch.is_stopped() && !std::thread::panicking() {
-            let shared = std::mem::take(&mut self.block.shared);
-            spare.push(Spare { shared, warps: std::mem::take(&mut self.warps), kernel: self.block.launch.kernel.id });
-        }
     }
 }
 
@@ -274,12 +290,20 @@ impl Block<'_> {
     }
 }
 
-fn special_value(launch: &Launch, block: [u32; 3], warp: u32, lane: u32, special: Special) -> u32 {
+fn special_value(block: &Block, warp: u32, lane: u32, special: Special) -> u32 {
+    let launch = block.launch;
+    let cluster = launch.kernel.cluster;
     match special {
         Special::Tid(axis) => launch.thread(warp * LANES as u32 + lane)[axis as usize],
         Special::Ntid(axis) => launch.block[axis as usize],
-        Special::Ctaid(axis) => block[axis as usize],
+        Special::Ctaid(axis) => block.index[axis as usize],
         Special::Nctaid(axis) => launch.grid[axis as usize],
+        Special::ClusterId(axis) => block.index[axis as usize] / cluster[axis as usize],
+        Special::NumClusters(axis) => launch.grid[axis as usize] / cluster[axis as usize],
+        Special::ClusterCtaid(axis) => block.index[axis as usize] % cluster[axis as usize],
+        Special::ClusterNctaid(axis) => cluster[axis as usize],
+        Special::ClusterRank => block.rank,
+        Special::ClusterSize => launch.kernel.cluster_size(),
         Special::LaneId => lane,
         Special::WarpId => warp,
         Special::NumWarps => launch.threads().div_ceil(LANES as u32),

@@ -386,6 +386,14 @@ pub enum Op {
     },
     Load(Access),
     Store(Access),
+    /// From the shared memory of blocks of the cluster.
+    PeerLoad(Access),
+    /// `mapa`.
+    PeerAddress {
+        d: u16,
+        a: u16,
+        rank: u16,
+    },
     Atomic(Atomic),
     AsyncCopy(AsyncCopy),
     AsyncCommit,
@@ -404,6 +412,8 @@ pub enum Op {
         d: u16,
         p: Pred,
     },
+    /// Of the cluster: `barrier.cluster.arrive` and `barrier.cluster.wait` right behind it.
+    ClusterBarrier,
     WarpBarrier {
         mask: u16,
     },
@@ -460,6 +470,13 @@ pub enum Op {
     Nop,
 }
 
+impl Op {
+    /// Whether warps wait for each other there.
+    pub fn is_barrier(&self) -> bool {
+        matches!(self, Self::Barrier { .. } | Self::BarrierReduce { .. } | Self::ClusterBarrier)
+    }
+}
+
 /// One instruction.
 #[derive(Clone, Debug)]
 pub struct Inst {
@@ -495,6 +512,12 @@ pub enum Special {
     Ntid(u8),
     Ctaid(u8),
     Nctaid(u8),
+    ClusterId(u8),
+    NumClusters(u8),
+    ClusterCtaid(u8),
+    ClusterNctaid(u8),
+    ClusterRank,
+    ClusterSize,
     LaneId,
     WarpId,
     NumWarps,
@@ -554,16 +577,25 @@ pub struct Kernel {
     pub max_threads: Option<u32>,
     /// `.reqntid`.
     pub required_threads: Option<[u32; 3]>,
+    /// Blocks of a cluster: `.reqnctapercluster`, or one.
+    pub cluster: [u32; 3],
     /// Whether writes can be published to other blocks (fence and atomics).
     pub has_fence: bool,
     /// Whether it has `wgmma`.
     pub has_wgmma: bool,
+    /// Whether it reads the shared memory of other blocks.
+    pub has_peer_loads: bool,
 }
 
 impl Kernel {
     /// Bytes of the parameter buffer.
     pub fn param_bytes(&self) -> u32 {
         self.params.last().map_or(0, |p| p.offset + p.bytes)
+    }
+
+    /// Blocks of a cluster.
+    pub fn cluster_size(&self) -> u32 {
+        self.cluster.iter().product()
     }
 
     /// Whether control can come from one instruction to another.
@@ -602,6 +634,8 @@ impl Kernel {
     }
 }
 
+/// Bits of an address in a block's own shared memory; above them `mapa` puts the number of a block in the cluster, plus one.
+pub const CLUSTER_SHIFT: u32 = 24;
 /// Start of the window in which generic addresses mean shared memory.
 pub const SHARED_WINDOW: u64 = 0x0200_0000_0000_0000;
 /// Start of the window in which generic addresses mean local memory.

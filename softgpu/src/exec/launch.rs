@@ -1,6 +1,6 @@
 //! One launch: a kernel over a grid, its blocks on the threads of the host.
 
-use super::block::Worker;
+use super::cluster::Worker;
 use super::isa::{Kernel, LOCAL_WINDOW};
 use super::lanes::LANES;
 use super::shared::Shared;
@@ -79,6 +79,15 @@ impl<'a> Launch<'a> {
         [linear % x, linear / x % y, linear / x / y]
     }
 
+    /// Where in the grid a block of a cluster lies.
+    pub(super) fn block_of(&self, cluster: u32, rank: u32) -> [u32; 3] {
+        let sizes = self.kernel.cluster;
+        let [x, y, _] = std::array::from_fn(|axis| self.grid[axis] / sizes[axis]);
+        let first = [cluster % x, cluster / x % y, cluster / x / y];
+        let inside = [rank % sizes[0], rank / sizes[0] % sizes[1], rank / sizes[0] / sizes[1]];
+        std::array::from_fn(|axis| first[axis] * sizes[axis] + inside[axis])
+    }
+
     /// Whether another block has found an error.
     pub fn is_stopped(&self) -> bool {
         self.stop.load(Relaxed)
@@ -95,7 +104,7 @@ impl<'a> Launch<'a> {
         }
         let end = kernel.dynamic_offset + self.dynamic_shared;
         unowned.retain(|(start, end)| start < end);
-        shared.prepare(end, unowned, kernel.has_wgmma);
+        shared.prepare(end, unowned, kernel);
     }
 
     /// The zero-terminated text at a device address, for assertion messages.
@@ -114,37 +123,38 @@ impl<'a> Launch<'a> {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Runs every block, on so many threads at most.
+    /// Runs every cluster of blocks, on so many threads at most.
     ///
     /// # Errors
     /// The first finding of any block.
     pub fn run(&self, threads: usize) -> Result<Counters, Fault> {
-        let blocks = self.grid.iter().product::<u32>();
-        let mut order: Vec<u32> = (0..blocks).collect();
+        let clusters = self.grid.iter().product::<u32>() / self.kernel.cluster_size();
+        let mut order: Vec<u32> = (0..clusters).collect();
         Rng::new(self.seed).shuffle(&mut order, self.seed != 0);
         let next = AtomicU32::new(0);
-        let threads = threads.min(blocks as usize);
+        let threads = threads.min(clusters as usize);
         let start = Instant::now();
+        let mut counters = Counters { launches: 1, ..Counters::default() };
         let mut first = Worker::new(self);
         let mut outcome = self.take_one(&mut first, &order, &next).map(|_| ());
-        if outcome.is_ok() && threads > 1 && start.elapsed() * (blocks - 1) > WORTH_A_THREAD {
+        if outcome.is_ok() && threads > 1 && start.elapsed() * (clusters - 1) > WORTH_A_THREAD {
             let others: Result<Vec<Counters>, Fault> = std::thread::scope(|scope| {
                 let help = || {
                     let mut worker = Worker::new(self);
-                    self.take_all(&mut worker, &order, &next).map(|()| worker.block.counters)
+                    self.take_all(&mut worker, &order, &next).map(|()| worker.counters())
                 };
                 let handles: Vec<_> = (1..threads).map(|_| scope.spawn(help)).collect();
                 outcome = self.take_all(&mut first, &order, &next);
                 handles.into_iter().map(|h| h.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
             });
             outcome?;
-            others?.into_iter().for_each(|counters| first.block.counters += counters);
+            others?.into_iter().for_each(|other| counters += other);
         } else {
             outcome?;
             self.take_all(&mut first, &order, &next)?;
         }
-        first.block.counters.launches = 1;
-        Ok(first.block.counters)
+        counters += first.counters();
+        Ok(counters)
     }
 
     fn take_one<'b>(&'b self, worker: &mut Worker<'b>, order: &[u32], next: &AtomicU32) -> Result<bool, Fault> {

@@ -124,7 +124,7 @@ fn word(value: &[u8; 16], at: usize) -> u64 {
 
 /// Memory bytes to registers.
 #[inline(always)]
-fn scatter(regs: &mut Regs, access: &Access, mask: u32, values: &Values) {
+pub(super) fn scatter(regs: &mut Regs, access: &Access, mask: u32, values: &Values) {
     for (element, &slot) in access.regs[..access.count as usize].iter().enumerate().filter(|(_, slot)| **slot != NONE) {
         let (at, shift, bits) = place(element, access.bytes);
         let unused = if access.signed { bits.leading_zeros() } else { 0 };
@@ -247,7 +247,7 @@ fn write_lanes<const WIDTH: usize>(
 }
 
 #[inline(always)]
-fn count_shared(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64) {
+pub(super) fn count_shared(block: &mut Block, at: &[u64; LANES], mask: u32, width: u64) {
     let (passes, ideal) = shared::wavefronts(at, mask, width);
     block.counters.shared_requests += 1;
     block.counters.shared_wavefronts += passes;

@@ -159,7 +159,11 @@ impl<F: FnMut(Bank, Role, &mut u16)> Visitor<F> {
                 self.read(true, [message, file]);
                 self.read(false, [line]);
             }
-            Op::Load(access) => self.access(Write, access),
+            Op::Load(access) | Op::PeerLoad(access) => self.access(Write, access),
+            Op::PeerAddress { d, a, rank } => {
+                self.read(false, [a, rank]);
+                self.write(false, [d]);
+            }
             Op::Store(access) => self.access(Read, access),
             Op::Atomic(atomic) => self.atomic(atomic),
             Op::AsyncCopy(AsyncCopy { target, source, source_bytes, .. }) => {
@@ -212,6 +216,7 @@ impl<F: FnMut(Bank, Role, &mut u16)> Visitor<F> {
             | Op::WgmmaWait { groups: _ }
             | Op::Fence
             | Op::ProxyFence
+            | Op::ClusterBarrier
             | Op::Nop => {}
         }
     }

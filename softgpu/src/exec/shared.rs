@@ -5,6 +5,8 @@
 //! warps that touch a byte in the same epoch, one of them writing and not both atomically, race.
 
 use super::async_proxy::AsyncProxy;
+use super::isa::Kernel;
+use super::peer_reads::PeerReads;
 use crate::fault::{Fault, FaultKind};
 
 const WARP_BITS: u32 = 6;
@@ -28,15 +30,18 @@ pub struct Shared {
     unowned: Vec<(u32, u32)>,
     epoch: u32,
     block_start: u32,
+    /// The epoch that began with the block or with the last barrier of its cluster.
+    cluster_start: u32,
     proxy: AsyncProxy,
+    peers: PeerReads,
 }
 
 type Checked<T> = Result<T, Fault>;
 
 impl Shared {
     /// Makes it memory of `bytes`, of which the ranges in `unowned` (start, end) belong to no variable, whatever it was
-    /// before: what no launch has spoiled may serve the next one. `has_wgmma` says whether it is read asynchronously.
-    pub fn prepare(&mut self, bytes: u32, unowned: Vec<(u32, u32)>, has_wgmma: bool) {
+    /// before: what no launch has spoiled may serve the next one. `kernel` says who reads it besides the block's own threads.
+    pub fn prepare(&mut self, bytes: u32, unowned: Vec<(u32, u32)>, kernel: &Kernel) {
         self.mark_unowned(0);
         self.bytes = bytes as usize;
         if self.bytes > self.cells.len() {
@@ -45,7 +50,8 @@ impl Shared {
         }
         self.unowned = unowned;
         self.mark_unowned(UNOWNED);
-        self.proxy.prepare(self.bytes, has_wgmma);
+        self.proxy.prepare(self.bytes, kernel.has_wgmma);
+        self.peers.prepare(self.bytes, kernel.has_peer_loads);
     }
 
     fn mark_unowned(&mut self, cell: u64) {
@@ -58,7 +64,7 @@ impl Shared {
         self.cells.fill(0);
         self.mark_unowned(UNOWNED);
         self.proxy.clear();
-        (self.epoch, self.block_start) = (1, 1);
+        (self.epoch, self.block_start, self.cluster_start) = (1, 1, 1);
     }
 
     /// Begins a block: everything is uninitialised again.
@@ -67,13 +73,26 @@ impl Shared {
             self.clear();
         }
         self.epoch += 1;
-        self.block_start = self.epoch;
+        (self.block_start, self.cluster_start) = (self.epoch, self.epoch);
         self.proxy.begin_block();
+        self.peers.next_phase();
     }
 
     /// A barrier has completed.
     pub fn next_epoch(&mut self) {
         self.epoch += 1;
+    }
+
+    /// A barrier of the cluster has completed.
+    pub fn next_phase(&mut self) {
+        self.next_epoch();
+        self.cluster_start = self.epoch;
+        self.peers.next_phase();
+    }
+
+    /// Checks that nobody needs it any more once the block has exited.
+    pub fn check_exit(&self) -> Checked<()> {
+        self.peers.check_exit()
     }
 
     /// Size, bytes.
@@ -101,6 +120,19 @@ impl Shared {
             None => read_each(cells, address, epochs, warp)?,
         }
         Ok(chunk(&mut self.data, start))
+    }
+
+    /// Reads for block `by` of the cluster: what was written before the last barrier of the cluster.
+    pub fn read_for_peer(&mut self, address: u64, bytes: u64, by: u32) -> Checked<&[u8]> {
+        let range = self.range(address, bytes)?;
+        for (&cell, at) in self.cells[range.clone()].iter().zip(address..) {
+            let written = cell as u32 >> EPOCH_SHIFT;
+            if written < self.block_start || written >= self.cluster_start {
+                return Err(explain_peer_read(cell, at, self.block_start, by));
+            }
+        }
+        self.peers.read(address as u32, bytes as u32, by);
+        Ok(&self.data[range])
     }
 
     /// Reads 16 bytes for `wgmma` of `warp`, which may do so until [`Shared::end_read`].
@@ -144,6 +176,13 @@ impl Shared {
         self.proxy.fence(warp, lanes, self.epoch);
     }
 
+    /// Checks that no reader of another kind than the block's own threads is in the way of a write of `warp`.
+    #[inline(always)]
+    fn claim_from_others(&mut self, address: u64, bytes: u64, warp: u32) -> Checked<()> {
+        self.peers.claim(address, bytes, warp)?;
+        self.proxy.claim(address, bytes, self.epoch << EPOCH_SHIFT | warp)
+    }
+
     /// Writes for a lane of a warp.
     #[inline(always)]
     pub fn write<const WIDTH: usize>(
@@ -153,7 +192,7 @@ impl Shared {
         (warp, lane): (u32, usize),
     ) -> Checked<()> {
         let start = self.range(address, WIDTH as u64)?.start;
-        self.proxy.claim(address, WIDTH as u64, self.epoch << EPOCH_SHIFT | warp)?;
+        self.claim_from_others(address, WIDTH as u64, warp)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
         let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
         claim(cells, address, self.epoch, warp)?;
@@ -166,7 +205,7 @@ impl Shared {
     /// Bytes for an atomic operation of a lane of a warp; other atomics in the same epoch do not race with it.
     pub fn atomic(&mut self, address: u64, bytes: u64, (warp, lane): (u32, usize)) -> Checked<&mut [u8]> {
         let range = self.range(address, bytes)?;
-        self.proxy.claim(address, bytes, self.epoch << EPOCH_SHIFT | warp)?;
+        self.claim_from_others(address, bytes, warp)?;
         for (i, cell) in self.cells[range.clone()].iter_mut().enumerate() {
             let writer = *cell as u32;
             let written = writer >> EPOCH_SHIFT;
@@ -185,7 +224,7 @@ impl Shared {
     #[inline(always)]
     pub fn reserve<const WIDTH: usize>(&mut self, address: u64, warp: u32) -> Checked<()> {
         let start = self.range(address, WIDTH as u64)?.start;
-        self.proxy.claim(address, WIDTH as u64, self.epoch << EPOCH_SHIFT | warp)?;
+        self.claim_from_others(address, WIDTH as u64, warp)?;
         let mine = self.epoch << EPOCH_SHIFT | warp;
         let cells: &mut [u64; WIDTH] = chunk(&mut self.cells, start);
         claim(cells, address, self.epoch, warp)?;
@@ -297,6 +336,27 @@ fn explain_read(cell: u64, address: u64, (block_start, now): (u32, u32), warp: u
             FaultKind::Race,
             format!("warp {warp} reads shared address {address:#x}, which {by} wrote with no barrier between"),
         ),
+    }
+}
+
+#[cold]
+fn explain_peer_read(cell: u64, address: u64, block_start: u32, by: u32) -> Fault {
+    let reads = format!("block {by} of the cluster reads shared address {address:#x}");
+    let writer = name(cell as u32 & MANY);
+    if cell == UNOWNED {
+        let what = format!("{reads}, which lies between the shared variables, in none of them");
+        return Fault::new(FaultKind::OutOfBounds, what);
+    }
+    match cell as u32 >> EPOCH_SHIFT {
+        PENDING => {
+            Fault::new(FaultKind::AsyncCopy, format!("{reads} before the cp.async of {writer} to it was waited for"))
+        }
+        epoch if epoch < block_start => {
+            Fault::new(FaultKind::Uninitialised, format!("{reads}, which the block that has it has not written"))
+        }
+        _ => {
+            Fault::new(FaultKind::Race, format!("{reads}, which {writer} wrote with no barrier of the cluster between"))
+        }
     }
 }
 

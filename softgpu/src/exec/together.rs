@@ -3,7 +3,7 @@
 use super::block::Block;
 use super::isa::{AtomOp, Kernel, Logic, NONE, NumType, Op, Shuffle, Vote};
 use super::lanes::{FULL, LANES, Lane};
-use super::warp::{Arrival, Flow, LaneResult, Warp, first};
+use super::warp::{Arrival, Flow, LaneResult, Stop, Warp, first};
 use super::{async_copy, atomic};
 use crate::fault::{Fault, FaultKind};
 
@@ -35,6 +35,7 @@ impl Warp {
                 let votes = self.predicate(*p) & mask;
                 return self.barrier(*id, NONE, votes, mask);
             }
+            Op::ClusterBarrier => return self.cluster_barrier(mask),
             Op::WarpBarrier { .. } => {}
             Op::ActiveMask { d } => self.broadcast(*d, mask, mask),
             Op::Shuffle { mode, d, p, a, b, c, .. } => self.shuffle(*mode, (*d, *p), (*a, *b, *c), mask)?,
@@ -50,8 +51,7 @@ impl Warp {
     /// finding would be whatever they stumble over.
     fn check_reachable(&self, block: &Block, op: &Op, at: usize, mask: u32) -> LaneResult<()> {
         let (kernel, pc) = (block.launch.kernel, self.splits[at].pc);
-        let is_barrier = matches!(op, Op::Barrier { .. } | Op::BarrierReduce { .. });
-        let lost = self.splits.iter().find(|s| is_barrier && s.pc != pc && !kernel.reaches(s.pc, pc));
+        let lost = self.splits.iter().find(|s| op.is_barrier() && s.pc != pc && !kernel.reaches(s.pc, pc));
         let Some(split) = lost else { return Ok(()) };
         let what = format!(
             "lanes {mask:#010x} of warp {} wait at a barrier that lanes {:#010x}, at {}, have passed by",
@@ -90,22 +90,31 @@ impl Warp {
     }
 
     fn barrier(&mut self, id: u16, count: u16, votes: u32, mask: u32) -> LaneResult<Flow> {
-        let missing = self.started & !mask;
-        if missing != 0 {
-            let what = format!(
-                "barrier reached by lanes {mask:#010x} of warp {}; lanes {missing:#010x} have exited or pass it by",
-                self.index
-            );
-            return Err((
-                first(if mask == 0 { missing } else { mask }),
-                Fault::new(FaultKind::BarrierDivergence, what),
-            ));
-        }
+        self.check_all_here(mask)?;
         let lane = first(mask);
         let count = (count != NONE).then(|| self.regs.r32[count as usize][lane]);
         let pc = self.splits[0].pc;
-        self.arrival = Some(Arrival { id: self.regs.r32[id as usize][lane], count, pc, votes });
+        self.stop = Some(Stop::Barrier(Arrival { id: self.regs.r32[id as usize][lane], count, pc, votes }));
         Ok(Flow::Stop)
+    }
+
+    fn cluster_barrier(&mut self, mask: u32) -> LaneResult<Flow> {
+        self.check_all_here(mask)?;
+        self.stop = Some(Stop::ClusterBarrier(self.splits[0].pc));
+        Ok(Flow::Stop)
+    }
+
+    /// Checks that every lane that ever was has come to a barrier.
+    fn check_all_here(&self, mask: u32) -> LaneResult<()> {
+        let missing = self.started & !mask;
+        if missing == 0 {
+            return Ok(());
+        }
+        let what = format!(
+            "barrier reached by lanes {mask:#010x} of warp {}; lanes {missing:#010x} have exited or pass it by",
+            self.index
+        );
+        Err((first(if mask == 0 { missing } else { mask }), Fault::new(FaultKind::BarrierDivergence, what)))
     }
 
     /// Gives the result of `bar.red` at `pc`; `total` threads voted yes, `all` or not.

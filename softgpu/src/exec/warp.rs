@@ -5,8 +5,8 @@
 //! held splits are left, they can never meet: that is a finding.
 
 use super::block::Block;
-use super::isa::{Kernel, Logic, NONE, Op, Pred};
-use super::lanes::{LANES, Regs};
+use super::isa::{CLUSTER_SHIFT, Kernel, Logic, NONE, Op, Pred};
+use super::lanes::{LANES, Lane, Regs};
 use super::warpgroup::Products;
 use super::{async_copy, atomic, load_store};
 use crate::fault::{Fault, FaultKind};
@@ -50,8 +50,13 @@ pub struct Arrival {
 pub enum Stop {
     /// Every lane has exited.
     Done,
-    /// At a barrier.
+    /// At a barrier of its block.
     Barrier(Arrival),
+    /// At a barrier of its cluster, at this instruction.
+    ClusterBarrier(u32),
+    /// Behind a load from other blocks of its cluster, which somebody who has them is to do.
+    #[allow(missing_docs)]
+    PeerLoad { pc: u32, mask: u32 },
     /// Its time slice is over.
     Slice,
 }
@@ -81,8 +86,8 @@ pub struct Warp {
     copy_pc: u32,
     /// Products of its warpgroup, as far as they are its own.
     pub products: Products,
-    /// At which barrier it has stopped.
-    pub(super) arrival: Option<Arrival>,
+    /// Why it has stopped in the middle of a slice.
+    pub(super) stop: Option<Stop>,
 }
 
 /// What an instruction did to the flow of control.
@@ -91,7 +96,7 @@ pub(super) enum Flow {
     Jumped,
     Diverged,
     Hold,
-    /// At the barrier of `arrival`.
+    /// As [`Warp::stop`] says.
     Stop,
 }
 
@@ -150,7 +155,7 @@ impl Warp {
                 .filter(|&pc| pc > self.splits[at].pc)
                 .min();
             if let Some(stop) = self.run_split(block, at, limit.unwrap_or(u32::MAX), &mut left)? {
-                return Ok(Stop::Barrier(stop));
+                return Ok(stop);
             }
             if left == 0 {
                 return Ok(Stop::Slice);
@@ -175,13 +180,7 @@ impl Warp {
     }
 
     #[inline(always)]
-    fn run_split(
-        &mut self,
-        block: &mut Block,
-        at: usize,
-        limit: u32,
-        left: &mut u32,
-    ) -> Result<Option<Arrival>, Fault> {
+    fn run_split(&mut self, block: &mut Block, at: usize, limit: u32, left: &mut u32) -> Result<Option<Stop>, Fault> {
         let kernel = block.launch.kernel;
         loop {
             let Split { pc, mask, .. } = self.splits[at];
@@ -211,7 +210,7 @@ impl Warp {
                 }
                 Flow::Stop => {
                     self.splits[at].pc = pc + 1;
-                    return Ok(self.arrival.take());
+                    return Ok(self.stop.take());
                 }
             }
             if *left == 0 || self.splits[at].pc >= limit {
@@ -243,6 +242,11 @@ impl Warp {
             _ if mask == 0 => {}
             Op::Load(access) => load_store::load(self, block, access, mask)?,
             Op::Store(access) => load_store::store(self, block, access, mask)?,
+            Op::PeerLoad(_) => {
+                self.stop = Some(Stop::PeerLoad { pc: self.splits[at].pc, mask });
+                return Ok(Flow::Stop);
+            }
+            Op::PeerAddress { d, a, rank } => self.peer_address(block, *d, *a, *rank, mask)?,
             Op::Atomic(atomic) => atomic::atomic(self, block, atomic, mask)?,
             Op::AsyncCopy(copy) => {
                 self.copy_pc = self.splits[at].pc;
@@ -369,6 +373,21 @@ impl Warp {
         }
     }
 
+    /// `mapa`: where what lies at `a` in the block's shared memory lies in that of another block of the cluster.
+    fn peer_address(&mut self, block: &Block, d: u16, a: u16, rank: u16, mask: u32) -> LaneResult<()> {
+        let size = block.launch.kernel.cluster_size();
+        let (mut at, ranks) = (self.regs.r32[a as usize], self.regs.r32[rank as usize]);
+        for lane in load_store::lanes(mask) {
+            if ranks[lane] >= size {
+                let what = format!("block {} of a cluster of {size}", ranks[lane]);
+                return Err((lane, Fault::new(FaultKind::OutOfBounds, what)));
+            }
+            at[lane] = at[lane] & ((1 << CLUSTER_SHIFT) - 1) | (ranks[lane] + 1) << CLUSTER_SHIFT;
+        }
+        <u32 as Lane>::store(&mut self.regs, d, &at, mask);
+        Ok(())
+    }
+
     fn assertion(&self, block: &Block, mask: u32, message: u16, file: u16, line: u16) -> (usize, Fault) {
         let lane = first(mask);
         let text = |slot: u16| block.launch.text(self.regs.r64[slot as usize][lane]);
@@ -398,8 +417,7 @@ impl Warp {
         let at = |split: &Split| format!("lanes {:#010x} at {}", split.mask, kernel.source(split.pc as usize));
         let places: Vec<String> = self.splits.iter().map(at).collect();
         let split = self.splits[0];
-        let is_barrier = |op: &Op| matches!(op, Op::Barrier { .. } | Op::BarrierReduce { .. });
-        let kind = if self.splits.iter().all(|s| is_barrier(&kernel.insts[s.pc as usize].op)) {
+        let kind = if self.splits.iter().all(|s| kernel.insts[s.pc as usize].op.is_barrier()) {
             FaultKind::BarrierDivergence
         } else {
             FaultKind::InactiveLane

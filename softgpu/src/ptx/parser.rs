@@ -279,6 +279,8 @@ impl<'a> Parser<'a> {
                 Token::Mark(';') => return Ok(()),
                 Token::Word(".maxntid") => entry.max_threads = Some(self.dimensions()?.iter().product()),
                 Token::Word(".reqntid") => entry.required_threads = Some(self.dimensions()?),
+                Token::Word(".reqnctapercluster") => entry.cluster = Some(self.dimensions()?),
+                Token::Word(".explicitcluster") => {}
                 Token::Word(".minnctapersm" | ".maxnctapersm" | ".maxnreg") => drop(self.number::<u32>()?),
                 Token::Word(".pragma") => self.skip_statement()?,
                 other => return self.fail(format!("{other:?} is not supported before a kernel body")),

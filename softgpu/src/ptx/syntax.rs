@@ -130,6 +130,8 @@ pub struct Entry {
     pub required_threads: Option<[u32; 3]>,
     /// Product of `.maxntid`, if given.
     pub max_threads: Option<u32>,
+    /// `.reqnctapercluster`, if given.
+    pub cluster: Option<[u32; 3]>,
 }
 
 /// A parsed module.

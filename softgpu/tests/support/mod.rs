@@ -13,6 +13,24 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
+/// Names the compute capability of the device.
+pub(crate) const VARIABLE: &str = "SOFTGPU_COMPUTE_CAPABILITY";
+
+/// Runs `body` on a device of this compute capability, from the test of this name. A process that has another one leaves it
+/// to its parent.
+pub(crate) fn on(version: &str, test: &str, body: fn()) {
+    match std::env::var(VARIABLE) {
+        Ok(here) if here == version => return body(),
+        Ok(_) => return,
+        Err(_) => {}
+    }
+    let program = std::env::current_exe().expect("a test program has a path");
+    let mut command = Command::new(program);
+    command.args([test, "--exact", "--nocapture"]).env(VARIABLE, version);
+    let run = command.output().expect("the program can be run again");
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+}
+
 /// An argument of a kernel.
 pub(crate) enum Arg {
     Pointer(u64),
