@@ -3,7 +3,7 @@
 use mneme::Result;
 use mneme::backend::{Backend, KvLayout};
 use mneme::engine::SchedulerLimits;
-use mneme::models::{ModelConfig, StepLimits, Workspace};
+use mneme::models::{KvCache, ModelConfig, StepLimits, Workspace};
 use mneme::telemetry::{Degradation, Degradations};
 
 /// One byte in so many is left free: memory is given out in pieces, and adapters may be merged later.
@@ -48,7 +48,8 @@ impl KvRoom {
         is_len_given: bool,
         degradations: &Degradations,
     ) -> anyhow::Result<SchedulerLimits> {
-        let num_blocks = self.free_bytes / DEFAULT_SHARE.1 * DEFAULT_SHARE.0 / self.block_bytes;
+        let most = KvCache::<()>::MAX_TOKENS / limits.block_size;
+        let num_blocks = (self.free_bytes / DEFAULT_SHARE.1 * DEFAULT_SHARE.0 / self.block_bytes).min(most);
         let (num_tokens, least) = (num_blocks * limits.block_size, if is_len_given { limits.max_model_len } else { 2 });
         match least <= num_tokens {
             true => Ok(SchedulerLimits { num_blocks, max_model_len: limits.max_model_len.min(num_tokens), ..limits }),
@@ -130,6 +131,9 @@ mod tests {
         assert_eq!((long.num_blocks, long.max_model_len), (100, 1600));
         assert!(degradations.lines().is_empty());
         assert!(room.fill(limits(4, 1601), true, &degradations).is_err());
+        // No more than steps can number, of however small blocks.
+        let room = KvRoom { block_bytes: 32, free_bytes: 80 << 30 };
+        assert_eq!(room.fill(limits(4, 1600), true, &degradations).unwrap().num_blocks, i32::MAX as usize / 16);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What one forward pass runs on: the tokens of a step and the buffers between its layers.
 
-use crate::Result;
 use crate::backend::{AttentionMetadata, Backend, DType, KvLayout, Landing, Tensor};
+use crate::{Result, invalid};
 
 use super::config::ModelConfig;
 
@@ -172,8 +172,21 @@ pub struct KvCache<B> {
 }
 
 impl<B: Clone> KvCache<B> {
+    /// The most tokens that blocks may hold: steps number their places by i32.
+    pub const MAX_TOKENS: usize = i32::MAX as usize;
+
     /// Allocates `num_blocks` blocks of `layout`.
+    ///
+    /// # Errors
+    /// They would hold more than [`Self::MAX_TOKENS`]; the backend's own.
     pub fn new<D: Backend<Buffer = B>>(backend: &D, layout: KvLayout, num_blocks: usize) -> Result<Self> {
+        let num_tokens = num_blocks.saturating_mul(layout.block_size());
+        if num_tokens > Self::MAX_TOKENS {
+            return Err(invalid!(
+                "{num_blocks} KV blocks hold {num_tokens} tokens, a step takes {} at most; give a smaller --kv-cache-memory-bytes",
+                Self::MAX_TOKENS
+            ));
+        }
         let blocks = backend.allocate(layout.block_bytes() * num_blocks)?;
         Ok(Self { blocks, layout, num_blocks })
     }

@@ -44,6 +44,11 @@ impl Gpu {
         softgpu::backend(dtype).gemm_tiles()
     }
 
+    /// With adapters added by the kernels that every device has.
+    pub fn without_lora_clusters(dtype: DType) -> Self {
+        Self::of(softgpu::backend(dtype).without_lora_clusters())
+    }
+
     /// With products by cuBLASLt, where there is one.
     pub fn fast(dtype: DType) -> Option<Self> {
         softgpu::fast_backend(dtype).map(Self::of)

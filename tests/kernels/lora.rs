@@ -10,6 +10,7 @@ use mneme::backend::{
 
 use crate::gpu::{self, Gpu, assert_close, encode, epsilon, host_tensor};
 use crate::support::random::Random;
+use crate::support::softgpu;
 
 pub const SITE: LoraSite = LoraSite { layer: 0, projection: Projection::Qkv };
 
@@ -243,6 +244,39 @@ fn updates_are_products_of_products() {
                 let numbers = gpu::decode(&found, gpu.dtype());
                 assert_close(&what, &numbers, &case.reference(entries), epsilon(gpu.dtype()), 5e-4);
                 case.check_untouched(gpu, &found, entries);
+            }
+        }
+    }
+}
+
+/// Prompts under one adapter, several and more than there is room for at once; and rows that fill neither tiles nor clusters.
+#[allow(clippy::type_complexity)] // a table
+const PROMPTS: &[(usize, usize, &[usize], &[&[usize]])] = &[
+    (65, 520, &[72], &[&[16]]),
+    (129, 1016, &[528, 40], &[&[9, 16], &[33, 0]]),
+    (300, 4096, &[520], &[&[16]]),
+    (300, 40, &[24, 600], &[&[17, 3], &[0, 130], &[64, 64]]),
+    (530, 264, &[1040], &[&[70], &[58], &[16]]),
+    (1100, 136, &[16], &[&[5]]),
+];
+
+/// Hopper adds to many rows by clusters; what every device has gives the same.
+#[test]
+fn clusters_give_the_same_bits() {
+    if !softgpu::is_hopper() && !softgpu::is_replaced() {
+        return;
+    }
+    for gpu in gpu::lend().iter() {
+        let plain = Gpu::without_lora_clusters(gpu.dtype());
+        let random = &mut Random::new(127);
+        for &(num_tokens, inputs, modules, ranks) in PROMPTS {
+            let case = Case::random(gpu, random, num_tokens, inputs, modules, ranks);
+            let whole = (0..num_tokens).map(|row| Entry { adapter: 0, row, scale: 1.0 }).collect();
+            let runs = if ranks.len() > 1 { in_runs(num_tokens) } else { whole };
+            for entries in [runs, scattered(num_tokens, ranks.len())] {
+                let run = |gpu: &Gpu| case.run(gpu, &case.load_in_pages_of(gpu, PAGE_BYTES << 4), &entries);
+                let [found, wanted] = [gpu, &plain].map(run);
+                assert!(found == wanted, "{num_tokens} rows to {modules:?}, ranks {ranks:?}, {}", gpu.dtype());
             }
         }
     }

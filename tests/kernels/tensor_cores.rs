@@ -201,9 +201,11 @@ fn kernels() -> Vec<(String, DType)> {
             all.push((format!("quant_gemm_{dtype}_{format}_t{num_tokens}"), dtype));
         }
         let shrink = ["t16", "t32", "t64", "t64_r16", "t64_r64", "t128_r16", "t128_r64"];
+        let by_clusters = ["c128_r16", "c256_r16", "c384_r16", "c128_r64", "c256_r64"];
+        let shrink = shrink.into_iter().chain(by_clusters);
         all.extend(shrink.map(|tile| (format!("lora_shrink_{dtype}_{tile}"), dtype)));
         // In either type shrunk numbers are taken as sums of bf16.
-        all.extend([4, 8].map(|warps| (format!("lora_expand_{dtype}_w{warps}"), DType::BF16)));
+        all.extend(["w4", "w8", "c8"].map(|block| (format!("lora_expand_{dtype}_{block}"), DType::BF16)));
     }
     all
 }

@@ -143,6 +143,12 @@ impl CudaBackend {
         self.kernels.gemm.names()
     }
 
+    /// The same with adapters added by the kernels that every device has, where Hopper has its own beside them: for tests.
+    pub fn without_lora_clusters(mut self) -> Self {
+        self.kernels.lora.forget_clusters();
+        self
+    }
+
     /// The same with rows of logits that are changed or asked about brought to the host.
     pub fn without_logit_edits(self) -> Self {
         Self { edits_logits: false, ..self }

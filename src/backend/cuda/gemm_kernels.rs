@@ -1,7 +1,7 @@
 //! The tilings of the matrix product, and which one a product takes. No choice changes a bit of the result.
 
 use super::kernels::Kernel;
-use super::modules::Modules;
+use super::modules::{HOPPER, Modules};
 use crate::backend::DType;
 use crate::{Result, unsupported};
 
@@ -57,9 +57,6 @@ const WARPGROUP_TILES: [GemmTile; 5] = [
     tile("w128x192", (128, 192), 256, 201 << 10, (42.0, 41.7)),
     tile("w128x256", (128, 256), 256, 193 << 10, (58.5, 58.5)),
 ];
-
-/// The compute capability of Hopper, whose matrix instructions no other has.
-const HOPPER: (i32, i32) = (9, 0);
 
 /// Microseconds that a multiprocessor takes for its share of the bytes of one output's 4096 weights, times the number of
 /// multiprocessors.

@@ -1,7 +1,8 @@
 //! Low-rank updates of a projection's output: the launches for all adapters of a step.
 //!
-//! `kernels/lora_shrink.cu` says what a piece is. Pieces travel as arguments of the first kernel, which leaves them on the device
-//! for the second: so any number of adapters takes no copy of its own.
+//! `kernels/lora_shrink.cu` says what a piece is; many rows are computed by clusters on Hopper (`_sm90a`), with the same bits.
+//! Pieces travel as arguments of the first kernel, which leaves them on the device for the second: so any number of adapters
+//! takes no copy of its own.
 
 #![allow(unsafe_code)]
 
@@ -187,17 +188,19 @@ impl Call<'_> {
             .long(round.page_bytes)
             .structure(&pieces.words);
         let ShrinkKernel { kernel, tile } = self.backend.kernels().lora.shrink(round.shape);
+        let blocks = (pieces.num_tiles * tile.blocks, 1, 1);
         // SAFETY: lora_shrink(shrunk, table, x, rows, scales, num_inputs, first_row, num_rows, shrunk_stride, num_pieces,
         // first_piece, page_bytes, pieces), shapes as checked; `shrunk` and `table` hold the round's rows and all pieces, whose
-        // pages lie in an arena that lives as long as the batch; entries are rows of x.
-        unsafe { self.backend.launch(self.stream, kernel, (pieces.num_blocks, 1, 1), tile.threads, arguments) }
+        // pages lie in an arena that lives as long as the batch; entries are rows of x. Every tile has all of its blocks.
+        unsafe { self.backend.launch(self.stream, kernel, blocks, tile.threads, arguments) }
     }
 
     fn expand(&self, round: &Round) -> Result<()> {
         let Between { table, shrunk } = self.between;
         let num_outputs = self.out.columns();
-        let ExpandGrid { expand, block_rows } =
-            self.backend.kernels().lora.expand(round.shape, round.num_rows, num_outputs);
+        let multiprocessors = self.backend.info().multiprocessors;
+        let ExpandGrid { expand, block_rows, blocks: (row_blocks, column_blocks) } =
+            self.backend.kernels().lora.expand(round.shape, round.num_rows, num_outputs, multiprocessors);
         let arguments = Arguments::new()
             .tensor(self.out)?
             .buffer(shrunk)?
@@ -210,9 +213,9 @@ impl Call<'_> {
             .int(round.shape.num_pieces)?
             .int(block_rows)?
             .long(round.page_bytes);
-        let blocks = (round.num_rows.div_ceil(block_rows), num_outputs.div_ceil(expand.columns), 1);
+        let blocks = (row_blocks, column_blocks, 1);
         // SAFETY: lora_expand(out, shrunk, table, rows, num_outputs, first_row, num_rows, shrunk_stride, num_pieces,
-        // block_rows, page_bytes), shapes as checked, behind the first kernel on the same stream.
+        // block_rows, page_bytes), shapes as checked, whole clusters, behind the first kernel on the same stream.
         unsafe { self.backend.launch(self.stream, &expand.kernel, blocks, expand.threads, arguments) }
     }
 }
@@ -228,12 +231,12 @@ struct LaunchPieces {
     len: usize,
     /// The place of the first among all pieces.
     first: usize,
-    num_blocks: usize,
+    num_tiles: usize,
 }
 
 impl LaunchPieces {
     fn new(first: usize) -> Self {
-        Self { words: [0; LAUNCH_PIECES * PIECE_WORDS], len: 0, first, num_blocks: 0 }
+        Self { words: [0; LAUNCH_PIECES * PIECE_WORDS], len: 0, first, num_tiles: 0 }
     }
 
     fn push(
@@ -247,9 +250,9 @@ impl LaunchPieces {
         let piece = &mut self.words[self.len * PIECE_WORDS..][..PIECE_WORDS];
         piece[..FACTOR_WORDS].copy_from_slice(&update.factor_words(part, part.scaling)?);
         piece[FACTOR_WORDS] = ints(entries.start, entries.end)?;
-        piece[FACTOR_WORDS + 1] = ints(shrunk_at, self.num_blocks)?;
+        piece[FACTOR_WORDS + 1] = ints(shrunk_at, self.num_tiles)?;
         self.len += 1;
-        self.num_blocks += entries.len().div_ceil(tile.entries) * part.a.num_rows.div_ceil(tile.ranks);
+        self.num_tiles += entries.len().div_ceil(tile.entries) * part.a.num_rows.div_ceil(tile.ranks);
         Ok(())
     }
 }

@@ -13,6 +13,9 @@ use crate::{Error, Result, unsupported};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// The compute capability of Hopper: no other GPU has the instructions of files whose names end in `_sm90a`.
+pub(super) const HOPPER: (i32, i32) = (9, 0);
+
 /// Modules by the name of their source file, each loaded onto the device when the first of its kernels is asked for.
 pub(super) struct Modules {
     context: Arc<CudaContext>,
