@@ -172,6 +172,13 @@ fn linked_prompts_pass_in_other_schedules() {
     support::softgpu::pass_lazily(&["link::"], "other_schedules");
 }
 
+/// Engines whose products are by warpgroups and whose adapters are added by clusters.
+#[test]
+fn engines_are_the_cpus_on_hopper() {
+    let wanted = ["families::", "golden::a_tiny", "invariance::llama_output", "adapted::", "adapters::"];
+    support::softgpu::pass_on_hopper(&wanted);
+}
+
 /// What there is no time for in every run: other types of numbers, queues and parameters.
 #[test]
 #[ignore = "takes a minute, which CI has not"]
