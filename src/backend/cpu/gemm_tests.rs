@@ -252,11 +252,11 @@ fn quantised_products_are_the_emulated_ones_to_the_bit() {
     let (mut random, mut pool) = (Random(6), ThreadPool::new(2));
     for isa in Isa::available() {
         for dtype in QUANTISED {
-            for (n, k) in [(1, 256), (33, 512), (70, 768)] {
+            for (num_rows, n, k) in [(7, 1, 256), (7, 33, 512), (7, 70, 768), (8, 40, 256), (19, 70, 1280)] {
                 let tensors = [tensor(dtype, n, k, &mut random)];
                 let w = PackedMatrix::pack(&tensors, None, &mut pool).unwrap();
-                let x = random.values(7 * k);
-                let out = multiply(2, isa, &x, 7, &w, None);
+                let x = random.values(num_rows * k);
+                let out = multiply(2, isa, &x, num_rows, &w, None);
                 for (index, found) in out.iter().enumerate() {
                     let (row, column) = (index / n, index % n);
                     let wanted = slow_quantised_dot(isa, &tensors[0], column, &x[row * k..(row + 1) * k]);
@@ -287,10 +287,12 @@ fn the_largest_codes_do_not_saturate() {
                 }
                 let tensors = [HostTensor::new("weights", Arc::new(bytes), 0..len, dtype, rows, k).unwrap()];
                 let w = PackedMatrix::pack(&tensors, None, &mut pool).unwrap();
-                for sign in [1.0, -1.0] {
-                    let x = vec![127.0 * sign; k];
-                    let out = multiply(1, isa, &x, 1, &w, None);
-                    assert_eq!(out[2], slow_quantised_dot(isa, &tensors[0], 2, &x), "{isa} {dtype} {byte:#x}");
+                for (sign, num_rows) in [(1.0, 1), (-1.0, 1), (1.0, 9), (-1.0, 9)] {
+                    let x = vec![127.0 * sign; num_rows * k];
+                    let out = multiply(1, isa, &x, num_rows, &w, None);
+                    let wanted = slow_quantised_dot(isa, &tensors[0], 2, &x[..k]);
+                    let found = out.iter().skip(2).step_by(rows);
+                    assert!(found.eq([wanted].iter().cycle().take(num_rows)), "{isa} {dtype} {byte:#x}");
                 }
             }
         }
