@@ -203,6 +203,7 @@ fn what_the_decoder_refuses() {
             assert!(error.message.contains(words), "{error}");
         };
         refused(LAST, "barrier.cluster.arrive.aligned;", "no wait behind it");
+        refused(LAST, "@%p barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "under a predicate");
         refused(LAST, "barrier.cluster.wait.aligned;", "an arrive, with release");
         refused(
             LAST,

@@ -67,6 +67,7 @@ impl Decoder<'_> {
     /// Both halves of a barrier of the cluster, with nothing between them: what a thread does there would be ordered by neither.
     fn cluster_barrier(&mut self, names: &[&str]) -> Result<Op> {
         match (names, self.cluster_arrival.take()) {
+            _ if self.guard.is_some() => self.fail("a barrier of the cluster under a predicate is not supported"),
             (["arrive"] | ["arrive", "release"], None) => {
                 self.cluster_arrival = Some(self.insts.len());
                 Ok(Op::Nop)

@@ -6,7 +6,10 @@ use crate::exec::isa::{Access, AsyncCopy, AtomOp, Atomic, NONE, NumType, Op};
 use crate::ptx::syntax::{Operand, Space};
 
 fn space(name: &str) -> Option<Space> {
-    Some(match name.split("::").next().filter(|_| name != PEERS)? {
+    if name == PEERS {
+        return None;
+    }
+    Some(match name.split("::").next().unwrap_or(name) {
         "global" => Space::Global,
         "const" => Space::Const,
         "shared" => Space::Shared,

@@ -135,8 +135,8 @@ impl LoraKernels {
         Ok(Self {
             few: FEW_ENTRIES.into_iter().map(shrink).collect::<Result<_>>()?,
             many: ShrinkKernel::find_pairs(modules, dtype, &MANY_ENTRIES)?,
-            narrow: ExpandKernel::find(modules, dtype, "w4", 4, 4)?,
-            wide: ExpandKernel::find(modules, dtype, "w8", 8, 2)?,
+            narrow: ExpandKernel::find(modules, dtype, "w4", (4, 4), 1)?,
+            wide: ExpandKernel::find(modules, dtype, "w8", (8, 2), 1)?,
             clusters: is_hopper.then(|| ClusterKernels::find(modules, dtype)).transpose()?,
             merge: Kernel::find(modules, "lora_merge", format!("lora_merge_{dtype}"), 0)?,
         })
@@ -202,7 +202,10 @@ fn cluster_rows(num_rows: usize, column_blocks: usize, multiprocessors: usize) -
 impl ClusterKernels {
     fn find(modules: &Modules, dtype: DType) -> Result<Self> {
         let shrink = ShrinkKernel::find_pairs(modules, dtype, &CLUSTER_ENTRIES)?;
-        Ok(Self { shrink, expand: ExpandKernel::find(modules, dtype, "c8", 8, CLUSTER_RANKS / STAGE_RANKS)? })
+        Ok(Self {
+            shrink,
+            expand: ExpandKernel::find(modules, dtype, "c8", (8, CLUSTER_RANKS / STAGE_RANKS), CLUSTER)?,
+        })
     }
 }
 
@@ -220,13 +223,17 @@ impl ShrinkKernel {
 }
 
 impl ExpandKernel {
-    fn find(modules: &Modules, dtype: DType, name: &str, warps: usize, b_slots: usize) -> Result<Self> {
+    fn find(
+        modules: &Modules,
+        dtype: DType,
+        name: &str,
+        (warps, b_slots): (usize, usize),
+        cluster: usize,
+    ) -> Result<Self> {
         // Rings of three stages of shrunk numbers and, for each warp, of three strips and of what it has of b.
         let shared_bytes = (3 << 10) + warps * ((3 + b_slots) << 11);
-        let is_cluster = name.starts_with('c');
-        let file = if is_cluster { "lora_expand_sm90a" } else { "lora_expand" };
+        let file = if cluster > 1 { "lora_expand_sm90a" } else { "lora_expand" };
         let kernel = Kernel::find(modules, file, format!("lora_expand_{dtype}_{name}"), shared_bytes)?;
-        let cluster = if is_cluster { CLUSTER } else { 1 };
         Ok(Self { kernel, columns: 64 * warps, threads: 32 * warps, cluster })
     }
 
