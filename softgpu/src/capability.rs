@@ -88,25 +88,3 @@ pub fn wanted() -> Result<&'static Capability, String> {
 pub fn capability() -> &'static Capability {
     wanted().unwrap_or(&AMPERE)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn code_runs_on_what_it_was_made_for() {
-        let runs = |name: &str, target: &str| Capability::named(name).map(|c| c.refuse(target).is_none());
-        for (target, on_ampere, on_hopper) in [
-            ("sm_75", true, true),
-            ("sm_80", true, true),
-            ("sm_90", false, true),
-            ("sm_90a", false, true),
-            ("sm_100", false, false),
-        ] {
-            assert_eq!((runs("8.0", target), runs("9.0", target)), (Ok(on_ampere), Ok(on_hopper)), "{target}");
-        }
-        assert!(Capability::named("7.5").is_err_and(|message| message.contains("7.5")));
-        let message = AMPERE.refuse("sm_90a").unwrap_or_default();
-        assert!(message.contains("sm_90a") && message.contains("8.0"), "{message}");
-    }
-}

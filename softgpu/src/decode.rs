@@ -6,6 +6,7 @@ use crate::exec::isa::{
 use crate::exec::operands::Bank;
 use crate::ptx::PtxError;
 use crate::ptx::syntax::{Entry, Loc, Module, Operand, Space, Stmt, Var};
+use crate::registers::rows;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -14,12 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 mod arithmetic;
-mod bits;
-mod check;
 mod control;
-mod flow;
 mod memory;
-mod rows;
 mod warp_wide;
 mod warpgroup;
 

@@ -73,19 +73,3 @@ pub fn failure(function: &str) -> Option<(u32, bool)> {
     rule.times -= 1;
     Some((rule.code, is_lasting(rule.code)))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rules_say_which_calls_fail() {
-        assert!(arm("cuMemAlloc_v2").is_err() && arm("cuMemAlloc_v2=0").is_err() && arm("cuMemAlloc_v2=2@a").is_err());
-        arm("one=2@1x2, two=719").unwrap();
-        let calls: Vec<Option<(u32, bool)>> = (0..4).map(|_| failure("one")).collect();
-        assert_eq!(calls, [None, Some((2, false)), Some((2, false)), None]);
-        assert_eq!([failure("two"), failure("two"), failure("three")], [Some((719, true)), Some((719, true)), None]);
-        arm("").unwrap();
-        assert_eq!(failure("two"), None);
-    }
-}

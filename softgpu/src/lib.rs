@@ -4,7 +4,7 @@
 //! as PTX, run on the CPU with every access checked. It measures nothing: no time, no occupancy, no cache, no weak
 //! memory ordering, no rounding of tensor cores.
 //!
-//! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it; [`memory`] holds device memory and its shadow;
+//! From the bottom: [`ptx`] reads text; [`decode`] makes kernels of it, with rows from [`registers`]; [`memory`] holds device memory and its shadow;
 //! [`exec`] runs kernels; [`module`] and [`fatbin`] load them; [`stream`] orders work and [`capture`] records it; [`driver`] is the C interface, whose
 //! calls [`inject`] makes fail. Beside it [`cublaslt`] is that of a library of matrix products, which [`product`] computes.
 //! [`capability`] is what the device is said to be, [`counters`] say what kernels did, and [`roofline`] what that would take on real devices at the least.
@@ -28,6 +28,7 @@ pub mod module;
 pub mod pinned;
 pub mod product;
 pub mod ptx;
+pub mod registers;
 pub mod report;
 pub mod rng;
 pub mod roofline;

@@ -129,14 +129,15 @@ fn write(device: &Device, start: u64, bytes: &[u8], by: &Accessor) -> Result<(),
     Ok(())
 }
 
-/// Where the parts of a sum of `k` products end.
-fn ends(k: usize, num_parts: usize, num_columns: usize) -> Vec<usize> {
+/// Where the parts of a sum of `k` products end, of a matrix of so many columns.
+pub fn ends(k: usize, num_parts: usize, num_columns: usize) -> Vec<usize> {
     let len = k.div_ceil(num_parts.max(1));
     let first = 1 + num_columns % len;
     (first..k).step_by(len).chain([k]).collect()
 }
 
-fn sum(row: &[f32], column: &[f32], ends: &[usize]) -> f32 {
+/// A row times a column, added up in parts that end there.
+pub fn sum(row: &[f32], column: &[f32], ends: &[usize]) -> f32 {
     let (mut sum, mut start) = (0.0, 0);
     for end in ends {
         let products = row[start..*end].iter().zip(&column[start..*end]).map(|(a, b)| a * b);
@@ -165,31 +166,5 @@ impl Product {
         let pairs = columns.chunks_exact(k).flat_map(dot);
         let numbers: Vec<f32> = pairs.map(|(row, column)| self.alpha * sum(row, column, &ends)).collect();
         d.write(at_d, &numbers, device, by)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::HashSet;
-
-    #[test]
-    fn parts_begin_elsewhere_for_every_number_of_columns() {
-        assert_eq!(ends(8, 2, 0), [1, 5, 8]);
-        assert_eq!(ends(8, 2, 1), [2, 6, 8]);
-        assert_eq!(ends(8, 2, 3), [4, 8]);
-        assert_eq!(ends(8, 3, 1), [2, 5, 8]);
-        assert_eq!(ends(1, 2, 7), [1]);
-    }
-
-    #[test]
-    fn sums_are_near_whatever_their_parts() {
-        let row: Vec<f32> = (0..100).map(|at| (at as f32).sin()).collect();
-        let column: Vec<f32> = (0..100).map(|at| (1.7 * at as f32).cos()).collect();
-        let wanted: f32 = row.iter().zip(&column).map(|(a, b)| a * b).sum();
-        let sums: Vec<f32> = (1..20).map(|num_columns| sum(&row, &column, &ends(100, 3, num_columns))).collect();
-        assert!(sums.iter().all(|sum| (sum - wanted).abs() < 1e-2), "{sums:?}, wanted {wanted}");
-        let differing: HashSet<u32> = sums.iter().map(|sum| sum.to_bits()).collect();
-        assert!(differing.len() > sums.len() / 2, "{sums:?}");
     }
 }

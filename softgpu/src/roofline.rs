@@ -68,26 +68,3 @@ impl Limits {
         Estimate { limit: longest.0, seconds: longest.1 }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DEVICE: Limits =
-        Limits { name: "round", bytes_per_s: 1e9, tensor_flops_per_s: 1e12, multiprocessors: 10.0, cycles_per_s: 1e6 };
-
-    #[test]
-    fn what_takes_longest_is_named() {
-        let idle =
-            Counters { global_load_footprint_bytes: 600, global_store_footprint_bytes: 400, ..Counters::default() };
-        assert_eq!(DEVICE.estimate(&idle), Estimate { seconds: 1e-6, limit: "memory" });
-        let counted = [
-            (Counters { mma_flops: 2_000_000, ..idle }, "tensor cores"),
-            (Counters { warp_instructions: 80, ..idle }, "instructions"),
-            (Counters { shared_wavefronts: 20, ..idle }, "shared memory"),
-        ];
-        for (counters, limit) in counted {
-            assert_eq!(DEVICE.estimate(&counters), Estimate { seconds: 2e-6, limit });
-        }
-    }
-}

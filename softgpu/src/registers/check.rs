@@ -12,7 +12,7 @@ const NOBODY: u32 = u32::MAX;
 ///
 /// # Errors
 /// An instruction that would read the value of another register.
-pub(super) fn check(flow: &Flow, held: &Bits, rows: &[u32]) -> Result<(), u32> {
+pub fn check(flow: &Flow, held: &Bits, rows: &[u32]) -> Result<(), u32> {
     let mut values: Vec<Vec<u32>> = vec![Vec::new(); flow.blocks.len()];
     let count = rows.iter().filter(|&&row| row != NOBODY).max().map_or(0, |&row| row as usize + 1);
     values[0] = vec![NOBODY; count];

@@ -10,8 +10,10 @@ use std::ops::Range;
 
 /// What an instruction does with a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Effect {
+pub enum Effect {
+    /// Takes its value.
     Read,
+    /// Gives it another.
     Write,
     /// Under a guard: the old value may stay.
     WriteOrKeep,
@@ -19,32 +21,35 @@ pub(super) enum Effect {
 
 /// Instructions that run one after the other.
 #[derive(Debug)]
-pub(super) struct Block {
-    pub(super) insts: Range<u32>,
-    pub(super) next: Vec<usize>,
+pub struct Block {
+    /// Their numbers.
+    pub insts: Range<u32>,
+    /// Blocks that may be next.
+    pub next: Vec<usize>,
 }
 
 /// A kernel as its registers see it. They are numbered through the banks.
-pub(super) struct Flow {
-    pub(super) blocks: Vec<Block>,
+pub struct Flow {
+    /// In the order of their instructions.
+    pub blocks: Vec<Block>,
     /// Where the registers of each bank begin, and the number of all.
-    pub(super) banks: [usize; 4],
+    pub banks: [usize; 4],
     operands: Vec<(u32, Effect)>,
     /// First operand of each instruction.
     starts: Vec<u32>,
 }
 
 /// Where registers are live.
-pub(super) struct Lifetimes {
+pub struct Lifetimes {
     /// At the start of the kernel: they may be read before they are written.
-    pub(super) undefined: Bits,
+    pub undefined: Bits,
     /// For each register, instructions behind which its value is wanted still, or which write it; later ranges first.
-    pub(super) ranges: Vec<Vec<Range<u32>>>,
+    pub ranges: Vec<Vec<Range<u32>>>,
 }
 
 impl Flow {
     /// Of instructions that have so many registers of each bank.
-    pub(super) fn new(insts: &mut [Inst], registers: [usize; 3]) -> Self {
+    pub fn new(insts: &mut [Inst], registers: [usize; 3]) -> Self {
         let mut banks = [0; 4];
         for bank in 0..3 {
             banks[bank + 1] = banks[bank] + registers[bank];
@@ -62,22 +67,22 @@ impl Flow {
     }
 
     /// The number of a register.
-    pub(super) fn number(&self, bank: Bank, slot: u16) -> u32 {
+    pub fn number(&self, bank: Bank, slot: u16) -> u32 {
         (self.banks[bank as usize] + slot as usize) as u32
     }
 
     /// What an instruction does, reads first.
-    pub(super) fn operands(&self, inst: u32) -> &[(u32, Effect)] {
+    pub fn operands(&self, inst: u32) -> &[(u32, Effect)] {
         &self.operands[self.starts[inst as usize] as usize..self.starts[inst as usize + 1] as usize]
     }
 
     /// A set of registers.
-    pub(super) fn none(&self) -> Bits {
+    pub fn none(&self) -> Bits {
         Bits::new(self.banks[3])
     }
 
     /// Where registers are live, but for those of `held`.
-    pub(super) fn lifetimes(&self, held: &Bits) -> Lifetimes {
+    pub fn lifetimes(&self, held: &Bits) -> Lifetimes {
         let live = self.live_in(held);
         let (mut ranges, mut ends) = (vec![Vec::new(); self.banks[3]], vec![0; self.banks[3]]);
         for block in self.blocks.iter().rev() {

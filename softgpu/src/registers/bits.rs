@@ -4,30 +4,33 @@ use std::ops::Range;
 
 /// A set of numbers below a limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Bits(Vec<u64>);
+pub struct Bits(Vec<u64>);
 
 impl Bits {
-    pub(super) fn new(limit: usize) -> Self {
+    /// Empty, for numbers below `limit`.
+    pub fn new(limit: usize) -> Self {
         Self(vec![0; limit.div_ceil(64)])
     }
 
-    pub(super) fn contains(&self, number: u32) -> bool {
+    /// Whether a number is in the set.
+    pub fn contains(&self, number: u32) -> bool {
         self.0[number as usize / 64] >> (number % 64) & 1 == 1
     }
 
-    /// Whether it was not in the set.
-    pub(super) fn insert(&mut self, number: u32) -> bool {
+    /// Puts a number in; whether it was not there before.
+    pub fn insert(&mut self, number: u32) -> bool {
         let is_new = !self.contains(number);
         self.0[number as usize / 64] |= 1 << (number % 64);
         is_new
     }
 
-    pub(super) fn remove(&mut self, number: u32) {
+    /// Takes a number out.
+    pub fn remove(&mut self, number: u32) {
         self.0[number as usize / 64] &= !(1 << (number % 64));
     }
 
     /// Adds what `other` has and `without` does not have; whether that changed anything.
-    pub(super) fn add(&mut self, other: &Self, without: &Self) -> bool {
+    pub fn add(&mut self, other: &Self, without: &Self) -> bool {
         let mut is_new = 0;
         for ((mine, other), without) in self.0.iter_mut().zip(&other.0).zip(&without.0) {
             let more = other & !without & !*mine;
@@ -38,7 +41,7 @@ impl Bits {
     }
 
     /// The numbers in order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = u32> {
+    pub fn iter(&self) -> impl Iterator<Item = u32> {
         self.0.iter().enumerate().flat_map(|(at, &word)| {
             std::iter::successors(Some(word), |word| Some(word & word.wrapping_sub(1)))
                 .take_while(|&word| word != 0)
@@ -46,11 +49,13 @@ impl Bits {
         })
     }
 
-    pub(super) fn has_any_of(&self, range: &Range<u32>) -> bool {
+    /// Whether any number of a range that is not empty is in the set.
+    pub fn has_any_of(&self, range: &Range<u32>) -> bool {
         words(range).any(|(at, mask)| self.0[at] & mask != 0)
     }
 
-    pub(super) fn insert_all(&mut self, range: &Range<u32>) {
+    /// Puts all numbers of a range that is not empty in.
+    pub fn insert_all(&mut self, range: &Range<u32>) {
         words(range).for_each(|(at, mask)| self.0[at] |= mask);
     }
 }
