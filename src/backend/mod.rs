@@ -292,6 +292,20 @@ pub trait Backend: Device {
         out: &Tensor<Self::Buffer>,
     ) -> Result<()>;
 
+    /// The gated feed-forward layer, `out = (activation(x G^T) * x U^T) D^T` (arXiv 2002.05202): two products with the
+    /// activation between them, and their bits.
+    fn feed_forward(
+        &self,
+        stream: &Self::Stream,
+        x: &Tensor<Self::Buffer>,
+        layer: &GatedFeedForward<'_, Self>,
+        out: &Tensor<Self::Buffer>,
+    ) -> Result<()> {
+        self.linear(stream, x, layer.gate_up, None, layer.sums)?;
+        self.gated_activation(stream, layer.sums, layer.activation, layer.activated)?;
+        self.linear(stream, layer.activated, layer.down, None, out)
+    }
+
     /// `x = cap tanh(x / cap)`, f32, in place; `cap` is positive.
     fn softcap(&self, stream: &Self::Stream, x: &Tensor<Self::Buffer>, cap: f32) -> Result<()>;
 
@@ -360,6 +374,20 @@ pub trait Backend: Device {
 /// What a device says that leaves rows of logits to the host.
 fn keeps_logits(method: &str) -> Error {
     unsupported!("{method} is not there; ask edits_logits, and bring the rows to the host")
+}
+
+/// Weights of a gated feed-forward layer, and room for what is between its products.
+pub struct GatedFeedForward<'a, B: Backend + ?Sized> {
+    /// The rows of G, with those of U, as many, behind them.
+    pub gate_up: &'a B::Matrix,
+    /// What gates go through.
+    pub activation: Activation,
+    /// D.
+    pub down: &'a B::Matrix,
+    /// `[T, gate | up]`; holds anything afterwards.
+    pub sums: &'a Tensor<B::Buffer>,
+    /// `[T, features]`; holds anything afterwards.
+    pub activated: &'a Tensor<B::Buffer>,
 }
 
 /// The function before the product in a gated feed-forward layer (arXiv 2002.05202).

@@ -8,8 +8,8 @@ use super::merged::{Adapted, MergedRows};
 use super::weights::Checkpoint;
 use crate::Result;
 use crate::backend::{
-    Activation, AttentionMetadata, AttentionShape, Backend, DType, HeadTransform, HostTensor, KvLayer, Landing,
-    LoraSite, Norm, Projection, Tensor,
+    Activation, AttentionMetadata, AttentionShape, Backend, DType, GatedFeedForward, HeadTransform, HostTensor,
+    KvLayer, Landing, LoraSite, Norm, Projection, Tensor,
 };
 use crate::planted::{self, Bug};
 
@@ -311,10 +311,16 @@ impl<B: Backend> FeedForward<B> {
     pub(super) fn forward(&self, pass: &Pass<'_, B>) -> Result<()> {
         let Pass { backend, stream, buffers, .. } = pass;
         let site = |projection| LoraSite { layer: self.layer, projection };
+        let (sums, activated) = (&buffers.gate_up, &buffers.activated);
+        if pass.adapted.is_none() {
+            let (gate_up, activation, down) = (&self.gate_up_proj, self.activation, &self.down_proj);
+            let layer = GatedFeedForward { gate_up, activation, down, sums, activated };
+            return backend.feed_forward(stream, &buffers.normed, &layer, &buffers.delta);
+        }
         let gate_up = Linear { weight: &self.gate_up_proj, bias: None };
-        pass.project(site(Projection::GateUp), &buffers.normed, gate_up, &buffers.gate_up)?;
-        backend.gated_activation(stream, &buffers.gate_up, self.activation, &buffers.activated)?;
+        pass.project(site(Projection::GateUp), &buffers.normed, gate_up, sums)?;
+        backend.gated_activation(stream, sums, self.activation, activated)?;
         let down = Linear { weight: &self.down_proj, bias: None };
-        pass.project(site(Projection::Down), &buffers.activated, down, &buffers.delta)
+        pass.project(site(Projection::Down), activated, down, &buffers.delta)
     }
 }

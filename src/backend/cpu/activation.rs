@@ -52,11 +52,12 @@ pub fn gated(pool: &mut ThreadPool, isa: Isa, gate_up: &[f32], kind: GateKind, f
     }
 }
 
-struct Gated<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
-    kind: GateKind,
-    out: &'a mut [f32],
+/// Some numbers of a row.
+pub(super) struct Gated<'a> {
+    pub(super) gate: &'a [f32],
+    pub(super) up: &'a [f32],
+    pub(super) kind: GateKind,
+    pub(super) out: &'a mut [f32],
 }
 
 impl Kernel for Gated<'_> {

@@ -22,25 +22,32 @@ use super::simd::LANES;
 use super::{Isa, ThreadPool, pool};
 
 /// Most rows of x in a tile product.
-const MAX_ROWS: usize = 2 * TILE_ROWS;
+pub(super) const MAX_ROWS: usize = 2 * TILE_ROWS;
 /// Most steps of `k` of one block, so that x of a tile stays in the cache while it meets several panels.
 const BLOCK_STEPS: usize = 48;
 /// With more rows than this a task is a block of rows by a group of panels; both stay in the second-level cache.
-const MANY_ROWS: usize = 2 * MAX_ROWS;
-const BLOCK_ROWS: usize = 4 * MAX_ROWS;
+pub(super) const MANY_ROWS: usize = 2 * MAX_ROWS;
+pub(super) const BLOCK_ROWS: usize = 4 * MAX_ROWS;
 const GROUP_PANELS: usize = 8;
 
 /// A multiply, as every task sees it.
-struct AmxGemm<'a> {
+pub(super) struct AmxGemm<'a> {
     isa: Isa,
     weights: &'a PackedMatrix,
-    target: &'a Target,
     /// x, tile by tile: `[num_steps][rows of the tile]`, a line for 32 bf16.
     lines: &'a [Line],
     num_rows: usize,
     num_steps: usize,
     /// Rows of a block.
     block_rows: usize,
+}
+
+/// Panels of weights, counted over the bf16 segments, and where their results go.
+pub(super) struct Part<'a> {
+    pub(super) panels: Range<usize>,
+    pub(super) target: &'a Target,
+    /// The row of x and the row of the weights whose result is the first of the target.
+    pub(super) origin: (usize, usize),
 }
 
 pub(super) fn amx_gemm(
@@ -51,27 +58,26 @@ pub(super) fn amx_gemm(
     target: &Target,
     scratch: &mut Vec<Line>,
 ) {
-    let num_panels: usize = segments(weights, isa, Family::Tiles).map(Segment::num_panels).sum();
-    let Some(panel_bytes) = segments(weights, isa, Family::Tiles).map(|segment| segment.panel_bytes).max() else {
-        return;
-    };
-    let num_steps = weights.num_columns().div_ceil(STEP_COLUMNS);
-    let lines = grown(scratch, x.num_rows * row_lines(weights, x.num_rows), Line::ZERO);
-    lay_out(pool, x, weights.num_columns(), num_steps, lines);
-    let block_rows = if x.num_rows > MANY_ROWS { BLOCK_ROWS } else { x.num_rows };
-    let work = AmxGemm { isa, weights, target, lines, num_rows: x.num_rows, num_steps, block_rows };
-    let num_blocks = x.num_rows.div_ceil(block_rows);
-    if x.num_rows > MANY_ROWS {
-        let groups_per_task = (num_blocks * num_panels.div_ceil(GROUP_PANELS)).div_ceil(pool::MAX_TASKS);
-        let group = GROUP_PANELS * groups_per_task;
-        pool.run(num_panels.div_ceil(group) * num_blocks, |task, _| {
-            let first = task / num_blocks * group;
-            work.run(task % num_blocks, first..num_panels.min(first + group));
-        });
-        return;
+    if segments(weights, isa, Family::Tiles).next().is_some() {
+        AmxGemm::new(pool, isa, x, weights, scratch).multiply(pool, target);
     }
-    let grouping = Grouping::new(num_panels, panel_bytes, streams(x.num_rows), 1, pool.num_threads());
-    pool.run(grouping.num_tasks(), |task, _| work.run(0, grouping.panels(task)));
+}
+
+/// Runs `task(block, panels, thread)` for all blocks of rows and groups of panels. Tasks that follow each other have the same
+/// panels.
+pub(super) fn for_each_block(
+    pool: &mut ThreadPool,
+    num_blocks: usize,
+    num_panels: usize,
+    group_panels: usize,
+    task: impl Fn(usize, Range<usize>, usize) + Sync,
+) {
+    let groups_per_task = (num_blocks * num_panels.div_ceil(group_panels)).div_ceil(pool::MAX_TASKS);
+    let group = group_panels * groups_per_task.max(1);
+    pool.run(num_panels.div_ceil(group) * num_blocks, |index, thread| {
+        let first = index / num_blocks * group;
+        task(index % num_blocks, first..num_panels.min(first + group), thread);
+    });
 }
 
 /// Panels a product takes at a time.
@@ -93,43 +99,82 @@ fn lines_per_step(num_rows: usize) -> usize {
     if num_rows == 1 { 2 } else { 1 }
 }
 
-impl AmxGemm<'_> {
-    /// Multiplies one block of rows by some panels, counted over the bf16 segments.
-    fn run(&self, block: usize, panels: Range<usize>) {
+impl<'a> AmxGemm<'a> {
+    /// Lays x out. The machine has the instructions of [`Isa::Amx`].
+    pub(super) fn new(
+        pool: &mut ThreadPool,
+        isa: Isa,
+        x: Rows,
+        weights: &'a PackedMatrix,
+        scratch: &'a mut Vec<Line>,
+    ) -> Self {
+        let lines = grown(scratch, x.num_rows * row_lines(weights, x.num_rows), Line::ZERO);
+        let num_steps = weights.num_columns().div_ceil(STEP_COLUMNS);
+        lay_out(pool, x, weights.num_columns(), num_steps, lines);
+        Self::of_lines(isa, lines, x.num_rows, weights)
+    }
+
+    /// Of x that is laid out.
+    pub(super) fn of_lines(isa: Isa, lines: &'a [Line], num_rows: usize, weights: &'a PackedMatrix) -> Self {
+        let num_steps = weights.num_columns().div_ceil(STEP_COLUMNS);
+        let block_rows = if num_rows > MANY_ROWS { BLOCK_ROWS } else { num_rows };
+        Self { isa, weights, lines, num_rows, num_steps, block_rows }
+    }
+
+    /// All rows by all panels of tiles.
+    pub(super) fn multiply(&self, pool: &mut ThreadPool, target: &Target) {
+        let segments = || segments(self.weights, self.isa, Family::Tiles);
+        let num_panels = segments().map(Segment::num_panels).sum();
+        let run = |block: usize, panels: Range<usize>| self.run(block, &[Part { panels, target, origin: (0, 0) }]);
+        if self.num_rows > MANY_ROWS {
+            return for_each_block(pool, self.num_blocks(), num_panels, GROUP_PANELS, |block, panels, _| {
+                run(block, panels);
+            });
+        }
+        let panel_bytes = segments().map(|segment| segment.panel_bytes).max().unwrap_or(1);
+        let grouping = Grouping::new(num_panels, panel_bytes, streams(self.num_rows), 1, pool.num_threads());
+        pool.run(grouping.num_tasks(), |task, _| run(0, grouping.panels(task)));
+    }
+
+    pub(super) fn num_blocks(&self) -> usize {
+        self.num_rows.div_ceil(self.block_rows)
+    }
+
+    /// The rows of x in a block.
+    pub(super) fn rows(&self, block: usize) -> Range<usize> {
+        block * self.block_rows..self.num_rows.min((block + 1) * self.block_rows)
+    }
+
+    /// Multiplies one block of rows by some panels.
+    pub(super) fn run(&self, block: usize, parts: &[Part]) {
         // SAFETY: `gemm` checked that the instructions are there.
         let mut registers = unsafe { TileRegisters::new() };
-        let rows = block * self.block_rows..self.num_rows.min((block + 1) * self.block_rows);
-        for (segment, panels) in panels_of_segments(self.weights, self.isa, Family::Tiles, panels) {
-            let block_steps = self.num_steps.div_ceil(self.num_steps.div_ceil(BLOCK_STEPS));
-            for first_step in (0..self.num_steps).step_by(block_steps) {
-                let steps = first_step..self.num_steps.min(first_step + block_steps);
-                for row in rows.clone().step_by(MAX_ROWS) {
-                    let rows = row..rows.end.min(row + MAX_ROWS);
-                    self.run_tiles(segment, panels.clone(), rows, steps.clone(), &mut registers);
-                }
+        let rows = self.rows(block);
+        let block_steps = self.num_steps.div_ceil(self.num_steps.div_ceil(BLOCK_STEPS));
+        for first_step in (0..self.num_steps).step_by(block_steps) {
+            let steps = first_step..self.num_steps.min(first_step + block_steps);
+            for row in rows.clone().step_by(MAX_ROWS) {
+                let rows = row..rows.end.min(row + MAX_ROWS);
+                parts.iter().for_each(|part| self.run_tiles(part, rows.clone(), steps.clone(), &mut registers));
             }
         }
     }
 
     /// A tile of rows by all of some panels.
-    fn run_tiles(
-        &self,
-        segment: &Segment,
-        mut panels: Range<usize>,
-        rows: Range<usize>,
-        steps: Range<usize>,
-        registers: &mut TileRegisters,
-    ) {
-        while !panels.is_empty() {
-            let count = if panels.len() >= streams(self.num_rows) { streams(self.num_rows) } else { 1 };
-            let strip = panels.start..panels.start + count;
-            self.run_tile(segment, strip, rows.clone(), steps.clone(), registers);
-            panels.start += count;
+    fn run_tiles(&self, part: &Part, rows: Range<usize>, steps: Range<usize>, registers: &mut TileRegisters) {
+        for (segment, mut panels) in panels_of_segments(self.weights, self.isa, Family::Tiles, part.panels.clone()) {
+            while !panels.is_empty() {
+                let count = if panels.len() >= streams(self.num_rows) { streams(self.num_rows) } else { 1 };
+                let strip = panels.start..panels.start + count;
+                self.run_tile(part, segment, strip, rows.clone(), steps.clone(), registers);
+                panels.start += count;
+            }
         }
     }
 
     fn run_tile(
         &self,
+        part: &Part,
         segment: &Segment,
         panels: Range<usize>,
         rows: Range<usize>,
@@ -141,8 +186,9 @@ impl AmxGemm<'_> {
         let bytes = &self.weights.panels(segment)[panels.start * segment.panel_bytes..];
         let lines = rows.len() * lines_per_step(self.num_rows);
         let x = &self.lines[rows.start * self.num_steps + steps.start * lines..][..steps.len() * lines];
+        let Part { target, origin, .. } = part;
         // SAFETY: `gemm` checked the size of `out`, and tasks have disjoint columns or rows of it.
-        let out = unsafe { self.target.out.add(rows.start * self.target.stride + column) };
+        let out = unsafe { target.out.add((rows.start - origin.0) * target.stride + column - origin.1) };
         let strip = Strip {
             x: x.as_ptr().cast(),
             num_rows: rows.len(),
@@ -156,14 +202,14 @@ impl AmxGemm<'_> {
         // SAFETY: x and the panels have the strip's sizes, `out` as many rows and `num_columns` columns.
         unsafe {
             if num_columns == panels.len() * PANEL_ROWS {
-                strip.multiply(out, self.target.stride * 4, registers);
+                strip.multiply(out, target.stride * 4, registers);
             } else {
-                strip.multiply_partly(out, self.target.stride * 4, num_columns, registers);
+                strip.multiply_partly(out, target.stride * 4, num_columns, registers);
             }
         }
         if steps.end == self.num_steps {
             // SAFETY: `out` has these rows and columns.
-            unsafe { self.target.add_bias(column, out, rows.len(), num_columns) };
+            unsafe { target.add_bias(column, out, rows.len(), num_columns) };
         }
     }
 }
@@ -273,10 +319,12 @@ fn round_one_row(x: &[f32], numbers: &mut [f32]) {
     rest.fill(0.0);
 }
 
+/// A row of a tile of `num_rows`: `[steps][num_rows]`.
+///
 /// # Safety
 /// The machine has AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn round_row(x: &[f32], row: usize, num_rows: usize, lines: &mut [Line]) {
+pub(super) unsafe fn round_row(x: &[f32], row: usize, num_rows: usize, lines: &mut [Line]) {
     for (values, line) in x.chunks(STEP_COLUMNS).zip(lines.iter_mut().skip(row).step_by(num_rows)) {
         let (low, high) = values.split_at(values.len().min(16));
         let mask = |len: usize| ((1u32 << len) - 1) as __mmask16;

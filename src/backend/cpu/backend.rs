@@ -13,14 +13,14 @@ use super::memory::{CpuBuffer, CpuHostBuffer, numbers, numbers_mut, vector};
 use super::transfer::CpuTransfer;
 use super::weight_memory::WeightArena;
 use super::{
-    AttentionBatch, AttentionScratch, CpuLora, CpuLoraLoader, GateKind, GemmScratch, Isa, KvArena, KvDeviationBatch,
-    KvStoreBatch, LoraInput, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable, RotateGatherBatch, Rows,
-    RowsMut, SampleScratch, ThreadPool,
+    AttentionBatch, AttentionScratch, CpuLora, CpuLoraLoader, FeedForwardWeights, GateKind, GemmScratch, Isa, KvArena,
+    KvDeviationBatch, KvStoreBatch, LoraInput, LoraRows, LoraScratch, LoraWork, PackedMatrix, RopeTable,
+    RotateGatherBatch, Rows, RowsMut, SampleScratch, ThreadPool,
 };
 use crate::backend::{
-    Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, HeadTransform, HostTensor,
-    KvLayer, KvOrder, LoraAdapter, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling, SamplingBatch,
-    ScaledUpdate, StepBounds, StreamKind, Tensor, check_softcap, dequantize_row,
+    Activation, AttentionMetadata, AttentionShape, Backend, BufferCopy, DType, Device, GatedFeedForward, HeadTransform,
+    HostTensor, KvLayer, KvOrder, LoraAdapter, LoraBatch, LoraSite, Norm, RopeConfig, RotatedCopies, RowSampling,
+    SamplingBatch, ScaledUpdate, StepBounds, StreamKind, Tensor, check_softcap, dequantize_row,
 };
 use crate::telemetry::Degradations;
 use crate::{Result, invalid};
@@ -249,7 +249,7 @@ impl Backend for CpuBackend {
 
     fn reserve(&self, bounds: &StepBounds<'_>) -> Result<()> {
         let Workers { pool, gemm, attention, lora, weights: _, merged_weights: _, sampling: _ } = &mut *self.workers();
-        gemm.reserve(bounds.max_tokens);
+        gemm.reserve(bounds.max_tokens, pool.num_threads());
         lora.reserve(bounds.max_tokens);
         attention.reserve(self.isa, pool.num_threads(), bounds);
         Ok(())
@@ -267,12 +267,7 @@ impl Backend for CpuBackend {
         // SAFETY: the tensors are different buffers, and work before this call is done.
         let (ids, out) = unsafe { (numbers::<i32>(ids), numbers_mut::<f32>(out)) };
         expect_indices("token id", ids, table.num_rows())?;
-        for (&id, row) in ids.iter().zip(out.chunks_exact_mut(table.num_columns())) {
-            table.unpack_row(id as usize, row);
-            if scale != 1.0 {
-                row.iter_mut().for_each(|value| *value *= scale);
-            }
-        }
+        super::embed(&mut self.workers().pool, table, ids, scale, out);
         Ok(())
     }
 
@@ -518,13 +513,36 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let features = gate_up.columns() / 2;
         out.expect("gated activation", gate_up.rows(), features, DType::F32)?;
-        let kind = match activation {
-            Activation::Silu => GateKind::SiLu,
-            Activation::GeluTanh => GateKind::GeluTanh,
-        };
         // SAFETY: two different buffers, and work before this call is done.
         let (gate_up, out) = unsafe { (numbers(gate_up), numbers_mut(out)) };
-        super::gated(&mut self.workers().pool, self.isa, gate_up, kind, features, out);
+        super::gated(&mut self.workers().pool, self.isa, gate_up, gate_kind(activation), features, out);
+        Ok(())
+    }
+
+    fn feed_forward(
+        &self,
+        _stream: &CpuStream,
+        x: &CpuTensor,
+        layer: &GatedFeedForward<'_, Self>,
+        out: &CpuTensor,
+    ) -> Result<()> {
+        let GatedFeedForward { gate_up, activation, down, sums, activated } = *layer;
+        let features = gate_up.num_rows() / 2;
+        x.expect("feed-forward input", x.rows(), gate_up.num_columns(), DType::F32)?;
+        sums.expect("gate and up", x.rows(), gate_up.num_rows(), DType::F32)?;
+        activated.expect("gated activation", x.rows(), features, DType::F32)?;
+        out.expect("feed-forward output", x.rows(), down.num_rows(), DType::F32)?;
+        if gate_up.num_rows() != 2 * features || down.num_columns() != features {
+            let (wanted, found) = (gate_up.num_rows(), down.num_columns());
+            return Err(invalid!("a gate and an up for each input of down: {wanted} of them for {found}"));
+        }
+        let Workers { pool, gemm, .. } = &mut *self.workers();
+        let rows = Rows { data: &[], num_rows: x.rows(), stride: x.columns() };
+        // SAFETY: four different buffers, and work before this call is done.
+        let (rows, sums, activated, out) =
+            unsafe { (Rows { data: numbers(x), ..rows }, numbers_mut(sums), numbers_mut(activated), numbers_mut(out)) };
+        let weights = FeedForwardWeights { gate_up, kind: gate_kind(activation), down };
+        super::feed_forward(pool, self.isa, rows, weights, [sums, activated, out], gemm);
         Ok(())
     }
 
@@ -576,6 +594,13 @@ impl Backend for CpuBackend {
         let Workers { pool, sampling: scratch, .. } = &mut *self.workers();
         super::sample(pool, self.isa, scratch, rows, logits.columns(), &of_row, tokens);
         Ok(())
+    }
+}
+
+fn gate_kind(activation: Activation) -> GateKind {
+    match activation {
+        Activation::Silu => GateKind::SiLu,
+        Activation::GeluTanh => GateKind::GeluTanh,
     }
 }
 

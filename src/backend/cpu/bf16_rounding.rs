@@ -73,6 +73,7 @@ pub(super) unsafe fn store_pairs(
 }
 
 /// The first `count` lanes of 16.
+#[inline(always)]
 pub(super) fn low_lanes(count: usize) -> __mmask16 {
     if count >= LANES { 0xffff } else { (1u16 << count) - 1 }
 }

@@ -10,6 +10,8 @@
 use std::ops::Range;
 
 #[cfg(target_arch = "x86_64")]
+use super::amx_feed_forward;
+#[cfg(target_arch = "x86_64")]
 use super::amx_gemm::{self, amx_gemm};
 use super::float_gemm::{self, float_gemm};
 use super::input_tiles::{Rows, RowsMut};
@@ -30,6 +32,10 @@ pub struct GemmScratch {
     pub(super) float: float_gemm::Scratch,
     pub(super) quantised: Vec<u32>,
     pub(super) rounded: Vec<Line>,
+    /// Gates and ups of a task, for each thread.
+    pub(super) sums: Vec<Line>,
+    /// What comes of them, rounded.
+    pub(super) activated: Vec<Line>,
     /// What a row of x takes in each of them.
     row_lens: RowLens,
 }
@@ -41,6 +47,9 @@ struct RowLens {
     quantised: usize,
     /// Of one row alone, which is laid out less densely, and of a row among others.
     rounded: (usize, usize),
+    /// Gates and ups of a thread, whatever the rows.
+    sums: usize,
+    activated: usize,
 }
 
 impl GemmScratch {
@@ -57,11 +66,17 @@ impl GemmScratch {
         if has(Family::Tiles) {
             let (alone, among) = (amx_gemm::row_lines(weights, 1), amx_gemm::row_lines(weights, 2));
             self.row_lens.rounded = (self.row_lens.rounded.0.max(alone), self.row_lens.rounded.1.max(among));
+            if amx_feed_forward::has_whole_panels(isa, weights) {
+                self.row_lens.sums = amx_feed_forward::THREAD_LINES;
+                self.row_lens.activated = self.row_lens.activated.max(among);
+            }
         }
     }
 
     /// Takes the memory for products of up to `max_rows` rows with the weights noted. Pages are touched when used.
-    pub(super) fn reserve(&mut self, max_rows: usize) {
+    pub(super) fn reserve(&mut self, max_rows: usize, num_threads: usize) {
+        self.sums.reserve_exact(num_threads * self.row_lens.sums);
+        self.activated.reserve_exact(max_rows * self.row_lens.activated);
         self.float.reserve(&self.row_lens.float, max_rows);
         self.quantised.reserve_exact(max_rows * self.row_lens.quantised);
         self.rounded.reserve_exact(self.row_lens.rounded.0.max(max_rows * self.row_lens.rounded.1));
@@ -122,6 +137,12 @@ pub(super) struct Target {
 unsafe impl Sync for Target {}
 
 impl Target {
+    /// Without a bias.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn new(out: *mut f32, stride: usize) -> Self {
+        Self { out, stride, bias: std::ptr::null() }
+    }
+
     /// Adds the bias from `column` on to rows of `num_columns` results.
     ///
     /// # Safety

@@ -335,3 +335,44 @@ fn bits_of_stacked_tensors_depend_on_neither_rows_nor_threads() {
         }
     }
 }
+
+/// Weights of all kinds, some of which lie in panels of tiles and some not.
+#[test]
+fn feed_forward_layers_have_the_bits_of_their_products_and_the_activation() {
+    let mut random = Random(11);
+    let mut scratch = GemmScratch::default();
+    use DType::{BF16, F16, F32, Q4_1, Q8_0};
+    let types = [[BF16; 3], [F32; 3], [Q4_1; 3], [BF16, Q8_0, BF16], [BF16, BF16, Q8_0], [BF16, BF16, F16]];
+    for (num_features, k) in [(32, 64), (288, 576), (96, 3104), (160, 32), (1632, 64), (64, 40)] {
+        for types in types.into_iter().filter(|types| k % 32 == 0 || !types.iter().any(|dtype| dtype.is_quantised())) {
+            let sizes = [(num_features, k), (num_features, k), (k, num_features)];
+            let tensors: Vec<HostTensor> =
+                (0..3).map(|at| tensor(types[at], sizes[at].0, sizes[at].1, &mut random)).collect();
+            let [gate_up, down] = [&tensors[..2], &tensors[2..]]
+                .map(|tensors| PackedMatrix::pack(tensors, None, &mut ThreadPool::new(1)).unwrap());
+            for num_rows in [1, 31, 65, 128, 200, 301] {
+                let x = random.values(num_rows * k);
+                // The last instruction set alone has kernels of its own for the layer.
+                let takes_part = |isa: &Isa| *isa == Isa::Amx || num_rows == 31 && num_features < 100;
+                let isas = Isa::available().filter(takes_part);
+                for (isa, kind) in isas.flat_map(|isa| [(isa, GateKind::SiLu), (isa, GateKind::GeluTanh)]) {
+                    let mut pool = ThreadPool::new(3);
+                    let sums = multiply(1, isa, &x, num_rows, &gate_up, None);
+                    let mut activated = vec![f32::NAN; num_rows * num_features];
+                    gated(&mut pool, isa, &sums, kind, num_features, &mut activated);
+                    let wanted = multiply(1, isa, &activated, num_rows, &down, None);
+                    let mut room = [sums.len(), activated.len(), wanted.len()].map(|len| vec![f32::NAN; len]);
+                    let weights = FeedForwardWeights { gate_up: &gate_up, kind, down: &down };
+                    let buffers = room.each_mut().map(Vec::as_mut_slice);
+                    let x = Rows { data: &x, num_rows, stride: k };
+                    feed_forward(&mut pool, isa, x, weights, buffers, &mut scratch);
+                    let bits = |numbers: &[f32]| numbers.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    assert!(
+                        bits(&room[2]) == bits(&wanted),
+                        "{isa}, {types:?}, {num_rows} rows, {num_features} features of {k}, {kind:?}"
+                    );
+                }
+            }
+        }
+    }
+}

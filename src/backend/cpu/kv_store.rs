@@ -3,8 +3,6 @@
 
 #![allow(unsafe_code)]
 
-use half::bf16;
-
 use super::disjoint::DisjointSlice;
 use super::norm::rms_norm_row;
 use super::simd::{Kernel, LANES, Simd, dispatch};
@@ -98,7 +96,7 @@ impl Kernel for StoreTokens<'_> {
             prepare_heads(s, q, batch.q_norm, batch.eps, cos, sin);
             prepare_heads(s, k, batch.k_norm, batch.eps, cos, sin);
             if let Ok(slot) = usize::try_from(batch.slot_mapping[token]) {
-                store_token(self.cache, batch.layer, slot, k, v);
+                store_token(s, self.cache, batch.layer, slot, k, v);
             }
         }
     }
@@ -138,7 +136,7 @@ fn rotate<S: Simd>(s: S, head: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 /// Writes the heads `k` and `v` of one token. Different tokens write different numbers, so threads need no lock.
 #[inline(always)]
-fn store_token(cache: &KvArena, layer: usize, slot: usize, k: &[f32], v: &[f32]) {
+fn store_token<S: Simd>(s: S, cache: &KvArena, layer: usize, slot: usize, k: &[f32], v: &[f32]) {
     let layout = cache.layout();
     let (head_dim, token) = (layout.head_dim(), slot % layout.block_size());
     let block = cache.block(slot / layout.block_size());
@@ -151,7 +149,7 @@ fn store_token(cache: &KvArena, layer: usize, slot: usize, k: &[f32], v: &[f32])
         // nobody else writes or reads this token's numbers now.
         unsafe {
             match layout.dtype() {
-                DType::BF16 => store_bf16(layout, token, k, v, k_tile, v_tile),
+                DType::BF16 => store_bf16(s, layout, token, k, v, k_tile, v_tile),
                 _ => store_f32(layout, token, k, v, k_tile, v_tile),
             }
         }
@@ -159,21 +157,34 @@ fn store_token(cache: &KvArena, layer: usize, slot: usize, k: &[f32], v: &[f32])
 }
 
 /// # Safety
-/// `k` and `v` hold `head_dim` numbers, the tiles are those of a bf16 block, `token` is one of its tokens, and nobody
-/// else touches the token's numbers.
+/// `k` and `v` hold `head_dim` numbers, a multiple of 16, the tiles are those of a bf16 block, `token` is one of its tokens,
+/// and nobody else touches the token's numbers.
 #[inline(always)]
-unsafe fn store_bf16(layout: &KvLayout, token: usize, k: &[f32], v: &[f32], k_tile: *mut u8, v_tile: *mut u8) {
-    let round = |x: f32| bf16::from_f32(x).to_bits();
-    // SAFETY: the offsets of a token and of dimensions below `head_dim` lie in the tiles; dimensions `2i` and `2i + 1`
-    // of K are one word.
-    unsafe {
-        for (pair, k) in k.chunks_exact(2).enumerate() {
-            let word = u32::from(round(k[0])) | u32::from(round(k[1])) << 16;
-            k_tile.add(layout.k_offset(token, 2 * pair)).cast::<[u8; 4]>().write(word.to_le_bytes());
-        }
-        let v_row = v_tile.add(layout.v_offset(token, 0));
-        for (dim, v) in v.iter().enumerate() {
-            v_row.add(4 * dim).cast::<[u8; 2]>().write(round(*v).to_le_bytes());
+unsafe fn store_bf16<S: Simd>(
+    s: S,
+    layout: &KvLayout,
+    token: usize,
+    k: &[f32],
+    v: &[f32],
+    k_tile: *mut u8,
+    v_tile: *mut u8,
+) {
+    let pair_bytes = layout.k_pair_bytes();
+    for (vector, (k, v)) in k.chunks_exact(LANES).zip(v.chunks_exact(LANES)).enumerate() {
+        let dim = vector * LANES;
+        // SAFETY: both are 16 numbers. The offsets of a token and of dimensions below `head_dim` lie in the tiles;
+        // dimensions `2i` and `2i + 1` of K are one word.
+        unsafe {
+            let (k, v) = (s.round_bf16(s.load(k.as_ptr())), s.round_bf16(s.load(v.as_ptr())));
+            let k_target = k_tile.add(layout.k_offset(token, dim));
+            for (pair, numbers) in k.as_chunks::<2>().0.iter().enumerate() {
+                let word = u32::from(numbers[0]) | u32::from(numbers[1]) << 16;
+                k_target.add(pair * pair_bytes).cast::<[u8; 4]>().write(word.to_le_bytes());
+            }
+            let v_target = v_tile.add(layout.v_offset(token, dim));
+            for (dim, number) in v.iter().enumerate() {
+                v_target.add(4 * dim).cast::<[u8; 2]>().write(number.to_le_bytes());
+            }
         }
     }
 }
@@ -193,6 +204,8 @@ unsafe fn store_f32(layout: &KvLayout, token: usize, k: &[f32], v: &[f32], k_til
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::backend::{RopeConfig, RopeScaling};
 

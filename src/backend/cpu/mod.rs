@@ -6,6 +6,8 @@ mod activation;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
+mod amx_feed_forward;
+#[cfg(target_arch = "x86_64")]
 mod amx_gemm;
 #[cfg(target_arch = "x86_64")]
 mod amx_vector;
@@ -25,7 +27,9 @@ mod bf16_rounding;
 mod copy_stream;
 pub(super) mod dequantize;
 mod disjoint;
+mod embed;
 mod exp;
+mod feed_forward;
 #[cfg(target_arch = "x86_64")]
 mod float_avx2;
 #[cfg(target_arch = "x86_64")]
@@ -77,6 +81,8 @@ pub use activation::{GateKind, gated};
 pub use argmax::argmax;
 pub use attention::{AttentionBatch, AttentionScratch, attention};
 pub use backend::CpuBackend;
+pub use embed::embed;
+pub use feed_forward::{FeedForwardWeights, feed_forward};
 pub use gemm::{GemmScratch, gemm};
 pub use input_tiles::{Rows, RowsMut};
 pub use isa::Isa;

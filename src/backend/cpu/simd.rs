@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+use half::bf16;
+
 use super::Isa;
 
 /// Lanes of a vector.
@@ -106,6 +108,12 @@ pub(super) trait Simd: Copy {
         let lanes = self.to_array(value);
         // SAFETY: the caller's promise; `lanes` holds 16.
         unsafe { std::ptr::copy_nonoverlapping(lanes.as_ptr(), target, count) };
+    }
+
+    /// As bits of bf16: to the nearest, ties to even.
+    #[inline(always)]
+    fn round_bf16(self, value: Self::F32) -> [u16; LANES] {
+        self.to_array(value).map(|x| bf16::from_f32(x).to_bits())
     }
 }
 
@@ -245,6 +253,40 @@ mod tests {
         mask: u16,
     }
 
+    struct RoundBf16([f32; LANES]);
+
+    impl Kernel for RoundBf16 {
+        type Output = [u16; LANES];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> [u16; LANES] {
+            // SAFETY: the array holds 16 numbers.
+            s.round_bf16(unsafe { s.load(self.0.as_ptr()) })
+        }
+    }
+
+    /// A part of a vector, through memory and back.
+    struct First {
+        numbers: [f32; LANES],
+        count: usize,
+    }
+
+    impl Kernel for First {
+        type Output = [f32; LANES];
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> [f32; LANES] {
+            let mut target = [-1.0; LANES];
+            // SAFETY: both arrays hold more than `count` numbers.
+            unsafe {
+                let value = s.load_first(self.numbers.as_ptr(), self.count);
+                assert!(s.to_array(value)[self.count..].iter().all(|x| x.to_bits() == 0));
+                s.store_first(target.as_mut_ptr(), value, self.count);
+            }
+            target
+        }
+    }
+
     impl Kernel for EveryOperation {
         type Output = Vec<u32>;
 
@@ -289,6 +331,32 @@ mod tests {
                     let both_nan = f32::from_bits(wanted).is_nan() && f32::from_bits(found).is_nan();
                     assert!(wanted == found || both_nan, "{isa}: {wanted:x} {found:x}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_vectors_are_read_and_written() {
+        let numbers: [f32; LANES] = std::array::from_fn(|lane| lane as f32 + 0.5);
+        for isa in Isa::available() {
+            for count in 0..=LANES {
+                let wanted: [f32; LANES] = std::array::from_fn(|lane| if lane < count { numbers[lane] } else { -1.0 });
+                assert_eq!(dispatch(isa, First { numbers, count }), wanted, "{isa}, {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_of_number_is_rounded_to_bf16() {
+        // Every sign, exponent and upper half of a fraction, with lower halves around a tie: zeros, subnormal numbers,
+        // infinities and NaN are among them.
+        let lower = [0, 1, 0x7fff, 0x8000, 0x8001, 0xc000, 0xffff];
+        let bits = (0..=u16::MAX).flat_map(|upper| lower.map(|lower| u32::from(upper) << 16 | lower));
+        let numbers: Vec<f32> = bits.map(f32::from_bits).collect();
+        for isa in Isa::available() {
+            for numbers in numbers.as_chunks::<LANES>().0 {
+                let wanted = numbers.map(|x| bf16::from_f32(x).to_bits());
+                assert_eq!(dispatch(isa, RoundBf16(*numbers)), wanted, "{isa}, {numbers:?}");
             }
         }
     }

@@ -4,6 +4,7 @@
 
 use std::arch::x86_64::*;
 
+use super::bf16_rounding::low_lanes;
 use super::simd::{Kernel, LANES, Simd};
 
 /// Exists only inside [`run`].
@@ -150,6 +151,35 @@ impl Simd for Avx512 {
             let max = _mm_max_ps(_mm256_castps256_ps128(max), _mm256_extractf128_ps::<1>(max));
             let max = _mm_max_ps(max, _mm_movehl_ps(max, max));
             _mm_cvtss_f32(_mm_max_ss(max, _mm_movehdup_ps(max)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(self, source: *const f32, count: usize) -> Self::F32 {
+        // SAFETY: only the first `count` numbers are read, and `self` proves the instructions.
+        unsafe { _mm512_maskz_loadu_ps(low_lanes(count), source) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, target: *mut f32, value: Self::F32, count: usize) {
+        // SAFETY: only the first `count` numbers are written, and `self` proves the instructions.
+        unsafe { _mm512_mask_storeu_ps(target, low_lanes(count), value) }
+    }
+
+    /// In integers: the instruction for it takes subnormal numbers for zero.
+    #[inline(always)]
+    fn round_bf16(self, value: Self::F32) -> [u16; LANES] {
+        // SAFETY: `self` proves the instructions; both types are 256 bits without invalid values.
+        unsafe {
+            let bits = _mm512_castps_si512(value);
+            let upper = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+            let words = _mm512_mask_blend_epi32(is_nan, rounded, quiet);
+            std::mem::transmute::<__m256i, [u16; LANES]>(_mm512_cvtepi32_epi16(words))
         }
     }
 }
