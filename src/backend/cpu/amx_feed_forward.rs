@@ -7,13 +7,13 @@
 use std::ops::Range;
 
 use super::activation::{GateKind, Gated};
-use super::amx_gemm::{AmxGemm, BLOCK_ROWS, MANY_ROWS, MAX_ROWS, Part, for_each_block, round_row};
+use super::amx_gemm::{AmxGemm, BLOCK_ROWS, MAX_ROWS, for_each_block, round_row};
 use super::disjoint::DisjointSlice;
 use super::feed_forward::FeedForwardWeights;
-use super::gemm::{Family, GemmScratch, Target, grown, segments};
+use super::gemm::{GemmScratch, Part, Target, grown};
 use super::input_tiles::Rows;
 use super::line::{Line, numbers_of};
-use super::packed::{PANEL_ROWS, PackedMatrix};
+use super::packed::PANEL_ROWS;
 use super::simd::{LANES, dispatch};
 use super::{Isa, ThreadPool};
 
@@ -26,24 +26,8 @@ const STRIDE: usize = 2 * GROUP_PANELS * PANEL_ROWS + LANES;
 /// Lines of sums of a thread.
 pub(super) const THREAD_LINES: usize = BLOCK_ROWS * STRIDE / LANES;
 
-/// Whether [`amx_feed_forward`] can take these rows.
-pub(super) fn can_take(isa: Isa, num_rows: usize, weights: &FeedForwardWeights) -> bool {
-    num_rows > MANY_ROWS && has_whole_panels(isa, weights.gate_up) && is_tiled(isa, weights.down)
-}
-
-/// Whether gates and ups are panels of tiles, none of which has rows of both.
-pub(super) fn has_whole_panels(isa: Isa, gate_up: &PackedMatrix) -> bool {
-    let is_whole = |rows: usize| rows.is_multiple_of(PANEL_ROWS);
-    let has_whole_segments = segments(gate_up, isa, Family::Tiles).all(|segment| is_whole(segment.num_rows));
-    is_tiled(isa, gate_up) && has_whole_segments && is_whole(gate_up.num_rows() / 2)
-}
-
-/// Whether all rows are multiplied by tiles.
-fn is_tiled(isa: Isa, weights: &PackedMatrix) -> bool {
-    segments(weights, isa, Family::Tiles).map(|segment| segment.num_rows).sum::<usize>() == weights.num_rows()
-}
-
-/// [`feed_forward`](super::feed_forward()), bit for bit, where [`can_take`] has said yes and the rows have their sizes.
+/// [`feed_forward`](super::feed_forward()), bit for bit, where tiles multiply all weights, gates and ups are whole panels, and the
+/// rows have their sizes.
 pub(super) fn amx_feed_forward(
     pool: &mut ThreadPool,
     isa: Isa,

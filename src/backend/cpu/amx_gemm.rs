@@ -14,7 +14,7 @@ use super::amx::{PANEL_STRIDE, PanelPairProduct, STEP_BYTES, STEP_COLUMNS, TILE_
 use super::amx_vector::{RowProduct, STREAMS};
 use super::bf16_rounding::store_rounded;
 use super::disjoint::DisjointSlice;
-use super::gemm::{Family, Grouping, Target, grown, panels_of_segments, segments};
+use super::gemm::{Family, Grouping, Part, Target, grown, panels_of_segments, segments};
 use super::input_tiles::Rows;
 use super::line::{Line, numbers_of};
 use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
@@ -26,7 +26,7 @@ pub(super) const MAX_ROWS: usize = 2 * TILE_ROWS;
 /// Most steps of `k` of one block, so that x of a tile stays in the cache while it meets several panels.
 const BLOCK_STEPS: usize = 48;
 /// With more rows than this a task is a block of rows by a group of panels; both stay in the second-level cache.
-pub(super) const MANY_ROWS: usize = 2 * MAX_ROWS;
+const MANY_ROWS: usize = 2 * MAX_ROWS;
 pub(super) const BLOCK_ROWS: usize = 4 * MAX_ROWS;
 const GROUP_PANELS: usize = 8;
 
@@ -40,14 +40,6 @@ pub(super) struct AmxGemm<'a> {
     num_steps: usize,
     /// Rows of a block.
     block_rows: usize,
-}
-
-/// Panels of weights, counted over the bf16 segments, and where their results go.
-pub(super) struct Part<'a> {
-    pub(super) panels: Range<usize>,
-    pub(super) target: &'a Target,
-    /// The row of x and the row of the weights whose result is the first of the target.
-    pub(super) origin: (usize, usize),
 }
 
 pub(super) fn amx_gemm(
@@ -147,7 +139,7 @@ impl<'a> AmxGemm<'a> {
 
     /// Multiplies one block of rows by some panels.
     pub(super) fn run(&self, block: usize, parts: &[Part]) {
-        // SAFETY: `gemm` checked that the instructions are there.
+        // SAFETY: whoever chose tiles checked that the instructions are there.
         let mut registers = unsafe { TileRegisters::new() };
         let rows = self.rows(block);
         let block_steps = self.num_steps.div_ceil(self.num_steps.div_ceil(BLOCK_STEPS));
@@ -187,7 +179,7 @@ impl<'a> AmxGemm<'a> {
         let lines = rows.len() * lines_per_step(self.num_rows);
         let x = &self.lines[rows.start * self.num_steps + steps.start * lines..][..steps.len() * lines];
         let Part { target, origin, .. } = part;
-        // SAFETY: `gemm` checked the size of `out`, and tasks have disjoint columns or rows of it.
+        // SAFETY: whoever made the target checked its size, and tasks have disjoint columns or rows of it.
         let out = unsafe { target.out.add((rows.start - origin.0) * target.stride + column - origin.1) };
         let strip = Strip {
             x: x.as_ptr().cast(),
@@ -299,7 +291,7 @@ fn lay_out(pool: &mut ThreadPool, x: Rows, num_columns: usize, num_steps: usize,
         // SAFETY: tiles are disjoint ranges of rows.
         let lines = unsafe { shared.part(rows.start * num_steps, rows.len() * num_steps) };
         for row in rows.clone() {
-            // SAFETY: `gemm` checked that the instructions are there.
+            // SAFETY: whoever chose tiles checked that the instructions are there.
             unsafe { round_row(x.row(row, num_columns), row - rows.start, rows.len(), lines) };
         }
     };

@@ -2,11 +2,15 @@
 
 use super::activation::{GateKind, gated};
 #[cfg(target_arch = "x86_64")]
-use super::amx_feed_forward::{self, amx_feed_forward};
-use super::gemm::{GemmScratch, gemm};
+use super::amx_feed_forward::amx_feed_forward;
+use super::gemm::{Family, GemmScratch, check_rows, gemm, halves_are_panels, is_of};
 use super::input_tiles::{Rows, RowsMut};
 use super::packed::PackedMatrix;
+use super::quant_feed_forward::quant_feed_forward;
 use super::{Isa, ThreadPool};
+
+/// With no more rows than this what is between the products stays in the cache by itself.
+const MANY_ROWS: usize = 64;
 
 /// The weights of a layer.
 #[derive(Clone, Copy)]
@@ -17,6 +21,15 @@ pub struct FeedForwardWeights<'a> {
     pub kind: GateKind,
     /// D.
     pub down: &'a PackedMatrix,
+}
+
+impl FeedForwardWeights<'_> {
+    /// The family that multiplies all of them, with gates and ups in panels of their own.
+    fn family(&self, isa: Isa) -> Option<Family> {
+        let is_whole =
+            |family: &Family| halves_are_panels(self.gate_up, isa, *family) && is_of(self.down, isa, *family);
+        [Family::Tiles, Family::Quantised].into_iter().find(is_whole)
+    }
 }
 
 /// `out = (kind(x G^T) * x U^T) D^T`. `buffers` are room for `[rows of x, gate | up]` and `[rows of x, features]`, which
@@ -39,9 +52,14 @@ pub fn feed_forward(
     let sizes = [(sums.len(), 2 * num_features), (activated.len(), num_features), (out.len(), down.num_rows())];
     assert!(sizes.into_iter().all(|(len, columns)| len == x.num_rows * columns), "buffers have the rows of x");
     assert!(isa.is_available(), "{isa} is not available here");
-    #[cfg(target_arch = "x86_64")]
-    if amx_feed_forward::can_take(isa, x.num_rows, &weights) {
-        return amx_feed_forward(pool, isa, x, &weights, out, scratch);
+    if x.num_rows > MANY_ROWS {
+        check_rows("x", x.data.len(), x.stride, x.num_rows, gate_up.num_columns());
+        match weights.family(isa) {
+            #[cfg(target_arch = "x86_64")]
+            Some(Family::Tiles) => return amx_feed_forward(pool, isa, x, &weights, out, scratch),
+            Some(Family::Quantised) => return quant_feed_forward(pool, isa, x, &weights, out, scratch),
+            _ => {}
+        }
     }
     gemm(pool, isa, x, gate_up, None, RowsMut { data: &mut *sums, stride: 2 * num_features }, scratch);
     gated(pool, isa, sums, kind, num_features, activated);

@@ -16,7 +16,8 @@ use super::amx_gemm::{self, amx_gemm};
 use super::float_gemm::{self, float_gemm};
 use super::input_tiles::{Rows, RowsMut};
 use super::line::Line;
-use super::packed::{PackedMatrix, Segment};
+use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
+use super::quant_feed_forward;
 use super::quant_gemm::{self, quant_gemm};
 use super::{Isa, ThreadPool, pool};
 use crate::backend::DType;
@@ -32,10 +33,12 @@ pub struct GemmScratch {
     pub(super) float: float_gemm::Scratch,
     pub(super) quantised: Vec<u32>,
     pub(super) rounded: Vec<Line>,
-    /// Gates and ups of a task, for each thread.
+    /// Gates and ups of a task of a feed-forward layer, for each thread.
     pub(super) sums: Vec<Line>,
     /// What comes of them, rounded.
     pub(super) activated: Vec<Line>,
+    /// The same, quantised.
+    pub(super) activated_records: Vec<u32>,
     /// What a row of x takes in each of them.
     row_lens: RowLens,
 }
@@ -50,6 +53,7 @@ struct RowLens {
     /// Gates and ups of a thread, whatever the rows.
     sums: usize,
     activated: usize,
+    activated_records: usize,
 }
 
 impl GemmScratch {
@@ -61,14 +65,20 @@ impl GemmScratch {
         }
         if has(Family::Quantised) {
             self.row_lens.quantised = self.row_lens.quantised.max(quant_gemm::row_words(weights));
+            if halves_are_panels(weights, isa, Family::Quantised) {
+                self.row_lens.sums = self.row_lens.sums.max(quant_feed_forward::THREAD_LINES);
+                let words = quant_gemm::words_of(weights.num_rows() / 2);
+                self.row_lens.activated_records = self.row_lens.activated_records.max(words);
+            }
         }
         #[cfg(target_arch = "x86_64")]
         if has(Family::Tiles) {
             let (alone, among) = (amx_gemm::row_lines(weights, 1), amx_gemm::row_lines(weights, 2));
             self.row_lens.rounded = (self.row_lens.rounded.0.max(alone), self.row_lens.rounded.1.max(among));
-            if amx_feed_forward::has_whole_panels(isa, weights) {
-                self.row_lens.sums = amx_feed_forward::THREAD_LINES;
-                self.row_lens.activated = self.row_lens.activated.max(among);
+            if halves_are_panels(weights, isa, Family::Tiles) {
+                self.row_lens.sums = self.row_lens.sums.max(amx_feed_forward::THREAD_LINES);
+                let features = weights.num_rows() / 2;
+                self.row_lens.activated = self.row_lens.activated.max(features / PANEL_ROWS);
             }
         }
     }
@@ -77,6 +87,7 @@ impl GemmScratch {
     pub(super) fn reserve(&mut self, max_rows: usize, num_threads: usize) {
         self.sums.reserve_exact(num_threads * self.row_lens.sums);
         self.activated.reserve_exact(max_rows * self.row_lens.activated);
+        self.activated_records.reserve_exact(max_rows * self.row_lens.activated_records);
         self.float.reserve(&self.row_lens.float, max_rows);
         self.quantised.reserve_exact(max_rows * self.row_lens.quantised);
         self.rounded.reserve_exact(self.row_lens.rounded.0.max(max_rows * self.row_lens.rounded.1));
@@ -120,10 +131,18 @@ pub fn gemm(
     quant_gemm(pool, isa, x, weights, &target, &mut scratch.quantised);
 }
 
-fn check_rows(name: &str, len: usize, stride: usize, num_rows: usize, num_columns: usize) {
+pub(super) fn check_rows(name: &str, len: usize, stride: usize, num_rows: usize, num_columns: usize) {
     assert!(stride >= num_columns, "{name}: rows of {num_columns} with a stride of {stride}");
     let wanted = (num_rows - 1) * stride + num_columns;
     assert!(len >= wanted, "{name}: wanted {wanted} numbers for {num_rows} rows of {num_columns}, found {len}");
+}
+
+/// Panels of weights, counted over the segments of a family, and where their results go.
+pub(super) struct Part<'a> {
+    pub(super) panels: Range<usize>,
+    pub(super) target: &'a Target,
+    /// The row of x and the row of the weights whose result is the first of the target.
+    pub(super) origin: (usize, usize),
 }
 
 /// Where results go.
@@ -138,7 +157,6 @@ unsafe impl Sync for Target {}
 
 impl Target {
     /// Without a bias.
-    #[cfg(target_arch = "x86_64")]
     pub(super) fn new(out: *mut f32, stride: usize) -> Self {
         Self { out, stride, bias: std::ptr::null() }
     }
@@ -191,6 +209,18 @@ impl Family {
 /// The segments that a family multiplies.
 pub(super) fn segments(weights: &PackedMatrix, isa: Isa, family: Family) -> impl Iterator<Item = &Segment> {
     weights.segments().iter().filter(move |segment| Family::of(isa, segment.dtype) == family)
+}
+
+/// Whether a family multiplies all rows, and no panel has rows of both halves: gates and ups of a feed-forward layer.
+pub(super) fn halves_are_panels(weights: &PackedMatrix, isa: Isa, family: Family) -> bool {
+    let is_whole = |rows: usize| rows.is_multiple_of(PANEL_ROWS);
+    let has_whole_segments = segments(weights, isa, family).all(|segment| is_whole(segment.num_rows));
+    is_of(weights, isa, family) && has_whole_segments && is_whole(weights.num_rows() / 2)
+}
+
+/// Whether a family multiplies all rows.
+pub(super) fn is_of(weights: &PackedMatrix, isa: Isa, family: Family) -> bool {
+    segments(weights, isa, family).map(|segment| segment.num_rows).sum::<usize>() == weights.num_rows()
 }
 
 /// Cuts `panels`, counted over such segments, at the segments' borders.

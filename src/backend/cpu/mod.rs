@@ -62,6 +62,7 @@ mod pool;
 mod quant_avx2;
 #[cfg(target_arch = "x86_64")]
 mod quant_avx512;
+mod quant_feed_forward;
 mod quant_gemm;
 mod quant_tile;
 mod quantize;

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::super::DType;
-use super::gemm::{BLOCK_BYTES, Family, Grouping, Target, grown, panels_of_segments, segments};
+use super::gemm::{BLOCK_BYTES, Family, Grouping, Part, Target, grown, panels_of_segments, segments};
 use super::input_tiles::{Rows, TilePlan};
 use super::packed::{PANEL_ROWS, PackedMatrix, Segment};
 #[cfg(target_arch = "x86_64")]
@@ -17,10 +17,9 @@ use super::quantize::{BLOCK, RECORD_WORDS, quantise_tiles};
 use super::{Isa, ThreadPool};
 
 /// A multiply, as every task sees it.
-struct QuantGemm<'a> {
+pub(super) struct QuantGemm<'a> {
     isa: Isa,
     weights: &'a PackedMatrix,
-    target: &'a Target,
     plan: TilePlan,
     /// Tiles of one block of rows.
     blocks: TilePlan,
@@ -36,52 +35,105 @@ pub(super) fn quant_gemm(
     target: &Target,
     scratch: &mut Vec<u32>,
 ) {
-    let num_panels: usize = segments(weights, isa, Family::Quantised).map(Segment::num_panels).sum();
-    let Some(panel_bytes) = segments(weights, isa, Family::Quantised).map(|segment| segment.panel_bytes).max() else {
-        return;
-    };
-    let row_words = row_words(weights);
-    let plan = TilePlan::new(x.num_rows, max_rows(isa));
-    let tiles = grown(scratch, x.num_rows * row_words, 0);
-    quantise_tiles(pool, isa, x, weights.num_columns(), plan, tiles);
-    let blocks = TilePlan::new(plan.num_tiles, (BLOCK_BYTES / (row_words * 4 * max_rows(isa))).max(1));
-    let work = QuantGemm { isa, weights, target, plan, blocks, tiles, row_words };
-    let streams = streams(isa, x.num_rows);
-    let grouping = Grouping::new(num_panels, panel_bytes, streams, blocks.num_tiles, pool.num_threads());
-    let tasks_per_block = grouping.num_tasks();
-    pool.run(tasks_per_block * blocks.num_tiles, |task, _| {
-        work.run(task / tasks_per_block, grouping.panels(task % tasks_per_block));
-    });
+    if segments(weights, isa, Family::Quantised).next().is_some() {
+        QuantGemm::new(pool, isa, x, weights, scratch).multiply(pool, target);
+    }
 }
 
 /// Words of a quantised row of x.
 pub(super) fn row_words(weights: &PackedMatrix) -> usize {
-    weights.num_columns() / BLOCK * RECORD_WORDS
+    words_of(weights.num_columns())
 }
 
-impl QuantGemm<'_> {
-    /// Multiplies one block of rows by some panels, counted over the quantised segments.
-    fn run(&self, block: usize, panels: Range<usize>) {
+/// Words of a quantised row of so many numbers.
+pub(super) fn words_of(num_columns: usize) -> usize {
+    num_columns / BLOCK * RECORD_WORDS
+}
+
+impl<'a> QuantGemm<'a> {
+    /// Quantises x.
+    pub(super) fn new(
+        pool: &mut ThreadPool,
+        isa: Isa,
+        x: Rows,
+        weights: &'a PackedMatrix,
+        scratch: &'a mut Vec<u32>,
+    ) -> Self {
+        let tiles = grown(scratch, x.num_rows * row_words(weights), 0);
+        quantise_tiles(pool, isa, x, weights.num_columns(), tile_plan(isa, x.num_rows), tiles);
+        Self::of_tiles(isa, tiles, x.num_rows, weights)
+    }
+
+    /// Of x that is quantised.
+    pub(super) fn of_tiles(isa: Isa, tiles: &'a [u32], num_rows: usize, weights: &'a PackedMatrix) -> Self {
+        let (plan, row_words) = (tile_plan(isa, num_rows), row_words(weights));
+        let blocks = TilePlan::new(plan.num_tiles, (BLOCK_BYTES / (row_words * 4 * max_rows(isa))).max(1));
+        Self { isa, weights, plan, blocks, tiles, row_words }
+    }
+
+    /// The same in blocks of at most `num_rows` rows, which are more than a tile's.
+    pub(super) fn in_blocks_of(self, num_rows: usize) -> Self {
+        let most = self.blocks.num_rows.div_ceil(self.blocks.num_tiles).min(num_rows / max_rows(self.isa));
+        Self { blocks: TilePlan::new(self.plan.num_tiles, most), ..self }
+    }
+
+    pub(super) fn num_blocks(&self) -> usize {
+        self.blocks.num_tiles
+    }
+
+    /// The tiles of a block.
+    pub(super) fn tiles(&self, block: usize) -> Range<usize> {
+        self.blocks.start(block)..self.blocks.start(block + 1)
+    }
+
+    /// The rows of x in some tiles.
+    pub(super) fn rows(&self, tiles: Range<usize>) -> Range<usize> {
+        self.plan.start(tiles.start)..self.plan.start(tiles.end)
+    }
+
+    /// Cuts panels into tasks for each block, a task having `num_products` of each.
+    pub(super) fn grouping(&self, pool: &ThreadPool, num_panels: usize, num_products: usize) -> Grouping {
+        let segments = segments(self.weights, self.isa, Family::Quantised);
+        let panel_bytes = num_products * segments.map(|segment| segment.panel_bytes).max().unwrap_or(1);
         let streams = streams(self.isa, self.plan.num_rows);
-        for (segment, mut panels) in panels_of_segments(self.weights, self.isa, Family::Quantised, panels) {
+        Grouping::new(num_panels, panel_bytes, streams, self.num_blocks(), pool.num_threads())
+    }
+
+    /// All rows by all quantised panels.
+    pub(super) fn multiply(&self, pool: &mut ThreadPool, target: &Target) {
+        let num_panels = segments(self.weights, self.isa, Family::Quantised).map(Segment::num_panels).sum();
+        let grouping = self.grouping(pool, num_panels, 1);
+        let tasks_per_block = grouping.num_tasks();
+        pool.run(tasks_per_block * self.num_blocks(), |task, _| {
+            let panels = grouping.panels(task % tasks_per_block);
+            self.run(task / tasks_per_block, &Part { panels, target, origin: (0, 0) });
+        });
+    }
+
+    /// Multiplies one block of rows by some panels.
+    pub(super) fn run(&self, block: usize, part: &Part) {
+        let streams = streams(self.isa, self.plan.num_rows);
+        for (segment, mut panels) in panels_of_segments(self.weights, self.isa, Family::Quantised, part.panels.clone())
+        {
             while !panels.is_empty() {
                 let count = if panels.len() >= streams { streams } else { 1 };
-                for tile in self.blocks.start(block)..self.blocks.start(block + 1) {
-                    self.run_tile(segment, panels.start..panels.start + count, tile);
+                for tile in self.tiles(block) {
+                    self.run_tile(part, segment, panels.start..panels.start + count, tile);
                 }
                 panels.start += count;
             }
         }
     }
 
-    fn run_tile(&self, segment: &Segment, panels: Range<usize>, tile: usize) {
+    fn run_tile(&self, part: &Part, segment: &Segment, panels: Range<usize>, tile: usize) {
+        let Part { target, origin, .. } = part;
         let (start, rows) = (self.plan.start(tile), self.plan.rows(tile));
         let column = segment.first_row + panels.start * PANEL_ROWS;
         let x = &self.tiles[start * self.row_words..][..rows * self.row_words];
         let bytes = panels.start * segment.panel_bytes..panels.end * segment.panel_bytes;
         let weights = &self.weights.panels(segment)[bytes];
         let kernel = quant_kernel(self.isa, segment.dtype, rows, panels.len());
-        // SAFETY: `gemm` checked the sizes of x, out and bias and that the instructions are there; tasks have
+        // SAFETY: whoever called checked the sizes of x, out and bias and that the instructions are there; tasks have
         // disjoint outputs.
         unsafe {
             kernel(&QuantTile {
@@ -90,13 +142,17 @@ impl QuantGemm<'_> {
                 panel_bytes: segment.panel_bytes,
                 dtype: segment.dtype,
                 num_blocks: self.weights.num_columns() / BLOCK,
-                out: self.target.out.add(start * self.target.stride + column),
-                out_stride: self.target.stride,
+                out: target.out.add((start - origin.0) * target.stride + column - origin.1),
+                out_stride: target.stride,
                 num_columns: (segment.num_rows - panels.start * PANEL_ROWS).min(panels.len() * PANEL_ROWS),
-                bias: self.target.bias(column),
+                bias: target.bias(column),
             });
         }
     }
+}
+
+fn tile_plan(isa: Isa, num_rows: usize) -> TilePlan {
+    TilePlan::new(num_rows, max_rows(isa))
 }
 
 /// Panels a kernel takes at a time.

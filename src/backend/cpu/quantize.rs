@@ -111,6 +111,14 @@ pub(super) fn quantise_tiles(
     });
 }
 
+/// Quantises a block of each row of a tile: `numbers` is `[rows][32]`, `record` what [`quantise_tiles`] makes of them.
+pub(super) fn quantise_blocks(isa: Isa, numbers: &[f32], record: &mut [u32]) {
+    let rows = numbers.len() / BLOCK;
+    for (row, numbers) in numbers.chunks_exact(BLOCK).enumerate() {
+        quantise_row(isa, numbers, row, rows, record);
+    }
+}
+
 fn quantise_row(isa: Isa, x: &[f32], row: usize, rows: usize, target: &mut [u32]) {
     match isa {
         Isa::Portable => write_records(x, row, rows, target, QuantBlock::new),
