@@ -3,7 +3,8 @@
 //! In decode every byte is moved once, but for hardly any. A prompt has more rows than a block, and blocks that run side by
 //! side read the same factors, and those of other columns the same shrunk numbers: together fewer bytes than any GPU's cache of
 //! the second level has. The software GPU has no cache and counts them each time, so what is asked here is how often that
-//! is, and that all else is moved once. On Hopper clusters have so many rows that nothing is let off for rank 16.
+//! is, that all else is moved once, and that what is touched at all, which is what memory then moves, is the operands. On
+//! Hopper clusters have so many rows that nothing is let off for rank 16.
 
 use mneme::backend::DType;
 use serde_json::Value;
@@ -65,6 +66,18 @@ impl Shape {
         assert!(bytes >= LEAST_EFFICIENCY * sectors, "{kernel} moves {bytes} bytes in sectors of {sectors}");
         let wavefronts = |what: &str| counters[format!("shared_wavefronts{what}")].as_u64().unwrap();
         assert_eq!(wavefronts(""), wavefronts("_ideal"), "{kernel} has bank conflicts");
+    }
+
+    /// What a kernel touches at all is hardly more than its operands: that is what memory has to move where a cache holds what
+    /// blocks share, which is less than a fiftieth of the smallest that devices of these kernels have.
+    fn check_touched(self, counted: &Value, kernel: &str, numbers: usize) {
+        const CACHE_BYTES: f64 = 40e6;
+        let shared = self.factor_bytes() + self.shrunk_bytes();
+        let least = (numbers * 2) as f64 + shared;
+        let (_, touched, _) = moved(&counted[kernel]);
+        eprintln!("{kernel}, {} rows: touches {:.3} of its operands, {shared} are shared", self.rows, touched / least);
+        assert!(touched <= MOST_OVER_LEAST * least, "{kernel} touches {touched} bytes, its operands are {least}");
+        assert!(shared < CACHE_BYTES / 50.0, "blocks of {kernel} share {shared} bytes");
     }
 }
 
@@ -137,6 +150,8 @@ fn prefill(test: &str, rows: usize, rank: usize, cut: Cut<'_>, on_hopper: Cut<'_
     shape.check(&counted, &format!("lora_shrink_bf16_{tile}"), again(rows, tile_rows) * shape.factor_bytes());
     let shared = again(rows, block_rows) * shape.factor_bytes() + again(HIDDEN, columns) * shape.shrunk_bytes();
     shape.check(&counted, &format!("lora_expand_bf16_{block}"), shared);
+    shape.check_touched(&counted, &format!("lora_shrink_bf16_{tile}"), rows * HIDDEN);
+    shape.check_touched(&counted, &format!("lora_expand_bf16_{block}"), 2 * rows * HIDDEN);
 }
 
 #[test]
