@@ -537,10 +537,10 @@ impl Backend for CpuBackend {
             return Err(invalid!("a gate and an up for each input of down: {wanted} of them for {found}"));
         }
         let Workers { pool, gemm, .. } = &mut *self.workers();
-        let rows = Rows { data: &[], num_rows: x.rows(), stride: x.columns() };
         // SAFETY: four different buffers, and work before this call is done.
-        let (rows, sums, activated, out) =
-            unsafe { (Rows { data: numbers(x), ..rows }, numbers_mut(sums), numbers_mut(activated), numbers_mut(out)) };
+        let (data, sums, activated, out) =
+            unsafe { (numbers(x), numbers_mut(sums), numbers_mut(activated), numbers_mut(out)) };
+        let rows = Rows { data, num_rows: x.rows(), stride: x.columns() };
         let weights = FeedForwardWeights { gate_up, kind: gate_kind(activation), down };
         super::feed_forward(pool, self.isa, rows, weights, [sums, activated, out], gemm);
         Ok(())

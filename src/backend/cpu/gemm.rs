@@ -52,8 +52,6 @@ struct RowLens {
     rounded: (usize, usize),
     /// Gates and ups of a thread, whatever the rows.
     sums: usize,
-    activated: usize,
-    activated_records: usize,
 }
 
 impl GemmScratch {
@@ -67,8 +65,6 @@ impl GemmScratch {
             self.row_lens.quantised = self.row_lens.quantised.max(quant_gemm::row_words(weights));
             if halves_are_panels(weights, isa, Family::Quantised) {
                 self.row_lens.sums = self.row_lens.sums.max(quant_feed_forward::THREAD_LINES);
-                let words = quant_gemm::words_of(weights.num_rows() / 2);
-                self.row_lens.activated_records = self.row_lens.activated_records.max(words);
             }
         }
         #[cfg(target_arch = "x86_64")]
@@ -77,8 +73,6 @@ impl GemmScratch {
             self.row_lens.rounded = (self.row_lens.rounded.0.max(alone), self.row_lens.rounded.1.max(among));
             if halves_are_panels(weights, isa, Family::Tiles) {
                 self.row_lens.sums = self.row_lens.sums.max(amx_feed_forward::THREAD_LINES);
-                let features = weights.num_rows() / 2;
-                self.row_lens.activated = self.row_lens.activated.max(features / PANEL_ROWS);
             }
         }
     }
@@ -86,8 +80,11 @@ impl GemmScratch {
     /// Takes the memory for products of up to `max_rows` rows with the weights noted. Pages are touched when used.
     pub(super) fn reserve(&mut self, max_rows: usize, num_threads: usize) {
         self.sums.reserve_exact(num_threads * self.row_lens.sums);
-        self.activated.reserve_exact(max_rows * self.row_lens.activated);
-        self.activated_records.reserve_exact(max_rows * self.row_lens.activated_records);
+        if self.row_lens.sums > 0 {
+            // What is between products of a feed-forward layer is an x of the second one.
+            self.activated.reserve_exact(max_rows * self.row_lens.rounded.1);
+            self.activated_records.reserve_exact(max_rows * self.row_lens.quantised);
+        }
         self.float.reserve(&self.row_lens.float, max_rows);
         self.quantised.reserve_exact(max_rows * self.row_lens.quantised);
         self.rounded.reserve_exact(self.row_lens.rounded.0.max(max_rows * self.row_lens.rounded.1));
